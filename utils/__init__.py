@@ -1,0 +1,1 @@
+"""What the three BDD100K scripts share. See README.md for the map of modules."""

@@ -1,0 +1,92 @@
+"""What the three scripts' command lines have in common: flags with one dash or two, checked values, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from utils.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose long flags may be written with one dash or two, as the specification mixes both."""
+
+    def __init__(self, description: str | None) -> None:
+        # No abbreviations: with one-dash flags, `-i` and `-init_method` would otherwise compete.
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+
+    def add_flag(self, *names: str, **kwargs: Any) -> None:
+        """Add an option by its bare name(s): `add_flag("batch_size", ...)` accepts `-batch_size` and `--batch_size`."""
+        spellings = [f"{dashes}{name}" for name in names for dashes in (("-",) if len(name) == 1 else ("--", "-"))]
+        self.add_argument(*spellings, **kwargs)
+
+    def add_switch(self, name: str, help: str) -> None:
+        """Add a switch that is off by default: bare turns it on, and `True` or `False` may follow it."""
+        self.add_flag(name, nargs="?", const=True, default=False, type=boolean, metavar="BOOL", help=help)
+
+    def error(self, message: str) -> NoReturn:
+        # One line, without the usage block that would push it off the screen.
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def boolean(text: str) -> bool:
+    """Parse `True`/`False` in any case, `1`/`0`, `yes`/`no`."""
+    value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return value
+
+
+def number(kind: type, minimum: float, *, exclusive: bool = False) -> Callable[[str], Any]:
+    """A parser of finite `int` or `float` values of at least `minimum` (above it if `exclusive`)."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        if not (minimum < value < float("inf") if exclusive else minimum <= value < float("inf")):
+            raise argparse.ArgumentTypeError(f"must be {'above' if exclusive else 'at least'} {minimum}, got {text}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1)
+non_negative_int = number(int, 0)
+positive_float = number(float, 0, exclusive=True)
+non_negative_float = number(float, 0)
+
+
+def image_size(text: str) -> int:
+    """Parse a side length in pixels: a positive multiple of 16, the patch size of SAM's encoder."""
+    value = positive_int(text)
+    if value % 16:
+        lower = max(16, value // 16 * 16)
+        raise argparse.ArgumentTypeError(
+            f"must be a multiple of 16, the encoder's patch size (such as {lower} or {lower + 16}), got {value}"
+        )
+    return value
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's `main` and exit with its status; a `UserError` is printed in one line, without a traceback."""
+    try:
+        status = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # `| head` closed our output: nothing left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
