@@ -1,0 +1,218 @@
+"""Building SAM and loading its checkpoints: strictly, and with an answer to every file that does not fit."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+PATCH_SIZE = 16
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, told in one line: which file, what is wrong with it, how to mend it."""
+
+
+@dataclass(frozen=True)
+class SamConfig:
+    """What differs from one SAM to another. The defaults are those of all of Meta's models."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    global_attn_indexes: tuple[int, ...]
+    image_size: int = 1024
+    window_size: int = 14
+    prompt_embed_dim: int = 256
+    decoder_mlp_dim: int = 2048
+
+
+CONFIGS = {
+    "vit_h": SamConfig(1280, 32, 16, (7, 15, 23, 31)),
+    "vit_l": SamConfig(1024, 24, 16, (5, 11, 17, 23)),
+    "vit_b": SamConfig(768, 12, 12, (2, 5, 8, 11)),
+    # The same code at 5 M parameters, for demonstrations and tests on a CPU. Not one of Meta's.
+    "vit_tiny": SamConfig(
+        192, 8, 6, (1, 3, 5, 7), image_size=256, window_size=8, prompt_embed_dim=128, decoder_mlp_dim=1024
+    ),
+}
+
+_META_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+_META_FILES = {
+    "vit_h": "sam_vit_h_4b8939.pth",
+    "vit_l": "sam_vit_l_0b3195.pth",
+    "vit_b": "sam_vit_b_01ec64.pth",
+}
+
+
+def build_sam(
+    model_type: str,
+    checkpoint: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    check_hash: bool = False,
+) -> Sam:
+    """Build a SAM in eval mode, on the CPU, in float32.
+
+    Args:
+        model_type: a key of `CONFIGS`.
+        checkpoint: a SAM state dict to load, all of it; None leaves the weights random.
+        image_size: side of the square input in pixels, a multiple of 16; None is the model's own. Positions of a
+            checkpoint made at another size are resampled to it.
+        check_hash: compare the file with the hash in its name; see `check_file_hash`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or not a checkpoint of this model.
+    """
+    config = CONFIGS[model_type]
+    image_size = image_size or config.image_size
+    if image_size % PATCH_SIZE:
+        raise ValueError(f"image_size must be a multiple of {PATCH_SIZE}, got {image_size}")
+    grid_size = image_size // PATCH_SIZE
+    sam = Sam(
+        image_encoder=ImageEncoderViT(
+            image_size=image_size,
+            patch_size=PATCH_SIZE,
+            embed_dim=config.embed_dim,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            window_size=config.window_size,
+            global_attn_indexes=config.global_attn_indexes,
+            out_chans=config.prompt_embed_dim,
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=config.prompt_embed_dim,
+            image_embedding_size=(grid_size, grid_size),
+            input_image_size=(image_size, image_size),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            transformer=TwoWayTransformer(
+                depth=2, embedding_dim=config.prompt_embed_dim, num_heads=8, mlp_dim=config.decoder_mlp_dim
+            ),
+            transformer_dim=config.prompt_embed_dim,
+        ),
+    )
+    if checkpoint is not None:
+        path = Path(checkpoint)
+        state = read_state_dict(path, model_type)
+        if check_hash:
+            check_file_hash(path)
+        load_state_dict(sam, state, model_type=model_type, source=path)
+    return sam.eval()
+
+
+build_sam_vit_h = partial(build_sam, "vit_h")
+build_sam_vit_l = partial(build_sam, "vit_l")
+build_sam_vit_b = partial(build_sam, "vit_b")
+build_sam_vit_tiny = partial(build_sam, "vit_tiny")
+
+sam_model_registry = {
+    "default": build_sam_vit_h,
+    "vit_h": build_sam_vit_h,
+    "vit_l": build_sam_vit_l,
+    "vit_b": build_sam_vit_b,
+    "vit_tiny": build_sam_vit_tiny,
+}
+
+
+def read_state_dict(path: Path, model_type: str) -> dict[str, Tensor]:
+    """Read a SAM state dict without ever running what a pickle may hold.
+
+    Raises:
+        CheckpointError: `path` is missing, unreadable, or holds anything but named tensors.
+    """
+    fetch = _fetch_hint(path, model_type)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint{fetch}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+        raise CheckpointError(f"{path}: truncated, or not a PyTorch checkpoint of plain tensors{fetch}") from error
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: holds something else than a SAM state dict{fetch}")
+    return state
+
+
+def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, source: Path) -> None:
+    """Load a whole SAM state dict strictly, its positions resampled to the model's image size where they differ.
+
+    Raises:
+        CheckpointError: names the keys that are missing, foreign or of another shape, and the model that would fit.
+    """
+    embedding = state.get("image_encoder.pos_embed")
+    actual = next((name for name, c in CONFIGS.items() if embedding is not None and embedding.ndim == 4
+                   and c.embed_dim == embedding.shape[3]), None)  # fmt: skip
+    if actual not in (None, model_type):
+        raise CheckpointError(f"{source}: a checkpoint of {actual}, not of {model_type}; pass model_type {actual}")
+    expected = sam.state_dict()
+    state = {key: _resample_positions(key, value, expected.get(key)) for key, value in state.items()}
+
+    missing = [key for key in expected if key not in state]
+    foreign = [key for key in state if key not in expected]
+    reshaped = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+    for what, keys in (("lacks", missing), ("has foreign", foreign), ("has other shapes of", reshaped)):
+        if keys:
+            some = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+            raise CheckpointError(
+                f"{source}: not a {model_type} SAM checkpoint: it {what} {len(keys)} of {len(expected)} keys ({some})"
+                + _fetch_hint(source, model_type)
+            )
+    sam.load_state_dict(state, strict=True)
+
+
+def check_file_hash(path: Path) -> None:
+    """Compare a file with the hash that its name carries, as in `sam_vit_b_01ec64.pth`.
+
+    Meta's names carry the beginning of the MD5; PyTorch Hub's, `name-<hash>.pth`, that of the SHA-256. Either may
+    match.
+
+    Raises:
+        CheckpointError: the name carries no hash, or neither digest begins with it.
+    """
+    match = re.search(r"[-_]([0-9a-f]{6,64})\.pth$", path.name)
+    if match is None:
+        raise CheckpointError(f"{path}: its name carries no hash to check it against")
+    digests = {name: file_digest(path, name) for name in ("sha256", "md5")}
+    if not any(digest.startswith(match[1]) for digest in digests.values()):
+        raise CheckpointError(
+            f"{path}: damaged or renamed: its name says {match[1]}, but its SHA-256 begins with "
+            f"{digests['sha256'][:8]} and its MD5 with {digests['md5'][:8]}; fetch it again"
+        )
+
+
+def file_digest(path: Path, algorithm: str = "sha256") -> str:
+    """The hexadecimal digest of a file, read in pieces."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _resample_positions(key: str, value: Tensor, target: Tensor | None) -> Tensor:
+    """Bring position tables to another grid: `pos_embed` in two dimensions, relative positions in one."""
+    if target is None or value.shape == target.shape:
+        return value
+    if key == "image_encoder.pos_embed" and value.ndim == 4 and value.shape[3] == target.shape[3]:
+        grid = value.float().permute(0, 3, 1, 2)
+        resized = F.interpolate(grid, target.shape[1:3], mode="bicubic", align_corners=False)
+        return resized.permute(0, 2, 3, 1)
+    if re.fullmatch(r"image_encoder\.blocks\.\d+\.attn\.rel_pos_[hw]", key) and value.shape[1:] == target.shape[1:]:
+        return F.interpolate(value.float().T[None], target.shape[0], mode="linear", align_corners=False)[0].T
+    return value
+
+
+def _fetch_hint(path: Path, model_type: str) -> str:
+    if model_type not in _META_FILES:
+        return ""
+    return f"; fetch it with: wget -P {path.parent} {_META_URL}{_META_FILES[model_type]}"

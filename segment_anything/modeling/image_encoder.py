@@ -1,0 +1,160 @@
+"""SAM's image encoder: a ViT with windowed attention, a few global blocks and a convolutional neck.
+
+The design is ViTDet's (Li et al., 2022, arXiv 2203.16527), with the decomposed relative position of MViTv2
+(Li et al., 2021, arXiv 2112.01526).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segment_anything.modeling.common import LayerNorm2d, MLPBlock
+
+
+class ImageEncoderViT(nn.Module):
+    """Normalised images, B x 3 x S x S -> image embeddings, B x out_chans x S/patch_size x S/patch_size."""
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        window_size: int,
+        global_attn_indexes: Collection[int],
+        out_chans: int,
+    ) -> None:
+        """
+        Args:
+            window_size: side, in patches, of the windows that attention is confined to, except in
+            global_attn_indexes: the blocks that attend over the whole image.
+        """
+        super().__init__()
+        self.image_size = image_size
+        grid_size = image_size // patch_size
+        self.patch_embed = PatchEmbed(patch_size=patch_size, embed_dim=embed_dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid_size, grid_size, embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(
+                dim=embed_dim,
+                num_heads=num_heads,
+                window_size=0 if i in global_attn_indexes else window_size,
+                grid_size=grid_size,
+            )
+            for i in range(depth)
+        )
+        self.neck = nn.Sequential(
+            nn.Conv2d(embed_dim, out_chans, kernel_size=1, bias=False),
+            LayerNorm2d(out_chans),
+            nn.Conv2d(out_chans, out_chans, kernel_size=3, padding=1, bias=False),
+            LayerNorm2d(out_chans),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x) + self.pos_embed  # B x H x W x C
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x.permute(0, 3, 1, 2))
+
+
+class PatchEmbed(nn.Module):
+    """B x 3 x S x S -> one token for each patch, B x H x W x C."""
+
+    def __init__(self, *, patch_size: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block on B x H x W x C, attending within windows (`window_size` > 0) or globally."""
+
+    def __init__(self, *, dim: int, num_heads: int, window_size: int, grid_size: int) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim=dim, num_heads=num_heads, input_size=window_size or grid_size)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLPBlock(dim, 4 * dim, nn.GELU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[1:3]
+        attended = self.norm1(x)
+        if self.window_size:
+            attended = window_unpartition(self.attn(window_partition(attended, self.window_size)), (h, w))
+        else:
+            attended = self.attn(attended)
+        x = x + attended
+        return x + self.mlp(self.norm2(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over a B x H x W x C map, with decomposed relative position."""
+
+    def __init__(self, *, dim: int, num_heads: int, input_size: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * input_size - 1, dim // num_heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * input_size - 1, dim // num_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        qkv = self.qkv(x).view(b, h * w, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B x heads x HW x C/heads
+        bias = relative_position_bias(q, self.rel_pos_h, self.rel_pos_w, (h, w))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(x.transpose(1, 2).reshape(b, h, w, c))
+
+
+def relative_position_bias(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, size: tuple[int, int]) -> Tensor:
+    """The decomposed relative position of MViTv2 as an additive attention bias.
+
+    A query's affinity to its row distance plus that to its column distance from the key. The sum is the one tensor
+    of quadratic size made here; it goes to the attention kernel as it is.
+
+    Args:
+        q: B x heads x HW x C queries, unscaled.
+        rel_pos_h, rel_pos_w: (2H - 1) x C and (2W - 1) x C, one row for each distance.
+
+    Returns:
+        B x heads x HW x HW.
+    """
+    h, w = size
+    q = q.unflatten(2, size)  # B x heads x H x W x C
+    # Contiguous while they are small, so that their sum is too and its view needs no copy.
+    bias_h = torch.einsum("bnhwc,hkc->bnhwk", q, _by_distance(rel_pos_h, h)).contiguous()
+    bias_w = torch.einsum("bnhwc,wkc->bnhwk", q, _by_distance(rel_pos_w, w)).contiguous()
+    return (bias_h[..., :, None] + bias_w[..., None, :]).view(*q.shape[:2], h * w, h * w)
+
+
+def _by_distance(rel_pos: Tensor, size: int) -> Tensor:
+    """Rows of (2 size - 1) x C for each query and key position: size x size x C, row 0 being distance 1 - size."""
+    positions = torch.arange(size, device=rel_pos.device)
+    return rel_pos[positions[:, None] - positions[None, :] + size - 1]
+
+
+def window_partition(x: Tensor, window_size: int) -> Tensor:
+    """B x H x W x C -> (B * windows) x window_size x window_size x C, zero-padded at the bottom and right."""
+    b, h, w, c = x.shape
+    x = F.pad(x, (0, 0, 0, -w % window_size, 0, -h % window_size))
+    x = x.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size))  # B x nH x ws x nW x ws x C
+    return x.transpose(2, 3).reshape(-1, window_size, window_size, c)
+
+
+def window_unpartition(windows: Tensor, size: tuple[int, int]) -> Tensor:
+    """The inverse of `window_partition`: windows -> B x H x W x C for the `size` (H, W) before padding."""
+    h, w = size
+    window_size, c = windows.shape[2:]
+    rows, columns = -(-h // window_size), -(-w // window_size)
+    x = windows.view(-1, rows, columns, window_size, window_size, c).transpose(2, 3)
+    return x.reshape(-1, rows * window_size, columns * window_size, c)[:, :h, :w]

@@ -1,0 +1,118 @@
+"""SAM's prompt encoder: points, boxes and masks -> sparse and dense embeddings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from segment_anything.modeling.common import LayerNorm2d
+
+
+class PromptEncoder(nn.Module):
+    """Embeds P prompts, each of which may have points, a box and a mask.
+
+    State-dict keys are Meta's: `point_embeddings` holds the learned types background point, foreground point, box
+    top-left and box bottom-right, in this order.
+    """
+
+    def __init__(
+        self, *, embed_dim: int, image_embedding_size: tuple[int, int], input_image_size: tuple[int, int],
+        mask_in_chans: int,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.image_embedding_size = image_embedding_size
+        self.input_image_size = input_image_size
+        self.mask_input_size = (4 * image_embedding_size[0], 4 * image_embedding_size[1])
+        self.pe_layer = PositionEmbeddingRandom(embed_dim // 2)
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, embed_dim) for _ in range(4))
+        self.not_a_point_embed = nn.Embedding(1, embed_dim)
+        self.mask_downscaling = nn.Sequential(
+            nn.Conv2d(1, mask_in_chans // 4, kernel_size=2, stride=2),
+            LayerNorm2d(mask_in_chans // 4),
+            nn.GELU(),
+            nn.Conv2d(mask_in_chans // 4, mask_in_chans, kernel_size=2, stride=2),
+            LayerNorm2d(mask_in_chans),
+            nn.GELU(),
+            nn.Conv2d(mask_in_chans, embed_dim, kernel_size=1),
+        )
+        self.no_mask_embed = nn.Embedding(1, embed_dim)
+
+    def get_dense_pe(self) -> Tensor:
+        """Position encodings of the image embedding's grid, 1 x C x H x W."""
+        return self.pe_layer(self.image_embedding_size).unsqueeze(0)
+
+    def forward(
+        self,
+        points: tuple[Tensor, Tensor] | None = None,
+        boxes: Tensor | None = None,
+        masks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            points: coordinates, P x N x 2 (x, y) in pixels of the input frame, and labels, P x N:
+                1 foreground, 0 background, -1 no point.
+            boxes: P x 4, xyxy in pixels of the input frame.
+            masks: P x 1 x H x W logits of an earlier mask, at `mask_input_size`.
+
+        Returns:
+            sparse_embeddings, P x N' x C, and dense_embeddings, P x C x H x W (P = 1 where no prompt is given).
+        """
+        sparse = []
+        if points is not None:
+            sparse.append(self._embed_points(*points, pad=boxes is None))
+        if boxes is not None:
+            sparse.append(self._embed_boxes(boxes))
+        num_prompts = sparse[0].shape[0] if sparse else masks.shape[0] if masks is not None else 1
+
+        no_mask = self.no_mask_embed.weight  # 1 x C
+        sparse_embeddings = torch.cat(sparse, dim=1) if sparse else no_mask.new_empty(num_prompts, 0, self.embed_dim)
+        if masks is not None:
+            return sparse_embeddings, self.mask_downscaling(masks)
+        dense = no_mask.view(1, -1, 1, 1).expand(num_prompts, -1, *self.image_embedding_size)
+        return sparse_embeddings, dense
+
+    def _embed_points(self, coords: Tensor, labels: Tensor, pad: bool) -> Tensor:
+        if pad:  # SAM always has a second corner: without a box, a point that is none stands in for it
+            coords = torch.cat([coords, coords.new_zeros(coords.shape[0], 1, 2)], dim=1)
+            labels = torch.cat([labels, labels.new_full((labels.shape[0], 1), -1)], dim=1)
+        embeddings = self._encode_coords(coords)
+        label = labels.unsqueeze(-1)  # P x N x 1
+        background, foreground = (embedding.weight for embedding in self.point_embeddings[:2])
+        embeddings = torch.where(label == -1, self.not_a_point_embed.weight, embeddings)
+        embeddings = embeddings + torch.where(label == 0, background, 0.0)
+        return embeddings + torch.where(label == 1, foreground, 0.0)
+
+    def _embed_boxes(self, boxes: Tensor) -> Tensor:
+        corners = self._encode_coords(boxes.view(-1, 2, 2))  # P x 2 x C
+        return corners + torch.cat([embedding.weight for embedding in self.point_embeddings[2:]])
+
+    def _encode_coords(self, coords: Tensor) -> Tensor:
+        height, width = self.input_image_size
+        # + 0.5: a coordinate names a pixel, and its position is the pixel's centre.
+        return self.pe_layer.encode((coords.float() + 0.5) / coords.new_tensor([width, height], dtype=torch.float))
+
+
+class PositionEmbeddingRandom(nn.Module):
+    """Random Fourier features of positions (Tancik et al., 2020, arXiv 2006.10739)."""
+
+    def __init__(self, num_pos_feats: int) -> None:
+        super().__init__()
+        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(2, num_pos_feats))
+
+    def encode(self, coords: Tensor) -> Tensor:
+        """... x 2 positions (x, y) in [0, 1] -> ... x (2 * num_pos_feats), always in float32."""
+        x, y = (2 * coords.float() - 1).unsqueeze(-2).unbind(-1)  # each ... x 1
+        matrix = self.positional_encoding_gaussian_matrix
+        # Not a matrix product: autocast would run that in half precision, which cannot tell pixels apart.
+        phase = 2 * math.pi * (x * matrix[0] + y * matrix[1])
+        return torch.cat([phase.sin(), phase.cos()], dim=-1)
+
+    def forward(self, size: tuple[int, int]) -> Tensor:
+        """Encodings of the centres of an H x W grid, C x H x W."""
+        device = self.positional_encoding_gaussian_matrix.device
+        y, x = ((torch.arange(n, device=device) + 0.5) / n for n in size)
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # H x W x 2
+        return self.encode(grid).permute(2, 0, 1)

@@ -1,0 +1,136 @@
+"""`SamPredictor`: set an image once, then ask for the masks of any number of prompts."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segment_anything.modeling import Sam
+from segment_anything.utils.transforms import ResizeLongestSide
+
+
+class SamPredictor:
+    """Keeps the embedding of one image, so that each further prompt costs only the mask decoder.
+
+        predictor.set_image(image)  # H x W x 3 uint8
+        masks, iou_predictions, low_res_masks = predictor.predict(box=np.array([x0, y0, x1, y1]))
+    """
+
+    def __init__(self, sam_model: Sam) -> None:
+        self.model = sam_model
+        self.transform = ResizeLongestSide(sam_model.image_encoder.image_size)
+        self.reset_image()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def reset_image(self) -> None:
+        """Forget the image."""
+        self.is_image_set = False
+        self.features: Tensor | None = None
+        self.original_size: tuple[int, int] = (0, 0)
+        self.input_size: tuple[int, int] = (0, 0)
+
+    def set_image(self, image: np.ndarray, image_format: str = "RGB") -> None:
+        """Encode an image, H x W x 3 uint8 in `image_format` (RGB or BGR)."""
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(f"image_format must be RGB or BGR, got {image_format!r}")
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"image must be H x W x 3 of uint8, got {image.shape} of {image.dtype}")
+        if image_format != self.model.image_format:
+            image = image[..., ::-1]
+        scaled = torch.from_numpy(self.transform.apply_image(image)).to(self.device)
+        self.set_torch_image(scaled.permute(2, 0, 1)[None], image.shape[:2])
+
+    @torch.no_grad()
+    def set_torch_image(self, transformed_image: Tensor, original_image_size: tuple[int, ...]) -> None:
+        """Encode an image already scaled: 1 x 3 x H x W of 0..255, its longest side the encoder's input size."""
+        side = self.model.image_encoder.image_size
+        if transformed_image.shape[:2] != (1, 3) or max(transformed_image.shape[2:]) != side:
+            raise ValueError(f"expected 1 x 3 x H x W with longest side {side}, got {tuple(transformed_image.shape)}")
+        self.reset_image()
+        self.original_size = (original_image_size[0], original_image_size[1])
+        self.input_size = (transformed_image.shape[2], transformed_image.shape[3])
+        self.features = self.model.image_encoder(self.model.preprocess(transformed_image.float()))
+        self.is_image_set = True
+
+    def predict(
+        self,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Predict the masks of one prompt, which may have points, a box and an earlier mask.
+
+        Args:
+            point_coords: N x 2 (x, y) in pixels of the image given to `set_image`.
+            point_labels: N, 1 foreground and 0 background.
+            box: 4, xyxy in the same pixels.
+            mask_input: 1 x h x w logits, such as `low_res_masks` of an earlier call.
+            multimask_output: three masks, best for an ambiguous prompt, or one.
+            return_logits: logits instead of booleans.
+
+        Returns:
+            masks, M x H x W; iou_predictions, M; low_res_masks, M x h x w logits.
+        """
+        coords = labels = boxes = masks = None
+        if point_coords is not None:
+            if point_labels is None:
+                raise ValueError("point_coords need point_labels, one for each point")
+            scaled = self.transform.apply_coords(point_coords, self.original_size)
+            coords = torch.as_tensor(scaled, dtype=torch.float, device=self.device)[None]
+            labels = torch.as_tensor(point_labels, dtype=torch.int, device=self.device)[None]
+        if box is not None:
+            scaled = self.transform.apply_boxes(box, self.original_size)
+            boxes = torch.as_tensor(scaled, dtype=torch.float, device=self.device).view(1, 4)
+        if mask_input is not None:
+            masks = torch.as_tensor(mask_input, dtype=torch.float, device=self.device)[None]
+        outputs = self.predict_torch(coords, labels, boxes, masks, multimask_output, return_logits)
+        masks, iou_predictions, low_res_masks = (output[0].cpu().numpy() for output in outputs)
+        return masks, iou_predictions, low_res_masks
+
+    @torch.no_grad()
+    def predict_torch(
+        self,
+        point_coords: Tensor | None,
+        point_labels: Tensor | None,
+        boxes: Tensor | None = None,
+        mask_input: Tensor | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Predict the masks of Q prompts in one pass; coordinates are those of the scaled image.
+
+        Args:
+            point_coords, point_labels: Q x N x 2 and Q x N.
+            boxes: Q x 4.
+            mask_input: Q x 1 x h x w logits.
+
+        Returns:
+            masks, Q x M x H x W; iou_predictions, Q x M; low_res_masks, Q x M x h x w.
+        """
+        features = self.get_image_embedding()
+        points = None if point_coords is None or point_labels is None else (point_coords, point_labels)
+        sparse, dense = self.model.prompt_encoder(points=points, boxes=boxes, masks=mask_input)
+        low_res_masks, iou_predictions = self.model.mask_decoder(
+            image_embeddings=features,
+            image_pe=self.model.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse[None],
+            dense_prompt_embeddings=dense[None],
+            multimask_output=multimask_output,
+        )
+        masks = self.model.postprocess_masks(low_res_masks[0], self.input_size, self.original_size)
+        if not return_logits:
+            masks = masks > self.model.mask_threshold
+        return masks, iou_predictions[0], low_res_masks[0]
+
+    def get_image_embedding(self) -> Tensor:
+        """The embedding of the image, 1 x C x h x w."""
+        if self.features is None:
+            raise RuntimeError("no image is set; call set_image first")
+        return self.features

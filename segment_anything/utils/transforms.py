@@ -1,0 +1,54 @@
+"""Images and coordinates into SAM's frame: the longest side scaled to the encoder's input size."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+class ResizeLongestSide:
+    """Scales images, points and boxes so that the image's longest side becomes `target_length` pixels."""
+
+    def __init__(self, target_length: int) -> None:
+        self.target_length = target_length
+
+    @staticmethod
+    def get_preprocess_shape(height: int, width: int, target_length: int) -> tuple[int, int]:
+        """The (height, width) of an image whose longest side is scaled to `target_length`, rounded half up."""
+        scale = target_length / max(height, width)
+        return int(height * scale + 0.5), int(width * scale + 0.5)
+
+    def apply_image(self, image: np.ndarray) -> np.ndarray:
+        """H x W x 3 uint8 -> H' x W' x 3 uint8, by antialiased bilinear resampling."""
+        height, width = self.get_preprocess_shape(*image.shape[:2], self.target_length)
+        return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+    def apply_coords(self, coords: np.ndarray, original_size: tuple[int, int]) -> np.ndarray:
+        """... x 2 points (x, y) of an image of `original_size` (H, W) -> float64 points of the scaled image."""
+        return coords.astype(float) * self._scale_xy(original_size)
+
+    def apply_boxes(self, boxes: np.ndarray, original_size: tuple[int, int]) -> np.ndarray:
+        """... x 4 xyxy boxes, as `apply_coords`."""
+        return self.apply_coords(boxes.reshape(-1, 2, 2), original_size).reshape(boxes.shape)
+
+    def apply_image_torch(self, image: Tensor) -> Tensor:
+        """B x 3 x H x W float -> B x 3 x H' x W'; close to `apply_image`, not equal to it to the last bit."""
+        size = self.get_preprocess_shape(*image.shape[2:], self.target_length)
+        return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+
+    def apply_coords_torch(self, coords: Tensor, original_size: tuple[int, int]) -> Tensor:
+        """As `apply_coords`, float32."""
+        scale = torch.as_tensor(self._scale_xy(original_size), dtype=torch.float32, device=coords.device)
+        return coords.to(torch.float32) * scale
+
+    def apply_boxes_torch(self, boxes: Tensor, original_size: tuple[int, int]) -> Tensor:
+        """As `apply_boxes`, float32."""
+        return self.apply_coords_torch(boxes.reshape(-1, 2, 2), original_size).reshape(boxes.shape)
+
+    def _scale_xy(self, original_size: tuple[int, int]) -> np.ndarray:
+        height, width = original_size
+        new_height, new_width = self.get_preprocess_shape(height, width, self.target_length)
+        return np.array([new_width / width, new_height / height])
