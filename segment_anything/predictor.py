@@ -91,8 +91,8 @@ class SamPredictor:
         if mask_input is not None:
             masks = torch.as_tensor(mask_input, dtype=torch.float, device=self.device)[None]
         outputs = self.predict_torch(coords, labels, boxes, masks, multimask_output, return_logits)
-        masks, iou_predictions, low_res_masks = (output[0].cpu().numpy() for output in outputs)
-        return masks, iou_predictions, low_res_masks
+        final, iou_predictions, low_res_masks = (output[0].cpu().numpy() for output in outputs)
+        return final, iou_predictions, low_res_masks
 
     @torch.no_grad()
     def predict_torch(

@@ -145,7 +145,7 @@ def _by_distance(rel_pos: Tensor, size: int) -> Tensor:
 
 def window_partition(x: Tensor, window_size: int) -> Tensor:
     """B x H x W x C -> (B * windows) x window_size x window_size x C, zero-padded at the bottom and right."""
-    b, h, w, c = x.shape
+    h, w, c = x.shape[1:]
     x = F.pad(x, (0, 0, 0, -w % window_size, 0, -h % window_size))
     x = x.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size))  # B x nH x ws x nW x ws x C
     return x.transpose(2, 3).reshape(-1, window_size, window_size, c)

@@ -80,14 +80,17 @@ class PromptEncoder(nn.Module):
             labels = torch.cat([labels, labels.new_full((labels.shape[0], 1), -1)], dim=1)
         embeddings = self._encode_coords(coords)
         label = labels.unsqueeze(-1)  # P x N x 1
-        background, foreground = (embedding.weight for embedding in self.point_embeddings[:2])
+        background, foreground = self._point_types()[:2]
         embeddings = torch.where(label == -1, self.not_a_point_embed.weight, embeddings)
         embeddings = embeddings + torch.where(label == 0, background, 0.0)
         return embeddings + torch.where(label == 1, foreground, 0.0)
 
     def _embed_boxes(self, boxes: Tensor) -> Tensor:
         corners = self._encode_coords(boxes.view(-1, 2, 2))  # P x 2 x C
-        return corners + torch.cat([embedding.weight for embedding in self.point_embeddings[2:]])
+        return corners + self._point_types()[2:]
+
+    def _point_types(self) -> Tensor:
+        return torch.cat([embedding.weight for embedding in self.point_embeddings])  # type: ignore[misc]  # 4 x C
 
     def _encode_coords(self, coords: Tensor) -> Tensor:
         height, width = self.input_image_size
@@ -97,6 +100,8 @@ class PromptEncoder(nn.Module):
 
 class PositionEmbeddingRandom(nn.Module):
     """Random Fourier features of positions (Tancik et al., 2020, arXiv 2006.10739)."""
+
+    positional_encoding_gaussian_matrix: Tensor
 
     def __init__(self, num_pos_feats: int) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ class ResizeLongestSide:
 
     def apply_image(self, image: np.ndarray) -> np.ndarray:
         """H x W x 3 uint8 -> H' x W' x 3 uint8, by antialiased bilinear resampling."""
-        height, width = self.get_preprocess_shape(*image.shape[:2], self.target_length)
+        height, width = self.get_preprocess_shape(image.shape[0], image.shape[1], self.target_length)
         return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
     def apply_coords(self, coords: np.ndarray, original_size: tuple[int, int]) -> np.ndarray:
@@ -36,7 +36,7 @@ class ResizeLongestSide:
 
     def apply_image_torch(self, image: Tensor) -> Tensor:
         """B x 3 x H x W float -> B x 3 x H' x W'; close to `apply_image`, not equal to it to the last bit."""
-        size = self.get_preprocess_shape(*image.shape[2:], self.target_length)
+        size = self.get_preprocess_shape(image.shape[2], image.shape[3], self.target_length)
         return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
 
     def apply_coords_torch(self, coords: Tensor, original_size: tuple[int, int]) -> Tensor:

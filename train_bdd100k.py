@@ -1,0 +1,220 @@
+"""Fine-tune SAM's mask decoder on BDD100K, with both encoders frozen.
+
+One device:
+
+    python train_bdd100k.py -i data/bdd100k_npy/train -model_type vit_b \\
+        -checkpoint work_dir/SAM/sam_vit_b_01ec64.pth -batch_size 4 -num_epochs 100 -lr 5e-5 -use_amp \\
+        --grad_acc_steps 4 --val_npy_path data/bdd100k_npy/val
+
+Four cards (torchrun in place of "python -m torch.distributed.launch" works alike):
+
+    python -m torch.distributed.launch --nproc_per_node=4 train_bdd100k.py -i data/bdd100k_npy/train -use_amp \\
+        --world_size 4 --distributed
+
+A run that was stopped:
+
+    python train_bdd100k.py ... --resume work_dir/<task>-<YYYYMMDD-HHMM>/medsam_model_latest.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from segment_anything.build_sam import CONFIGS, file_digest
+from utils import checkpoint, cli, distributed
+from utils.dataset import BoxPromptDataset, EvaluationDataset, NpyFolder, TrainingSampler, collate_evaluation
+from utils.engine import evaluate, train_one_epoch
+from utils.errors import UserError
+from utils.metrics import mean_iou
+from utils.model import BoxSegmenter, build_model
+from utils.optim import SCHEDULES, build_optimizer, build_scheduler
+from utils.precision import AMP_DTYPES, Precision, resolve_precision
+from utils.run import Run
+
+
+def get_args_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    flag = parser.add_flag
+    flag("i", "tr_npy_path", type=Path, required=True, help="training split written by pre_bdd100k.py")
+    flag("val_npy_path", type=Path, help="validation split: mIoU is measured on it, and the best model chosen by it")
+    flag("val_every", type=cli.positive_int, default=1, help="epochs from one validation to the next")
+    flag("task_name", default="BDD100K-SAM-MaskDecoder", help="the run's folder is <work_dir>/<task_name>-<time>")
+    flag("work_dir", type=Path, default=Path("work_dir"), help="where runs are kept")
+    flag("model_type", choices=list(CONFIGS), default="vit_b", help="which SAM")
+    flag("checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM checkpoint")
+    parser.add_switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
+    flag("resume", type=Path, help="a run's folder, or its medsam_model_latest.pth, to go on with")
+    flag("seed", type=cli.non_negative_int, default=2024, help="of everything that is random")
+    flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+
+    # 修改点 3: 训练参数默认值适配 4x 2080Ti (11GB)
+    flag("batch_size", type=cli.positive_int, default=4, help="images per process and step")
+    flag("num_epochs", type=cli.positive_int, default=100, help="passes over the data")
+    flag("lr", type=cli.positive_float, default=5e-5, help="learning rate")
+    flag("weight_decay", type=cli.non_negative_float, default=0.01, help="of AdamW")
+    flag("lr_scheduler", choices=SCHEDULES, default="constant", help="learning rate over time")
+    flag("warmup_epochs", type=cli.non_negative_float, default=0, help="epochs of linear warm-up before it")
+    flag("clip_grad_norm", type=cli.non_negative_float, default=1.0, help="largest gradient norm, 0 for no limit")
+    flag("classes_per_image", type=cli.positive_int, default=1, help="random classes that share an image's encoding")
+    flag("bbox_shift", type=cli.non_negative_int, default=20, help="largest jitter of a box's sides, in pixels")
+    flag("num_workers", type=cli.non_negative_int, default=4, help="loader processes per training process")
+
+    # 修改点 4: 混合精度训练和梯度累积
+    parser.add_switch("use_amp", help="mixed precision")
+    flag("amp_dtype", choices=AMP_DTYPES, default="auto", help="auto: bf16 where the device has it, else fp16")
+    flag("grad_acc_steps", type=cli.positive_int, default=4, help="steps whose gradients are added up")
+
+    # 修改点 5: 分布式训练参数
+    flag("distributed", action="store_true", help="require a launcher (with one, it is used in any case)")
+    flag("world_size", type=cli.positive_int, help="number of processes, checked against the launcher")
+    flag("node_rank", type=cli.non_negative_int, help="rank of this machine, checked against the launcher")
+    flag("init_method", default="env://", help="where the processes meet")
+    # torch.distributed.launch passes it; the environment says the same.
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+
+    parser.add_switch("use_tensorboard", help="log to TensorBoard")
+    parser.add_switch("use_wandb", help="log to Weights & Biases (WANDB_MODE=offline needs no account)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    distributed.setup(
+        requested=args.distributed,
+        world_size=args.world_size,
+        node_rank=args.node_rank,
+        init_method=args.init_method,
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    try:
+        train(args)
+    finally:
+        distributed.cleanup()
+
+
+def train(args: argparse.Namespace) -> None:
+    precision = resolve_precision(
+        args.device, local_rank=distributed.local_rank(), use_amp=args.use_amp, amp_dtype=args.amp_dtype
+    )
+    torch.manual_seed(args.seed)
+    source = NpyFolder(args.tr_npy_path)
+    dataset = BoxPromptDataset(
+        source, classes_per_image=args.classes_per_image, bbox_shift=args.bbox_shift, seed=args.seed
+    )
+    val_loader = validation_loader(args, source, precision)
+    segmenter = build_model(
+        args.model_type, args.checkpoint, image_size=source.image_size, check_hash=args.verify_checkpoint
+    ).to(precision.device)
+    info = checkpoint.ModelInfo(
+        args.model_type, source.image_size, source.resize_mode, sam_sha256=file_digest(args.checkpoint)
+    )
+    model = distributed.wrap(segmenter, precision.device)
+    sampler = TrainingSampler(
+        len(dataset),
+        batch_size=args.batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=args.seed,
+    )
+    loader = DataLoader(
+        dataset, batch_sampler=sampler, num_workers=args.num_workers, pin_memory=precision.device.type == "cuda"
+    )
+    steps_per_epoch = math.ceil(len(sampler) / args.grad_acc_steps)
+    optimizer = build_optimizer(segmenter, lr=args.lr, weight_decay=args.weight_decay)
+    scheduler = build_scheduler(
+        optimizer,
+        args.lr_scheduler,
+        total_steps=steps_per_epoch * args.num_epochs,
+        warmup_steps=round(steps_per_epoch * args.warmup_epochs),
+    )
+    scaler = precision.grad_scaler()
+    run = Run(
+        work_dir=args.work_dir,
+        task_name=args.task_name,
+        resume=args.resume,
+        model=segmenter,
+        info=info,
+        stateful={"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler},
+        config=vars(args),
+        choose_by_miou=val_loader is not None,
+        tensorboard=args.use_tensorboard,
+        wandb=args.use_wandb,
+    )
+    if distributed.is_main():
+        announce(args, segmenter, precision, run, num_images=len(dataset), steps_per_epoch=steps_per_epoch)
+
+    for epoch in range(len(run.history), args.num_epochs):
+        started = time.monotonic()
+        dataset.set_epoch(epoch)
+        sampler.set_epoch(epoch)
+        figures = train_one_epoch(
+            model,
+            loader,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            scaler=scaler,
+            precision=precision,
+            grad_acc_steps=args.grad_acc_steps,
+            clip_grad_norm=args.clip_grad_norm,
+            epoch=epoch,
+        )
+        seconds = time.monotonic() - started
+        record = {"epoch": epoch, "train_loss": figures.pop("loss"), **figures}
+        if val_loader and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.num_epochs):
+            record["val_miou"] = mean_iou(evaluate(segmenter, val_loader, precision).matrix)
+        run.finish_epoch({**record, "seconds": seconds, "images_per_second": len(dataset) / seconds})
+    run.finish()
+    if distributed.is_main():
+        print(
+            f"\nNext:\n  python infer_bdd100k.py --val_npy_path {args.val_npy_path or 'data/bdd100k_npy/val'} \\\n"
+            f"      --model_checkpoint {run.folder / checkpoint.BEST} \\\n"
+            f"      --sam_checkpoint {args.checkpoint} --model_type {args.model_type} --visualize"
+        )
+
+
+def validation_loader(args: argparse.Namespace, training: NpyFolder, precision: Precision) -> DataLoader | None:
+    """Batches of this process's share of the validation images; every image belongs to exactly one process."""
+    if args.val_npy_path is None:
+        return None
+    source = NpyFolder(args.val_npy_path)
+    for what in ("image_size", "resize_mode"):
+        theirs, ours = getattr(source, what), getattr(training, what)
+        if theirs != ours:
+            raise UserError(f"{args.val_npy_path}: has {what} {theirs}, but the training data {ours}; make them alike")
+    return DataLoader(
+        EvaluationDataset(source),
+        batch_size=args.batch_size,
+        sampler=range(distributed.rank(), len(source.items), distributed.world_size()),
+        num_workers=args.num_workers,
+        collate_fn=collate_evaluation,
+        pin_memory=precision.device.type == "cuda",
+    )
+
+
+def announce(
+    args: argparse.Namespace,
+    model: BoxSegmenter,
+    precision: Precision,
+    run: Run,
+    *,
+    num_images: int,
+    steps_per_epoch: int,
+) -> None:
+    """Say what is about to happen, before it takes hours."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    batch = args.batch_size * args.grad_acc_steps * distributed.world_size()
+    dtype = str(precision.amp_dtype or torch.float32).removeprefix("torch.")
+    print(f"{args.model_type} at {run.info.image_size}: {trained:,} parameters trained, {frozen:,} frozen")
+    print(f"{num_images} images, {steps_per_epoch} optimizer steps an epoch, effective batch size {batch}")
+    print(f"{distributed.world_size()} process(es) on {precision.device.type}, {dtype}")
+    print(f"run folder: {run.folder}" + (f", going on at epoch {len(run.history)}" if run.history else ""), flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(get_args_parser().parse_args()))

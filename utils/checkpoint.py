@@ -1,0 +1,130 @@
+"""Checkpoints: what was trained, with what is needed to rebuild the model around it.
+
+`medsam_model_best.pth` holds the mask decoder alone (about 16 MB, keys `mask_decoder.*`); `medsam_model_latest.pth`
+holds the state of the run beside it, for `--resume`. Both are plain tensors, numbers, strings, lists and dicts, so
+that they load with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.bdd100k import CLASS_NAMES
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.model import BoxSegmenter
+
+FORMAT_VERSION = 1
+BEST = "medsam_model_best.pth"
+LATEST = "medsam_model_latest.pth"
+_PREFIX = "mask_decoder."
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a trained decoder belongs to; it is of no use with anything else."""
+
+    model_type: str
+    image_size: int
+    resize_mode: str
+    sam_sha256: str
+    prompt_mode: str = "box"
+
+    def require_same(self, other: ModelInfo, source: Path) -> None:
+        """Raise a `UserError` unless `source`, of which this was read, fits a model described by `other`."""
+        for field in fields(self):
+            theirs, ours = getattr(self, field.name), getattr(other, field.name)
+            if theirs != ours:
+                what = field.name.replace("_", " ")
+                raise UserError(f"{source}: was trained with {what} {theirs}, not {ours}; {_FIXES[field.name]}")
+
+
+_FIXES = {
+    "model_type": "give the model type it was trained with",
+    "image_size": "preprocess the data at that --image_size",
+    "resize_mode": "preprocess the data with that --resize_mode",
+    "sam_sha256": "give the same SAM file it was trained on (these are SHA-256 sums)",
+    "prompt_mode": "use a version that knows both",
+}
+
+
+def save_best(path: Path, model: BoxSegmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict) -> None:
+    """Write the trained part of `model` and its metadata, atomically."""
+    _save(path, _decoder_payload(model, info, epoch=epoch, metrics=metrics, args=args))
+
+
+def save_latest(
+    path: Path, model: BoxSegmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict, run_state: dict
+) -> None:
+    """As `save_best`, with the state of the run: optimizer, scheduler, scaler, RNG, and what the loop counts."""
+    payload = _decoder_payload(model, info, epoch=epoch, metrics=metrics, args=args)
+    _save(path, {**payload, "run_state": run_state})
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this project, without running what a pickle may hold.
+
+    Raises:
+        UserError: it is missing, damaged, or another kind of file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint (train_bdd100k.py writes {BEST} and {LATEST})")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, AttributeError):
+        raise UserError(f"{path}: truncated, or not a checkpoint of train_bdd100k.py; take another one") from None
+    if not isinstance(payload, dict) or not {"format_version", "info", "model"} <= payload.keys():
+        hint = "give a SAM checkpoint as --sam_checkpoint and a fine-tuned one as --model_checkpoint"
+        raise UserError(f"{path}: not a checkpoint of train_bdd100k.py ({hint})")
+    if payload["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path}: format {payload['format_version']}, this version reads {FORMAT_VERSION}")
+    if payload["class_names"] != list(CLASS_NAMES):
+        count = len(payload["class_names"])
+        raise UserError(f"{path}: trained on {count} classes, which are not BDD100K's {len(CLASS_NAMES)}")
+    payload["info"] = ModelInfo(**payload["info"])
+    return payload
+
+
+def load_decoder(model: BoxSegmenter, state: dict[str, Tensor], source: Path) -> None:
+    """Load a checkpoint's "model" strictly.
+
+    Raises:
+        UserError: names the keys that are missing, foreign or of another shape.
+    """
+    expected = _decoder_state(model)
+    wrong = sorted(expected.keys() ^ state.keys()) or [k for k in expected if state[k].shape != expected[k].shape]
+    if wrong:
+        some = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        raise UserError(f"{source}: its mask decoder does not fit: {len(wrong)} keys differ ({some})")
+    model.mask_decoder.load_state_dict({key.removeprefix(_PREFIX): value for key, value in state.items()})
+
+
+def _decoder_state(model: BoxSegmenter) -> dict[str, Tensor]:
+    return {_PREFIX + key: value for key, value in model.mask_decoder.state_dict().items()}
+
+
+def _decoder_payload(model: BoxSegmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "info": asdict(info),
+        "class_names": list(CLASS_NAMES),
+        "epoch": epoch,
+        "metrics": metrics,
+        "args": args,
+        "model": _decoder_state(model),
+    }
+
+
+def _save(path: Path, payload: dict[str, Any]) -> None:
+    # Serialised before the file is opened: a full disk is then an error of writing, which leaves the old file alone.
+    buffer = io.BytesIO()
+    torch.save(payload, buffer)
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())

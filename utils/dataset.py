@@ -1,0 +1,180 @@
+"""Data sets over the npy folders that `pre_bdd100k.py` writes, and the order in which training goes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from utils.bdd100k import IGNORE_LABEL
+from utils.boxes import class_boxes, jitter_boxes
+from utils.errors import UserError
+from utils.files import check_npy
+from utils.manifest import read_manifest
+
+FILLER = -1  # an index that stands for no image; see `TrainingSampler`
+
+
+class NpyFolder:
+    """A preprocessed, labelled split, every file of which was found to be whole."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            UserError: the folder was not written to its end by `pre_bdd100k.py`, has no labels, or a file of it is
+                missing, damaged or of another shape.
+        """
+        manifest = read_manifest(folder)
+        if not manifest.labelled:
+            raise UserError(f"{folder}: this split has no labels (gts/); take one that has, such as train or val")
+        if not manifest.items:
+            raise UserError(f"{folder}: manifest.json lists no image; run pre_bdd100k.py again")
+        self.folder = folder
+        self.image_size = manifest.image_size
+        self.resize_mode = manifest.resize_mode
+        self.items = manifest.items
+        frame = (manifest.image_size, manifest.image_size)
+        for item in self.items:
+            check_npy(self._path("imgs", item.name), (*frame, 3), manifest.image_dtype)
+            check_npy(self._path("gts", item.name), frame, "uint8")
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image, S x S x 3 of the stored dtype, and labels, S x S uint8.
+
+        Raises:
+            UserError: the file has gone or changed since it was checked.
+        """
+        name = self.items[index].name
+        arrays = []
+        for kind in ("imgs", "gts"):
+            path = self._path(kind, name)
+            try:
+                arrays.append(np.load(path, allow_pickle=False))
+            except (OSError, ValueError, EOFError) as error:
+                raise UserError(f"{path}: became unreadable while it was in use ({error})") from None
+        return arrays[0], arrays[1]
+
+    def _path(self, kind: str, name: str) -> Path:
+        return self.folder / kind / f"{name}.npy"
+
+
+# 修改点 1: BDD100K 数据集类：每张图随机取类别，以其外接框（带抖动）作为提示
+class BoxPromptDataset(Dataset[dict[str, Any]]):
+    """Images with `classes_per_image` random classes of each as prompts: the class's tight box, jittered.
+
+    What is random about a sample is a function of seed, epoch and index alone, so any number of workers and
+    processes draws the same.
+    """
+
+    def __init__(self, source: NpyFolder, *, classes_per_image: int, bbox_shift: int, seed: int) -> None:
+        """
+        Args:
+            bbox_shift: the most that a box's side may move, in pixels of the S x S frame.
+        """
+        self.source = source
+        self.classes_per_image = classes_per_image
+        self.bbox_shift = bbox_shift
+        self.seed = seed
+        self.epoch = 0
+        # An image without a single labelled pixel has nothing to teach.
+        self.indices = [i for i, item in enumerate(source.items) if any(item.pixels)]
+        if not self.indices:
+            raise UserError(f"{source.folder}: no image has a labelled pixel; check the masks given to pre_bdd100k.py")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch to draw for; takes effect when the loader starts its next pass."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample, with K = `classes_per_image`.
+
+        Returns:
+            image: S x S x 3 as stored; labels: S x S uint8; class_ids: K int64; boxes: K x 4 float32 xyxy;
+            valid: K bool, False where the image has fewer than K classes, or the index is `FILLER`; name.
+        """
+        source_index = self.indices[max(index, 0)]
+        image, labels = self.source.read(source_index)
+        present, boxes = class_boxes(labels)
+        rng = np.random.default_rng((self.seed, self.epoch, max(index, 0)))
+        count = min(self.classes_per_image, len(present))
+        chosen = rng.choice(len(present), size=count, replace=False)
+
+        k = self.classes_per_image
+        class_ids = np.full(k, IGNORE_LABEL, dtype=np.int64)
+        prompt_boxes = np.zeros((k, 4), dtype=np.float32)
+        class_ids[:count] = present[chosen]
+        prompt_boxes[:count] = jitter_boxes(boxes[chosen], self.source.image_size, self.bbox_shift, rng)
+        return {
+            "image": torch.from_numpy(image),
+            "labels": torch.from_numpy(labels),
+            "class_ids": torch.from_numpy(class_ids),
+            "boxes": torch.from_numpy(prompt_boxes),
+            "valid": torch.arange(k) < (count if index != FILLER else 0),
+            "name": self.source.items[source_index].name,
+        }
+
+
+class EvaluationDataset(Dataset[dict[str, Any]]):
+    """Every image of a split, with the tight box of every class in it: *oracle* prompts, from the ground truth."""
+
+    def __init__(self, source: NpyFolder) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """image: S x S x 3 as stored; labels: S x S uint8; class_ids: K int64 and boxes: K x 4 float32; name."""
+        image, labels = self.source.read(index)
+        class_ids, boxes = class_boxes(labels)
+        return {
+            "image": torch.from_numpy(image),
+            "labels": torch.from_numpy(labels),
+            "class_ids": torch.from_numpy(class_ids),
+            "boxes": torch.from_numpy(boxes),
+            "name": self.source.items[index].name,
+        }
+
+
+def collate_evaluation(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack images and labels; class_ids, boxes and names differ in number from image to image and stay lists."""
+    batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
+    return {**batch, "image": torch.stack(batch["image"]), "labels": torch.stack(batch["labels"])}
+
+
+# 修改点 11: 分布式采样器：每轮每张图恰好出现一次，不重复补齐
+class TrainingSampler(Sampler[list[int]]):
+    """The batches of one process: every image once an epoch, in an order that does not depend on the layout.
+
+    The shuffled epoch is cut into batches, and the processes take them in turn. With any split of the same global
+    batch into processes and accumulation steps, an optimizer step therefore sees the same images. Where the batches
+    do not go round, a process without one is given `[FILLER]`, so that all take part in the same number of steps
+    without any image counting twice (which is why this is not PyTorch's padding `DistributedSampler`).
+    """
+
+    def __init__(self, num_samples: int, *, batch_size: int, rank: int, world_size: int, seed: int) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples).tolist()
+        for step in range(len(self)):
+            start = (step * self.world_size + self.rank) * self.batch_size
+            yield order[start : start + self.batch_size] or [FILLER]

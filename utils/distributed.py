@@ -1,0 +1,113 @@
+"""Every call into `torch.distributed` lives here; with one process each function is the identity."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.errors import UserError
+
+LAUNCH_HINT = "python -m torch.distributed.launch --nproc_per_node=4 train_bdd100k.py ... --world_size 4 --distributed"
+
+
+# 修改点 9: 初始化分布式训练（rank、world_size 由启动器的环境变量给出）
+def setup(*, requested: bool, world_size: int | None, node_rank: int | None, init_method: str, device: str) -> None:
+    """Join the process group that the launcher describes; without a launcher, stay a single process.
+
+    Args:
+        requested: `--distributed` was given, so a launcher must be there.
+        world_size, node_rank: what the user believes; checked against the launcher, which knows.
+        device: "cpu" takes gloo, anything else NCCL.
+
+    Raises:
+        UserError: no launcher, or one that contradicts the flags.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not launched:
+        if requested or (world_size or 1) > 1:
+            raise UserError(f"distributed training needs a launcher: {LAUNCH_HINT}")
+        return
+    actual = int(os.environ["WORLD_SIZE"])
+    if world_size is not None and world_size != actual:
+        raise UserError(f"--world_size {world_size}, but the launcher started {actual} processes; make them agree")
+    # GROUP_RANK is the launcher's name for the rank of this machine.
+    actual_node = int(os.environ.get("GROUP_RANK", "0"))
+    if node_rank is not None and node_rank != actual_node:
+        raise UserError(f"--node_rank {node_rank}, but the launcher calls this node {actual_node}; make them agree")
+    if device == "cpu":
+        backend = "gloo"
+    else:
+        backend = "nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, init_method=init_method, rank=int(os.environ["RANK"]), world_size=actual)
+
+
+def cleanup() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """The rank among this machine's processes, which is the index of the card to use."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather(value: Any) -> list[Any]:
+    """Every process's value (a small picklable object), in the order of ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: Any) -> Any:
+    """The main process's value, everywhere."""
+    return all_gather(value)[0]
+
+
+# 修改点 10: 使用 DDP 包装模型（只同步可训练的 Mask Decoder 参数）
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap in DDP where there are several processes. Frozen parameters take no part in it."""
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+# 修改点 12: DDP + 梯度累积：仅在每组最后一步同步梯度
+def sync_gradients(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+    """Context of a forward and backward pass that communicates gradients only if `enabled`."""
+    if enabled or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()

@@ -1,0 +1,70 @@
+"""What a training run leaves to read: one JSON line an epoch, a curve, and TensorBoard or W&B where asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.visualize import save_loss_curve
+
+
+class RunLogger:
+    """Writes each epoch's figures to `log.jsonl`, `loss_curve.png` and, where asked, TensorBoard and W&B."""
+
+    def __init__(
+        self, folder: Path, *, history: list[dict[str, Any]], config: dict[str, Any], tensorboard: bool, wandb: bool
+    ) -> None:
+        """
+        Args:
+            folder: the run's folder.
+            history: the epochs before this start of the run, [] unless resumed; `log.jsonl` is cut back to them.
+            config: the resolved configuration, written to `config.json`.
+
+        Raises:
+            UserError: TensorBoard or W&B was asked for and is not installed.
+        """
+        self.folder = folder
+        self.history = list(history)
+        self._writer = _tensorboard_writer(folder, first_epoch=len(history)) if tensorboard else None
+        self._wandb = _wandb_run(folder, config) if wandb else None
+        (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+        (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in self.history))
+
+    def log_epoch(self, record: dict[str, Any]) -> None:
+        """Record an epoch; `record["epoch"]` is its number, from 0."""
+        self.history.append(record)
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        save_loss_curve(self.folder / "loss_curve.png", self.history)
+        scalars = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "epoch"}
+        if self._writer:
+            for key, value in scalars.items():
+                self._writer.add_scalar(key, value, record["epoch"])
+            self._writer.flush()
+        if self._wandb:
+            self._wandb.log(scalars, step=record["epoch"])
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _tensorboard_writer(folder: Path, first_epoch: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--use_tensorboard needs TensorBoard: pip install tensorboard") from None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+
+
+def _wandb_run(folder: Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("-use_wandb needs Weights & Biases: pip install wandb") from None
+    # WANDB_MODE=offline keeps everything in the run's folder, to be uploaded later or never.
+    return wandb.init(project="sam-bdd100k", name=folder.name, dir=str(folder), config=config)

@@ -1,0 +1,51 @@
+"""The losses of a prompted mask, each one number a prompt, in float32, over labelled pixels only."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from monai.losses import DiceLoss
+from torch import Tensor
+
+from utils.bdd100k import IGNORE_LABEL
+
+# Squared denominator, as MedSAM trains its mask decoder (Ma et al., 2024).
+_dice_loss = DiceLoss(sigmoid=False, squared_pred=True, reduction="none")
+
+
+def prompt_losses(
+    low_res_masks: Tensor, iou_predictions: Tensor, labels: Tensor, class_ids: Tensor
+) -> dict[str, Tensor]:
+    """Dice and BCE of each prompt's mask against its class, and the squared error of the IoU predicted for it.
+
+    Logits are upsampled to the labels' size first, so that thin classes are learned at the size they are scored at.
+    Pixels of value 255 count in none of the three.
+
+    Args:
+        low_res_masks: B x Q x h x w logits.
+        iou_predictions: B x Q.
+        labels: B x S x S uint8.
+        class_ids: B x Q int64.
+
+    Returns:
+        "dice", "bce" and "iou", each B x Q float32.
+    """
+    b, q = class_ids.shape
+    logits = F.interpolate(low_res_masks.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
+    target = labels[:, None] == class_ids[:, :, None, None]  # B x Q x S x S
+    labelled = (labels != IGNORE_LABEL)[:, None].expand_as(target)
+
+    bce = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none") * labelled
+    num_labelled = labelled.flatten(2).sum(-1).clamp(min=1)
+    # Masked after the sigmoid: a masked logit would still be a probability of one half.
+    dice = _dice_loss((logits.sigmoid() * labelled).flatten(0, 1)[:, None], target.float().flatten(0, 1)[:, None])
+
+    with torch.no_grad():  # the true IoU is what the IoU head should say; the mask is not to be moved by it
+        claimed = (logits > 0) & labelled
+        intersection = (claimed & target).flatten(2).sum(-1)
+        true_iou = intersection / (claimed | target).flatten(2).sum(-1).clamp(min=1)
+    return {
+        "dice": dice.view(b, q),
+        "bce": bce.flatten(2).sum(-1) / num_labelled,
+        "iou": (iou_predictions.float() - true_iou).square(),
+    }

@@ -1,0 +1,75 @@
+"""Where the model runs and in what: the device, and the type that autocast takes its matrix products in."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+AMP_DTYPES = ("auto", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`amp_dtype` None is float32 throughout."""
+
+    device: torch.device
+    amp_dtype: torch.dtype | None = None
+
+    # 修改点 7: AMP 混合精度：autocast 只包住模型，损失与指标始终为 float32
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """The loss scaler that fp16 needs for its narrow range; disabled, and so the identity, for the others."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
+
+    def images(self, batch: dict[str, Any]) -> Tensor:
+        """The batch's images on the device, B x 3 x S x S; stored as B x S x S x 3, they are channels-last there."""
+        return self.to_device(batch["image"]).permute(0, 3, 1, 2)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+
+def resolve_precision(device_name: str | None, *, local_rank: int, use_amp: bool, amp_dtype: str) -> Precision:
+    """Turn the flags into a `Precision`.
+
+    Args:
+        device_name: "cpu", "cuda" or "cuda:N"; None is CUDA where there is one.
+        local_rank: the card to take where the name has no number, or several processes share a machine.
+        amp_dtype: "auto" is bf16 where the device has it and fp16 elsewhere (Turing, such as the 2080 Ti).
+
+    Raises:
+        UserError: the device does not exist here, or cannot compute in the type.
+    """
+    if device_name is None:
+        device_name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device_name)
+    except RuntimeError:
+        raise UserError(f"--device {device_name}: not a device; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {device_name}: PyTorch finds no CUDA here; use --device cpu")
+        index = local_rank if device.index is None or local_rank else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(f"--device {device_name}: there are only {torch.cuda.device_count()} CUDA devices here")
+        device = torch.device("cuda", index)
+    elif device.type != "cpu":
+        raise UserError(f"--device {device_name}: not supported; use cpu, cuda or cuda:N")
+
+    if not use_amp:
+        return Precision(device)
+    has_bf16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if amp_dtype == "bf16" and not has_bf16:
+        raise UserError("--amp_dtype bf16: this card cannot compute in bf16; use fp16")
+    use_bf16 = amp_dtype == "bf16" or (amp_dtype == "auto" and has_bf16)
+    return Precision(device, torch.bfloat16 if use_bf16 else torch.float16)

@@ -1,0 +1,123 @@
+"""A training run's folder: where it is, what is written into it, and how a stopped run is taken up again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import checkpoint, distributed
+from utils.checkpoint import BEST, LATEST, ModelInfo
+from utils.errors import UserError
+from utils.log import RunLogger
+from utils.model import BoxSegmenter
+
+
+class Run:
+    """Checkpoints, logs and the history of epochs. Only the main process writes; all of them read on resuming."""
+
+    def __init__(
+        self,
+        *,
+        work_dir: Path,
+        task_name: str,
+        resume: Path | None,
+        model: BoxSegmenter,
+        info: ModelInfo,
+        stateful: Mapping[str, Any],
+        config: Mapping[str, Any],
+        choose_by_miou: bool,
+        tensorboard: bool,
+        wandb: bool,
+    ) -> None:
+        """
+        Args:
+            resume: a run's folder or its `latest`, to go on in that folder; None makes a new one in `work_dir`.
+            stateful: what has `state_dict` and `load_state_dict` and belongs into `latest`.
+            config: the resolved configuration; it goes into `config.json` and the checkpoints.
+            choose_by_miou: the best epoch has the highest "val_miou", not the lowest "train_loss".
+
+        Raises:
+            UserError: `resume` names nothing, or a run that does not fit the model.
+        """
+        self.model, self.info, self.stateful, self.choose_by_miou = model, info, stateful, choose_by_miou
+        # Checkpoints load with weights_only, which knows no Path.
+        self.config = {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}
+        self.history: list[dict[str, Any]] = []
+        self.best_score = -math.inf
+        if resume:
+            latest = resume / LATEST if resume.is_dir() else resume
+            self._resume(latest)
+            self.folder = latest.parent
+        else:
+            self.folder = distributed.broadcast(_new_folder(work_dir, task_name) if distributed.is_main() else None)
+        self.logger = (
+            RunLogger(self.folder, history=self.history, config=self.config, tensorboard=tensorboard, wandb=wandb)
+            if distributed.is_main()
+            else None
+        )
+
+    def _resume(self, latest: Path) -> None:
+        state = checkpoint.load_checkpoint(latest)
+        state["info"].require_same(self.info, latest)
+        if "run_state" not in state:
+            raise UserError(f"{latest}: holds no state to resume from; give the run's {LATEST}")
+        checkpoint.load_decoder(self.model, state["model"], latest)
+        run_state = state["run_state"]
+        for name, part in self.stateful.items():
+            part.load_state_dict(run_state[name])
+        torch.set_rng_state(run_state["rng"])
+        self.history, self.best_score = run_state["history"], run_state["best_score"]
+
+    def finish_epoch(self, record: dict[str, Any]) -> None:
+        """Log an epoch and write the checkpoints: `latest` always, `best` if this epoch is the best so far.
+
+        Args:
+            record: "epoch", "train_loss", "seconds", "images_per_second", and "val_miou" where it was measured.
+        """
+        self.history.append(record)
+        score = record.get("val_miou", -math.inf) if self.choose_by_miou else -record["train_loss"]
+        is_best = score > self.best_score
+        self.best_score = max(score, self.best_score)
+        if self.logger is None:
+            return
+        metadata = {"epoch": record["epoch"], "metrics": record, "args": self.config}
+        run_state = {name: part.state_dict() for name, part in self.stateful.items()}
+        run_state |= {"rng": torch.get_rng_state(), "history": self.history, "best_score": self.best_score}
+        if is_best:
+            checkpoint.save_best(self.folder / BEST, self.model, self.info, **metadata)
+        checkpoint.save_latest(self.folder / LATEST, self.model, self.info, **metadata, run_state=run_state)
+        self.logger.log_epoch(record)
+        miou = f", val mIoU {record['val_miou']:.4f}" if "val_miou" in record else ""
+        print(
+            f"epoch {record['epoch']}: loss {record['train_loss']:.4f}{miou}, {record['seconds']:.0f} s, "
+            f"{record['images_per_second']:.2f} images/s{' (best)' if is_best else ''}",
+            flush=True,
+        )
+
+    def finish(self) -> None:
+        """Close the logs and say where everything is."""
+        if self.logger is None:
+            return
+        self.logger.close()
+        print(f"\nBest model: {self.folder / BEST}")
+        print(f"To go on: --resume {self.folder / LATEST}")
+        print(f"Log and curve: {self.folder / 'log.jsonl'}, {self.folder / 'loss_curve.png'}")
+
+
+def _new_folder(work_dir: Path, task_name: str) -> Path:
+    """Make `<work_dir>/<task_name>-<YYYYMMDD-HHMM>`, numbered if another run took the name in the same minute."""
+    base = work_dir / f"{task_name}-{datetime.now():%Y%m%d-%H%M}"
+    for folder in (base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 100))):
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror}); give another --work_dir") from None
+    raise UserError(f"{base}: too many runs of this name in one minute; give another -task_name")
