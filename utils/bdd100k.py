@@ -1,14 +1,19 @@
-"""BDD100K's semantic segmentation: the one table of its 19 classes, and finding and pairing its files.
+"""BDD100K's semantic segmentation: the one table of its 19 classes, and finding, pairing and reading its files.
 
 Ids, names and colours are the `trainId` table of BDD100K (and of Cityscapes, which it follows).
 """
 
 from __future__ import annotations
 
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from utils.errors import UserError
 
@@ -72,6 +77,7 @@ class Split:
 
     items: list[Item]
     labelled: bool
+    mask_dir: Path  # where masks were looked for
     images_without_mask: list[Path]
     masks_without_image: list[Path]
 
@@ -88,6 +94,7 @@ _LAYOUTS = (
     _Layout("images/10k/{split}", "labels/sem_seg/masks/{split}", ".png"),
     _Layout("seg/images/{split}", "seg/labels/{split}", "_train_id.png"),
 )
+_TRAIN_ID_HINT = "use labels/sem_seg/masks/<split>/<name>.png or seg/labels/<split>/<name>_train_id.png"
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -98,30 +105,140 @@ def find_split(root: Path, split: str) -> Split:
     Otherwise an image without a mask, or a mask without an image, is listed in the result and not paired.
 
     Raises:
-        UserError: `root` is no folder, has no such split, or the split holds no image.
+        UserError: `root` is no folder, has no such split, the split holds no image, or no image has a mask though
+            there are masks.
     """
+    if Path(split).name != split or split in ("", ".."):  # it names a folder to read and one to write: none elsewhere
+        raise UserError(f"split {split!r}: not a plain folder name (use train, val or test)")
     if not root.is_dir():
         raise UserError(f"{root}: no such folder (point --bdd100k_root at the unpacked BDD100K)")
-    layout = next((lay for lay in _LAYOUTS if (root / lay.images.format(split=split)).is_dir()), None)
-    if layout is None:
-        places = " or ".join(str(root / lay.images.format(split=split)) for lay in _LAYOUTS)
-        raise UserError(f"{root}: no images of split {split!r} (looked for {places})")
+    layout = _find_layout(root, split)
     image_dir, mask_dir = (root / folder.format(split=split) for folder in (layout.images, layout.masks))
 
     images: dict[str, Path] = {}
-    for path in sorted(image_dir.iterdir()):
+    for path in _visible(image_dir):
         if path.suffix.lower() in _IMAGE_SUFFIXES:
             if path.stem in images:
                 raise UserError(f"{path}: a second image named {path.stem!r} beside {images[path.stem].name}; keep one")
             images[path.stem] = path
+    images = dict(sorted(images.items()))  # by stem, which is not quite the order of the file names
     if not images:
         raise UserError(f"{image_dir}: no .jpg or .png image in this folder")
-    masks = {path.name.removesuffix(layout.mask_suffix): path for path in mask_dir.glob(f"*{layout.mask_suffix}")}
+    masks = {
+        path.name.removesuffix(layout.mask_suffix): path
+        for path in _visible(mask_dir)
+        if path.name.endswith(layout.mask_suffix)
+    }
     if not masks:
-        return Split([Item(name, path, None) for name, path in images.items()], False, [], [])
+        return Split([Item(name, path, None) for name, path in images.items()], False, mask_dir, [], [])
+    items = [Item(name, images[name], masks[name]) for name in images if name in masks]
+    if not items:
+        name = next(iter(images))
+        raise UserError(f"{mask_dir}: no mask here belongs to any image of {image_dir} "
+                        f"({images[name].name} needs {name}{layout.mask_suffix})")
     return Split(
-        items=[Item(name, images[name], masks[name]) for name in images if name in masks],
+        items=items,
         labelled=True,
+        mask_dir=mask_dir,
         images_without_mask=[path for name, path in images.items() if name not in masks],
         masks_without_image=[path for name, path in sorted(masks.items()) if name not in images],
     )
+
+
+def _find_layout(root: Path, split: str) -> _Layout:
+    for layout in _LAYOUTS:
+        if (root / layout.images.format(split=split)).is_dir():
+            return layout
+    # The archives hold a folder `bdd100k` themselves, so the data often lie one level deeper than meant.
+    for layout in _LAYOUTS:
+        for deeper in sorted(root.glob(f"*/{layout.images.format(split=split)}")):
+            found = root / deeper.relative_to(root).parts[0]
+            raise UserError(f"{root}: no images of split {split!r} here, but in {found} (use --bdd100k_root {found})")
+    places = " or ".join(str(root / layout.images.format(split=split)) for layout in _LAYOUTS)
+    raise UserError(f"{root}: no images of split {split!r} (looked for {places})")
+
+
+def _visible(folder: Path) -> list[Path]:
+    """The folder's entries by name, without hidden ones (macOS packs a `._x.jpg` beside every `x.jpg`)."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open a JPEG or PNG without decoding it yet; whatever Pillow finds wrong, then or later, is a `UserError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and the like, which says nothing of the pixels
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=("JPEG", "PNG")) as image:
+                image.verify()  # a PNG's checksums, which decoding alone does not compare; nothing for a JPEG
+            with Image.open(path, formats=("JPEG", "PNG")) as image:
+                yield image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"{path}: its header claims an absurd size (the file is damaged: get it again)") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{path}: neither a JPEG nor a PNG image (the file is damaged: get it again)") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's word: no such file, no permission
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be decoded: {error} (the file is damaged: get it again)") from None
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image file, from its header alone.
+
+    Raises:
+        UserError: the file is missing or is no image.
+    """
+    with _opened(path) as image:
+        return image.height, image.width
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read an image whole as (H, W, 3) uint8 RGB; greyscale becomes RGB.
+
+    Pixels come as they are stored: EXIF orientation is not applied, since the mask was drawn on the stored ones.
+
+    Raises:
+        UserError: the file is missing, truncated (which OpenCV would fill with grey), damaged, or not of 8 bits.
+    """
+    with _opened(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise UserError(f"{path}: not an 8-bit image (Pillow mode {image.mode}); convert it to 8 bits a channel")
+        if image.format != "PNG" and not _has_end(path):
+            raise UserError(f"{path}: truncated, the JPEG has no end (the file is damaged: get it again)")
+        return np.asarray(image.convert("RGB"))
+
+
+def _has_end(path: Path) -> bool:
+    """Whether a JPEG's last scan is followed by the end-of-image marker; neither can occur inside a scan.
+
+    Pillow notices a file that is cut off, but takes one whose missing end was filled with zeros, which is what an
+    interrupted download or a full disk may leave, for an image with a flat lower part.
+    """
+    data = path.read_bytes()
+    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+
+
+def read_mask(path: Path, height: int, width: int) -> np.ndarray:
+    """Read a mask of train ids as (height, width) uint8 holding 0-18 and 255 only.
+
+    Raises:
+        UserError: the file is missing or damaged, is colour-coded, is of another size, or holds other labels.
+    """
+    with _opened(path) as image:
+        if image.mode != "L":
+            modes = {"P": "a colour-coded (palette)", "RGB": "a colour-coded (RGB)", "RGBA": "a colour-coded (RGBA)"}
+            kind = modes.get(image.mode, f"no 8-bit greyscale (Pillow mode {image.mode})")
+            raise UserError(f"{path}: {kind} picture, not one train id per pixel ({_TRAIN_ID_HINT})")
+        if (image.height, image.width) != (height, width):
+            raise UserError(f"{path}: mask is {image.width}x{image.height}, its image {width}x{height} "
+                            "(they must be of one size)")
+        mask = np.asarray(image)
+    present = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+    foreign = [int(label) for label in present if label >= NUM_CLASSES and label != IGNORE_LABEL]
+    if foreign:
+        shown = ", ".join(map(str, foreign[:10])) + (f" and {len(foreign) - 10} more" if len(foreign) > 10 else "")
+        raise UserError(f"{path}: holds labels {shown}, allowed are 0-{NUM_CLASSES - 1} and {IGNORE_LABEL} "
+                        f"({_TRAIN_ID_HINT})")
+    return mask

@@ -1,12 +1,17 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and arrays that are what they should be."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
+
+from utils.errors import UserError
 
 
 @contextmanager
@@ -15,6 +20,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     A reader, or a run that is killed at any moment, sees the old file or the new one, never a half of it. On an
     exception the temporary file is removed and `path` is left as it was.
+
+    Raises:
+        UserError: the file cannot be written (disk full, no permission, no such folder).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -23,5 +31,40 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it was renamed, or never made
+            temporary.unlink()
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what runs that were killed inside `atomic_write` left anywhere below `folder`; no other may be at work."""
+    for path in folder.rglob(".*.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def check_npy(path: Path, shape: tuple[int, ...], dtype: str) -> None:
+    """Check by header and length, without reading it, that a file is a whole .npy array of `shape` and `dtype`.
+
+    Raises:
+        UserError: it is missing, damaged, truncated, of another shape or type, or holds pickled objects.
+    """
+    hint = "run pre_bdd100k.py again with --overwrite"
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            formats = np.lib.format
+            read_header = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
+            actual_shape, fortran_order, actual_dtype = read_header(file)
+            missing = file.tell() + actual_dtype.itemsize * math.prod(actual_shape) - path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {hint}") from None
+    except (ValueError, OSError, EOFError, SyntaxError):
+        raise UserError(f"{path}: damaged, or not an .npy file; {hint}") from None
+    if actual_dtype.hasobject:
+        raise UserError(f"{path}: holds pickled objects, which are never loaded; {hint}")
+    if (actual_shape, actual_dtype, fortran_order) != (shape, np.dtype(dtype), False):
+        raise UserError(f"{path}: expected {dtype} of shape {shape}, found {actual_dtype} of {actual_shape}; {hint}")
+    if missing:
+        raise UserError(f"{path}: {'truncated' if missing > 0 else 'too long'} by {abs(missing)} bytes; {hint}")

@@ -1,0 +1,276 @@
+"""Turn BDD100K's images and masks into the .npy files that training and inference read.
+
+    python pre_bdd100k.py --bdd100k_root data/bdd100k --output_path data/bdd100k_npy --splits train val
+    python pre_bdd100k.py --bdd100k_root data/bdd100k --splits test --image_dtype uint8    # a quarter of the disk
+    python pre_bdd100k.py --bdd100k_root data/bdd100k --resize_mode pad --overwrite        # keep the aspect ratio
+
+Writes `<output_path>/<split>/imgs/<name>.npy` (S, S, 3) RGB in [0, 1], `gts/<name>.npy` (S, S) uint8 with ids 0-18 and
+255 = not labelled, and `manifest.json`. A run that was stopped goes on where it was when started again.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from argparse import Namespace
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from utils import cli
+from utils.bdd100k import CLASSES, IGNORE_LABEL, NUM_CLASSES, Item, Split, find_split, read_image, read_mask, read_size
+from utils.errors import UserError
+from utils.files import atomic_write, check_npy, remove_temporaries
+from utils.geometry import resize_image, resize_mask
+from utils.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, read_manifest
+from utils.parallel import run_jobs, usable_cores
+
+MAX_LISTED = 10  # files of one kind of trouble named one by one
+
+
+def get_args_parser() -> cli.Parser:
+    p = cli.Parser(description=__doc__)
+    p.add_flag("bdd100k_root", type=Path, required=True, help="folder of the unpacked BDD100K")
+    p.add_flag("output_path", type=Path, default=Path("data/bdd100k_npy"), help="folder to write")
+    p.add_flag("image_size", type=cli.image_size, default=1024, help="side S of the written arrays")
+    p.add_flag("splits", nargs="+", default=["train", "val"], help="splits to process")
+    p.add_flag("num_workers", type=cli.positive_int, default=usable_cores(), help="processes")
+    p.add_flag("image_dtype", choices=IMAGE_DTYPES, default="float32", help="uint8 holds 0-255, the others [0, 1]")
+    p.add_flag("resize_mode", choices=RESIZE_MODES, default="stretch", help="pad keeps the aspect ratio, as SAM does")
+    p.add_switch("overwrite", help="delete what earlier runs wrote for these splits, and redo it")
+    return p
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all files of a split have in common; files of other settings are never mixed in."""
+
+    image_size: int
+    image_dtype: str
+    resize_mode: str
+
+    def __str__(self) -> str:
+        return f"--image_size {self.image_size} --image_dtype {self.image_dtype} --resize_mode {self.resize_mode}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to be written into a split's folder; `done` if an earlier run has written it."""
+
+    item: Item
+    folder: Path
+    settings: Settings
+    done: bool = False
+
+    @property
+    def outputs(self) -> list[Path]:
+        return [self.folder / kind / f"{self.item.name}.npy" for kind in ("imgs", "gts")[: 2 if self.item.mask else 1]]
+
+
+def is_done(job: Job) -> bool:
+    """Whether the job's files are whole and no older than the image and the mask that they were made from."""
+    size = job.settings.image_size
+    forms = [((size, size, 3), job.settings.image_dtype), ((size, size), "uint8")]
+    try:
+        for path, (shape, dtype) in zip(job.outputs, forms):
+            check_npy(path, shape, dtype)
+    except UserError:
+        return False
+    sources = [path for path in (job.item.image, job.item.mask) if path]
+    written = min(path.stat().st_mtime_ns for path in job.outputs)
+    return written >= max(path.stat().st_mtime_ns for path in sources)
+
+
+def process(job: Job) -> ManifestItem | str:
+    """Write one image and its mask unless that is done.
+
+    Returns:
+        The manifest's entry; or, for a bad image or mask, one line saying so, and then nothing of the item is left.
+
+    Raises:
+        UserError: the output cannot be written.
+    """
+    item, settings = job.item, job.settings
+    try:
+        if job.done:
+            height, width = read_size(item.image)
+        else:
+            image = read_image(item.image)
+            height, width = image.shape[:2]
+            mask = read_mask(item.mask, height, width) if item.mask else None
+    except UserError as error:
+        for path in job.outputs:
+            path.unlink(missing_ok=True)
+        return str(error)
+    if not job.done:
+        arrays = [resize_image(image, settings.image_size, settings.resize_mode)]
+        if settings.image_dtype != "uint8":
+            arrays[0] = (arrays[0].astype(np.float32) / 255).astype(settings.image_dtype, copy=False)
+        if mask is not None:
+            arrays.append(resize_mask(mask, settings.image_size, settings.resize_mode))
+        for path, array in zip(job.outputs, arrays):
+            with atomic_write(path) as file:
+                np.save(file, array, allow_pickle=False)
+    if not item.mask:
+        return ManifestItem(item.name, height, width, [], 0)
+    counts = np.bincount(np.load(job.outputs[1], allow_pickle=False).ravel(), minlength=256).tolist()
+    return ManifestItem(item.name, height, width, counts[:NUM_CLASSES], counts[IGNORE_LABEL])
+
+
+def began_before(folder: Path, settings: Settings, labelled: bool) -> bool:
+    """Whether an earlier run of the same settings began `folder`, so that its files may be taken over.
+
+    Raises:
+        UserError: it holds files of other settings, or of unknown ones.
+    """
+    if not (folder / "manifest.json").exists():
+        if any(folder.glob("imgs/*.npy")) or any(folder.glob("gts/*.npy")):
+            raise UserError(f"{folder}: holds .npy files but no manifest.json (--overwrite deletes and redoes them)")
+        return False
+    earlier = read_manifest(folder, allow_incomplete=True)
+    found = Settings(earlier.image_size, earlier.image_dtype, earlier.resize_mode)
+    if found != settings:
+        raise UserError(f"{folder}: was written with {found}, not with {settings} (--overwrite redoes it)")
+    if earlier.labelled != labelled:
+        was, now = ("with", "none") if earlier.labelled else ("without", "some")
+        raise UserError(f"{folder}: was written {was} masks, and there are {now} now (--overwrite redoes it)")
+    return True
+
+
+def check_disk(output: Path, jobs: list[Job], overwrite: bool) -> None:
+    """Raise UserError unless the disk of `output` has room for what `jobs` still have to write."""
+    todo = [job for job in jobs if not job.done]
+
+    def needed(itemsize: int) -> int:
+        channels = (3 * itemsize + (job.item.mask is not None) for job in todo)
+        return sum(job.settings.image_size**2 * count for job, count in zip(todo, channels))
+
+    place = next(path for path in (output, *output.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if overwrite:  # these go before the first write
+        free += sum(path.stat().st_size for folder in {job.folder for job in jobs} for path in folder.glob("*/*.npy"))
+    itemsize = np.dtype(jobs[0].settings.image_dtype).itemsize
+    if needed(itemsize) > free:
+        advice = "use a smaller --image_size, or a larger disk"
+        if itemsize > 1:
+            advice = f"--image_dtype uint8 takes a quarter of float32: {needed(1) / 1e9:.3g} GB with the masks"
+        raise UserError(
+            f"{output}: needs {needed(itemsize) / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free on {place} ({advice})"
+        )
+
+
+def begin(folder: Path, manifest: Manifest, overwrite: bool) -> None:
+    """Make the split's folders and record its settings; with `overwrite`, delete what was there first."""
+    try:
+        if overwrite:
+            # The manifest first: should this be stopped half-way, files without a manifest are not taken over.
+            (folder / "manifest.json").unlink(missing_ok=True)
+            for path in [*folder.glob("imgs/*.npy"), *folder.glob("gts/*.npy")]:
+                path.unlink()
+            with suppress(OSError):  # a split without labels has no gts/; if other files are in it, it stays
+                (folder / "gts").rmdir()
+        for kind in ("imgs", "gts") if manifest.labelled else ("imgs",):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror} (choose another --output_path)") from None
+    remove_temporaries(folder)
+    manifest.write(folder)
+
+
+def unpaired(split: Split) -> list[str]:
+    """One line for each image without a mask and each mask without an image, the first ten of each kind."""
+    lines = []
+    kinds = {"image without a mask": split.images_without_mask, "mask without an image": split.masks_without_image}
+    for what, paths in kinds.items():
+        lines += [f"{path}: {what} (add the other or remove this one)" for path in paths[:MAX_LISTED]]
+        if len(paths) > MAX_LISTED:
+            lines.append(f"{paths[0].parent}: {what}: {len(paths)} in all, the first {MAX_LISTED} are listed above")
+    return lines
+
+
+def report(folder: Path, split: Split, manifest: Manifest, kept: int) -> None:
+    """Print a split's counts, its folder and, if it has labels, its pixels per class."""
+    earlier = f", {kept} of them by an earlier run" if kept else ""
+    found = len(split.items) + len(split.images_without_mask)
+    print(f"\n{folder}: {len(manifest.items)} of {found} images written{earlier}")
+    if not (manifest.labelled and manifest.items):
+        return
+    rows = [(c.id, c.name, sum(item.pixels[c.id] for item in manifest.items)) for c in CLASSES]
+    rows.append((IGNORE_LABEL, "not labelled", sum(item.ignored for item in manifest.items)))
+    total = sum(count for _, _, count in rows)
+    print(f" id  {'class':<14}{'pixels':>18}{'%':>9}")
+    for label, name, count in rows:
+        print(f"{label:>3}  {name:<14}{count:>18,}{100 * count / total:>9.3f}")
+
+
+def next_command(output: Path, manifests: dict[str, Manifest]) -> str | None:
+    """The command that trains on what was written; None where there is nothing to train on."""
+    usable = [name for name, manifest in manifests.items() if manifest.labelled and manifest.items]
+    train = next((name for name in ("train", *usable) if name in usable and name not in ("val", "test")), None)
+    if train is None:
+        return None
+    lines = [
+        f"python train_bdd100k.py -i {shlex.quote(str(output / train))} -task_name BDD100K-SAM-MaskDecoder",
+        "-model_type vit_b -checkpoint work_dir/SAM/sam_vit_b_01ec64.pth -work_dir ./work_dir",
+        "-batch_size 4 -num_epochs 100 -lr 5e-5 -use_amp --grad_acc_steps 4 --device cuda:0",
+    ]
+    if "val" in usable:
+        lines.append(f"--val_npy_path {shlex.quote(str(output / 'val'))}")
+    return " \\\n        ".join(lines)
+
+
+def main(args: Namespace) -> int:
+    settings = Settings(args.image_size, args.image_dtype, args.resize_mode)
+    # Everything that can be known to fail fails here, before the first write.
+    splits = {name: find_split(args.bdd100k_root, name) for name in dict.fromkeys(args.splits)}
+    jobs: dict[str, list[Job]] = {}
+    for name, split in splits.items():
+        folder = args.output_path / name
+        resumed = not args.overwrite and began_before(folder, settings, split.labelled)
+        jobs[name] = [Job(item, folder, settings) for item in split.items]
+        if resumed:
+            jobs[name] = [replace(job, done=is_done(job)) for job in jobs[name]]
+    check_disk(args.output_path, [job for split_jobs in jobs.values() for job in split_jobs], args.overwrite)
+
+    manifests = {
+        name: Manifest(**vars(settings), labelled=split.labelled, complete=False, items=[])
+        for name, split in splits.items()
+    }
+    for name, split in splits.items():
+        masks = f"{len(split.items)} with a mask" if split.labelled else f"no masks in {split.mask_dir}, so no gts/"
+        print(f"{name}: {len(split.items) + len(split.images_without_mask)} images, {masks}", flush=True)
+    errors: list[str] = []
+    try:
+        for name, manifest in manifests.items():
+            begin(args.output_path / name, manifest, args.overwrite)
+        # Seldom where stderr is a file, so that a log stays readable.
+        pace = 0.2 if sys.stderr.isatty() else 30
+        with tqdm(total=sum(map(len, jobs.values())), unit="image", mininterval=pace) as progress:
+            for name, split in splits.items():
+                progress.set_description(name)
+                results = run_jobs(process, jobs[name], args.num_workers, progress.update)
+                items = [result for result in results if isinstance(result, ManifestItem)]
+                errors += [result for result in results if isinstance(result, str)] + unpaired(split)
+                manifests[name] = replace(manifests[name], complete=True, items=items)
+                manifests[name].write(args.output_path / name)
+    finally:
+        for name in splits:
+            remove_temporaries(args.output_path / name)
+
+    for name, split in splits.items():
+        report(args.output_path / name, split, manifests[name], kept=sum(job.done for job in jobs[name]))
+    command = next_command(args.output_path, manifests)
+    if command:
+        print(f"\nNext:\n    {command}")
+    sys.stdout.flush()  # before the errors, in whatever file the two may share
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,254 @@
+"""The class table; finding, pairing and reading BDD100K's files."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.bdd100k import CLASS_NAMES, CLASSES, IGNORE_LABEL, NUM_CLASSES, PALETTE, find_split, read_image, read_mask
+from utils.errors import UserError
+
+NEW = ("images/10k/{}", "labels/sem_seg/masks/{}", ".png")
+OLD = ("seg/images/{}", "seg/labels/{}", "_train_id.png")
+
+
+def lay_out(root, layout, split, images, masks):
+    """Empty files: finding does not open them."""
+    image_dir, mask_dir = (root / folder.format(split) for folder in layout[:2])
+    for folder, names in ((image_dir, images), (mask_dir, masks)):
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).touch()
+    return image_dir, mask_dir
+
+
+def test_the_table_of_the_specification():
+    assert CLASS_NAMES == (
+        "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
+        "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+    )
+    assert [c.id for c in CLASSES] == list(range(NUM_CLASSES)) == list(range(19)) and IGNORE_LABEL == 255
+    assert len({c.color for c in CLASSES}) == 19
+    assert PALETTE.shape == (256, 3) and PALETTE.dtype == np.uint8
+    assert PALETTE[0].tolist() == [128, 64, 128] and PALETTE[18].tolist() == [119, 11, 32]
+    assert not PALETTE[19:].any()
+
+
+@pytest.mark.parametrize("layout", [NEW, OLD])
+def test_pairs_in_either_layout(tmp_path, layout):
+    suffix = layout[2]
+    images, masks = lay_out(tmp_path, layout, "val", ["b.jpg", "a.jpg", "c.PNG", "readme.txt"],
+                            [f"{name}{suffix}" for name in "bca"])
+    split = find_split(tmp_path, "val")
+    assert split.labelled and split.mask_dir == masks
+    assert [(item.name, item.image, item.mask) for item in split.items] == [
+        ("a", images / "a.jpg", masks / f"a{suffix}"),
+        ("b", images / "b.jpg", masks / f"b{suffix}"),
+        ("c", images / "c.PNG", masks / f"c{suffix}"),
+    ]
+    assert split.images_without_mask == split.masks_without_image == []
+
+
+def test_sorted_by_name_and_hidden_files_left_out(tmp_path):
+    lay_out(tmp_path, NEW, "train", ["a.jpg", "a-b.jpg", "._a.jpg", ".DS_Store"], ["a.png", "a-b.png", "._a.png"])
+    split = find_split(tmp_path, "train")
+    assert [item.name for item in split.items] == ["a", "a-b"]
+    assert split.masks_without_image == []
+
+
+def test_orphans_are_listed_not_paired(tmp_path):
+    images, masks = lay_out(tmp_path, NEW, "train", ["a.jpg", "b.jpg", "d.jpg"], ["b.png", "c.png", "e.png"])
+    split = find_split(tmp_path, "train")
+    assert [item.name for item in split.items] == ["b"]
+    assert split.images_without_mask == [images / "a.jpg", images / "d.jpg"]
+    assert split.masks_without_image == [masks / "c.png", masks / "e.png"]
+
+
+def test_other_files_beside_train_id_masks_are_not_masks(tmp_path):
+    _, masks = lay_out(tmp_path, OLD, "train", ["a.jpg"], ["a_train_id.png", "a_train_color.png", "a.png"])
+    assert [item.mask for item in find_split(tmp_path, "train").items] == [masks / "a_train_id.png"]
+
+
+@pytest.mark.parametrize("mask_folder", [True, False])
+def test_a_split_without_masks_is_unlabelled(tmp_path, mask_folder):
+    _, masks = lay_out(tmp_path, NEW, "test", ["a.jpg", "b.jpg"], [])
+    if not mask_folder:
+        masks.rmdir()
+    split = find_split(tmp_path, "test")
+    assert not split.labelled and [(item.name, item.mask) for item in split.items] == [("a", None), ("b", None)]
+    assert split.images_without_mask == []
+
+
+def test_nothing_to_find(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: no such folder .*--bdd100k_root"):
+        find_split(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match=r"no images of split 'train' \(looked for .*images/10k/train or .*seg/images"):
+        find_split(tmp_path, "train")
+    lay_out(tmp_path, NEW, "train", ["notes.txt"], ["a.png"])
+    with pytest.raises(UserError, match=r"images/10k/train: no \.jpg or \.png image"):
+        find_split(tmp_path, "train")
+
+
+def test_root_one_level_too_high(tmp_path):
+    lay_out(tmp_path / "bdd100k", NEW, "train", ["a.jpg"], ["a.png"])
+    with pytest.raises(UserError, match=rf"use --bdd100k_root {tmp_path / 'bdd100k'}\)"):
+        find_split(tmp_path, "train")
+
+
+def test_no_image_has_a_mask(tmp_path):
+    lay_out(tmp_path, NEW, "train", ["a.jpg", "b.jpg"], ["a_train_id.png"])
+    with pytest.raises(UserError, match=r"no mask here belongs to any image .*a\.jpg needs a\.png"):
+        find_split(tmp_path, "train")
+
+
+def test_two_images_of_one_name(tmp_path):
+    lay_out(tmp_path, NEW, "train", ["a.jpg", "a.png"], ["a.png"])
+    with pytest.raises(UserError, match=r"a second image named 'a' beside a\.jpg"):
+        find_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("split", ["../train", "train/", "a/b", "/etc", "..", ".", ""])
+def test_split_names_stay_in_their_folder(tmp_path, split):
+    lay_out(tmp_path, NEW, "train", ["a.jpg"], ["a.png"])
+    with pytest.raises(UserError, match="not a plain folder name"):
+        find_split(tmp_path, split)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def jpeg(array, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "JPEG", quality=95, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def scene():
+    """(48, 64, 3) uint8: red left, blue right, enough texture that a JPEG of it has some length."""
+    image = np.random.default_rng(0).integers(0, 60, (48, 64, 3), dtype=np.uint8)
+    image[:, :32, 0] += 180
+    image[:, 32:, 2] += 180
+    return image
+
+
+def test_reads_rgb(tmp_path, scene):
+    Image.fromarray(scene).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png"), scene)
+    (tmp_path / "a.jpg").write_bytes(jpeg(scene))
+    image = read_image(tmp_path / "a.jpg")
+    assert image.shape == (48, 64, 3) and image.dtype == np.uint8
+    assert image[:, :24, 0].mean() > 200 > 60 > image[:, :24, 2].mean()
+
+
+def test_greyscale_becomes_rgb(tmp_path, scene):
+    (tmp_path / "a.jpg").write_bytes(jpeg(scene[..., 0]))
+    image = read_image(tmp_path / "a.jpg")
+    assert image.shape == (48, 64, 3) and (image[..., :1] == image).all()
+
+
+def test_exif_orientation_does_not_turn_the_image(tmp_path, scene):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees to view"
+    (tmp_path / "a.jpg").write_bytes(jpeg(scene, exif=exif))
+    (tmp_path / "b.jpg").write_bytes(jpeg(scene))
+    assert np.array_equal(read_image(tmp_path / "a.jpg"), read_image(tmp_path / "b.jpg"))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.7, 0.95, 0.9995])
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_truncated_jpeg_is_noticed(tmp_path, scene, progressive, share, filled):
+    whole = jpeg(scene, progressive=progressive)
+    keep = int(len(whole) * share)
+    (tmp_path / "a.jpg").write_bytes(whole[:keep] + bytes(len(whole) - keep if filled else 0))
+    with pytest.raises(UserError, match=r"a\.jpg: .*the file is damaged"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_the_end_of_a_thumbnail_is_not_the_end_of_the_image(tmp_path, scene):
+    """A JPEG inside the EXIF of a truncated JPEG is whole."""
+    whole = jpeg(scene)
+    thumbnail = jpeg(scene[:16, :16])
+    app1 = b"\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+    data = whole[:2] + app1 + whole[2:]
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert read_image(tmp_path / "a.jpg").shape == (48, 64, 3)
+    (tmp_path / "a.jpg").write_bytes(data[:-200] + bytes(200))
+    with pytest.raises(UserError, match="truncated, the JPEG has no end"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_every_flipped_bit_of_a_png_is_noticed(tmp_path):
+    mask = np.repeat(np.arange(16, dtype=np.uint8), 64).reshape(32, 32)
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    for position in range(8, len(whole)):
+        (tmp_path / "a.png").write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        try:
+            assert np.array_equal(read_mask(tmp_path / "a.png", 32, 32), mask)  # say, in the name of a spare chunk
+        except UserError as error:
+            assert "a.png" in str(error) and "\n" not in str(error)
+
+
+def test_an_absurd_header_costs_no_memory(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    for side in (2_000_000_000, 12_000):  # at the second Pillow by itself only warns
+        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+        with pytest.raises(UserError, match=r"a\.png: its header claims an absurd size"):
+            read_image(tmp_path / "a.png")
+
+
+def test_what_is_no_image(tmp_path):
+    with pytest.raises(UserError, match=r"a\.jpg: cannot be read \(No such file or directory\)"):
+        read_image(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_text("<html>404</html>")
+    with pytest.raises(UserError, match="neither a JPEG nor a PNG"):
+        read_image(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").unlink()
+    (tmp_path / "a.jpg").mkdir()
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+        read_image(tmp_path / "a.jpg")
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "b.png")
+    with pytest.raises(UserError, match="not an 8-bit image"):
+        read_image(tmp_path / "b.png")
+
+
+def test_mask_values_come_as_they_are(tmp_path):
+    mask = np.array([[0, 18, 255], [7, 255, 0]], np.uint8)
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    assert np.array_equal(read_mask(tmp_path / "a.png", 2, 3), mask)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [([42], "labels 42,"), ([19, 254, 3], "labels 19, 254,"), (range(30, 50), "34, 35, 36, 37, 38, 39 and 10 more,")],
+)
+def test_labels_that_are_none(tmp_path, labels, said):
+    Image.fromarray(np.array([[0, 255, *labels]], np.uint8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=rf"a\.png: .*{said}.* allowed are 0-18 and 255"):
+        read_mask(tmp_path / "a.png", 1, len(labels) + 2)
+
+
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [("RGB", r"a colour-coded \(RGB\)"), ("RGBA", r"a colour-coded \(RGBA\)"), ("P", r"a colour-coded \(palette\)"),
+     ("1", "no 8-bit greyscale"), ("LA", "no 8-bit greyscale"), ("I;16", "no 8-bit greyscale")],
+)
+def test_pictures_that_are_no_masks(tmp_path, mode, said):
+    Image.new(mode, (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=rf"a\.png: {said}.*labels/sem_seg/masks/<split>/<name>\.png.*_train_id\.png"):
+        read_mask(tmp_path / "a.png", 4, 4)
+
+
+def test_mask_of_another_size(tmp_path):
+    Image.new("L", (4, 5)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png: mask is 4x5, its image 5x4"):
+        read_mask(tmp_path / "a.png", 4, 5)

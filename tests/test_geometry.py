@@ -1,0 +1,136 @@
+"""The S x S frame: sizes, sampling positions, padding, and the way back."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from utils.geometry import PAD_COLOR, fitted_size, resize_image, resize_mask, restore
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "mode", "expected"),
+    [
+        (720, 1280, 1024, "stretch", (1024, 1024)),
+        (720, 1280, 1024, "pad", (576, 1024)),
+        (1280, 720, 1024, "pad", (1024, 576)),
+        (360, 480, 256, "pad", (192, 256)),
+        (600, 600, 32, "pad", (32, 32)),
+        (5, 16, 32, "pad", (10, 32)),
+        (333, 1000, 64, "pad", (21, 64)),  # 21.312 goes down
+        (227, 640, 64, "pad", (23, 64)),  # 22.7 goes up
+        (25, 32, 16, "pad", (13, 16)),  # 12.5 goes up, as SAM rounds (Python's round would give 12)
+        (1, 5000, 64, "pad", (1, 64)),  # never nothing
+    ],
+)
+def test_fitted_size(height, width, size, mode, expected):
+    assert fitted_size(height, width, size, mode) == expected
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="resize_mode must be one of"):
+        fitted_size(4, 4, 16, "crop")
+
+
+def test_shrinking_averages_and_growing_interpolates():
+    columns = np.array([0, 100, 200, 40], dtype=np.uint8)
+    image = np.broadcast_to(columns[None, :, None], (4, 4, 3)).copy()
+    assert resize_image(image, 2, "stretch")[0, :, 0].tolist() == [50, 120]
+    # Twice as wide: values sit at pixel centres, so new pixels lie a quarter of the way between old ones.
+    assert resize_image(image, 8, "stretch")[0, :, 0].tolist() == [0, 25, 75, 125, 175, 160, 80, 40]
+
+
+def test_channels_keep_their_order():
+    image = np.zeros((6, 9, 3), dtype=np.uint8)
+    image[:] = (10, 20, 30)
+    assert resize_image(image, 16, "stretch").reshape(-1, 3).tolist() == [[10, 20, 30]] * 256
+
+
+def test_padding_is_at_the_bottom_and_right_and_vanishes_in_the_model():
+    wide, tall = np.full((8, 16, 3), 200, np.uint8), np.full((16, 8, 3), 200, np.uint8)
+    frame = resize_image(wide, 32, "pad")
+    assert (frame[:16] == 200).all() and (frame[16:] == PAD_COLOR).all()
+    frame = resize_image(tall, 32, "pad")
+    assert (frame[:, :16] == 200).all() and (frame[:, 16:] == PAD_COLOR).all()
+    # SAM's own padding is 0 after its normalisation; ours is within half a grey level of that.
+    normalised = (np.array(PAD_COLOR) - (123.675, 116.28, 103.53)) / (58.395, 57.12, 57.375)
+    assert np.abs(normalised).max() < 0.5 / 57
+
+
+def test_mask_padding_is_not_labelled():
+    frame = resize_mask(np.full((8, 16), 13, np.uint8), 32, "pad")
+    assert (frame[:16] == 13).all() and (frame[16:] == 255).all()
+
+
+def test_mask_takes_the_pixel_at_the_centre():
+    columns = np.broadcast_to(np.arange(6, dtype=np.uint8), (6, 6)).copy()
+    # The centres of thirds of six pixels are pixels 1 and 4; OpenCV's INTER_NEAREST would take 0 and 3.
+    assert resize_mask(columns, 2, "stretch").tolist() == [[1, 4], [1, 4]]
+    assert resize_mask(columns.T, 2, "stretch").tolist() == [[1, 1], [4, 4]]
+
+
+@pytest.mark.parametrize("mode", ["stretch", "pad"])
+@pytest.mark.parametrize("shape", [(54, 96), (96, 54), (40, 30)])
+def test_mask_and_image_are_sampled_at_the_same_places(mode, shape):
+    """A ramp resized as an image and as a mask differs by half an original pixel at the most, and not on average."""
+    ramp = np.broadcast_to(np.arange(shape[1], dtype=np.uint8), shape).copy()
+    height, width = fitted_size(*shape, 64, mode)
+    labels = resize_mask(ramp, 64, mode)[:height, :width].astype(float)
+    exact = cv2.resize(ramp.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    inner = slice(2, -2)  # at the border bilinear sampling has nothing to go on beyond the last pixel
+    difference = (labels - exact)[:, inner]
+    assert np.abs(difference).max() <= 0.5 + 1e-5
+    assert abs(difference.mean()) < 0.02
+
+
+def test_mask_gets_no_new_labels():
+    mask = np.random.default_rng(0).choice(np.array([0, 7, 18, 255], np.uint8), (45, 80))
+    for mode in ("stretch", "pad"):
+        assert set(np.unique(resize_mask(mask, 64, mode))) == {0, 7, 18, 255}
+
+
+def test_restore_by_hand():
+    logits = torch.tensor([[0.0, 8.0], [0.0, 8.0]])
+    # Half-pixel centres: twice the size puts a quarter of the neighbour into each inner pixel.
+    assert restore(logits, 4, 4, "stretch").tolist() == [[0, 2, 6, 8]] * 4
+
+
+def test_restore_crops_before_it_resizes():
+    logits = torch.zeros(4, 4)
+    logits[2:] = 1000.0  # the padding under a picture twice as wide as high
+    assert restore(logits, 8, 16, "pad").abs().max() == 0
+    assert restore(logits.T, 16, 8, "pad").abs().max() == 0
+    assert restore(logits, 8, 16, "stretch").abs().max() == 1000
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0, 3)])
+def test_restore_keeps_leading_dimensions_and_dtype(leading):
+    logits = torch.randn(*leading, 16, 16, dtype=torch.float64)
+    restored = restore(logits, 9, 12, "pad")
+    assert restored.shape == (*leading, 9, 12) and restored.dtype == torch.float64
+    if leading == (2, 3):  # each plane by itself
+        assert torch.equal(restored[1, 2], restore(logits[1, 2], 9, 12, "pad"))
+
+
+def test_restore_passes_gradients():
+    logits = torch.zeros(2, 16, 16, requires_grad=True)
+    restore(logits, 9, 12, "pad").sum().backward()
+    assert logits.grad is not None and logits.grad[:, :12].sum() == pytest.approx(2 * 9 * 12)
+    assert (logits.grad[:, 12:] == 0).all()
+
+
+def test_restore_wants_a_square():
+    with pytest.raises(ValueError, match=r"must be \(..., S, S\)"):
+        restore(torch.zeros(3, 4, 5), 9, 12, "stretch")
+
+
+@pytest.mark.parametrize("mode", ["stretch", "pad"])
+@pytest.mark.parametrize("shape", [(30, 40), (48, 32)])
+def test_there_and_back(mode, shape):
+    """A mask brought into a finer frame and back as logits is the same mask: no shift, no mirrored axes."""
+    mask = np.zeros(shape, np.uint8)
+    mask[: shape[0] // 2, 10:] = 1
+    mask[shape[0] // 2 + 3 :, : shape[1] // 3] = 2
+    frame = torch.from_numpy(resize_mask(mask, 192, mode)).long()
+    logits = torch.stack([(frame == label).float() for label in range(3)])
+    assert torch.equal(restore(logits, *shape, mode).argmax(0), torch.from_numpy(mask).long())

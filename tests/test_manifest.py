@@ -1,0 +1,87 @@
+"""manifest.json: what is written is read back, and nothing else is taken for one."""
+
+import json
+
+import pytest
+
+from utils.bdd100k import CLASS_NAMES
+from utils.errors import UserError
+from utils.manifest import FORMAT_VERSION, Manifest, ManifestItem, read_manifest
+
+
+def manifest(**changes):
+    items = [ManifestItem("a", 720, 1280, [5, *[0] * 17, 4], 1015), ManifestItem("b", 8, 9, [0] * 19, 1024)]
+    fields = {"image_size": 32, "image_dtype": "float16", "resize_mode": "pad", "labelled": True, "complete": True}
+    return Manifest(**{**fields, "items": items, **changes})
+
+
+def test_round_trip(tmp_path):
+    manifest().write(tmp_path)
+    assert read_manifest(tmp_path) == manifest()
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_the_file_as_others_read_it(tmp_path):
+    manifest().write(tmp_path)
+    fields = json.loads((tmp_path / "manifest.json").read_text())
+    assert fields["format_version"] == FORMAT_VERSION == 1
+    assert fields["class_names"] == list(CLASS_NAMES)
+    assert (fields["image_size"], fields["image_dtype"], fields["resize_mode"]) == (32, "float16", "pad")
+    assert fields["items"][0] == {
+        "name": "a", "height": 720, "width": 1280, "pixels": [5, *[0] * 17, 4], "ignored": 1015
+    }
+
+
+def test_unlabelled_round_trip(tmp_path):
+    unlabelled = manifest(labelled=False, items=[ManifestItem("a", 720, 1280, [], 0)])
+    unlabelled.write(tmp_path)
+    assert read_manifest(tmp_path) == unlabelled
+
+
+def test_a_stopped_run_is_told_apart(tmp_path):
+    manifest(complete=False, items=[]).write(tmp_path)
+    with pytest.raises(UserError, match=r"manifest\.json: .*stopped before its end; run pre_bdd100k\.py again"):
+        read_manifest(tmp_path)
+    assert read_manifest(tmp_path, allow_incomplete=True).image_size == 32
+
+
+def test_missing(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        read_manifest(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"manifest\.json: not found; .* was not written by pre_bdd100k\.py"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '{"format_version": 1}', '{"format_version": 1, "items": 3}']
+)
+def test_not_a_manifest(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json: not a manifest of pre_bdd100k\.py"):
+        read_manifest(tmp_path)
+
+
+def test_another_format_version(tmp_path):
+    manifest(format_version=2).write(tmp_path)
+    with pytest.raises(UserError, match="format 2, this version reads 1"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_size": 0},
+        {"image_size": "32"},
+        {"image_dtype": "object"},
+        {"resize_mode": "crop"},
+        {"class_names": ["road"]},
+        {"labelled": False},  # though its items count pixels
+        {"items": [ManifestItem("a", 720, 1280, [0] * 18, 0)]},
+        {"items": [ManifestItem("a", 0, 1280, [0] * 19, 0)]},
+        *[{"items": [ManifestItem(name, 7, 8, [0] * 19, 0)]} for name in ("../a", "/etc/a", "", "..", "a/b", 3)],
+    ],
+)
+def test_values_that_are_never_written(tmp_path, changes):
+    manifest(**changes).write(tmp_path)
+    with pytest.raises(UserError, match=r"manifest\.json: not a manifest of pre_bdd100k\.py"):
+        read_manifest(tmp_path)

@@ -1,0 +1,517 @@
+"""pre_bdd100k.py as its user meets it: what is written, what is said, and what a stopped or a bad run leaves behind."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from unittest.mock import ANY
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pre_bdd100k
+from utils import cli
+from utils.manifest import read_manifest
+
+SCRIPT = Path(pre_bdd100k.__file__)
+
+
+def draw(root, split, names, *, labelled=True, size=(24, 48)):
+    """Items of flat colour, each with the mask [1 | 13] above 255: a quarter, a quarter and a half of the pixels."""
+    images, masks = root / "images/10k" / split, root / "labels/sem_seg/masks" / split
+    images.mkdir(parents=True, exist_ok=True)
+    height, width = size
+    mask = np.full(size, 255, np.uint8)
+    mask[: height // 2] = np.where(np.arange(width) < width // 2, 1, 13)
+    for index, name in enumerate(names):
+        Image.new("RGB", (width, height), (255, 51, index)).save(images / f"{name}.jpg", quality=100, subsampling=0)
+        if labelled:
+            masks.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(masks / f"{name}.png")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """`train` of three items, `val` of one, `test` of two without masks."""
+    root = tmp_path / "bdd"
+    draw(root, "train", ["a", "b", "c"])
+    draw(root, "val", ["v"])
+    draw(root, "test", ["s", "t"], labelled=False)
+    return root
+
+
+@pytest.fixture
+def run(data, tmp_path, capsys):
+    """Run the script in this process on `data`; gives exit status, stdout, and the lines of stderr that are errors."""
+
+    def run(*argv, root=data, out="out"):
+        flags = ["--bdd100k_root", root, "--output_path", tmp_path / out, "--image_size", 32, "--num_workers", 1, *argv]
+        with pytest.raises(SystemExit) as end:
+            cli.run(lambda: pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(f) for f in flags])))
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err
+        assert not temporaries(tmp_path)
+        return end.value.code, said.out, [line for line in said.err.splitlines() if line.startswith("error:")]
+
+    return run
+
+
+def temporaries(folder):
+    return [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def load(*parts):
+    return np.load(Path(*parts), allow_pickle=False)
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_the_flags_of_the_specification():
+    args = pre_bdd100k.get_args_parser().parse_args(["--bdd100k_root", "data/bdd100k"])
+    assert vars(args) == {
+        "bdd100k_root": Path("data/bdd100k"),
+        "output_path": Path("data/bdd100k_npy"),
+        "image_size": 1024,
+        "splits": ["train", "val"],
+        "num_workers": len(os.sched_getaffinity(0)),
+        "image_dtype": "float32",
+        "resize_mode": "stretch",
+        "overwrite": False,
+    }
+
+
+def test_output_of_the_specification(run, tmp_path):
+    status, _, errors = run()
+    assert (status, errors) == (0, [])
+    out = tmp_path / "out"
+    kinds = {split: [f"{split}/{kind}/{name}.npy" for kind in ("imgs", "gts") for name in names]
+             for split, names in (("train", "abc"), ("val", "v"))}
+    assert set(contents(out)) == {*kinds["train"], *kinds["val"], "train/manifest.json", "val/manifest.json"}
+
+    image = load(out, "train/imgs/c.npy")
+    assert image.shape == (32, 32, 3) and image.dtype == np.float32
+    assert image.min() >= 0 and image.max() <= 1
+    assert np.abs(image - (1.0, 0.2, 2 / 255)).max() < 0.012  # RGB, as drawn, but for JPEG's rounding
+
+    gt = load(out, "train/gts/c.npy")
+    assert gt.shape == (32, 32) and gt.dtype == np.uint8
+    assert (gt[:16, :16] == 1).all() and (gt[:16, 16:] == 13).all() and (gt[16:] == 255).all()
+
+
+def test_manifest(run, tmp_path):
+    run()
+    manifest = read_manifest(tmp_path / "out/train")
+    assert (manifest.image_size, manifest.image_dtype, manifest.resize_mode) == (32, "float32", "stretch")
+    assert manifest.labelled and [item.name for item in manifest.items] == ["a", "b", "c"]
+    for item in manifest.items:
+        assert (item.height, item.width, item.ignored) == (24, 48, 512)
+        assert item.pixels == [256 if label in (1, 13) else 0 for label in range(19)]
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("uint8", 255), ("float16", 1)])
+def test_smaller_dtypes_hold_the_same_image(run, tmp_path, dtype, scale):
+    run()
+    run("--image_dtype", dtype, out="small")
+    image = load(tmp_path, "small/train/imgs/a.npy")
+    assert image.dtype == dtype
+    assert np.abs(image.astype(np.float32) / scale - load(tmp_path, "out/train/imgs/a.npy")).max() < 0.0005
+    assert read_manifest(tmp_path / "small/train").image_dtype == dtype
+
+
+def test_pad_keeps_the_aspect_ratio(run, tmp_path):
+    assert run("--resize_mode", "pad", "--image_dtype", "uint8")[0] == 0
+    image, gt = load(tmp_path, "out/train/imgs/a.npy"), load(tmp_path, "out/train/gts/a.npy")
+    assert (image[:16, :, 0] > 250).all() and (image[16:] == (124, 116, 104)).all()
+    assert (gt[:8, :16] == 1).all() and (gt[:8, 16:] == 13).all() and (gt[8:] == 255).all()
+    (item, *_), mode = read_manifest(tmp_path / "out/train").items, read_manifest(tmp_path / "out/train").resize_mode
+    assert (item.pixels[1], item.pixels[13], item.ignored, mode) == (128, 128, 768, "pad")
+
+
+def test_the_older_layout_gives_the_same(run, data, tmp_path):
+    run("--splits", "train")
+    old = tmp_path / "old"
+    shutil.copytree(data / "images/10k/train", old / "seg/images/train")
+    (old / "seg/labels/train").mkdir(parents=True)
+    for mask in (data / "labels/sem_seg/masks/train").iterdir():
+        shutil.copy(mask, old / "seg/labels/train" / f"{mask.stem}_train_id.png")
+    assert run("--splits", "train", root=old, out="from_old")[0] == 0
+    assert contents(tmp_path / "from_old") == contents(tmp_path / "out")
+
+
+def test_several_processes_give_and_say_the_same(run, data, tmp_path):
+    label_42(data / "labels/sem_seg/masks/train", None)
+    _, _, errors = run("--splits", "train")
+    assert run("--splits", "train", "--num_workers", 2, out="two") == (1, ANY, errors) and len(errors) == 1
+    assert contents(tmp_path / "two") == contents(tmp_path / "out")
+
+
+def test_a_split_without_masks(run, data, tmp_path):
+    status, said, errors = run("--splits", "test")
+    assert (status, errors) == (0, [])
+    assert set(contents(tmp_path / "out")) == {"test/imgs/s.npy", "test/imgs/t.npy", "test/manifest.json"}
+    assert not (tmp_path / "out/test/gts").exists()
+    manifest = read_manifest(tmp_path / "out/test")
+    assert not manifest.labelled and [(item.name, item.pixels) for item in manifest.items] == [("s", []), ("t", [])]
+    assert f"test: 2 images, no masks in {data}/labels/sem_seg/masks/test, so no gts/" in said
+    assert "train_bdd100k.py" not in said  # nothing to train on
+
+
+def test_report(run, tmp_path):
+    said = run("--splits", "train", "val", "train")[1]  # twice named, once done
+    lines = [" ".join(line.split()) for line in said.splitlines()]
+    assert lines.count(f"{tmp_path}/out/train: 3 of 3 images written") == 1
+    assert "1 sidewalk 768 25.000" in lines and "13 car 768 25.000" in lines and "0 road 0 0.000" in lines
+    assert "255 not labelled 1,536 50.000" in lines
+    command = said[said.index("python train_bdd100k.py") :].replace("\\\n", " ").split()
+    assert command[2:4] == ["-i", f"{tmp_path}/out/train"] and command[-2:] == ["--val_npy_path", f"{tmp_path}/out/val"]
+
+
+# ---------------------------------------------------------------- bad input: one line, non-zero, the rest done
+
+
+def refused(result, *said):
+    status, _, errors = result
+    assert status == 1 and len(errors) == 1, result
+    for text in said:
+        assert text in errors[0]
+
+
+def test_bad_folders(run, tmp_path):
+    refused(run(root=tmp_path / "nowhere"), f"{tmp_path}/nowhere: no such folder", "--bdd100k_root")
+    # Everything is looked at before anything is written.
+    refused(run("--splits", "train", "vall"), "no images of split 'vall'")
+    refused(run("--splits", "train", "../train"), "'../train': not a plain folder name")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    refused(run(out="file"), f"{tmp_path}/file", "--output_path")
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_no_images(run, data, tmp_path):
+    for path in (data / "images/10k/train").iterdir():
+        path.unlink()
+    refused(run(), "images/10k/train: no .jpg or .png image")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["100", "0", "-16", "x"])
+def test_bad_image_size(run, size, capsys):
+    with pytest.raises(SystemExit) as end:
+        pre_bdd100k.get_args_parser().parse_args(["--bdd100k_root", "x", "--image_size", size])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def other_size(masks, images):
+    Image.new("L", (24, 48)).save(masks / "b.png")
+
+
+def label_42(masks, images):
+    Image.new("L", (48, 24), 42).save(masks / "b.png")
+
+
+def rgb_mask(masks, images):
+    Image.new("RGB", (48, 24), (128, 64, 128)).save(masks / "b.png")
+
+
+def palette_mask(masks, images):
+    Image.new("P", (48, 24)).save(masks / "b.png")
+
+
+def truncated_jpeg(masks, images):
+    (images / "b.jpg").write_bytes((images / "b.jpg").read_bytes()[:-20])
+
+
+def corrupt_mask(masks, images):
+    data = (masks / "b.png").read_bytes()
+    (masks / "b.png").write_bytes(data[: len(data) // 2])
+
+
+def no_jpeg(masks, images):
+    (images / "b.jpg").write_text("not an image")
+
+
+def no_mask(masks, images):
+    (masks / "b.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (other_size, ("masks/train/b.png: mask is 24x48, its image 48x24",)),
+        (label_42, ("masks/train/b.png: holds labels 42, allowed are 0-18 and 255", "labels/sem_seg/masks/")),
+        (rgb_mask, ("masks/train/b.png: a colour-coded (RGB) picture", "labels/sem_seg/masks/")),
+        (palette_mask, ("masks/train/b.png: a colour-coded (palette) picture", "labels/sem_seg/masks/")),
+        (truncated_jpeg, ("10k/train/b.jpg: truncated",)),
+        (corrupt_mask, ("masks/train/b.png: cannot be decoded",)),
+        (no_jpeg, ("10k/train/b.jpg: neither a JPEG nor a PNG",)),
+        (no_mask, ("10k/train/b.jpg: image without a mask",)),
+    ],
+)
+def test_a_bad_item_is_named_and_the_rest_is_done(run, data, tmp_path, spoil, said):
+    spoil(data / "labels/sem_seg/masks/train", data / "images/10k/train")
+    refused(run(), *said)
+    assert [item.name for item in read_manifest(tmp_path / "out/train").items] == ["a", "c"]
+    for kind in ("imgs", "gts"):
+        assert [path.name for path in sorted((tmp_path / "out/train" / kind).iterdir())] == ["a.npy", "c.npy"]
+    assert [item.name for item in read_manifest(tmp_path / "out/val").items] == ["v"]
+
+
+def test_an_item_that_went_bad_leaves_nothing_behind(run, data, tmp_path):
+    run()
+    label_42(data / "labels/sem_seg/masks/train", None)
+    os.utime(data / "labels/sem_seg/masks/train/b.png", (time.time() + 10,) * 2)
+    refused(run(), "labels 42")
+    assert not [path for path in contents(tmp_path / "out/train") if "b.npy" in path]
+
+
+def test_orphans_of_both_kinds(run, data, tmp_path):
+    images = data / "images/10k/train"
+    for index in range(12):
+        shutil.copy(images / "a.jpg", images / f"lone{index:02}.jpg")
+    (images / "c.jpg").unlink()
+    status, said, errors = run()
+    assert status == 1 and len(errors) == 12
+    assert all(f"10k/train/lone{index:02}.jpg: image without a mask" in errors[index] for index in range(10))
+    assert "12 in all, the first 10 are listed" in errors[10]
+    assert "masks/train/c.png: mask without an image" in errors[11]
+    assert f"{tmp_path}/out/train: 2 of 14 images written" in said
+
+
+# ---------------------------------------------------------------- disk
+
+
+def test_too_little_disk(run, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    need = 4 * (32 * 32 * 3 * 4 + 32 * 32)  # four items of float32 image and mask
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need - 1))
+    refused(run(out="deep/out"), f"{tmp_path}/deep/out: needs 5.32e-05 GB, but 5.32e-05 GB are free on {tmp_path}",
+            "--image_dtype uint8 takes a quarter", "1.64e-05 GB with the masks")
+    assert not (tmp_path / "deep").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need))
+    assert run(out="deep/out")[0] == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 0))
+    assert run(out="deep/out")[0] == 0  # all is there, nothing more is needed
+    assert run("--overwrite", out="deep/out")[0] == 0  # what is deleted first makes room
+    refused(run("--overwrite", "--image_size", 64, out="deep/out"), "GB")
+
+
+def test_a_disk_that_fills_up(run, tmp_path, monkeypatch):
+    save = np.save
+
+    def full(file, array, **kwargs):
+        save(file, array[:1], **kwargs)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "save", full)
+    refused(run(), f"{tmp_path}/out/train/imgs/a.npy: cannot be written (No space left on device)")
+    assert set(contents(tmp_path / "out")) == {"train/manifest.json", "val/manifest.json"}
+    assert not json.loads((tmp_path / "out/train/manifest.json").read_text())["complete"]
+
+
+# ---------------------------------------------------------------- going on, and starting again
+
+
+def times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
+
+
+def test_what_is_done_is_not_redone(run, tmp_path):
+    run()
+    first, before = contents(tmp_path / "out"), times(tmp_path / "out")
+    status, said, _ = run()
+    assert status == 0 and times(tmp_path / "out") == before and contents(tmp_path / "out") == first
+    assert "3 of 3 images written, 3 of them by an earlier run" in said
+
+
+def shorten(path, image):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lengthen(path, image):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def empty(path, image):
+    path.write_bytes(b"")
+
+
+def delete(path, image):
+    path.unlink()
+
+
+def of_other_dtype(path, image):
+    np.save(path, load(path).astype(np.float64))
+
+
+def of_other_shape(path, image):
+    np.save(path, load(path)[:16])
+
+
+def pickled(path, image):
+    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+
+
+def newer_source(path, image):
+    os.utime(image, (time.time() + 10,) * 2)
+
+
+@pytest.mark.parametrize("kind", ["imgs", "gts"])
+@pytest.mark.parametrize(
+    "spoil", [shorten, lengthen, empty, delete, of_other_dtype, of_other_shape, pickled, newer_source]
+)
+def test_what_is_not_whole_or_is_out_of_date_is_redone(run, data, tmp_path, spoil, kind):
+    run("--splits", "train")
+    first = contents(tmp_path / "out")
+    folder = tmp_path / "out/train" / kind
+    for path in folder.iterdir():
+        os.utime(path, ns=(10**18, 4 * 10**18))  # far in the future: newer than every source
+    spoil(folder / "b.npy", data / "images/10k/train/b.jpg")
+    status, said, _ = run("--splits", "train")
+    assert status == 0 and contents(tmp_path / "out") == first
+    redone = {name for name, when in times(folder).items() if when != 4 * 10**18}
+    assert redone == {"b.npy"} and "2 of them by an earlier run" in said
+
+
+def test_leftovers_of_a_killed_run_go(run, tmp_path):
+    run()
+    (tmp_path / "out/train/imgs/.b.npy.123.tmp").write_bytes(b"half")
+    (tmp_path / "out/train/.manifest.json.123.tmp").write_bytes(b"half")
+    assert run()[0] == 0 and not temporaries(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--image_size", "64"], "written with --image_size 32 "),
+        (["--image_dtype", "uint8"], "written with --image_size 32 --image_dtype float32"),
+        (["--resize_mode", "pad"], "--resize_mode stretch, not with"),
+    ],
+)
+def test_other_settings_want_overwrite(run, tmp_path, flags, said):
+    run("--splits", "val")
+    first = contents(tmp_path / "out")
+    refused(run(*flags), f"{tmp_path}/out/val: was", said, "--overwrite")
+    assert contents(tmp_path / "out") == first  # train, which was free to go, was not begun
+    assert run(*flags, "--overwrite")[0] == 0
+    run(*flags, out="fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_overwrite_leaves_nothing_of_before(run, data, tmp_path):
+    run()
+    for path in (data / "images/10k/train/c.jpg", data / "labels/sem_seg/masks/train/c.png"):
+        path.unlink()
+    shutil.rmtree(data / "labels/sem_seg/masks/val")
+    refused(run(), "out/val: was written with masks, and there are none now (--overwrite redoes it)")
+    assert run("--overwrite")[0] == 0
+    run(out="fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert not (tmp_path / "out/val/gts").exists()
+
+
+@pytest.mark.parametrize("manifest", [None, "{}"])
+def test_files_of_unknown_origin_are_not_taken_over(run, tmp_path, manifest):
+    run()
+    (tmp_path / "out/train/manifest.json").unlink()
+    if manifest:
+        (tmp_path / "out/train/manifest.json").write_text(manifest)
+    refused(run(), "manifest.json", "--overwrite")
+    assert run("--overwrite")[0] == 0
+
+
+# ---------------------------------------------------------------- runs that are stopped, as processes of their own
+
+
+SMALL = ["--splits", "train", "--image_size", "256"]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A data set that takes long enough to be caught in the middle of, and what an undisturbed run makes of it."""
+    root, out = (tmp_path_factory.mktemp("many") / name for name in ("bdd", "undisturbed"))
+    draw(root, "train", [f"{index:02}" for index in range(40)], size=(540, 960))
+    assert go_on(root, out) == 0
+    return root, contents(out)
+
+
+def go_on(root, out):
+    flags = [*SMALL, "--bdd100k_root", str(root), "--output_path", str(out), "--num_workers", "1"]
+    return pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args(flags))
+
+
+def start(root, out):
+    command = [sys.executable, SCRIPT, *SMALL, "--bdd100k_root", root, "--output_path", out, "--num_workers", "2"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_some(process, out):
+    deadline = time.monotonic() + 30
+    while len(list(out.glob("train/gts/*.npy"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+
+
+def workers_of(pid):
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for task in tasks for child in task.read_text().split()]
+    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def stopped_half_way(out):
+    done = len(list(out.glob("train/gts/*.npy")))
+    assert 3 <= done < 40, "the run was over before it could be stopped; give it more to do"
+    return not json.loads((out / "train/manifest.json").read_text())["complete"]
+
+
+def test_kill_and_go_on(many, tmp_path, capsys):
+    (root, undisturbed), out = many, tmp_path / "out"
+    process = start(root, out)
+    wait_for_some(process, out)
+    process.kill()
+    process.communicate(timeout=20)  # the workers hold its stderr: this ends only when they too have ended
+    assert stopped_half_way(out)
+    assert go_on(root, out) == 0
+    assert contents(out) == undisturbed and "of them by an earlier run" in capsys.readouterr().out
+
+
+def test_interrupt(many, tmp_path):
+    (root, undisturbed), out = many, tmp_path / "out"
+    process = start(root, out)
+    wait_for_some(process, out)
+    os.killpg(process.pid, signal.SIGINT)  # to all of them, as the terminal's Ctrl-C
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.splitlines()[-1] == "interrupted: run the same command again to go on"
+    assert stopped_half_way(out) and not temporaries(out)
+    assert go_on(root, out) == 0 and contents(out) == undisturbed
+
+
+def test_a_killed_worker_is_no_hang(many, tmp_path):
+    (root, _), out = many, tmp_path / "out"
+    process = start(root, out)
+    wait_for_some(process, out)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 1 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("error: a worker process was killed") and "--num_workers" in said
+    assert stopped_half_way(out) and not temporaries(out)
+
+
+def test_importing_does_nothing_and_needs_no_torch():
+    """Each worker process imports the script again: PyTorch would cost each of them seconds and memory."""
+    code = "import sys, pre_bdd100k; sys.exit('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")

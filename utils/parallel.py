@@ -1,0 +1,75 @@
+"""One function over many jobs, on several processes, ending cleanly whatever happens to them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+import cv2
+
+from utils.errors import UserError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, which containers and job schedulers limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_jobs(
+    function: Callable[[Job], Result], jobs: list[Job], num_workers: int, advance: Callable[[], object]
+) -> list[Result]:
+    """`[function(job) for job in jobs]`, in that order, on `num_workers` processes (in this one if that is 1).
+
+    Args:
+        function: a function of a module's top level, since jobs travel to processes that import that module anew.
+        advance: called after each job, as it finishes.
+
+    Raises:
+        UserError: a worker process died.
+        Exception: whatever `function` raises; jobs that have not begun are dropped then, as they are at Ctrl-C.
+    """
+    num_workers = min(num_workers, len(jobs))
+    if num_workers <= 1:
+        results = []
+        for job in jobs:
+            results.append(function(job))
+            advance()
+        return results
+    # spawn: to fork a process that has threads (tqdm's, OpenCV's, PyTorch's) can deadlock.
+    executor = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is answered here alone
+    try:
+        futures = [executor.submit(function, job) for job in jobs]
+        signal.signal(signal.SIGINT, on_interrupt)
+        for future in as_completed(futures):
+            future.result()
+            advance()
+        return [future.result() for future in futures]
+    except BrokenProcessPool:
+        raise UserError(f"a worker process was killed, most often for lack of memory (run the same command again with "
+                        f"--num_workers below {num_workers}: it goes on where it was)") from None
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+        executor.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    cv2.setNumThreads(0)  # the processes are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this worker when its parent is killed outright, else it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
