@@ -167,8 +167,6 @@ def begin(folder: Path, manifest: Manifest, overwrite: bool) -> None:
     """Make the split's folders and record its settings; with `overwrite`, delete what was there first."""
     try:
         if overwrite:
-            # The manifest first: should this be stopped half-way, files without a manifest are not taken over.
-            (folder / "manifest.json").unlink(missing_ok=True)
             for path in [*folder.glob("imgs/*.npy"), *folder.glob("gts/*.npy")]:
                 path.unlink()
             with suppress(OSError):  # a split without labels has no gts/; if other files are in it, it stays
@@ -226,7 +224,7 @@ def next_command(output: Path, manifests: dict[str, Manifest]) -> str | None:
 def main(args: Namespace) -> int:
     settings = Settings(args.image_size, args.image_dtype, args.resize_mode)
     # Everything that can be known to fail fails here, before the first write.
-    splits = {name: find_split(args.bdd100k_root, name) for name in dict.fromkeys(args.splits)}
+    splits = {name: find_split(args.bdd100k_root, name) for name in args.splits}
     jobs: dict[str, list[Job]] = {}
     for name, split in splits.items():
         folder = args.output_path / name

@@ -36,6 +36,7 @@ def test_shrinking_averages_and_growing_interpolates():
     columns = np.array([0, 100, 200, 40], dtype=np.uint8)
     image = np.broadcast_to(columns[None, :, None], (4, 4, 3)).copy()
     assert resize_image(image, 2, "stretch")[0, :, 0].tolist() == [50, 120]
+    assert resize_image(image, 1, "stretch")[0, :, 0].tolist() == [85]  # all four; bilinear would see two of them
     # Twice as wide: values sit at pixel centres, so new pixels lie a quarter of the way between old ones.
     assert resize_image(image, 8, "stretch")[0, :, 0].tolist() == [0, 25, 75, 125, 175, 160, 80, 40]
 

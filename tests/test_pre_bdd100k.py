@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from PIL import Image
 
 import pre_bdd100k
 from utils import cli
+from utils.errors import UserError
 from utils.manifest import read_manifest
 
 SCRIPT = Path(pre_bdd100k.__file__)
@@ -385,11 +387,19 @@ def test_what_is_not_whole_or_is_out_of_date_is_redone(run, data, tmp_path, spoi
     assert redone == {"b.npy"} and "2 of them by an earlier run" in said
 
 
-def test_leftovers_of_a_killed_run_go(run, tmp_path):
+def test_leftovers_of_killed_processes_go(run, tmp_path, monkeypatch):
+    leftovers = [tmp_path / "out/train/imgs/.b.npy.123.tmp", tmp_path / "out/train/.manifest.json.123.tmp"]
     run()
-    (tmp_path / "out/train/imgs/.b.npy.123.tmp").write_bytes(b"half")
-    (tmp_path / "out/train/.manifest.json.123.tmp").write_bytes(b"half")
-    assert run()[0] == 0 and not temporaries(tmp_path)
+    for path in leftovers:
+        path.write_bytes(b"half")
+
+    def worker_is_killed(*args):
+        assert not temporaries(tmp_path)  # those of earlier runs went before the work began
+        leftovers[0].write_bytes(b"half")
+        raise UserError("a worker process was killed")
+
+    monkeypatch.setattr(pre_bdd100k, "run_jobs", worker_is_killed)
+    refused(run(), "a worker process was killed")  # and `run` sees to it that none is left
 
 
 @pytest.mark.parametrize(
@@ -491,6 +501,9 @@ def test_interrupt(many, tmp_path):
     (root, undisturbed), out = many, tmp_path / "out"
     process = start(root, out)
     wait_for_some(process, out)
+    for pid in workers_of(process.pid):  # else they would die of it one by one, each with a traceback
+        ignored = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+        assert ignored and int(ignored[1], 16) >> (signal.SIGINT - 1) & 1
     os.killpg(process.pid, signal.SIGINT)  # to all of them, as the terminal's Ctrl-C
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in said

@@ -1,0 +1,65 @@
+"""Files that are whole or absent."""
+
+import numpy as np
+import pytest
+
+from utils.errors import UserError
+from utils.files import atomic_write, check_npy, remove_temporaries
+
+
+def test_atomic_write_replaces_only_at_the_end(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with atomic_write(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_atomic_write_leaves_no_trace_of_a_failure(tmp_path, error):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(error), atomic_write(path) as file:
+        file.write(b"half of the n")
+        raise error
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_is_told_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for folder, what in (("nowhere", "No such file or directory"), ("file", "Not a directory")):
+        said = rf"{folder}/a: cannot be written \({what}\)"
+        with pytest.raises(UserError, match=said), atomic_write(tmp_path / folder / "a"):
+            pass
+
+
+def test_remove_temporaries_takes_nothing_else(tmp_path):
+    (tmp_path / "imgs").mkdir()
+    kept = [tmp_path / name for name in ("a.npy", "a.tmp", ".hidden", "imgs/b.npy")]
+    gone = [tmp_path / name for name in (".a.npy.12.tmp", "imgs/.b.npy.3.tmp")]
+    for path in (*kept, *gone):
+        path.touch()
+    remove_temporaries(tmp_path)
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in gone)
+
+
+def test_check_npy(tmp_path):
+    path = tmp_path / "a.npy"
+    with pytest.raises(UserError, match=r"a\.npy: no such file"):
+        check_npy(path, (2, 3), "uint8")
+    np.save(path, np.zeros((2, 3), np.uint8))
+    check_npy(path, (2, 3), "uint8")
+    for shape, dtype in (((3, 2), "uint8"), ((2, 3), "float32")):
+        with pytest.raises(UserError, match=r"a\.npy: expected"):
+            check_npy(path, shape, dtype)
+    whole = path.read_bytes()
+    spoilt = {"truncated by 1": whole[:-1], "too long by 2": whole + b"xx", "damaged": whole[:50], "an .npy": b""}
+    for said, data in spoilt.items():
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=rf"a\.npy: .*{said}"):
+            check_npy(path, (2, 3), "uint8")
+    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="pickled objects"):
+        check_npy(path, (1,), "uint8")
