@@ -31,7 +31,7 @@ from utils.geometry import fitted_size
 from utils.manifest import ManifestItem
 from utils.metrics import ConfusionMatrix, format_details, format_report, results_dict
 from utils.model import BoxSegmenter, build_model
-from utils.precision import AMP_DTYPES, Precision, resolve_precision
+from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision
 from utils.visualize import save_comparison, save_confusion_matrix
 
 NUM_PICTURES = 20
@@ -50,7 +50,7 @@ def get_args_parser() -> cli.Parser:
     flag("num_workers", type=cli.non_negative_int, default=2, help="loader processes")
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_switch("use_amp", help="mixed precision")
-    flag("amp_dtype", choices=AMP_DTYPES, default="auto", help="auto: bf16 where the device has it, else fp16")
+    flag("amp_dtype", choices=AMP_DTYPES, default="auto", help=AMP_HELP)
     flag("visualize", action="store_true", help=f"draw the first {NUM_PICTURES} images")
     return parser
 

@@ -34,7 +34,7 @@ from utils.errors import UserError
 from utils.metrics import mean_iou
 from utils.model import BoxSegmenter, build_model
 from utils.optim import SCHEDULES, build_optimizer, build_scheduler
-from utils.precision import AMP_DTYPES, Precision, resolve_precision
+from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision
 from utils.run import Run
 
 
@@ -67,7 +67,7 @@ def get_args_parser() -> cli.Parser:
 
     # 修改点 4: 混合精度训练和梯度累积
     parser.add_switch("use_amp", help="mixed precision")
-    flag("amp_dtype", choices=AMP_DTYPES, default="auto", help="auto: bf16 where the device has it, else fp16")
+    flag("amp_dtype", choices=AMP_DTYPES, default="auto", help=AMP_HELP)
     flag("grad_acc_steps", type=cli.positive_int, default=4, help="steps whose gradients are added up")
 
     # 修改点 5: 分布式训练参数

@@ -12,6 +12,7 @@ from torch import Tensor
 from utils.errors import UserError
 
 AMP_DTYPES = ("auto", "fp16", "bf16")
+AMP_HELP = "auto: bf16 where the hardware has it, else fp16 on a GPU and float32 on a CPU"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def resolve_precision(device_name: str | None, *, local_rank: int, use_amp: bool
     Args:
         device_name: "cpu", "cuda" or "cuda:N"; None is CUDA where there is one.
         local_rank: the card to take where the name has no number, or several processes share a machine.
-        amp_dtype: "auto" is bf16 where the device has it and fp16 elsewhere (Turing, such as the 2080 Ti).
+        amp_dtype: "auto" is bf16 where the hardware has it; elsewhere fp16 on a GPU (Turing, such as the 2080 Ti), and
+            on a CPU, which would emulate either many times slower, float32.
 
     Raises:
         UserError: the device does not exist here, or cannot compute in the type.
@@ -68,8 +70,14 @@ def resolve_precision(device_name: str | None, *, local_rank: int, use_amp: bool
 
     if not use_amp:
         return Precision(device)
-    has_bf16 = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
-    if amp_dtype == "bf16" and not has_bf16:
-        raise UserError("--amp_dtype bf16: this card cannot compute in bf16; use fp16")
-    use_bf16 = amp_dtype == "bf16" or (amp_dtype == "auto" and has_bf16)
-    return Precision(device, torch.bfloat16 if use_bf16 else torch.float16)
+    if device.type == "cpu":
+        # PyTorch has no public name for these; where it has none at all (before 2.5), float32 is never wrong.
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        has_bf16 = any(getattr(torch.cpu, check, bool)() for check in checks)
+    else:
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        if amp_dtype == "bf16" and not has_bf16:
+            raise UserError("--amp_dtype bf16: this card cannot compute in bf16; use fp16")
+    if amp_dtype == "auto" and not has_bf16:
+        return Precision(device, None if device.type == "cpu" else torch.float16)
+    return Precision(device, torch.float16 if amp_dtype == "fp16" else torch.bfloat16)

@@ -1,0 +1,33 @@
+from setuptools import setup
+
+setup(
+    name="sam-bdd100k",
+    version="0.1.0",
+    description="Fine-tune Segment Anything's mask decoder into a driving-scene segmenter on BDD100K",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["segment_anything", "segment_anything.modeling", "segment_anything.utils", "utils"],
+    install_requires=[
+        "torch>=2.4",
+        "numpy",
+        "opencv-python-headless",
+        "pillow",
+        "monai",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        "log": ["tensorboard", "wandb"],
+        "test": [
+            "pytest",
+            "ruff",
+            "mypy",
+            "tensorboard",
+            "wandb",
+            # Oracles: what the tests compare with.
+            "segment-anything==1.0",
+            "torchvision",  # which it imports
+            "torchmetrics",
+        ],
+    },
+)
