@@ -50,7 +50,7 @@ def check_npy(path: Path, shape: tuple[int, ...], dtype: str) -> None:
     Raises:
         UserError: it is missing, damaged, truncated, of another shape or type, or holds pickled objects.
     """
-    hint = "run pre_bdd100k.py again with --overwrite"
+    hint = "run pre_bdd100k.py again, which mends it"
     try:
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
