@@ -84,23 +84,24 @@ def get_args_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    # The device comes first: a card that is not there should be told in one line, not by NCCL.
+    precision = resolve_precision(
+        args.device, local_rank=distributed.local_rank(), use_amp=args.use_amp, amp_dtype=args.amp_dtype
+    )
     distributed.setup(
         requested=args.distributed,
         world_size=args.world_size,
         node_rank=args.node_rank,
         init_method=args.init_method,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=precision.device,
     )
     try:
-        train(args)
+        train(args, precision)
     finally:
         distributed.cleanup()
 
 
-def train(args: argparse.Namespace) -> None:
-    precision = resolve_precision(
-        args.device, local_rank=distributed.local_rank(), use_amp=args.use_amp, amp_dtype=args.amp_dtype
-    )
+def train(args: argparse.Namespace, precision: Precision) -> None:
     torch.manual_seed(args.seed)
     source = NpyFolder(args.tr_npy_path)
     dataset = BoxPromptDataset(

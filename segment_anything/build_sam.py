@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -136,9 +135,11 @@ def read_state_dict(path: Path, model_type: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such checkpoint{fetch}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+    except Exception as error:  # the unpickler goes where damaged bytes lead it, and raises almost anything there
         raise CheckpointError(f"{path}: truncated, or not a PyTorch checkpoint of plain tensors{fetch}") from error
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise CheckpointError(f"{path}: holds something else than a SAM state dict{fetch}")
     return state
 
@@ -155,7 +156,12 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
     if actual not in (None, model_type):
         raise CheckpointError(f"{source}: a checkpoint of {actual}, not of {model_type}; pass model_type {actual}")
     expected = sam.state_dict()
-    state = {key: _resample_positions(key, value, expected.get(key)) for key, value in state.items()}
+    global_blocks = [i for i, block in enumerate(sam.image_encoder.blocks) if not block.window_size]
+    depends_on_size = {"image_encoder.pos_embed"} | {
+        f"image_encoder.blocks.{i}.attn.rel_pos_{axis}" for i in global_blocks for axis in "hw"
+    }
+    resampled = {key: _resample_positions(state[key], expected[key]) for key in depends_on_size & state.keys()}
+    state = {**state, **resampled}
 
     missing = [key for key in expected if key not in state]
     foreign = [key for key in state if key not in expected]
@@ -199,17 +205,15 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
     return digest.hexdigest()
 
 
-def _resample_positions(key: str, value: Tensor, target: Tensor | None) -> Tensor:
-    """Bring position tables to another grid: `pos_embed` in two dimensions, relative positions in one."""
-    if target is None or value.shape == target.shape:
+def _resample_positions(value: Tensor, target: Tensor) -> Tensor:
+    """Bring a position table to another grid: `pos_embed` in two dimensions, relative positions in one."""
+    if value.shape == target.shape or value.ndim != target.ndim or value.shape[-1] != target.shape[-1]:
         return value
-    if key == "image_encoder.pos_embed" and value.ndim == 4 and value.shape[3] == target.shape[3]:
+    if value.ndim == 4:
         grid = value.float().permute(0, 3, 1, 2)
         resized = F.interpolate(grid, target.shape[1:3], mode="bicubic", align_corners=False)
         return resized.permute(0, 2, 3, 1)
-    if re.fullmatch(r"image_encoder\.blocks\.\d+\.attn\.rel_pos_[hw]", key) and value.shape[1:] == target.shape[1:]:
-        return F.interpolate(value.float().T[None], target.shape[0], mode="linear", align_corners=False)[0].T
-    return value
+    return F.interpolate(value.float().T[None], target.shape[0], mode="linear", align_corners=False)[0].T
 
 
 def _fetch_hint(path: Path, model_type: str) -> str:

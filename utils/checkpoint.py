@@ -8,7 +8,6 @@ that they load with `weights_only=True`.
 from __future__ import annotations
 
 import io
-import pickle
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -78,9 +77,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint (train_bdd100k.py writes {BEST} and {LATEST})")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError, AttributeError):
+    except Exception:  # the unpickler goes where damaged bytes lead it, and raises almost anything there
         raise UserError(f"{path}: truncated, or not a checkpoint of train_bdd100k.py; take another one") from None
-    if not isinstance(payload, dict) or not {"format_version", "info", "model"} <= payload.keys():
+    if not _is_checkpoint(payload):
         hint = "give a SAM checkpoint as --sam_checkpoint and a fine-tuned one as --model_checkpoint"
         raise UserError(f"{path}: not a checkpoint of train_bdd100k.py ({hint})")
     if payload["format_version"] != FORMAT_VERSION:
@@ -88,8 +87,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if payload["class_names"] != list(CLASS_NAMES):
         count = len(payload["class_names"])
         raise UserError(f"{path}: trained on {count} classes, which are not BDD100K's {len(CLASS_NAMES)}")
+    if payload["info"].keys() != {field.name for field in fields(ModelInfo)}:
+        raise UserError(f"{path}: does not say which model it belongs to; give a file that train_bdd100k.py wrote")
     payload["info"] = ModelInfo(**payload["info"])
     return payload
+
+
+def _is_checkpoint(payload: Any) -> bool:
+    """Whether all that `load_checkpoint` and `load_decoder` look at is there and of its type."""
+    kinds = {"format_version": int, "class_names": list, "info": dict, "model": dict}
+    return (
+        isinstance(payload, dict)
+        and all(isinstance(payload.get(key), kind) for key, kind in kinds.items())
+        and all(isinstance(value, int | str) for value in payload["info"].values())
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in payload["model"].items())
+    )
 
 
 def load_decoder(model: BoxSegmenter, state: dict[str, Tensor], source: Path) -> None:

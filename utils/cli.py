@@ -81,7 +81,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr)
@@ -90,3 +90,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     sys.exit(status)
+
+
+def _message(error: UserError) -> str:
+    """The error's own line, also where a loader's worker process met it.
+
+    PyTorch raises such an error again with the worker's whole traceback as its text, at the end of which is
+    `utils.errors.UserError: ` and the line that a user is meant to read.
+    """
+    return str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()

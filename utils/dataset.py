@@ -58,6 +58,18 @@ class NpyFolder:
                 raise UserError(f"{path}: became unreadable while it was in use ({error})") from None
         return arrays[0], arrays[1]
 
+    def class_boxes(self, index: int, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`utils.boxes.class_boxes` of what `read` gave.
+
+        Raises:
+            UserError: `labels` holds a value that is neither a class nor 255.
+        """
+        try:
+            return class_boxes(labels)
+        except ValueError as error:
+            path = self._path("gts", self.items[index].name)
+            raise UserError(f"{path}: {error}; run pre_bdd100k.py again with --overwrite") from None
+
     def _path(self, kind: str, name: str) -> Path:
         return self.folder / kind / f"{name}.npy"
 
@@ -101,7 +113,7 @@ class BoxPromptDataset(Dataset[dict[str, Any]]):
         """
         source_index = self.indices[max(index, 0)]
         image, labels = self.source.read(source_index)
-        present, boxes = class_boxes(labels)
+        present, boxes = self.source.class_boxes(source_index, labels)
         rng = np.random.default_rng((self.seed, self.epoch, max(index, 0)))
         count = min(self.classes_per_image, len(present))
         chosen = rng.choice(len(present), size=count, replace=False)
@@ -133,7 +145,7 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """image: S x S x 3 as stored; labels: S x S uint8; class_ids: K int64 and boxes: K x 4 float32; name."""
         image, labels = self.source.read(index)
-        class_ids, boxes = class_boxes(labels)
+        class_ids, boxes = self.source.class_boxes(index, labels)
         return {
             "image": torch.from_numpy(image),
             "labels": torch.from_numpy(labels),

@@ -17,19 +17,20 @@ LAUNCH_HINT = "python -m torch.distributed.launch --nproc_per_node=4 train_bdd10
 
 
 # 修改点 9: 初始化分布式训练（rank、world_size 由启动器的环境变量给出）
-def setup(*, requested: bool, world_size: int | None, node_rank: int | None, init_method: str, device: str) -> None:
+def setup(
+    *, requested: bool, world_size: int | None, node_rank: int | None, init_method: str, device: torch.device
+) -> None:
     """Join the process group that the launcher describes; without a launcher, stay a single process.
 
     Args:
         requested: `--distributed` was given, so a launcher must be there.
         world_size, node_rank: what the user believes; checked against the launcher, which knows.
-        device: "cpu" takes gloo, anything else NCCL.
+        device: this process's own; the CPU takes gloo, a card NCCL.
 
     Raises:
         UserError: no launcher, or one that contradicts the flags.
     """
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if not launched:
+    if not _launched():
         if requested or (world_size or 1) > 1:
             raise UserError(f"distributed training needs a launcher: {LAUNCH_HINT}")
         return
@@ -40,12 +41,14 @@ def setup(*, requested: bool, world_size: int | None, node_rank: int | None, ini
     actual_node = int(os.environ.get("GROUP_RANK", "0"))
     if node_rank is not None and node_rank != actual_node:
         raise UserError(f"--node_rank {node_rank}, but the launcher calls this node {actual_node}; make them agree")
-    if device == "cpu":
-        backend = "gloo"
-    else:
-        backend = "nccl"
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=init_method, rank=int(os.environ["RANK"]), world_size=actual)
+
+
+def _launched() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def cleanup() -> None:
@@ -62,8 +65,8 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """The rank among this machine's processes, which is the index of the card to use."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if dist.is_initialized() else 0
+    """The rank among this machine's processes, which is the index of the card to use; known before `setup`."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if _launched() else 0
 
 
 def is_main() -> bool:

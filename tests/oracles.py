@@ -1,0 +1,54 @@
+"""What the tests compare with: the public `segment-anything` package, and the figure the comparison is made in."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+_NAME = "segment_anything"
+
+
+@functools.cache
+def public_sam() -> ModuleType:
+    """The public package, whose import name is that of ours, imported beside it.
+
+    It is looked up where pip put it, imported while ours is out of `sys.modules`, and taken out again, so that
+    `import segment_anything` means our package before and after. Its parts are reached as attributes:
+    `public_sam().modeling.image_encoder.Block`.
+    """
+    try:
+        folder = importlib.metadata.distribution("segment-anything").locate_file("")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.fail("these tests compare with segment-anything==1.0, which is not installed; pip install -e '.[test]'")
+    ours, path = _take_out(), sys.path.copy()
+    sys.path.insert(0, str(folder))
+    try:
+        public = importlib.import_module(_NAME)
+    finally:
+        _take_out()
+        sys.modules.update(ours)
+        sys.path[:] = path
+    # `pip install .` without -e puts our package over the public one, and we would compare with ourselves.
+    if not hasattr(public, "SamAutomaticMaskGenerator"):
+        pytest.fail(f"{public.__file__} is not the public segment-anything==1.0; install it again, and ours with -e")
+    return public
+
+
+def _take_out() -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if name == _NAME or name.startswith(f"{_NAME}.")]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """Norm of the difference over the norm of `expected`, in float64; arrays or tensors of one shape."""
+    actual, expected = (torch.as_tensor(np.asarray(value), dtype=torch.float64) for value in (actual, expected))
+    assert actual.shape == expected.shape
+    return float((actual - expected).norm() / expected.norm())
