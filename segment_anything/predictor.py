@@ -78,6 +78,7 @@ class SamPredictor:
         Returns:
             masks, M x H x W; iou_predictions, M; low_res_masks, M x h x w logits.
         """
+        self.get_image_embedding()  # without an image there is no size to scale the prompt to
         coords = labels = boxes = masks = None
         if point_coords is not None:
             if point_labels is None:

@@ -1,0 +1,529 @@
+"""SAM: equal to the public package on the same weights, strict about what it loads, one decoding for B x Q prompts.
+
+Every comparison records its relative error: `pytest tests/test_segment_anything.py -s` prints them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from segment_anything import (
+    CheckpointError,
+    SamPredictor,
+    build_sam,
+    build_sam_vit_b,
+    build_sam_vit_tiny,
+    sam_model_registry,
+)
+from segment_anything.build_sam import read_state_dict
+from segment_anything.modeling import Sam
+from segment_anything.utils.transforms import ResizeLongestSide
+from tests.oracles import public_sam, relative_error
+
+TOLERANCE = 1e-4
+IMAGE = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
+Compare = Callable[[str, Any, Any], None]
+
+
+@pytest.fixture
+def compare(record_property: Callable[[str, object], None]) -> Compare:
+    """`compare(what, actual, expected)`: the relative error is recorded, and under TOLERANCE."""
+
+    def check(what: str, actual: Any, expected: Any) -> None:
+        error = relative_error(actual, expected)
+        record_property(what, error)
+        print(f"{what}: relative error {error:.1e}")
+        assert error < TOLERANCE
+
+    return check
+
+
+def randomise(module: nn.Module) -> None:
+    """Move every parameter that starts as zeros or ones: with those, half of the arithmetic could be wrong unseen."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim == 1 or "pos" in name:  # biases, norms, pos_embed, rel_pos_h, rel_pos_w
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def random_tiny(image_size: int = 64) -> Sam:
+    torch.manual_seed(0)
+    sam = build_sam_vit_tiny(image_size=image_size)
+    randomise(sam)
+    return sam
+
+
+# --- The public package's keys and numbers
+
+
+@pytest.mark.parametrize("model_type", ["vit_b", "vit_l", "vit_h", "default"])
+def test_keys_and_shapes_are_the_public_packages(model_type: str) -> None:
+    with torch.device("meta"):  # shapes without memory
+        ours = sam_model_registry[model_type]().state_dict()
+        theirs = public_sam().sam_model_registry[model_type]().state_dict()
+    assert {key: tuple(value.shape) for key, value in ours.items()} == {
+        key: tuple(value.shape) for key, value in theirs.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def vit_b() -> tuple[Sam, Any]:
+    """Our vit_b at 1024 and the public package's, both on the same random tensors."""
+    torch.manual_seed(0)
+    ours = build_sam_vit_b()
+    randomise(ours)
+    with torch.device("meta"):
+        theirs = public_sam().build_sam_vit_b()
+    theirs.load_state_dict(ours.state_dict(), strict=True, assign=True)
+    return ours, theirs
+
+
+@pytest.fixture(scope="module")
+def predictors(vit_b: tuple[Sam, Any]) -> tuple[SamPredictor, Any]:
+    """Both predictors with IMAGE set. This encodes at 1024, once each, and is what takes the time in this file."""
+    ours, theirs = SamPredictor(vit_b[0]), public_sam().SamPredictor(vit_b[1])
+    for predictor in (ours, theirs):
+        predictor.set_image(IMAGE)
+    return ours, theirs
+
+
+def test_image_encoder(predictors: tuple[SamPredictor, Any], compare: Compare) -> None:
+    ours, theirs = (predictor.get_image_embedding() for predictor in predictors)
+    assert ours.shape == (1, 256, 64, 64)
+    compare("vit_b image encoder at 1024", ours, theirs)
+
+
+_POINTS = {"point_coords": np.array([[120.0, 80.5], [333.0, 290.0]]), "point_labels": np.array([1, 0])}
+_BOX = {"box": np.array([50.0, 20.0, 401.0, 299.0])}
+_MASK = {"mask_input": np.random.default_rng(1).normal(0, 5, (1, 256, 256)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("multimask_output", [False, True], ids=["single", "multi"])
+@pytest.mark.parametrize(
+    "prompt",
+    [_POINTS, _BOX, {**_POINTS, **_BOX}, _MASK, {**_POINTS, **_BOX, **_MASK}],
+    ids=["points", "box", "points+box", "mask", "all"],
+)
+def test_predictor_end_to_end(
+    predictors: tuple[SamPredictor, Any],
+    compare: Compare,
+    request: pytest.FixtureRequest,
+    prompt: dict[str, np.ndarray],
+    multimask_output: bool,
+) -> None:
+    ours, theirs = (
+        predictor.predict(**prompt, multimask_output=multimask_output, return_logits=True) for predictor in predictors
+    )
+    count = 3 if multimask_output else 1
+    assert [array.shape for array in ours] == [(count, 300, 500), (count,), (count, 256, 256)]
+    for what, actual, expected in zip(("masks", "IoU", "low-res masks"), ours, theirs):
+        compare(f"predictor {request.node.callspec.id} {what}", actual, expected)
+
+
+def test_predictor_thresholds_masks_at_zero(predictors: tuple[SamPredictor, Any]) -> None:
+    masks, _, _ = predictors[0].predict(**_BOX)
+    logits, _, _ = predictors[0].predict(**_BOX, return_logits=True)
+    assert masks.dtype == bool
+    assert np.array_equal(masks, logits > 0)
+
+
+@pytest.mark.parametrize("kinds", ["points", "boxes", "masks", "points boxes", "points boxes masks", ""])
+@torch.no_grad()
+def test_prompt_encoder(vit_b: tuple[Sam, Any], compare: Compare, kinds: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompts = {
+        "points": (1024 * torch.rand(3, 4, 2, generator=generator), torch.tensor([[1, 0, -1, 1]] * 3)),
+        "boxes": 1024 * torch.rand(3, 4, generator=generator),
+        "masks": 5 * torch.randn(3, 1, 256, 256, generator=generator),
+    }
+    given: dict[str, Any] = {"points": None, "boxes": None, "masks": None}
+    given |= {kind: prompts[kind] for kind in kinds.split()}
+    ours, theirs = (sam.prompt_encoder(**given) for sam in vit_b)
+    if "points" in kinds or "boxes" in kinds:
+        compare(f"prompt encoder, {kinds}: sparse", ours[0], theirs[0])
+    else:
+        assert ours[0].shape == theirs[0].shape == (3 if kinds else 1, 0, 256)
+    compare(f"prompt encoder, {kinds or 'no prompt'}: dense", ours[1], theirs[1])
+
+
+@torch.no_grad()
+def test_dense_positions(vit_b: tuple[Sam, Any], compare: Compare) -> None:
+    compare("get_dense_pe", *(sam.prompt_encoder.get_dense_pe() for sam in vit_b))
+
+
+@pytest.mark.parametrize("multimask_output", [False, True], ids=["single", "multi"])
+@torch.no_grad()
+def test_mask_decoder(vit_b: tuple[Sam, Any], compare: Compare, multimask_output: bool) -> None:
+    """On a 24 x 16 grid: the decoder takes any, and height and width must not be confused."""
+    generator = torch.Generator().manual_seed(0)
+    image_embeddings, image_pe, sparse, dense = (
+        torch.randn(shape, generator=generator)
+        for shape in ((1, 256, 24, 16), (1, 256, 24, 16), (3, 2, 256), (3, 256, 24, 16))
+    )
+    common = {"image_embeddings": image_embeddings, "image_pe": image_pe, "multimask_output": multimask_output}
+    ours = vit_b[0].mask_decoder(
+        **common, sparse_prompt_embeddings=sparse[None], dense_prompt_embeddings=dense[None]
+    )
+    theirs = vit_b[1].mask_decoder(**common, sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense)
+    name = "mask decoder, " + ("multi" if multimask_output else "single")
+    compare(f"{name}: masks", ours[0][0], theirs[0])
+    compare(f"{name}: IoU", ours[1][0], theirs[1])
+
+
+@pytest.mark.parametrize("kind", ["windowed", "global"])
+@pytest.mark.parametrize("model_type", ["vit_l", "vit_h"])
+@torch.no_grad()
+def test_encoder_blocks_of_the_larger_models(compare: Compare, model_type: str, kind: str) -> None:
+    """On a 20 x 20 grid, which windows of 14 do not divide."""
+    grid_size = 20
+    with torch.device("meta"):  # only the one block that is compared gets memory
+        ours = build_sam(model_type, image_size=16 * grid_size).image_encoder
+        theirs = public_sam().sam_model_registry[model_type]().image_encoder
+    index = next(i for i, block in enumerate(ours.blocks) if bool(block.window_size) == (kind == "windowed"))
+    assert [block.window_size for block in ours.blocks] == [block.window_size for block in theirs.blocks]
+    block, public_block = (encoder.blocks[index].to_empty(device="cpu") for encoder in (ours, theirs))
+    torch.manual_seed(0)
+    for module in block.modules():
+        if isinstance(module, nn.Linear | nn.LayerNorm):
+            module.reset_parameters()
+    nn.init.zeros_(block.attn.rel_pos_h)
+    nn.init.zeros_(block.attn.rel_pos_w)
+    randomise(block)
+    # The tables alone depend on the grid, which is the public model's 64 x 64 there.
+    public_block.attn.rel_pos_h, public_block.attn.rel_pos_w = block.attn.rel_pos_h, block.attn.rel_pos_w
+    public_block.load_state_dict(block.state_dict(), strict=True)
+    x = torch.randn(1, grid_size, grid_size, block.norm1.weight.numel())
+    compare(f"{model_type} {kind} block", block(x), public_block(x))
+
+
+def test_resize_longest_side() -> None:
+    ours, theirs = ResizeLongestSide(1024), public_sam().utils.transforms.ResizeLongestSide(1024)
+    rng = np.random.default_rng(0)
+    for height, width in ((300, 500), (720, 1280), (1080, 607), (1025, 1025)):
+        size = (height, width)
+        image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        assert np.array_equal(ours.apply_image(image), theirs.apply_image(image))
+        coords, boxes = 300 * rng.random((5, 2)), 300 * rng.random((5, 4))
+        np.testing.assert_allclose(ours.apply_coords(coords, size), theirs.apply_coords(coords, size))
+        np.testing.assert_allclose(ours.apply_boxes(boxes, size), theirs.apply_boxes(boxes, size))
+        for name, values in (("apply_coords_torch", coords), ("apply_boxes_torch", boxes)):
+            mine, public = (getattr(t, name)(torch.from_numpy(values), size) for t in (ours, theirs))
+            torch.testing.assert_close(mine, public)
+
+
+def test_resize_longest_side_of_tensors() -> None:
+    """The public 1.0 takes the batch size and the channels for height and width: squares alone can be compared."""
+    ours, theirs = ResizeLongestSide(64), public_sam().utils.transforms.ResizeLongestSide(64)
+    batch = torch.rand(3, 3, 50, 50)
+    torch.testing.assert_close(ours.apply_image_torch(batch), theirs.apply_image_torch(batch))
+    assert ours.apply_image_torch(torch.rand(2, 3, 30, 50)).shape == (2, 3, 38, 64)
+
+
+def test_resizing_leaves_its_input_alone() -> None:
+    coords = np.array([[10.0, 20.0]])
+    assert np.array_equal(ResizeLongestSide(100).apply_coords(coords, (25, 50)), [[20, 40]])
+    assert np.array_equal(coords, [[10, 20]])
+
+
+def test_preprocess_and_postprocess(vit_b: tuple[Sam, Any], compare: Compare) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = 255 * torch.rand(1, 3, 614, 1024, generator=generator)
+    compare("preprocess", *(sam.preprocess(image) for sam in vit_b))
+    assert not vit_b[0].preprocess(image)[..., 614:, :].any()  # zeros are the mean colour: padded after normalising
+    low_res = torch.randn(2, 3, 256, 256, generator=generator)
+    compare("postprocess_masks", *(sam.postprocess_masks(low_res, (614, 1024), (300, 500)) for sam in vit_b))
+
+
+# --- B images x Q prompts
+
+
+@pytest.mark.parametrize("multimask_output", [False, True], ids=["single", "multi"])
+@pytest.mark.parametrize("with_masks", [False, True], ids=["boxes", "boxes+masks"])
+@torch.no_grad()
+def test_decoding_b_images_with_q_prompts_is_decoding_each(multimask_output: bool, with_masks: bool) -> None:
+    sam, b, q = random_tiny(), 2, 3
+    image_embeddings = torch.randn(b, 128, 4, 4)
+    masks = 5 * torch.randn(b * q, 1, 16, 16) if with_masks else None
+    sparse, dense = sam.prompt_encoder(boxes=64 * torch.rand(b * q, 4), masks=masks)
+    sparse, dense = sparse.unflatten(0, (b, q)), dense.unflatten(0, (b, q))
+
+    def decode(images: slice, prompts: slice) -> tuple[Tensor, Tensor]:
+        return sam.mask_decoder(
+            image_embeddings=image_embeddings[images],
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse[images, prompts],
+            dense_prompt_embeddings=dense[images, prompts],
+            multimask_output=multimask_output,
+        )
+
+    together = decode(slice(None), slice(None))
+    count = 3 if multimask_output else 1
+    assert [tensor.shape for tensor in together] == [(b, q, count, 16, 16), (b, q, count)]
+    for i in range(b):
+        for j in range(q):
+            alone = decode(slice(i, i + 1), slice(j, j + 1))
+            for whole, part in zip(together, alone):
+                torch.testing.assert_close(whole[i, j], part[0, 0], rtol=1e-4, atol=1e-5)
+
+
+# --- Loading
+
+
+@pytest.fixture(scope="module")
+def tiny_state() -> dict[str, Tensor]:
+    """The state dict of a random vit_tiny at 64. Tests change copies of it."""
+    return random_tiny().state_dict()
+
+
+def load_tiny(path: Path, **options: Any) -> Sam:
+    return build_sam_vit_tiny(checkpoint=path, **{"image_size": 64, **options})
+
+
+def save(state: dict[str, Tensor], path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+def test_a_state_dict_is_loaded_whole(tmp_path: Path, tiny_state: dict[str, Tensor]) -> None:
+    sam = load_tiny(save(tiny_state, tmp_path / "sam.pth"))
+    assert not sam.training
+    loaded = sam.state_dict()
+    assert loaded.keys() == tiny_state.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in tiny_state.items())
+
+
+def test_half_precision_is_loaded_into_float32(tmp_path: Path, tiny_state: dict[str, Tensor]) -> None:
+    half = {key: value.half() for key, value in tiny_state.items()}
+    for image_size in (64, 128):  # with and without resampling of the positions
+        sam = load_tiny(save(half, tmp_path / "sam.pth"), image_size=image_size)
+        assert {value.dtype for value in sam.state_dict().values()} == {torch.float32}
+    key = "image_encoder.neck.0.weight"
+    assert torch.equal(sam.state_dict()[key], half[key].float())
+
+
+def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere\.pth: no such checkpoint$"):
+        load_tiny(tmp_path / "nowhere.pth")
+    url = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth"
+    with pytest.raises(CheckpointError, match=rf"no such checkpoint; fetch it with: wget -P {tmp_path} {url}"):
+        read_state_dict(tmp_path / "nowhere.pth", "vit_b")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path, zipped: bool) -> None:
+    """Cut at many places: what the unpickler raises depends on where the file ends."""
+    buffer = io.BytesIO()
+    state = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
+    torch.save(state, buffer, _use_new_zipfile_serialization=zipped)
+    path = tmp_path / "cut.pth"
+    for length in range(0, len(buffer.getvalue()), 23 if zipped else 5):
+        path.write_bytes(buffer.getvalue()[:length])
+        with pytest.raises(CheckpointError, match=r"cut\.pth: truncated, or not a PyTorch checkpoint"):
+            read_state_dict(path, "vit_b")
+    path.write_bytes(buffer.getvalue())
+    assert read_state_dict(path, "vit_b").keys() == state.keys()
+
+
+class Payload:
+    """Unpickling it makes the file `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("readme.txt", "not a checkpoint")
+    contents = {
+        "zip": archive.getvalue(),
+        "text": b"<html>404 Not Found</html>\n",
+        "LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 3\n",
+        "list": pickle.dumps([1, 2, 3], protocol=2),
+    }
+    path = tmp_path / "sam.pth"
+    for what, content in contents.items():
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"sam\.pth: truncated, or not a PyTorch checkpoint"):
+            load_tiny(path)
+            pytest.fail(f"{what} was loaded")
+    for other in ({}, [torch.zeros(1)], {"model": {"a": torch.zeros(1)}}, {0: torch.zeros(1)}):
+        torch.save(other, path)
+        with pytest.raises(CheckpointError, match=r"sam\.pth: holds something else than a SAM state dict"):
+            load_tiny(path)
+
+
+@pytest.mark.parametrize("saved_by", ["torch", "torch_legacy", "pickle"])
+def test_what_a_pickle_wants_to_run_is_not_run(tmp_path: Path, saved_by: str) -> None:
+    made, path = tmp_path / "made", tmp_path / "sam.pth"
+    if saved_by == "pickle":
+        path.write_bytes(pickle.dumps(Payload(made), protocol=2))
+    else:
+        torch.save({"a": Payload(made)}, path, _use_new_zipfile_serialization=saved_by == "torch")
+    with pytest.raises(CheckpointError, match=r"sam\.pth: truncated, or not a PyTorch checkpoint of plain tensors"):
+        load_tiny(path)
+    assert not made.exists()
+    if saved_by == "torch":  # the payload is live: an unguarded reader would have run it
+        torch.load(path, weights_only=False)
+        assert made.exists()
+
+
+def test_a_checkpoint_of_another_model_is_named(tmp_path: Path, tiny_state: dict[str, Tensor]) -> None:
+    path = tmp_path / "sam.pth"
+    for model_type, width in (("vit_b", 768), ("vit_l", 1024), ("vit_h", 1280)):
+        save({**tiny_state, "image_encoder.pos_embed": torch.zeros(1, 64, 64, width)}, path)
+        with pytest.raises(CheckpointError, match=rf"sam\.pth: a checkpoint of {model_type}, not of vit_tiny"):
+            load_tiny(path)
+
+
+def test_keys_that_do_not_fit_are_named(tmp_path: Path, tiny_state: dict[str, Tensor]) -> None:
+    token, table = "mask_decoder.iou_token.weight", "image_encoder.blocks.0.attn.rel_pos_h"
+    without = {key: value for key, value in tiny_state.items() if key != token}
+    cases = {
+        rf"it lacks 1 of \d+ keys \({token}\)": without,
+        r"it has foreign 2 of \d+ keys \(ema, step\)": {**tiny_state, "ema": torch.ones(1), "step": torch.ones(1)},
+        rf"it has other shapes of 1 of \d+ keys \({token}\)": {**tiny_state, token: torch.zeros(1, 64)},
+        r"it lacks \d+ of \d+ keys \(.+, .+, .+, \.\.\.\)": {"a": torch.zeros(1)},
+        # Windows have one size whatever the image's: another one is another model, and nothing to resample.
+        rf"it has other shapes of 1 of \d+ keys \({table}\)": {**tiny_state, table: torch.zeros(27, 32)},
+    }
+    for message, state in cases.items():
+        with pytest.raises(CheckpointError, match=rf"sam\.pth: not a vit_tiny SAM checkpoint: {message}"):
+            load_tiny(save(state, tmp_path / "sam.pth"))
+
+
+@pytest.mark.parametrize("algorithm", ["md5", "sha256"])  # Meta's names carry MD5, PyTorch Hub's SHA-256
+def test_the_hash_in_the_name_is_checked_on_request(
+    tmp_path: Path, tiny_state: dict[str, Tensor], algorithm: str
+) -> None:
+    path = save(tiny_state, tmp_path / "sam.pth")
+    beginning = hashlib.new(algorithm, path.read_bytes()).hexdigest()[:6]
+    load_tiny(path.rename(tmp_path / f"sam_vit_tiny_{beginning}.pth"), check_hash=True)
+    wrong = save(tiny_state, tmp_path / "sam_vit_tiny_000000.pth")
+    load_tiny(wrong)  # nobody asked
+    with pytest.raises(CheckpointError, match=r"000000\.pth: damaged or renamed: its name says 000000, but its SHA"):
+        load_tiny(wrong, check_hash=True)
+    plain = save(tiny_state, tmp_path / "medsam_vit_b.pth")
+    with pytest.raises(CheckpointError, match=r"medsam_vit_b\.pth: its name carries no hash"):
+        load_tiny(plain, check_hash=True)
+
+
+# --- Another image size than the checkpoint's
+
+
+def test_positions_are_resampled_to_another_image_size(tmp_path: Path, tiny_state: dict[str, Tensor]) -> None:
+    path = save(tiny_state, tmp_path / "sam.pth")
+    larger = load_tiny(path, image_size=128)
+    state = larger.state_dict()
+    changed = {key for key, value in tiny_state.items() if state[key].shape != value.shape}
+    assert changed == {"image_encoder.pos_embed"} | {
+        f"image_encoder.blocks.{i}.attn.rel_pos_{axis}" for i in (1, 3, 5, 7) for axis in "hw"
+    }
+    assert all(torch.equal(state[key], value) for key, value in tiny_state.items() if key not in changed)
+    with torch.no_grad():
+        assert larger.image_encoder(torch.randn(1, 3, 128, 128)).shape == (1, 128, 8, 8)
+
+
+def test_the_position_embedding_keeps_its_axes_and_values(tmp_path: Path, tiny_state: dict[str, Tensor]) -> None:
+    """A ramp down the rows stays one, which a resampling along the wrong axes would turn or bend."""
+    rows = torch.arange(16.0)[:, None, None].expand(16, 16, 192)
+    state = {**tiny_state, "image_encoder.pos_embed": rows[None].clone()}
+    # The global tables of this file go with a 4 x 4 grid and the embedding with 16 x 16; each is resampled by itself.
+    sam = load_tiny(save(state, tmp_path / "sam.pth"), image_size=512)
+    resampled = sam.image_encoder.pos_embed[0, :, :, 0]  # 32 x 32
+    centres = (torch.arange(32.0) + 0.5) / 2 - 0.5
+    # PyTorch's bicubic kernel is exact on constants and follows a ramp of slope 1 to within 0.05.
+    torch.testing.assert_close(resampled[4:-4], centres[4:-4, None].expand(-1, 32), rtol=0, atol=0.05)
+
+
+@torch.no_grad()
+def test_relative_positions_are_resampled_as_the_public_package_does(
+    tmp_path: Path, tiny_state: dict[str, Tensor], compare: Compare
+) -> None:
+    """The public block keeps the 4 x 4 grid's tables and interpolates them whenever it sees another grid."""
+    sam = load_tiny(save(tiny_state, tmp_path / "sam.pth"), image_size=128)
+    block = sam.image_encoder.blocks[1]
+    public_block = public_sam().modeling.image_encoder.Block(
+        dim=192, num_heads=6, use_rel_pos=True, input_size=(4, 4), norm_layer=lambda dim: nn.LayerNorm(dim, eps=1e-6)
+    )
+    prefix = "image_encoder.blocks.1."
+    public_block.load_state_dict(
+        {key.removeprefix(prefix): value for key, value in tiny_state.items() if key.startswith(prefix)}
+    )
+    x = torch.randn(1, 8, 8, 192, generator=torch.Generator().manual_seed(0))
+    compare("global block at another size", block(x), public_block(x))
+
+
+@pytest.mark.parametrize("image_size", [40, 1000])
+def test_an_image_size_that_patches_do_not_divide_is_refused(image_size: int) -> None:
+    with pytest.raises(ValueError, match=f"image_size must be a multiple of 16, got {image_size}"):
+        build_sam_vit_tiny(image_size=image_size)
+
+
+# --- vit_tiny, and what the predictor refuses
+
+
+def test_vit_tiny_is_tiny_and_runs_at_256() -> None:
+    sam = build_sam_vit_tiny()
+    assert 4.5e6 < sum(parameter.numel() for parameter in sam.parameters()) < 5.5e6
+    predictor = SamPredictor(sam)
+    predictor.set_image(IMAGE)
+    masks, iou_predictions, low_res_masks = predictor.predict(box=np.array([10, 20, 300, 200]))
+    assert (masks.shape, iou_predictions.shape, low_res_masks.shape) == ((3, 300, 500), (3,), (3, 64, 64))
+
+
+def test_predictor_takes_bgr() -> None:
+    predictor = SamPredictor(random_tiny())
+    predictor.set_image(IMAGE)
+    from_rgb = predictor.get_image_embedding()
+    predictor.set_image(IMAGE[..., ::-1], image_format="BGR")
+    assert torch.equal(predictor.get_image_embedding(), from_rgb)
+    predictor.set_image(IMAGE, image_format="BGR")
+    assert not torch.equal(predictor.get_image_embedding(), from_rgb)
+
+
+def test_predict_torch_takes_many_prompts() -> None:
+    predictor = SamPredictor(random_tiny())
+    predictor.set_image(IMAGE)
+    boxes = np.array([[10, 20, 300, 200], [0, 0, 499, 299]])
+    scaled = torch.from_numpy(predictor.transform.apply_boxes(boxes, IMAGE.shape[:2])).float()
+    together = predictor.predict_torch(None, None, boxes=scaled, return_logits=True)
+    for i, box in enumerate(boxes):
+        for whole, part in zip(together, predictor.predict(box=box, return_logits=True)):
+            np.testing.assert_allclose(whole[i].numpy(), part, rtol=1e-4, atol=1e-4)
+
+
+def test_predictor_errors() -> None:
+    predictor = SamPredictor(random_tiny())
+    with pytest.raises(RuntimeError, match="no image is set; call set_image first"):
+        predictor.predict(box=np.array([0, 0, 9, 9]))
+    with pytest.raises(RuntimeError, match="call set_image first"):
+        predictor.get_image_embedding()
+    with pytest.raises(ValueError, match="image_format must be RGB or BGR, got 'GRB'"):
+        predictor.set_image(IMAGE, image_format="GRB")
+    for image in (IMAGE.astype(np.float32), IMAGE[..., 0], IMAGE[..., :2]):
+        with pytest.raises(ValueError, match="image must be H x W x 3 of uint8, got"):
+            predictor.set_image(image)
+    with pytest.raises(ValueError, match="longest side 64"):
+        predictor.set_torch_image(torch.zeros(1, 3, 32, 32), (300, 500))
+    predictor.set_image(IMAGE)
+    with pytest.raises(ValueError, match="point_coords need point_labels"):
+        predictor.predict(point_coords=np.array([[3.0, 4.0]]))
+    predictor.reset_image()
+    with pytest.raises(RuntimeError, match="call set_image first"):
+        predictor.get_image_embedding()
