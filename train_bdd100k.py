@@ -142,6 +142,7 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
         info=info,
         stateful={"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler},
         config=vars(args),
+        num_epochs=args.num_epochs,
         choose_by_miou=val_loader is not None,
         tensorboard=args.use_tensorboard,
         wandb=args.use_wandb,

@@ -1,14 +1,21 @@
-"""Fixtures that several test modules share: a random SAM file and small preprocessed splits of drawn scenes."""
+"""What several test modules share: a random SAM file, small preprocessed splits, and running a script in here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
 import pre_bdd100k
+import train_bdd100k
 from segment_anything import build_sam_vit_tiny
+from utils import cli
+from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
+from utils.manifest import Manifest, ManifestItem
 from utils.scenes import write_dataset
 
 IMAGE_SIZE = 64
@@ -40,3 +47,56 @@ def npy(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = [*arguments, "--image_dtype", "uint8", "--num_workers", 1]
     assert not pre_bdd100k.main(parser.parse_args([str(option) for option in options]))
     return output
+
+
+def run_script(script: ModuleType, *flags: object) -> int | None:
+    """Run a script's `main` in this process, which saves the seconds that importing PyTorch takes."""
+    return script.main(script.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+@pytest.fixture
+def error_of(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """A function that runs a script which must fail, and gives what it says: one line on stderr, exit status 1 or 2.
+
+    Stderr is that of the file descriptor, so that the words of worker processes count too.
+    """
+
+    def error_of(script: ModuleType, *flags: object) -> str:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.run(lambda: run_script(script, *flags))
+        assert end.value.code in (1, 2)
+        # Progress bars rewrite their line; what is left of them is no message.
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "%|" not in line]
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return error_of
+
+
+@pytest.fixture(scope="session")
+def train(sam_file: Path, npy: Path) -> Callable[..., Path]:
+    """A function that trains on the fixtures in `work_dir`, which holds no other run, and returns the run's folder."""
+
+    def train(work_dir: Path, *flags: object) -> Path:
+        data = ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", work_dir]
+        # Workers would cost more to start than they save.
+        run_script(train_bdd100k, *data, "--device", "cpu", "-num_workers", 0, *flags)
+        (folder,) = work_dir.iterdir()
+        return folder
+
+    return train
+
+
+def write_split(folder: Path, items: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Path:
+    """Write (image, labels) by name as pre_bdd100k.py would have, the images in the dtype that they have."""
+    for kind in ("imgs", "gts"):
+        (folder / kind).mkdir(parents=True)
+    entries = []
+    for name, (image, labels) in items.items():
+        np.save(folder / "imgs" / f"{name}.npy", image)
+        np.save(folder / "gts" / f"{name}.npy", labels)
+        counts = np.bincount(labels.ravel(), minlength=256).tolist()
+        entries.append(ManifestItem(name, *labels.shape, counts[:NUM_CLASSES], counts[IGNORE_LABEL]))
+    Manifest(len(labels), str(image.dtype), "stretch", labelled=True, complete=True, items=entries).write(folder)
+    return folder

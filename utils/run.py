@@ -30,6 +30,7 @@ class Run:
         info: ModelInfo,
         stateful: Mapping[str, Any],
         config: Mapping[str, Any],
+        num_epochs: int,
         choose_by_miou: bool,
         tensorboard: bool,
         wandb: bool,
@@ -39,10 +40,11 @@ class Run:
             resume: a run's folder or its `latest`, to go on in that folder; None makes a new one in `work_dir`.
             stateful: what has `state_dict` and `load_state_dict` and belongs into `latest`.
             config: the resolved configuration; it goes into `config.json` and the checkpoints.
+            num_epochs: what the run is to have when it ends, the epochs before resuming included.
             choose_by_miou: the best epoch has the highest "val_miou", not the lowest "train_loss".
 
         Raises:
-            UserError: `resume` names nothing, or a run that does not fit the model.
+            UserError: `resume` names nothing, a run that does not fit the model, or one that has its epochs already.
         """
         self.model, self.info, self.stateful, self.choose_by_miou = model, info, stateful, choose_by_miou
         # Checkpoints load with weights_only, which knows no Path.
@@ -52,6 +54,8 @@ class Run:
         if resume:
             latest = resume / LATEST if resume.is_dir() else resume
             self._resume(latest)
+            if len(self.history) >= num_epochs:
+                raise UserError(f"{latest}: already trained for {len(self.history)} epochs; raise -num_epochs to go on")
             self.folder = latest.parent
         else:
             self.folder = distributed.broadcast(_new_folder(work_dir, task_name) if distributed.is_main() else None)
@@ -69,7 +73,8 @@ class Run:
         checkpoint.load_decoder(self.model, state["model"], latest)
         run_state = state["run_state"]
         for name, part in self.stateful.items():
-            part.load_state_dict(run_state[name])
+            if run_state[name]:  # that of a scaler is empty without fp16, which -use_amp may since have turned on
+                part.load_state_dict(run_state[name])
         torch.set_rng_state(run_state["rng"])
         self.history, self.best_score = run_state["history"], run_state["best_score"]
 

@@ -1,0 +1,246 @@
+"""The command lines: the specification's flags, frozen, and what a user gets to read when something is wrong."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader
+
+import infer_bdd100k
+import pre_bdd100k
+import train_bdd100k
+from utils import cli
+from utils.dataset import BoxPromptDataset, NpyFolder
+from utils.errors import UserError
+
+REQUIRED: dict[ModuleType, list[str]] = {
+    pre_bdd100k: ["--bdd100k_root", "data"],
+    train_bdd100k: ["-i", "data"],
+    infer_bdd100k: [],
+}
+
+# Every flag of the specification that takes a value: script, name, default, a text and what it is parsed to.
+FLAGS: list[tuple[ModuleType, str, Any, str, Any]] = [
+    (pre_bdd100k, "bdd100k_root", Path("data"), "x", Path("x")),
+    (pre_bdd100k, "output_path", Path("data/bdd100k_npy"), "x", Path("x")),
+    (pre_bdd100k, "image_size", 1024, "256", 256),
+    (pre_bdd100k, "splits", ["train", "val"], "test", ["test"]),
+    (train_bdd100k, "tr_npy_path", Path("data"), "x", Path("x")),
+    (train_bdd100k, "task_name", "BDD100K-SAM-MaskDecoder", "x", "x"),
+    (train_bdd100k, "model_type", "vit_b", "vit_h", "vit_h"),
+    (train_bdd100k, "checkpoint", Path("work_dir/SAM/sam_vit_b_01ec64.pth"), "x", Path("x")),
+    (train_bdd100k, "work_dir", Path("work_dir"), "./x", Path("x")),
+    (train_bdd100k, "batch_size", 4, "2", 2),
+    (train_bdd100k, "num_epochs", 100, "3", 3),
+    (train_bdd100k, "lr", 5e-5, "1e-4", 1e-4),
+    (train_bdd100k, "weight_decay", 0.01, "0", 0.0),
+    (train_bdd100k, "num_workers", 4, "0", 0),
+    (train_bdd100k, "grad_acc_steps", 4, "8", 8),
+    (train_bdd100k, "bbox_shift", 20, "0", 0),
+    (train_bdd100k, "world_size", None, "4", 4),
+    (train_bdd100k, "node_rank", None, "0", 0),
+    (train_bdd100k, "init_method", "env://", "tcp://localhost:29500", "tcp://localhost:29500"),
+    (train_bdd100k, "resume", None, "x", Path("x")),
+    (train_bdd100k, "device", None, "cuda:0", "cuda:0"),
+    (infer_bdd100k, "val_npy_path", Path("data/bdd100k_npy/val"), "x", Path("x")),
+    (infer_bdd100k, "model_checkpoint", None, "x", Path("x")),
+    (infer_bdd100k, "sam_checkpoint", Path("work_dir/SAM/sam_vit_b_01ec64.pth"), "x", Path("x")),
+    (infer_bdd100k, "model_type", "vit_b", "vit_l", "vit_l"),
+    (infer_bdd100k, "output_dir", Path("inference_results"), "./x", Path("x")),
+    (infer_bdd100k, "batch_size", 1, "2", 2),
+    (infer_bdd100k, "device", None, "cpu", "cpu"),
+]
+
+# Word for word from the specification.
+SINGLE_GPU = r"""
+python train_bdd100k.py \
+    -i data/bdd100k_npy/train \
+    -task_name BDD100K-SAM-MaskDecoder \
+    -model_type vit_b \
+    -checkpoint work_dir/SAM/sam_vit_b_01ec64.pth \
+    -work_dir ./work_dir \
+    -batch_size 4 \
+    -num_epochs 100 \
+    -lr 5e-5 \
+    -use_amp \
+    --grad_acc_steps 4 \
+    --device cuda:0
+"""
+FOUR_GPUS = r"""
+python -m torch.distributed.launch \
+    --nproc_per_node=4 \
+    --master_port=29500 \
+    train_bdd100k.py \
+    -i data/bdd100k_npy/train \
+    -task_name BDD100K-SAM-MaskDecoder \
+    -model_type vit_b \
+    -checkpoint work_dir/SAM/sam_vit_b_01ec64.pth \
+    -work_dir ./work_dir \
+    -batch_size 4 \
+    -num_epochs 100 \
+    -lr 5e-5 \
+    -use_amp \
+    --grad_acc_steps 4 \
+    --world_size 4 \
+    --distributed
+"""
+INFERENCE = r"""
+python infer_bdd100k.py \
+    --val_npy_path data/bdd100k_npy/val \
+    --model_checkpoint work_dir/BDD100K-SAM-MaskDecoder-YYYYMMDD-HHMM/medsam_model_best.pth \
+    --sam_checkpoint work_dir/SAM/sam_vit_b_01ec64.pth \
+    --model_type vit_b \
+    --output_dir ./inference_results \
+    --batch_size 1 \
+    --device cuda:0 \
+    --visualize
+"""
+PREPROCESSING = r"""
+python pre_bdd100k.py \
+    --bdd100k_root data/bdd100k \
+    --output_path data/bdd100k_npy \
+    --image_size 1024 \
+    --splits train val
+"""
+
+
+def parse(script: ModuleType, *flags: str) -> dict[str, Any]:
+    return vars(script.get_args_parser().parse_args([*REQUIRED[script], *flags]))
+
+
+def parse_command(script: ModuleType, command: str, *from_launcher: str) -> dict[str, Any]:
+    """Parse what follows the script's name in a shell command, after the arguments that a launcher puts first."""
+    words = shlex.split(command.replace("\\\n", " "))
+    flags = words[words.index(f"{script.__name__}.py") + 1 :]
+    return vars(script.get_args_parser().parse_args([*from_launcher, *flags]))
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "default", "text", "value"), FLAGS, ids=[f"{flag[0].__name__}-{flag[1]}" for flag in FLAGS]
+)
+def test_flag_with_one_dash_and_with_two(
+    script: ModuleType, name: str, default: Any, text: str, value: Any
+) -> None:
+    assert parse(script)[name] == default
+    for dashes in ("-", "--"):
+        assert parse(script, f"{dashes}{name}", text)[name] == value
+
+
+@pytest.mark.parametrize("dashes", ["-", "--"])
+@pytest.mark.parametrize("name", ["use_amp", "use_wandb"])
+def test_switch_is_bare_or_followed_by_true_or_false(name: str, dashes: str) -> None:
+    flag = f"{dashes}{name}"
+    assert parse(train_bdd100k)[name] is False
+    assert parse(train_bdd100k, flag)[name] is True
+    assert parse(train_bdd100k, flag, "--grad_acc_steps", "8")[name] is True
+    assert parse(train_bdd100k, flag, "True")[name] is True
+    assert parse(train_bdd100k, flag, "False")[name] is False
+
+
+@pytest.mark.parametrize(("script", "name"), [(train_bdd100k, "distributed"), (infer_bdd100k, "visualize")])
+def test_bare_flags(script: ModuleType, name: str) -> None:
+    assert parse(script)[name] is False
+    assert all(parse(script, f"{dashes}{name}")[name] is True for dashes in ("-", "--"))
+
+
+def test_short_flag_and_abbreviations() -> None:
+    assert parse(train_bdd100k, "-i", "x", "-init_method", "env://")["tr_npy_path"] == Path("x")
+    with pytest.raises(SystemExit):  # guessing at an abbreviation would break when a flag is added
+        parse(train_bdd100k, "--num_epoch", "1")
+
+
+def test_preprocessing_command_of_the_specification() -> None:
+    args = parse_command(pre_bdd100k, PREPROCESSING)
+    assert (args["image_size"], args["splits"]) == (1024, ["train", "val"])
+    assert (args["bdd100k_root"], args["output_path"]) == (Path("data/bdd100k"), Path("data/bdd100k_npy"))
+
+
+def test_training_commands_of_the_specification() -> None:
+    single = parse_command(train_bdd100k, SINGLE_GPU)
+    assert single["tr_npy_path"] == Path("data/bdd100k_npy/train")
+    assert single["use_amp"] is True and single["device"] == "cuda:0" and not single["distributed"]
+
+    # torch.distributed.launch puts the rank before the script's own arguments, spelled one way or the other.
+    for spelling in ("--local-rank=0", "--local_rank=0"):
+        several = parse_command(train_bdd100k, FOUR_GPUS, spelling)
+        assert several["distributed"] is True and several["world_size"] == 4
+    different = {key for key in single if single[key] != several[key]}
+    assert different == {"device", "distributed", "world_size", "local_rank"}
+
+
+def test_inference_command_of_the_specification() -> None:
+    args = parse_command(infer_bdd100k, INFERENCE)
+    assert args["visualize"] is True and args["batch_size"] == 1
+    assert args["model_checkpoint"].name == "medsam_model_best.pth"
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "value", "complaint"),
+    [
+        (train_bdd100k, "-batch_size", "0", "at least 1, got 0"),
+        (train_bdd100k, "-batch_size", "1.5", "expected a number, got '1.5'"),
+        (train_bdd100k, "-lr", "-1", "above 0, got -1"),
+        (train_bdd100k, "-lr", "nan", "above 0, got nan"),
+        (train_bdd100k, "-weight_decay", "inf", "at least 0, got inf"),
+        (train_bdd100k, "-model_type", "vit_x", "'vit_x'"),
+        (train_bdd100k, "-use_amp", "maybe", "True or False, got 'maybe'"),
+        (train_bdd100k, "-no_such_flag", "1", "-no_such_flag"),
+        (infer_bdd100k, "--batch_size", "0", "at least 1, got 0"),
+        (pre_bdd100k, "--image_size", "100", "multiple of 16"),
+    ],
+)
+def test_bad_value_is_told_in_one_line(
+    script: ModuleType, flag: str, value: str, complaint: str, error_of: Callable[..., str]
+) -> None:
+    line = error_of(script, *REQUIRED[script], flag, value)
+    assert flag in line and complaint in line
+
+
+def exit_of(main: Callable[[], int | None], capfd: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+    """Exit status and stderr of `cli.run(main)`."""
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    return end.value.code, capfd.readouterr().err
+
+
+def test_run_gives_the_status_of_main(capfd: pytest.CaptureFixture[str]) -> None:
+    assert exit_of(lambda: None, capfd) == (0, "")
+    assert exit_of(lambda: 1, capfd) == (1, "")
+
+
+def test_run_prints_a_user_error_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise UserError("a.npy: no such file; make it")
+
+    assert exit_of(main, capfd) == (1, "error: a.npy: no such file; make it\n")
+
+
+def test_run_prints_a_loader_workers_error_in_one_line(
+    npy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(npy / "train", tmp_path / "train")
+    dataset = BoxPromptDataset(NpyFolder(folder), classes_per_image=1, bbox_shift=0, seed=0)
+    victim = sorted(folder.glob("imgs/*.npy"))[0]
+    victim.unlink()  # after the check, as when a disk goes away
+
+    def main() -> None:
+        for _ in DataLoader(dataset, num_workers=1):
+            pass
+
+    status, said = exit_of(main, capfd)
+    assert status == 1
+    assert said.startswith(f"error: {victim}: became unreadable") and said.count("\n") == 1
+
+
+def test_run_keeps_the_traceback_of_a_bug() -> None:
+    def main() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run(main)
