@@ -1,0 +1,203 @@
+"""The two loops: that what an optimizer step sees decides the weights, and what leaves them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from tests.conftest import IMAGE_SIZE, write_split
+from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
+from utils.dataset import FILLER, BoxPromptDataset, EvaluationDataset, NpyFolder, TrainingSampler, collate_evaluation
+from utils.engine import evaluate, merge_masks, predict, train_one_epoch
+from utils.errors import UserError
+from utils.model import BoxSegmenter, build_model
+from utils.optim import build_optimizer, build_scheduler
+from utils.precision import Precision
+
+CPU = Precision(torch.device("cpu"))
+
+
+def fresh(sam_file: Path) -> BoxSegmenter:
+    return build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
+
+
+@pytest.fixture
+def model(sam_file: Path) -> BoxSegmenter:
+    return fresh(sam_file)
+
+
+@pytest.fixture
+def dataset(npy: Path) -> Callable[..., BoxPromptDataset]:
+    """A function that makes the training set for so many classes per image."""
+
+    def dataset(classes_per_image: int) -> BoxPromptDataset:
+        return BoxPromptDataset(NpyFolder(npy / "train"), classes_per_image=classes_per_image, bbox_shift=5, seed=0)
+
+    return dataset
+
+
+def weights(model: BoxSegmenter) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def flat(model: BoxSegmenter) -> Tensor:
+    """The trained weights in one vector, in float64."""
+    return torch.cat([p.detach().flatten().double() for p in model.mask_decoder.parameters()])
+
+
+def train(model: BoxSegmenter, loader: Any, *, grad_acc_steps: int = 1, clip: float = 0, epoch: int = 0) -> dict:
+    """One epoch of plain gradient descent, in which a step is the gradient itself.
+
+    Adam would divide it by its own size, and blow the rounding errors of vanishing gradients up to full steps.
+    """
+    optimizer = torch.optim.SGD(model.mask_decoder.parameters(), lr=0.1)
+    return train_one_epoch(
+        model,
+        loader,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, "constant", total_steps=1, warmup_steps=0),
+        scaler=CPU.grad_scaler(),
+        precision=CPU,
+        grad_acc_steps=grad_acc_steps,
+        clip_grad_norm=clip,
+        epoch=epoch,
+    )
+
+
+def batched(dataset: BoxPromptDataset, batch_size: int) -> DataLoader:
+    sampler = TrainingSampler(len(dataset), batch_size=batch_size, rank=0, world_size=1, seed=0)
+    return DataLoader(dataset, batch_sampler=sampler)
+
+
+def test_accumulating_four_batches_of_one_equals_a_batch_of_four(
+    sam_file: Path, dataset: Callable[..., BoxPromptDataset]
+) -> None:
+    data = dataset(2)
+    assert len(data) == 7  # so that the second and last step is one of three images
+    start, ends, figures = flat(fresh(sam_file)), [], []
+    for batch_size, grad_acc_steps in ((1, 4), (4, 1)):
+        model = fresh(sam_file)
+        figures.append(train(model, batched(data, batch_size), grad_acc_steps=grad_acc_steps))
+        ends.append(flat(model))
+    assert figures[0]["optimizer_steps"] == figures[1]["optimizer_steps"] == 2
+    assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=1e-5)
+    # Relative to the change, which is much stricter than relative to the weights.
+    change = (ends[1] - start).norm()
+    assert change > 0.01
+    assert (ends[0] - ends[1]).norm() < 1e-5 * change
+
+
+def test_prompts_that_an_image_has_no_class_for_weigh_nothing(
+    sam_file: Path, dataset: Callable[..., BoxPromptDataset]
+) -> None:
+    samples = [dataset(NUM_CLASSES)[i] for i in range(3)]
+    assert not any(sample["valid"].all() for sample in samples)
+    per_prompt = ("class_ids", "boxes", "valid")
+    stripped = [{**s, **{key: s[key][s["valid"]] for key in per_prompt}} for s in samples]
+    ends, figures = [], []
+    for some in (samples, stripped):
+        model = fresh(sam_file)
+        figures.append(train(model, [default_collate([sample]) for sample in some], grad_acc_steps=3))
+        ends.append(flat(model))
+    assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=1e-5)
+    assert (ends[0] - ends[1]).norm() < 1e-5 * (ends[1] - flat(fresh(sam_file))).norm()
+
+
+def test_a_filler_contributes_nothing(sam_file: Path, dataset: Callable[..., BoxPromptDataset]) -> None:
+    data = dataset(2)
+    real, filler = (default_collate([data[index]]) for index in (3, FILLER))
+    outcomes = []
+    for loader in ([real], [real, filler]):
+        model = fresh(sam_file)
+        figures = train(model, loader, grad_acc_steps=2)
+        outcomes.append((figures, weights(model)))
+    assert outcomes[0][0] == outcomes[1][0]
+    for key, value in outcomes[0][1].items():
+        assert torch.equal(value, outcomes[1][1][key]), key
+
+
+def test_only_the_mask_decoder_is_trained(model: BoxSegmenter, dataset: Callable[..., BoxPromptDataset]) -> None:
+    optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.01)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in model.mask_decoder.parameters()}
+
+    before = weights(model)
+    train(model, batched(dataset(2), 4))
+    changed = {key for key, value in weights(model).items() if not torch.equal(value, before[key])}
+    assert changed and all(key.startswith("sam.mask_decoder.") for key in changed)
+    frozen = (model.sam.image_encoder, model.sam.prompt_encoder)
+    assert not any(part.training for encoder in frozen for part in encoder.modules())
+    assert all(p.grad is None for encoder in frozen for p in encoder.parameters())
+
+
+def test_the_gradient_is_clipped_to_its_norm(model: BoxSegmenter, dataset: Callable[..., BoxPromptDataset]) -> None:
+    before = flat(model)
+    train(model, [default_collate([dataset(2)[0]])], clip=0.01)
+    assert (flat(model) - before).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)  # learning rate x norm
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(model: BoxSegmenter, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    items = {}
+    for name in ("good", "poisoned", "fine"):
+        image = rng.random((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
+        items[name] = (image, rng.integers(0, 3, (IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8))
+    items["poisoned"][0][5, 5] = np.nan
+    source = NpyFolder(write_split(tmp_path / "train", items))
+    data = BoxPromptDataset(source, classes_per_image=1, bbox_shift=0, seed=0)
+    before = weights(model)
+    with pytest.raises(UserError, match=r"epoch 3, step 3: the loss is not finite for poisoned;") as error:
+        train(model, [default_collate([data[i]]) for i in range(3)], grad_acc_steps=4, epoch=3)
+    assert "weights were not touched" in str(error.value)
+    for key, value in weights(model).items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_merge_masks_by_hand() -> None:
+    # Size kept, so nothing is interpolated. Rows: only 13 claims | both do | none does | a logit of 0 claims nothing.
+    of_class_13 = [[3.0, -1.0], [2.0, 5.0], [-1.0, -9.0], [0.0, -1.0]]
+    of_class_0 = [[-1.0, -2.0], [4.0, 4.5], [-2.0, -0.1], [-1.0, 0.1]]
+    merged = merge_masks(torch.tensor([of_class_13, of_class_0]), torch.tensor([13, 0]), (4, 2))
+    assert merged.dtype == torch.uint8
+    assert merged.tolist() == [[13, 255], [0, 13], [255, 255], [255, 0]]
+
+
+def evaluation_batches(source: NpyFolder, batch_size: int) -> DataLoader:
+    return DataLoader(EvaluationDataset(source), batch_size=batch_size, collate_fn=collate_evaluation)
+
+
+def same_but_for_rounding(maps: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether label maps agree, where a pixel in a thousand may be a tie that rounding decides."""
+    one, other = torch.stack(list(maps)), torch.stack(list(others))
+    return (one != other).double().mean().item() <= 1e-3
+
+
+def test_predict_gives_the_same_maps_for_any_batch_size(model: BoxSegmenter, npy: Path) -> None:
+    source = NpyFolder(npy / "val")
+    one, three = (list(predict(model, evaluation_batches(source, size), CPU)) for size in (1, 3))
+    assert [p.name for p in one] == [p.name for p in three] == [item.name for item in source.items]
+    assert len({int(value) for p in one for value in p.prediction.unique()}) > 5  # the random decoder says something
+    assert same_but_for_rounding([p.prediction for p in one], [p.prediction for p in three])
+
+
+def test_an_image_without_labelled_pixels_is_no_class_and_counts_nowhere(model: BoxSegmenter, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    labels = rng.integers(0, NUM_CLASSES, (IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+    nothing = np.full_like(labels, IGNORE_LABEL)
+    source = NpyFolder(write_split(tmp_path / "val", {"empty": (image, nothing), "full": (image, labels)}))
+
+    empty, full = predict(model, evaluation_batches(source, 2), CPU)
+    assert (empty.prediction == IGNORE_LABEL).all()
+    assert (full.prediction != IGNORE_LABEL).any()
+    confusion = evaluate(model, evaluation_batches(source, 2), CPU)
+    assert confusion.matrix.sum() == labels.size
+    # To train on, there is only the other one.
+    assert len(BoxPromptDataset(source, classes_per_image=1, bbox_shift=0, seed=0)) == 1

@@ -1,0 +1,322 @@
+"""train_bdd100k.py end to end: what a run leaves behind, going on with it, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train_bdd100k
+from segment_anything import build_sam_vit_tiny
+from tests.conftest import IMAGE_SIZE, run_script, write_split
+from utils import checkpoint
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def run(train: Train, npy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two epochs with validation. Tests that change it take a copy."""
+    work_dir = tmp_path_factory.mktemp("run")
+    return train(work_dir, "-num_epochs", 2, "-task_name", "Drawn", "--val_npy_path", npy / "val", "-lr", "1e-3")
+
+
+@pytest.fixture
+def run_copy(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "work" / run.name))
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """`log.jsonl`, read as strict JSON: NaN and Infinity are errors."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"log.jsonl holds {constant}")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: record[key] for key in record.keys() - {"seconds", "images_per_second"}} for record in log]
+
+
+def test_a_run_leaves_checkpoints_log_configuration_and_curve(run: Path, npy: Path) -> None:
+    assert re.fullmatch(r"Drawn-\d{8}-\d{4}", run.name)
+    files = {"medsam_model_best.pth", "medsam_model_latest.pth", "log.jsonl", "config.json", "loss_curve.png"}
+    assert {path.name for path in run.iterdir()} == files
+    assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+    log = log_of(run)
+    assert [record["epoch"] for record in log] == [0, 1]
+    for record in log:
+        assert {"train_loss", "dice", "bce", "iou", "lr", "val_miou", "seconds", "images_per_second"} <= record.keys()
+        assert record["optimizer_steps"] == 1 and record["skipped_steps"] == 0  # two batches of 4 make one group
+
+    config = json.loads((run / "config.json").read_text())
+    assert config["tr_npy_path"] == str(npy / "train") and config["num_epochs"] == 2
+    assert config["weight_decay"] == 0.01  # a default, so that the file says all
+
+
+def test_best_holds_what_was_trained_and_latest_the_state_beside_it(run: Path) -> None:
+    best = checkpoint.load_checkpoint(run / "medsam_model_best.pth")
+    assert all(key.startswith("mask_decoder.") for key in best["model"])
+    assert "run_state" not in best
+    latest = checkpoint.load_checkpoint(run / "medsam_model_latest.pth")
+    assert latest["epoch"] == 1
+    assert {"optimizer", "scheduler", "scaler", "rng", "history"} <= latest["run_state"].keys()
+
+
+@pytest.mark.parametrize(("validates", "best_epoch"), [(True, 0), (False, 1)])
+def test_best_is_chosen_by_validation_or_else_by_loss(
+    train: Train, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, validates: bool, best_epoch: int
+) -> None:
+    # Validation is made to find the first epoch better, and the loss to fall.
+    mious, losses = iter([0.5, 0.25]), iter([2.0, 1.0])
+    figures = {"optimizer_steps": 1, "skipped_steps": 0}
+    monkeypatch.setattr(train_bdd100k, "mean_iou", lambda matrix: next(mious))
+    monkeypatch.setattr(train_bdd100k, "train_one_epoch", lambda *_, **__: {"loss": next(losses), **figures})
+    folder = train(tmp_path, "-num_epochs", 2, *(["--val_npy_path", npy / "val"] if validates else []))
+    best = checkpoint.load_checkpoint(folder / "medsam_model_best.pth")
+    assert best["epoch"] == best_epoch
+    assert best["metrics"] == log_of(folder)[best_epoch]
+
+
+def test_validation_every_few_epochs_and_at_the_end(
+    train: Train, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_bdd100k, "train_one_epoch", lambda *_, **__: {"loss": 1.0})
+    folder = train(tmp_path, "-num_epochs", 5, "--val_npy_path", npy / "val", "--val_every", 2)
+    assert ["val_miou" in record for record in log_of(folder)] == [False, True, False, True, True]
+
+
+def test_one_epoch_resumed_to_two_equals_two_bit_for_bit(train: Train, run: Path, npy: Path, tmp_path: Path) -> None:
+    flags = ["-task_name", "Drawn", "--val_npy_path", npy / "val", "-lr", "1e-3"]
+    folder = train(tmp_path, "-num_epochs", 1, *flags)
+    assert train(tmp_path, "-num_epochs", 2, *flags, "--resume", folder) == folder
+
+    resumed, straight = (checkpoint.load_checkpoint(f / "medsam_model_latest.pth") for f in (folder, run))
+    for key, value in straight["model"].items():
+        assert torch.equal(resumed["model"][key], value), key
+    moments = [state["run_state"]["optimizer"]["state"] for state in (resumed, straight)]
+    assert moments[0].keys() == moments[1].keys() and moments[0]
+    for index, moment in moments[1].items():
+        assert all(torch.equal(moments[0][index][key], value) for key, value in moment.items()), index
+    assert without_times(log_of(folder)) == without_times(log_of(run))
+
+
+def test_resuming_with_the_scaler_newly_enabled(train: Train, run_copy: Path) -> None:
+    # As someone would whose memory ran out without -use_amp.
+    train(run_copy.parent, "-num_epochs", 3, "--resume", run_copy, "-use_amp", "--amp_dtype", "fp16")
+    assert [record["epoch"] for record in log_of(run_copy)] == [0, 1, 2]
+
+
+def test_logging_to_tensorboard_and_to_wandb_without_a_network(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HTTPS_PROXY": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(name, value)
+    folder = train(tmp_path, "-num_epochs", 1, "--use_tensorboard", "-use_wandb", "True")
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    (scalar,) = events.Scalars("train_loss")
+    assert scalar.step == 0 and scalar.value == pytest.approx(log_of(folder)[0]["train_loss"])
+    (record,) = folder.glob("wandb/offline-run-*/*.wandb")
+    assert record.stat().st_size > 0
+
+
+def test_a_decoder_overfits_two_images(train: Train, tmp_path: Path) -> None:
+    # Flat patches of colour, which even the features of a random encoder can tell apart.
+    items = {}
+    for name, split in (("a", 20), ("b", 40)):
+        labels = np.full((IMAGE_SIZE, IMAGE_SIZE), 10, dtype=np.uint8)
+        labels[split:] = 0
+        labels[split - 10 : split + 10, 16:48] = 13
+        colors = np.zeros((256, 3), dtype=np.uint8)
+        colors[[0, 10, 13]] = (90, 90, 90), (120, 180, 250), (200, 20, 20)
+        items[name] = (colors[labels], labels)
+    data = write_split(tmp_path / "npy", items)
+    flags = ["--classes_per_image", 3, "--bbox_shift", 0, "--grad_acc_steps", 1, "-batch_size", 2, "-lr", "1e-3"]
+    folder = train(tmp_path / "work", "-i", data, "-num_epochs", 40, *flags)
+    losses = [record["train_loss"] for record in log_of(folder)]
+    assert losses[-1] < losses[0] / 4
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def pickle_into(path: Path) -> None:
+    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+
+
+# How an image's file is damaged, and what the one line must say.
+BAD_NPY: dict[str, tuple[Callable[[Path], object], str]] = {
+    "gone": (Path.unlink, r"\.npy: no such file"),
+    "truncated": (truncate, r"\.npy: truncated by \d+ bytes"),
+    "corrupt": (lambda path: path.write_bytes(b"not numpy at all"), r"\.npy: damaged, or not an \.npy file"),
+    "pickled": (pickle_into, r"\.npy: holds pickled objects, which are never loaded"),
+}
+
+# Flags that are given after good ones, as a function of a folder with the data in "train" and a finished run in "run";
+# and what the one line must say.
+BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
+    "no such folder": (lambda f: ["-i", f / "nowhere"], r"nowhere: no such folder .*pre_bdd100k"),
+    "folder without manifest": (lambda f: ["-i", f / "run"], r"manifest.json: not found"),
+    "missing checkpoint": (lambda f: ["-checkpoint", f / "none.pth"], r"none.pth: no such checkpoint"),
+    "fine-tuned in place of SAM": (lambda f: ["-checkpoint", f / "run" / checkpoint.BEST], r"best.pth: .*SAM"),
+    "batch size 0": (lambda f: ["-batch_size", 0], r"batch_size.* at least 1, got 0"),
+    "resume nothing": (lambda f: ["--resume", f / "none.pth"], r"none.pth: no such checkpoint"),
+    "resume a folder of no run": (lambda f: ["--resume", f / "train"], r"latest.pth: no such checkpoint"),
+    "resume best": (lambda f: ["--resume", f / "run" / checkpoint.BEST], r"no state to resume from; give .*latest"),
+    "resume a finished run": (lambda f: ["--resume", f / "run"], r"already trained for 2 epochs; raise -num_epochs"),
+    "CUDA where there is none": (lambda f: ["--device", "cuda:0"], r"--device cuda:0: PyTorch finds no CUDA here"),
+    "no device at all": (lambda f: ["--device", "gpu"], r"--device gpu: not a device"),
+    "no launcher": (lambda f: ["--distributed"], r"needs a launcher: python -m torch.distributed.launch"),
+    "world size without launcher": (lambda f: ["--world_size", 4], r"needs a launcher"),
+}
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def good_flags(folder: Path) -> list[Any]:
+    data = ["-i", folder / "train", "-checkpoint", folder / "sam.pth", "-model_type", "vit_tiny"]
+    return [*data, "-work_dir", folder / "work", "-num_epochs", 2, "-num_workers", 0, "--device", "cpu"]
+
+
+@pytest.fixture
+def inputs(run: Path, npy: Path, sam_file: Path, tmp_path: Path) -> Path:
+    """A folder with copies of what a training run needs, to be spoilt: "train", "sam.pth" and a finished "run"."""
+    shutil.copytree(npy / "train", tmp_path / "train")
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copy(sam_file, tmp_path / "sam.pth")
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags_are_told_in_one_line(
+    case: str, inputs: Path, error_of: Callable[..., str], no_cuda: None
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in (inputs / "run").iterdir()}
+    make_flags, complaint = BAD_FLAGS[case]
+    assert re.search(complaint, error_of(train_bdd100k, *good_flags(inputs), *make_flags(inputs)))
+    assert not (inputs / "work").exists()  # nothing was begun
+    assert before == {path.name: path.stat().st_mtime_ns for path in (inputs / "run").iterdir()}
+
+
+@pytest.mark.parametrize("case", BAD_NPY)
+def test_bad_npy_is_told_in_one_line(case: str, inputs: Path, error_of: Callable[..., str]) -> None:
+    victim = sorted((inputs / "train" / "imgs").glob("*.npy"))[2]
+    damage, complaint = BAD_NPY[case]
+    damage(victim)
+    line = error_of(train_bdd100k, *good_flags(inputs))
+    assert str(victim) in line and re.search(complaint, line)
+    assert not (inputs / "work").exists()
+
+
+def test_truncated_checkpoint(inputs: Path, error_of: Callable[..., str]) -> None:
+    truncate(inputs / "sam.pth")
+    assert "sam.pth: truncated" in error_of(train_bdd100k, *good_flags(inputs))
+
+
+def test_resuming_from_a_truncated_checkpoint(inputs: Path, error_of: Callable[..., str]) -> None:
+    truncate(inputs / "run" / checkpoint.LATEST)
+    line = error_of(train_bdd100k, *good_flags(inputs), "--resume", inputs / "run")
+    assert f"{checkpoint.LATEST}: truncated" in line
+
+
+def test_checkpoint_of_another_model_type(inputs: Path, error_of: Callable[..., str]) -> None:
+    torch.save({"image_encoder.pos_embed": torch.zeros(1, 64, 64, 768)}, inputs / "sam.pth")
+    assert "a checkpoint of vit_b, not of vit_tiny" in error_of(train_bdd100k, *good_flags(inputs))
+
+
+def test_resuming_a_run_of_another_image_size(
+    run: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    size = 2 * IMAGE_SIZE
+    labels = np.zeros((size, size), dtype=np.uint8)
+    data = write_split(tmp_path / "train", {"a": (np.zeros((size, size, 3), dtype=np.uint8), labels)})
+    shutil.copy(sam_file, tmp_path / "sam.pth")
+    line = error_of(train_bdd100k, *good_flags(tmp_path), "-i", data, "--resume", run)
+    assert f"was trained with image size {IMAGE_SIZE}, not {size}" in line
+
+
+def test_resuming_on_another_sam_file(run: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+    torch.manual_seed(1)
+    torch.save(build_sam_vit_tiny(image_size=IMAGE_SIZE).state_dict(), tmp_path / "sam.pth")
+    line = error_of(train_bdd100k, *good_flags(tmp_path), "-i", npy / "train", "--resume", run)
+    assert "was trained with sam sha256" in line and "give the same SAM file" in line
+
+
+def test_validation_data_of_another_kind(
+    npy: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    labels = np.zeros((32, 32), dtype=np.uint8)
+    val = write_split(tmp_path / "val", {"a": (np.zeros((32, 32, 3), dtype=np.uint8), labels)})
+    shutil.copy(sam_file, tmp_path / "sam.pth")
+    line = error_of(train_bdd100k, *good_flags(tmp_path), "-i", npy / "train", "--val_npy_path", val)
+    assert f"has image_size 32, but the training data {IMAGE_SIZE}" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--world_size", 4], "--world_size 4, but the launcher started 2 processes"),
+        (["--world_size", 2, "--node_rank", 1], "--node_rank 1, but the launcher calls this node 0"),
+        (["--device", "cuda"], "PyTorch finds no CUDA here"),
+    ],
+)
+def test_flags_that_contradict_the_launcher(
+    flags: list[Any],
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error_of: Callable[..., str],
+    no_cuda: None,
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "GROUP_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert complaint in error_of(train_bdd100k, *good_flags(tmp_path), "--distributed", *flags)
+
+
+def test_a_poisoned_image_stops_the_run_with_its_name(
+    sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    labels = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+    items = {name: (np.full((*labels.shape, 3), value, np.float32), labels) for name, value in zip("ab", (0.5, np.nan))}
+    write_split(tmp_path / "train", items)
+    shutil.copy(sam_file, tmp_path / "sam.pth")
+    line = error_of(train_bdd100k, *good_flags(tmp_path))
+    assert line.startswith("error: epoch 0, step 1: the loss is not finite for b;")
+    assert not list(tmp_path.glob("work/*/*.pth"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_work_dir_that_cannot_be_written(
+    npy: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    shutil.copy(sam_file, tmp_path / "sam.pth")
+    tmp_path.chmod(0o500)
+    assert "give another --work_dir" in error_of(train_bdd100k, *good_flags(tmp_path), "-i", npy / "train")
+    tmp_path.chmod(0o700)
+
+
+def test_two_runs_of_one_minute_get_folders_of_their_own(
+    npy: Path, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_bdd100k, "train_one_epoch", lambda *_, **__: {"loss": 1.0})
+    shutil.copy(sam_file, tmp_path / "sam.pth")
+    for _ in range(3):  # two of them at least within a minute
+        run_script(train_bdd100k, *good_flags(tmp_path), "-i", npy / "train", "-num_epochs", 1)
+    assert len(list((tmp_path / "work").iterdir())) == 3
