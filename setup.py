@@ -28,6 +28,7 @@ setup(
             "segment-anything==1.0",
             "torchvision",  # which it imports
             "torchmetrics",
+            "bdd100k==1.0.1",
         ],
     },
 )

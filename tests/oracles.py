@@ -1,4 +1,5 @@
-"""What the tests compare with: the public `segment-anything` package, and the figure the comparison is made in."""
+"""What several tests share: the public `segment-anything` package to compare with, the figure the comparison is made
+in, and a pickle that tells whether it was run."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import functools
 import importlib
 import importlib.metadata
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -52,3 +54,13 @@ def relative_error(actual: Any, expected: Any) -> float:
     actual, expected = (torch.as_tensor(np.asarray(value), dtype=torch.float64) for value in (actual, expected))
     assert actual.shape == expected.shape
     return float((actual - expected).norm() / expected.norm())
+
+
+class Payload:
+    """Unpickling it makes the file `path`, as a hostile file would run something worse."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")

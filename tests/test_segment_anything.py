@@ -29,7 +29,7 @@ from segment_anything import (
 from segment_anything.build_sam import read_state_dict
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
-from tests.oracles import public_sam, relative_error
+from tests.oracles import Payload, public_sam, relative_error
 
 TOLERANCE = 1e-4
 IMAGE = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
@@ -55,7 +55,7 @@ def randomise(module: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim == 1 or "pos" in name:  # biases, norms, pos_embed, rel_pos_h, rel_pos_w
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
 def random_tiny(image_size: int = 64) -> Sam:
@@ -105,9 +105,9 @@ def test_image_encoder(predictors: tuple[SamPredictor, Any], compare: Compare) -
     compare("vit_b image encoder at 1024", ours, theirs)
 
 
-_POINTS = {"point_coords": np.array([[120.0, 80.5], [333.0, 290.0]]), "point_labels": np.array([1, 0])}
-_BOX = {"box": np.array([50.0, 20.0, 401.0, 299.0])}
-_MASK = {"mask_input": np.random.default_rng(1).normal(0, 5, (1, 256, 256)).astype(np.float32)}
+_POINTS: dict[str, Any] = {"point_coords": np.array([[120.0, 80.5], [333.0, 290.0]]), "point_labels": np.array([1, 0])}
+_BOX: dict[str, Any] = {"box": np.array([50.0, 20.0, 401.0, 299.0])}
+_MASK: dict[str, Any] = {"mask_input": np.random.default_rng(1).normal(0, 5, (1, 256, 256)).astype(np.float32)}
 
 
 @pytest.mark.parametrize("multimask_output", [False, True], ids=["single", "multi"])
@@ -120,7 +120,7 @@ def test_predictor_end_to_end(
     predictors: tuple[SamPredictor, Any],
     compare: Compare,
     request: pytest.FixtureRequest,
-    prompt: dict[str, np.ndarray],
+    prompt: dict[str, Any],
     multimask_output: bool,
 ) -> None:
     ours, theirs = (
@@ -128,8 +128,10 @@ def test_predictor_end_to_end(
     )
     count = 3 if multimask_output else 1
     assert [array.shape for array in ours] == [(count, 300, 500), (count,), (count, 256, 256)]
-    for what, actual, expected in zip(("masks", "IoU", "low-res masks"), ours, theirs):
+    for what, actual, expected in zip(("masks", "low-res masks"), ours[::2], theirs[::2]):
         compare(f"predictor {request.node.callspec.id} {what}", actual, expected)
+    # A few numbers of the order of one, any of which may be close to zero by chance: an absolute error.
+    assert np.abs(ours[1] - theirs[1]).max() < TOLERANCE
 
 
 def test_predictor_thresholds_masks_at_zero(predictors: tuple[SamPredictor, Any]) -> None:
@@ -193,6 +195,8 @@ def test_encoder_blocks_of_the_larger_models(compare: Compare, model_type: str, 
         theirs = public_sam().sam_model_registry[model_type]().image_encoder
     index = next(i for i, block in enumerate(ours.blocks) if bool(block.window_size) == (kind == "windowed"))
     assert [block.window_size for block in ours.blocks] == [block.window_size for block in theirs.blocks]
+    block: Any
+    public_block: Any
     block, public_block = (encoder.blocks[index].to_empty(device="cpu") for encoder in (ours, theirs))
     torch.manual_seed(0)
     for module in block.modules():
@@ -334,16 +338,6 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path: Path, zipped: bo
             read_state_dict(path, "vit_b")
     path.write_bytes(buffer.getvalue())
     assert read_state_dict(path, "vit_b").keys() == state.keys()
-
-
-class Payload:
-    """Unpickling it makes the file `path`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self.path), "w")
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""The prompt losses against a slow oracle from which ignored pixels are physically removed."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from utils.losses import prompt_losses
+
+
+def oracle(logits: np.ndarray, predicted_iou: float, labels: np.ndarray, class_id: int) -> dict[str, float]:
+    """One prompt, by the formulas; logits at the labels' own size."""
+    kept = labels != 255
+    x, t = logits[kept].astype(np.float64), (labels[kept] == class_id).astype(np.float64)
+    p = 1 / (1 + np.exp(-x))
+    claimed = x > 0
+    union = (claimed | (t > 0)).sum()
+    return {
+        "dice": 1 - (2 * (p * t).sum() + 1e-5) / ((p**2).sum() + (t**2).sum() + 1e-5),
+        "bce": float(-(t * np.log(p) + (1 - t) * np.log(1 - p)).mean()),
+        "iou": (predicted_iou - (claimed & (t > 0)).sum() / union) ** 2,
+    }
+
+
+def random_case(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (2, 12, 12), generator=generator, dtype=torch.uint8)
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = 255
+    logits = torch.randn(2, 3, 12, 12, generator=generator) * 2
+    return logits, torch.rand(2, 3, generator=generator), labels, torch.tensor([[0, 1, 2], [3, 0, 1]])
+
+
+def test_equals_the_oracle() -> None:
+    logits, ious, labels, class_ids = random_case()
+    losses = prompt_losses(logits, ious, labels, class_ids)
+    for b in range(2):
+        for q in range(3):
+            expected = oracle(logits[b, q].numpy(), ious[b, q].item(), labels[b].numpy(), class_ids[b, q].item())
+            for key, value in expected.items():
+                assert abs(losses[key][b, q].item() - value) < 1e-5, key
+
+
+def test_what_is_not_labelled_changes_nothing() -> None:
+    logits, ious, labels, class_ids = random_case(1)
+    before = prompt_losses(logits, ious, labels, class_ids)
+    noise = torch.randn_like(logits) * 50
+    after = prompt_losses(torch.where((labels == 255)[:, None], noise, logits), ious, labels, class_ids)
+    for key in before:
+        torch.testing.assert_close(before[key], after[key])
+
+
+def test_logits_are_upsampled_to_the_labels() -> None:
+    labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    labels[:, :, 4:] = 1
+    logits = torch.full((1, 1, 2, 2), -20.0)
+    logits[..., 1] = 20.0
+    losses = prompt_losses(logits, torch.ones(1, 1), labels, torch.tensor([[1]]))
+    # Columns 0-1 and 6-7 are certain and right; in between the logit rises through 0 between columns 3 and 4.
+    columns = torch.tensor([-20.0, -20, -15, -5, 5, 15, 20, 20])
+    expected = torch.nn.functional.softplus(-columns.abs()).mean()
+    torch.testing.assert_close(losses["bce"], expected.view(1, 1))
+    assert losses["iou"].item() == 0
+
+
+def test_an_image_without_labels_gives_finite_values_and_gradients() -> None:
+    logits, ious, labels, class_ids = random_case(2)
+    logits.requires_grad_()
+    losses = prompt_losses(logits, ious, torch.full_like(labels, 255), class_ids)
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(value.isfinite().all() for value in losses.values())
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_float32_whatever_the_model_computes_in() -> None:
+    logits, ious, labels, class_ids = random_case(3)
+    losses = prompt_losses(logits.half(), ious.half(), labels, class_ids)
+    assert {value.dtype for value in losses.values()} == {torch.float32}

@@ -1,0 +1,53 @@
+"""What is frozen, what is trained, and the normalisation that the encoder gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import IMAGE_SIZE
+from utils.errors import UserError
+from utils.losses import prompt_losses
+from utils.model import BoxSegmenter, build_model
+
+
+@pytest.fixture
+def model(sam_file: Path) -> BoxSegmenter:
+    return build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
+
+
+def test_only_and_all_of_the_mask_decoder_is_trained(model: BoxSegmenter) -> None:
+    model.train()
+    assert model.mask_decoder.training
+    assert not any(m.training for part in (model.sam.image_encoder, model.sam.prompt_encoder) for m in part.modules())
+
+    embeddings = model.encode(torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    assert not embeddings.requires_grad
+    boxes = torch.tensor([[4.0, 4, 40, 40], [10, 2, 60, 30]]).expand(2, 2, 4)
+    masks, ious = model(embeddings, boxes)
+    assert masks.shape == (2, 2, IMAGE_SIZE // 4, IMAGE_SIZE // 4)
+    assert ious.shape == (2, 2)
+    labels = torch.zeros(2, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    losses = prompt_losses(masks, ious, labels, torch.tensor([[0, 1], [0, 1]]))
+    torch.stack(list(losses.values())).sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    # Without exception: DDP would wait for ever for a parameter that the loss does not reach.
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith("sam.mask_decoder.")}
+    assert all(p.requires_grad == (name in trained) for name, p in model.named_parameters())
+
+
+def test_encode_normalises_as_sam_was_trained(model: BoxSegmenter) -> None:
+    pixels = torch.randint(0, 256, (1, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    normalised = (pixels.float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    with torch.no_grad():
+        expected = model.sam.image_encoder(normalised)
+    torch.testing.assert_close(model.encode(pixels), expected)
+    torch.testing.assert_close(model.encode(pixels.float() / 255), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sam_file_of_another_model_is_a_user_error(sam_file: Path) -> None:
+    with pytest.raises(UserError, match="a checkpoint of vit_tiny, not of vit_b"):
+        build_model("vit_b", sam_file, image_size=IMAGE_SIZE)
