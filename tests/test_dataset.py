@@ -13,24 +13,23 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.conftest import IMAGE_SIZE
+from tests.conftest import IMAGE_SIZE, write_split
+from tests.oracles import Payload
 from utils.boxes import class_boxes
-from utils.dataset import FILLER, BoxPromptDataset, EvaluationDataset, NpyFolder, TrainingSampler
+from utils.dataset import (
+    FILLER,
+    BoxPromptDataset,
+    EvaluationDataset,
+    NpyFolder,
+    TrainingSampler,
+    collate_evaluation,
+)
 from utils.errors import UserError
 
 
-class Payload:
-    """Unpickled, it would leave a file behind."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.target,)
-
-
 def dataset(npy: Path, **changes: Any) -> BoxPromptDataset:
-    return BoxPromptDataset(NpyFolder(npy / "train"), **{"classes_per_image": 2, "bbox_shift": 20, "seed": 5, **changes})
+    options = {"classes_per_image": 2, "bbox_shift": 20, "seed": 5, **changes}
+    return BoxPromptDataset(NpyFolder(npy / "train"), **options)
 
 
 def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -48,6 +47,61 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(npy: Path) -> None:
         if other.seed == 5:
             other.set_epoch(1)
         assert not all(torch.equal(other[i]["boxes"], first[i]["boxes"]) for i in range(7))
+
+
+def test_workers_take_over_each_new_epoch(npy: Path) -> None:
+    data = dataset(npy, classes_per_image=3)
+    sampler = TrainingSampler(len(data), batch_size=3, rank=0, world_size=1, seed=0)
+    loaders = [DataLoader(data, batch_sampler=sampler, num_workers=workers) for workers in (0, 2)]
+    for epoch in (0, 1):
+        data.set_epoch(epoch)
+        sampler.set_epoch(epoch)
+        here, in_workers = (list(loader) for loader in loaders)
+        assert len(here) == len(in_workers) == 3
+        assert all(equal(a, b) for a, b in zip(here, in_workers))
+
+
+def split_of(folder: Path, *labels: np.ndarray) -> Path:
+    """`folder / "train"`, a split of black images "0", "1", ... with these labels."""
+    write_split(folder / "train", {str(i): (np.zeros((*m.shape, 3), np.uint8), m) for i, m in enumerate(labels)})
+    return folder
+
+
+def labels_of(*class_ids: int) -> np.ndarray:
+    """32 x 32: 255, with an 8 x 8 block of each class along the diagonal."""
+    labels = np.full((32, 32), 255, np.uint8)
+    for i, class_id in enumerate(class_ids):
+        labels[8 * i : 8 * i + 8, 8 * i : 8 * i + 8] = class_id
+    return labels
+
+
+def over_epochs(data: BoxPromptDataset, count: int) -> list[dict[str, Any]]:
+    samples = []
+    for epoch in range(count):
+        data.set_epoch(epoch)
+        samples.append(data[0])
+    return samples
+
+
+def test_every_class_of_an_image_is_drawn_alike(tmp_path: Path) -> None:
+    data = dataset(split_of(tmp_path, labels_of(0, 7, 18)), classes_per_image=1)
+    drawn = [sample["class_ids"].item() for sample in over_epochs(data, 60)]
+    counts = [drawn.count(class_id) for class_id in (0, 7, 18)]
+    assert sum(counts) == 60
+    assert min(counts) >= 10  # about 20 each
+
+
+@pytest.mark.parametrize(("bbox_shift", "most"), [(0, 0), (2, 2), (20, 3)])
+def test_jitter_reaches_its_bounds_and_not_beyond(tmp_path: Path, bbox_shift: int, most: int) -> None:
+    """A box of side 28, close to the border, moves by a tenth of it at the most, or by `bbox_shift` if that is less."""
+    labels = np.full((32, 32), 255, np.uint8)
+    labels[3:31, 2:30] = 4
+    data = dataset(split_of(tmp_path, labels), classes_per_image=1, bbox_shift=bbox_shift)
+    boxes = torch.stack([sample["boxes"][0] for sample in over_epochs(data, 80)])
+    moved = boxes - torch.tensor([2, 3, 29, 30])
+    assert (moved.min(), moved.max()) == (-most, most)
+    assert torch.equal(moved, moved.round())
+    assert (boxes.min(), boxes.max()) == (2 - min(most, 2), min(30 + most, 31))  # inside the image
 
 
 def test_prompts_are_boxes_of_present_classes(npy: Path) -> None:
@@ -74,7 +128,24 @@ def test_prompts_beyond_the_present_classes_are_not_valid(npy: Path) -> None:
     assert sample["valid"].sum() == len(present)
     assert sorted(sample["class_ids"][sample["valid"]].tolist()) == present.tolist()
     assert set(sample["class_ids"][~sample["valid"]].tolist()) == {255}
-    assert not data[FILLER]["valid"].any()
+
+
+def test_the_filler_is_an_image_of_which_no_prompt_counts(npy: Path) -> None:
+    filler, first = dataset(npy)[FILLER], dataset(npy)[0]
+    assert not filler.pop("valid").any()
+    assert first.pop("valid").all()
+    assert equal(filler, first)
+
+
+def test_evaluation_takes_the_tight_box_of_every_class(tmp_path: Path) -> None:
+    data = EvaluationDataset(NpyFolder(split_of(tmp_path, labels_of(9, 3), labels_of()) / "train"))
+    batch = collate_evaluation([data[0], data[1]])
+    assert batch["image"].shape == (2, 32, 32, 3)
+    assert batch["labels"].shape == (2, 32, 32)
+    assert batch["name"] == ["0", "1"]
+    assert batch["class_ids"][0].tolist() == [3, 9]
+    assert batch["boxes"][0].tolist() == [[8, 8, 15, 15], [0, 0, 7, 7]]
+    assert (batch["class_ids"][1].shape, batch["boxes"][1].shape) == ((0,), (0, 4))
 
 
 def test_an_image_without_labelled_pixels_is_left_out(npy: Path, tmp_path: Path) -> None:
@@ -87,6 +158,11 @@ def test_an_image_without_labelled_pixels_is_left_out(npy: Path, tmp_path: Path)
     assert len(EvaluationDataset(data.source)) == 7  # it still is part of the split
 
 
+def test_a_split_without_a_labelled_pixel_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no image has a labelled pixel; check the masks given to pre_bdd100k"):
+        dataset(split_of(tmp_path, labels_of()))
+
+
 def edit_first_item(folder: Path, changes: dict[str, Any]) -> str:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["items"][0].update(changes)
@@ -94,13 +170,16 @@ def edit_first_item(folder: Path, changes: dict[str, Any]) -> str:
     return manifest["items"][0]["name"]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 40])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_sampler_covers_each_image_once_and_keeps_processes_in_step(world_size: int) -> None:
-    ranks = [
-        list(TrainingSampler(23, batch_size=2, rank=rank, world_size=world_size, seed=1)) for rank in range(world_size)
+def test_sampler_covers_each_image_once_and_keeps_processes_in_step(world_size: int, batch_size: int) -> None:
+    samplers = [
+        TrainingSampler(23, batch_size=batch_size, rank=rank, world_size=world_size, seed=1)
+        for rank in range(world_size)
     ]
-    assert len({len(batches) for batches in ranks}) == 1
-    assert len(ranks[0]) == len(TrainingSampler(23, batch_size=2, rank=0, world_size=world_size, seed=1))
+    ranks = [list(sampler) for sampler in samplers]
+    assert {len(batches) for batches in ranks} == {len(sampler) for sampler in samplers} == {len(ranks[0])}
+    assert all(0 < len(batch) <= batch_size for batches in ranks for batch in batches)
     images = [i for batches in ranks for batch in batches for i in batch if i != FILLER]
     assert sorted(images) == list(range(23))
 
@@ -121,6 +200,7 @@ def test_optimizer_steps_see_the_same_images_in_every_layout() -> None:
 def test_epochs_differ() -> None:
     sampler = TrainingSampler(23, batch_size=23, rank=0, world_size=1, seed=1)
     first = list(sampler)
+    assert first != [list(range(23))]  # shuffled
     sampler.set_epoch(1)
     assert list(sampler) != first
 
@@ -171,3 +251,30 @@ def test_folder_refuses_what_is_no_labelled_split(npy: Path, tmp_path: Path) -> 
     index = next(i for i, item in enumerate(data.source.items) if item.name == label.stem)
     with pytest.raises(UserError, match=r"got \[42\]"):
         data[index]
+    evaluation = EvaluationDataset(data.source)
+    with pytest.raises(UserError, match=rf"{label.name}: labels must be 0-18 or 255, got \[42\]; run pre_bdd100k"):
+        evaluation[index]
+
+
+def test_an_unlabelled_split_is_refused(npy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "test"
+    shutil.copytree(npy / "val", folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest |= {"labelled": False, "items": [{**item, "pixels": []} for item in manifest["items"]]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"{folder}: this split has no labels \(gts/\); take one that has"):
+        NpyFolder(folder)
+
+
+def test_a_file_that_changes_or_goes_after_the_check_is_named(tmp_path: Path) -> None:
+    data = dataset(split_of(tmp_path, labels_of(1)))
+    path, ran = tmp_path / "train" / "gts" / "0.npy", tmp_path / "ran"
+    np.save(path, np.array([Payload(ran)], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=rf"{path}: became unreadable while it was in use"):
+        data[0]
+    assert not ran.exists()
+    np.load(path, allow_pickle=True)  # the payload is live: a reader that allows pickles runs it
+    assert ran.exists()
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{path}: became unreadable while it was in use"):
+        data[0]

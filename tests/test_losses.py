@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+from monai.losses import DiceLoss
 
 from utils.losses import prompt_losses
 
@@ -35,9 +38,31 @@ def test_equals_the_oracle() -> None:
     losses = prompt_losses(logits, ious, labels, class_ids)
     for b in range(2):
         for q in range(3):
-            expected = oracle(logits[b, q].numpy(), ious[b, q].item(), labels[b].numpy(), class_ids[b, q].item())
+            expected = oracle(logits[b, q].numpy(), ious[b, q].item(), labels[b].numpy(), int(class_ids[b, q]))
             for key, value in expected.items():
                 assert abs(losses[key][b, q].item() - value) < 1e-5, key
+
+
+def test_worked_by_hand() -> None:
+    """Four pixels: certain and right, certain and wrong, undecided on another class, and not labelled."""
+    logits = torch.tensor([[[[20.0, 20.0], [0.0, 20.0]]]])
+    labels = torch.tensor([[[5, 6], [6, 255]]], dtype=torch.uint8)
+    losses = prompt_losses(logits, torch.tensor([[0.75]]), labels, torch.tensor([[5]]))
+    # p = 1, 1, 1/2 and t = 1, 0, 0: the overlap is 1, the sums of squares are 2.25 and 1.
+    torch.testing.assert_close(losses["dice"], torch.tensor([[1 - 2 / 3.25]]))
+    # -log p of the first is 0; -log(1 - p) of the second is 20, of the third log 2.
+    torch.testing.assert_close(losses["bce"], torch.tensor([[(20 + math.log(2)) / 3]]))
+    # The first two are claimed (a logit of 0 claims nothing), one of them rightly: the true IoU is 1/2.
+    torch.testing.assert_close(losses["iou"], torch.tensor([[0.25**2]]))
+
+
+def test_dice_is_monais_where_everything_is_labelled() -> None:
+    logits, ious, labels, class_ids = random_case(4)
+    labels[labels == 255] = 4
+    target = (labels[:, None] == class_ids[:, :, None, None]).float()
+    monai = DiceLoss(sigmoid=True, squared_pred=True, reduction="none")
+    expected = monai(logits.flatten(0, 1)[:, None], target.flatten(0, 1)[:, None]).view(2, 3)
+    torch.testing.assert_close(prompt_losses(logits, ious, labels, class_ids)["dice"], expected)
 
 
 def test_what_is_not_labelled_changes_nothing() -> None:
@@ -47,6 +72,35 @@ def test_what_is_not_labelled_changes_nothing() -> None:
     after = prompt_losses(torch.where((labels == 255)[:, None], noise, logits), ious, labels, class_ids)
     for key in before:
         torch.testing.assert_close(before[key], after[key])
+
+
+def test_what_is_not_labelled_gets_no_gradient() -> None:
+    logits, ious, labels, class_ids = random_case(1)
+    logits.requires_grad_()
+    torch.stack(list(prompt_losses(logits, ious, labels, class_ids).values())).sum().backward()
+    ignored = (labels == 255)[:, None].expand_as(logits)
+    assert logits.grad is not None
+    assert not logits.grad[ignored].any()
+    assert logits.grad[~ignored].all()
+
+
+def test_the_true_iou_moves_the_iou_head_and_not_the_mask() -> None:
+    logits, ious, labels, class_ids = random_case(5)
+    loss = prompt_losses(logits.requires_grad_(), ious.requires_grad_(), labels, class_ids)["iou"].sum()
+    mask_gradient, iou_gradient = torch.autograd.grad(loss, (logits, ious), allow_unused=True)
+    assert mask_gradient is None
+    assert iou_gradient.all()
+
+
+def test_extreme_logits_and_prompts_that_pad_a_batch_stay_finite() -> None:
+    """A padding prompt's class id is 255. The loop multiplies its losses by 0, which would not mend a nan."""
+    logits, ious, labels, class_ids = random_case(6)
+    extreme = (1e4 * logits.sign()).requires_grad_()
+    for ids in (class_ids, torch.full_like(class_ids, 255)):
+        losses = torch.stack(list(prompt_losses(extreme, ious, labels, ids).values()))
+        (gradient,) = torch.autograd.grad(losses.sum(), extreme)
+        assert losses.isfinite().all()
+        assert gradient.isfinite().all()
 
 
 def test_logits_are_upsampled_to_the_labels() -> None:

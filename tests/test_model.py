@@ -48,6 +48,33 @@ def test_encode_normalises_as_sam_was_trained(model: BoxSegmenter) -> None:
     torch.testing.assert_close(model.encode(pixels.float() / 255), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_train_and_eval_switch_the_mask_decoder_alone(model: BoxSegmenter) -> None:
+    assert model.train() is model
+    assert model.training
+    assert all(module.training for module in model.mask_decoder.modules())
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+def test_forward_gives_sams_single_mask_for_each_box(model: BoxSegmenter) -> None:
+    """B x Q boxes in one call are what SAM's own parts give for one box of one image."""
+    embeddings = model.encode(torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    boxes = torch.tensor([[[4.0, 4, 40, 40], [10, 2, 60, 30]], [[0, 0, 63, 63], [9, 9, 9, 9]]])
+    masks, ious = model(embeddings, boxes)
+    for b in range(2):
+        for q in range(2):
+            sparse, dense = model.sam.prompt_encoder(boxes=boxes[b, q][None])
+            mask, iou = model.sam.mask_decoder(
+                image_embeddings=embeddings[b][None],
+                image_pe=model.sam.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse[None],
+                dense_prompt_embeddings=dense[None],
+                multimask_output=False,
+            )
+            torch.testing.assert_close(masks[b, q], mask[0, 0, 0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ious[b, q], iou[0, 0, 0], rtol=1e-4, atol=1e-5)
+
+
 def test_sam_file_of_another_model_is_a_user_error(sam_file: Path) -> None:
     with pytest.raises(UserError, match="a checkpoint of vit_tiny, not of vit_b"):
         build_model("vit_b", sam_file, image_size=IMAGE_SIZE)

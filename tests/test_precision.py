@@ -1,0 +1,126 @@
+"""Which device and which type the flags come to, on machines that are only pretended."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from utils.errors import UserError
+from utils.precision import Precision, resolve_precision
+
+TURING, AMPERE = (7, 5), (8, 0)
+CPU = torch.device("cpu")
+
+
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = AMPERE, count: int = 4) -> None:
+    """`count` cards of a compute capability; 0 for a machine without CUDA."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+
+def pretend_cpu(monkeypatch: pytest.MonkeyPatch, *, avx512: bool, amx: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+
+
+def resolve(
+    device: str | None = None, *, local_rank: int = 0, use_amp: bool = False, amp_dtype: str = "auto"
+) -> Precision:
+    return resolve_precision(device, local_rank=local_rank, use_amp=use_amp, amp_dtype=amp_dtype)
+
+
+def test_without_a_name_cuda_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cuda(monkeypatch, count=0)
+    assert resolve().device == CPU
+    pretend_cuda(monkeypatch)
+    assert resolve().device == torch.device("cuda", 0)
+    assert resolve("cpu").device == CPU
+
+
+@pytest.mark.parametrize(
+    ("name", "local_rank", "index"), [("cuda", 0, 0), ("cuda", 3, 3), (None, 2, 2), ("cuda:1", 0, 1)]
+)
+def test_the_card(monkeypatch: pytest.MonkeyPatch, name: str | None, local_rank: int, index: int) -> None:
+    pretend_cuda(monkeypatch)
+    assert resolve(name, local_rank=local_rank).device == torch.device("cuda", index)
+
+
+@pytest.mark.parametrize(
+    ("name", "cards", "said"),
+    [
+        ("cuda", 0, "--device cuda: PyTorch finds no CUDA here; use --device cpu"),
+        ("cuda:4", 4, "--device cuda:4: there are only 4 CUDA devices here"),
+        ("gpu", 4, "--device gpu: not a device; use cpu, cuda or cuda:N"),
+        ("mps", 4, "--device mps: not supported; use cpu, cuda or cuda:N"),
+    ],
+)
+def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, name: str, cards: int, said: str) -> None:
+    pretend_cuda(monkeypatch, count=cards)
+    with pytest.raises(UserError) as error:
+        resolve(name)
+    assert str(error.value) == said
+
+
+def test_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cuda(monkeypatch, count=2)
+    with pytest.raises(UserError, match="there are only 2 CUDA devices"):
+        resolve("cuda", local_rank=2)
+
+
+@pytest.mark.parametrize(
+    ("capability", "amp_dtype", "expected"),
+    [
+        (TURING, "auto", torch.float16),
+        (TURING, "fp16", torch.float16),
+        (AMPERE, "auto", torch.bfloat16),
+        (AMPERE, "fp16", torch.float16),
+        (AMPERE, "bf16", torch.bfloat16),
+    ],
+)
+def test_type_on_a_card(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], amp_dtype: str, expected: torch.dtype
+) -> None:
+    pretend_cuda(monkeypatch, capability)
+    assert resolve("cuda", use_amp=True, amp_dtype=amp_dtype).amp_dtype == expected
+    assert resolve("cuda", use_amp=False, amp_dtype=amp_dtype).amp_dtype is None
+
+
+def test_turing_cannot_compute_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cuda(monkeypatch, TURING)
+    with pytest.raises(UserError, match="--amp_dtype bf16: this card cannot compute in bf16; use fp16"):
+        resolve("cuda", use_amp=True, amp_dtype="bf16")
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "expected"), [(False, False, None), (True, False, torch.bfloat16), (False, True, torch.bfloat16)]
+)
+def test_type_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, expected: torch.dtype | None
+) -> None:
+    """"auto" takes float32 rather than a type that the processor would emulate; what is asked for is done."""
+    pretend_cpu(monkeypatch, avx512=avx512, amx=amx)
+    assert resolve("cpu", use_amp=True).amp_dtype == expected
+    assert resolve("cpu", use_amp=True, amp_dtype="bf16").amp_dtype == torch.bfloat16
+    assert resolve("cpu", use_amp=True, amp_dtype="fp16").amp_dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("amp_dtype", "computed_in", "scaled"),
+    [(None, torch.float32, False), (torch.bfloat16, torch.bfloat16, False), (torch.float16, torch.float16, True)],
+)
+def test_what_autocast_and_the_scaler_do(
+    amp_dtype: torch.dtype | None, computed_in: torch.dtype, scaled: bool
+) -> None:
+    """Only fp16, whose range is narrow, has its loss scaled."""
+    precision = Precision(CPU, amp_dtype)
+    with precision.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == computed_in
+    assert precision.grad_scaler().is_enabled() == scaled
+
+
+def test_images_become_channels_first() -> None:
+    stored = torch.arange(2 * 4 * 4 * 3, dtype=torch.uint8).view(2, 4, 4, 3)
+    images = Precision(CPU).images({"image": stored})
+    assert images.shape == (2, 3, 4, 4)
+    assert torch.equal(images[1, 2, 3, 0], stored[1, 3, 0, 2])
