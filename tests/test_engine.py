@@ -123,6 +123,15 @@ def test_a_filler_contributes_nothing(sam_file: Path, dataset: Callable[..., Box
         assert torch.equal(value, outcomes[1][1][key]), key
 
 
+def test_a_step_follows_the_mean_over_its_prompts(sam_file: Path, dataset: Callable[..., BoxPromptDataset]) -> None:
+    # A sum would step twice as far on the same image given twice.
+    batch = default_collate([dataset(2)[0]])
+    once, twice = fresh(sam_file), fresh(sam_file)
+    train(once, [batch])
+    train(twice, [batch, batch], grad_acc_steps=2)
+    assert (flat(twice) - flat(once)).norm() < 1e-5 * (flat(once) - flat(fresh(sam_file))).norm()
+
+
 def test_only_the_mask_decoder_is_trained(model: BoxSegmenter, dataset: Callable[..., BoxPromptDataset]) -> None:
     optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.01)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_bdd100k
@@ -131,6 +132,18 @@ def test_logging_to_tensorboard_and_to_wandb_without_a_network(
     assert scalar.step == 0 and scalar.value == pytest.approx(log_of(folder)[0]["train_loss"])
     (record,) = folder.glob("wandb/offline-run-*/*.wandb")
     assert record.stat().st_size > 0
+
+
+def test_wandb_without_an_account(
+    npy: Path, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_of: Callable[..., str]
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    shutil.copy(sam_file, tmp_path / "sam.pth")
+    line = error_of(train_bdd100k, *good_flags(tmp_path), "-i", npy / "train", "-use_wandb")
+    assert "No API key configured. Use `wandb login`" in line and "WANDB_MODE=offline" in line
 
 
 def test_a_decoder_overfits_two_images(train: Train, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ class RunLogger:
             config: the resolved configuration, written to `config.json`.
 
         Raises:
-            UserError: TensorBoard or W&B was asked for and is not installed.
+            UserError: TensorBoard or W&B was asked for and is not installed, or W&B does not let us in.
         """
         self.folder = folder
         self.history = list(history)
@@ -67,4 +67,8 @@ def _wandb_run(folder: Path, config: dict[str, Any]) -> Any:
     except ImportError:
         raise UserError("-use_wandb needs Weights & Biases: pip install wandb") from None
     # WANDB_MODE=offline keeps everything in the run's folder, to be uploaded later or never.
-    return wandb.init(project="sam-bdd100k", name=folder.name, dir=str(folder), config=config)
+    try:
+        return wandb.init(project="sam-bdd100k", name=folder.name, dir=str(folder), config=config)
+    except wandb.errors.Error as error:  # no account, or no network
+        reason = " ".join(str(error).split())
+        raise UserError(f"-use_wandb: {reason} (WANDB_MODE=offline needs neither account nor network)") from None

@@ -1,0 +1,114 @@
+"""Several processes on the CPU, by either launcher, against one process that saw the same images.
+
+Starting a process costs seconds, so that two launches serve all the tests here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import train_bdd100k
+from utils import checkpoint
+
+REPOSITORY = Path(train_bdd100k.__file__).parent
+
+Launch = Callable[..., Path]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def launch(sam_file: Path, npy: Path) -> Launch:
+    """A function that trains in `work_dir` in two processes of a launcher module, and returns the run's folder."""
+
+    def launch(launcher: str, work_dir: Path, *flags: object) -> Path:
+        command = [sys.executable, "-m", launcher, "--nproc_per_node=2", f"--master_port={free_port()}"]
+        data = ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", work_dir]
+        words = [*command, REPOSITORY / "train_bdd100k.py", *data, "--device", "cpu", "-num_workers", 0, *flags]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Best model:") == 1  # only the first process speaks
+        (folder,) = work_dir.iterdir()  # and only it makes a folder
+        return folder
+
+    return launch
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def flat(state: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.flatten().double() for value in state.values()])
+
+
+# Seven images in batches of one divide by none of this: each epoch's second step is three images and a filler.
+COMMON = ["-batch_size", 1, "-num_epochs", 2, "--classes_per_image", 2, "-lr", "5e-5"]
+
+
+@pytest.fixture(scope="module")
+def two_by_two(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two processes x accumulation 2, as the specification launches it."""
+    flags = ["--grad_acc_steps", 2, "--world_size", 2, "--distributed"]
+    return launch("torch.distributed.launch", tmp_path_factory.mktemp("2x2"), *COMMON, *flags)
+
+
+@pytest.fixture(scope="module")
+def one_by_four(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("1x4"), *COMMON, "--grad_acc_steps", 4)
+
+
+def test_two_processes_give_the_weights_of_one(two_by_two: Path, one_by_four: Path, sam_file: Path) -> None:
+    several, single = (
+        flat(checkpoint.load_checkpoint(folder / checkpoint.LATEST)["model"]) for folder in (two_by_two, one_by_four)
+    )
+    start = torch.load(sam_file, weights_only=True)
+    before = flat({key: value for key, value in start.items() if key.startswith("mask_decoder.")})
+    difference, change = (several - single).norm().item(), (single - before).norm().item()
+    print(f"relative to the weights {difference / single.norm().item():.1e}, to their change {difference / change:.1e}")
+    assert difference < 1e-5 * single.norm().item()
+    # Adam turns the rounding of vanishing gradients into steps, so that of the change it is a larger part.
+    assert difference < 1e-3 * change
+
+
+def test_two_processes_log_what_one_does(two_by_two: Path, one_by_four: Path) -> None:
+    several, single = log_of(two_by_two), log_of(one_by_four)
+    assert [record["epoch"] for record in several] == [0, 1]  # each line once
+    for ours, theirs in zip(several, single):
+        assert ours["optimizer_steps"] == theirs["optimizer_steps"] == 2
+        for key in ("train_loss", "dice", "bce", "iou"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+
+
+def test_only_the_first_process_writes(two_by_two: Path, one_by_four: Path) -> None:
+    assert {path.name for path in two_by_two.iterdir()} == {path.name for path in one_by_four.iterdir()}
+    best = checkpoint.load_checkpoint(two_by_two / checkpoint.BEST)
+    assert all(key.startswith("mask_decoder.") for key in best["model"])  # nothing of the wrapper in the names
+
+
+def test_evaluation_in_two_processes_equals_one_exactly(
+    launch: Launch, train: Callable[..., Path], npy: Path, tmp_path: Path
+) -> None:
+    # At this learning rate no weight moves, so that both score the same decoder; three images over two processes.
+    flags = ["-batch_size", 1, "-num_epochs", 1, "-lr", "1e-30", "--val_npy_path", npy / "val"]
+    (several,) = log_of(launch("torch.distributed.run", tmp_path / "2", *flags))
+    (single,) = log_of(train(tmp_path / "1", *flags))
+    assert several["val_miou"] == single["val_miou"] > 0

@@ -1,0 +1,298 @@
+"""infer_bdd100k.py end to end: the printed block to the letter, the figures against a slow computation, the files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import infer_bdd100k
+from segment_anything import build_sam_vit_tiny
+from segment_anything.build_sam import file_digest
+from tests.conftest import IMAGE_SIZE, run_script, write_split
+from utils import checkpoint
+from utils.bdd100k import CLASS_NAMES, NUM_CLASSES
+from utils.dataset import NpyFolder
+from utils.model import BoxSegmenter, build_model
+
+# The specification's form; the values are the run's.
+BLOCK = """\
+评估结果
+============================================================
+整体 mIoU: {miou}
+
+每个类别的 IoU:
+------------------------------------------------------------
+ 0. road                : {road}
+ 1. sidewalk            : {sidewalk}
+ 2. building            : {building}
+ 3. wall                : {wall}
+ 4. fence               : {fence}
+ 5. pole                : {pole}
+ 6. traffic light       : {traffic light}
+ 7. traffic sign        : {traffic sign}
+ 8. vegetation          : {vegetation}
+ 9. terrain             : {terrain}
+10. sky                 : {sky}
+11. person              : {person}
+12. rider               : {rider}
+13. car                 : {car}
+14. truck               : {truck}
+15. bus                 : {bus}
+16. train               : {train}
+17. motorcycle          : {motorcycle}
+18. bicycle             : {bicycle}
+============================================================
+"""
+
+
+def make_decoder(path: Path, sam_file: Path, **changes: Any) -> Path:
+    """Write a checkpoint as training would: a decoder of other random weights, whose masks cover something."""
+    torch.manual_seed(2)
+    info = {"model_type": "vit_tiny", "image_size": IMAGE_SIZE, "resize_mode": "stretch"}
+    model = BoxSegmenter(build_sam_vit_tiny(image_size=IMAGE_SIZE))
+    info = checkpoint.ModelInfo(**{**info, "sam_sha256": file_digest(sam_file), **changes})
+    checkpoint.save_best(path, model, info, epoch=0, metrics={}, args={})
+    return path
+
+
+@pytest.fixture(scope="module")
+def decoder(sam_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_decoder(tmp_path_factory.mktemp("decoder") / checkpoint.BEST, sam_file)
+
+
+@pytest.fixture
+def infer(sam_file: Path, npy: Path, decoder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """A function that runs the script into `tmp_path / "out"` and returns `evaluation_results.json`."""
+
+    def infer(*flags: object) -> dict[str, Any]:
+        run_script(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--model_checkpoint", decoder, *flags)
+        return read_results(tmp_path / "out")
+
+    return infer
+
+
+def good_flags(sam_file: Path, npy: Path, tmp_path: Path) -> list[object]:
+    model = ["--sam_checkpoint", sam_file, "--model_type", "vit_tiny", "--device", "cpu", "--num_workers", 0]
+    return ["--val_npy_path", npy / "val", *model, "--output_dir", tmp_path / "out"]
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Read `evaluation_results.json` as strict JSON, which knows no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads((folder / "evaluation_results.json").read_text(), parse_constant=refuse)
+
+
+def test_prints_the_specified_block_and_writes_the_same(
+    infer: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = infer()
+    printed = capsys.readouterr().out
+    values = {c["name"]: c["iou"] for c in results["per_class"]} | {"miou": results["miou"]}
+    assert None in values.values()  # a class that the scenes lack, and
+    assert sum(bool(value) for value in values.values()) > 8  # many that are there and hit
+    block = BLOCK.format(**{key: "nan" if value is None else f"{value:.4f}" for key, value in values.items()})
+    assert block in printed
+    written = (tmp_path / "out" / "evaluation_results.txt").read_text()
+    assert written.startswith(block)
+    assert written in printed
+    assert "oracle boxes" in written
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "confusion_matrix.png", "evaluation_results.json", "evaluation_results.txt",
+    ]  # fmt: skip
+
+
+def slow_confusion(npy: Path, sam_file: Path, decoder: Path) -> np.ndarray:
+    """The confusion matrix, 19 x 20, by one decoder call for each class, merged and counted pixel by pixel."""
+    model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
+    checkpoint.load_decoder(model, checkpoint.load_checkpoint(decoder)["model"], decoder)
+    model.eval()
+    matrix = np.zeros((NUM_CLASSES, NUM_CLASSES + 1), dtype=int)
+    for path in sorted((npy / "val" / "imgs").glob("*.npy")):
+        labels = np.load(npy / "val" / "gts" / path.name)
+        embedding = model.encode(torch.from_numpy(np.load(path)).permute(2, 0, 1)[None])
+        best = np.zeros(labels.shape)  # what a class has to beat
+        winner = np.full(labels.shape, NUM_CLASSES)
+        for class_id in sorted(set(labels.ravel().tolist()) - {255}):
+            rows, columns = np.nonzero(labels == class_id)
+            box = torch.tensor([[[columns.min(), rows.min(), columns.max(), rows.max()]]], dtype=torch.float32)
+            with torch.no_grad():
+                low_res, _ = model(embedding, box)
+            logits = F.interpolate(low_res, labels.shape, mode="bilinear", align_corners=False)[0, 0].numpy()
+            winner[logits > best] = class_id
+            best = np.maximum(best, logits)
+        for truth, prediction in zip(labels.ravel().tolist(), winner.ravel().tolist()):
+            if truth != 255:
+                matrix[truth, prediction] += 1
+    return matrix
+
+
+def test_figures_equal_a_slow_computation(
+    infer: Callable[..., dict[str, Any]], npy: Path, sam_file: Path, decoder: Path
+) -> None:
+    results = infer()
+    matrix = np.array(results["confusion_matrix"])
+    slow = slow_confusion(npy, sam_file, decoder)
+    # A batch of classes rounds differently than each alone: a pixel in a thousand may be a tie.
+    difference = np.abs(matrix - slow[:, :NUM_CLASSES]).sum() + np.abs(results["unclaimed"] - slow[:, -1]).sum()
+    assert difference <= 2e-3 * slow.sum()
+
+    ious = []
+    for k, entry in enumerate(results["per_class"]):
+        assert (entry["id"], entry["name"]) == (k, CLASS_NAMES[k])
+        hits, truth, predicted = matrix[k, k], slow[k].sum(), matrix[:, k].sum()
+        assert entry["gt_pixels"] == truth and entry["predicted_pixels"] == predicted
+        assert entry["recall"] == (pytest.approx(hits / truth) if truth else None)
+        assert entry["precision"] == (pytest.approx(hits / predicted) if predicted else None)
+        assert entry["iou"] == (pytest.approx(hits / (truth + predicted - hits)) if truth else None)
+        ious += [entry["iou"]] if truth else []
+    assert results["miou"] == pytest.approx(np.mean(ious))
+
+
+def test_results_say_what_was_measured(infer: Callable[..., dict[str, Any]], npy: Path, decoder: Path) -> None:
+    results = infer()
+    assert results["boxes"] == "oracle"
+    assert results["model"] == str(decoder) and results["data"] == str(npy / "val")
+    labels = np.stack([np.load(path) for path in (npy / "val" / "gts").glob("*.npy")])
+    assert results["labelled_pixels"] == (labels != 255).sum()
+
+
+def test_batches_of_three_give_the_same(infer: Callable[..., dict[str, Any]]) -> None:
+    one, three = (np.array(infer("--batch_size", size)["confusion_matrix"]) for size in (1, 3))
+    assert np.abs(one - three).sum() <= 2e-3 * one.sum()
+
+
+def test_visualize_draws_each_image_up_to_twenty(
+    infer: Callable[..., dict[str, Any]], npy: Path, tmp_path: Path
+) -> None:
+    infer("--visualize")
+    drawn = tmp_path / "out" / "visualizations"
+    names = sorted(path.stem for path in (npy / "val" / "imgs").glob("*.npy"))
+    assert sorted(path.name for path in drawn.iterdir()) == [f"{name}.png" for name in names]
+    picture = cv2.imread(str(drawn / f"{names[0]}.png"))
+    assert picture.shape[1] > 3 * picture.shape[0]  # three pictures of 16:9 side by side, though stored as squares
+
+
+def test_visualize_stops_after_the_first_twenty(
+    infer: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(infer_bdd100k, "save_comparison", lambda path, *_: drawn.append(path.stem))
+    labels = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+    names = [f"{i:02d}" for i in range(22)]
+    data = write_split(tmp_path / "many", {name: (np.zeros((*labels.shape, 3), np.uint8), labels) for name in names})
+    results = infer("--val_npy_path", data, "--visualize", "--batch_size", 8)
+    assert drawn == names[:20]
+    assert results["labelled_pixels"] == 22 * labels.size  # the others are evaluated all the same
+
+
+def test_sam_alone_is_evaluated_without_a_model_checkpoint(sam_file: Path, npy: Path, tmp_path: Path) -> None:
+    run_script(infer_bdd100k, *good_flags(sam_file, npy, tmp_path))
+    assert read_results(tmp_path / "out")["model"] == f"{sam_file}, not fine-tuned"
+
+
+def test_reads_what_training_wrote(
+    infer: Callable[..., dict[str, Any]], train: Callable[..., Path], npy: Path, tmp_path: Path
+) -> None:
+    # Training's own validation must find what inference finds.
+    folder = train(tmp_path / "work", "-num_epochs", 1, "-batch_size", 1, "--val_npy_path", npy / "val", "-lr", "1e-9")
+    (record,) = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
+    results = infer("--model_checkpoint", folder / checkpoint.BEST)
+    assert results["miou"] == record["val_miou"] > 0
+    assert infer("--model_checkpoint", folder / checkpoint.LATEST)["miou"] == record["val_miou"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_sam(path: Path) -> Path:
+    torch.manual_seed(3)
+    torch.save(build_sam_vit_tiny(image_size=IMAGE_SIZE).state_dict(), path)
+    return path
+
+
+# Flags that are given after good ones, as a function of an empty folder, the decoder and the SAM file; and what the one
+# line must say.
+BAD_FLAGS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = {
+    "no such data": (lambda f, d, s: ["--val_npy_path", f / "none"], r"none: no such folder"),
+    "no such SAM file": (lambda f, d, s: ["--sam_checkpoint", f / "none.pth"], r"none.pth: no such checkpoint"),
+    "no such decoder": (lambda f, d, s: ["--model_checkpoint", f / "none.pth"], r"none.pth: no such checkpoint"),
+    "SAM file as decoder": (lambda f, d, s: ["--model_checkpoint", s], r"give a SAM checkpoint as --sam_checkpoint"),
+    "decoder as SAM file": (lambda f, d, s: ["--sam_checkpoint", d], r"best.pth: .*SAM"),
+    "another SAM file": (
+        lambda f, d, s: ["--sam_checkpoint", other_sam(f / "other.pth")],
+        r"was trained with sam sha256 .*give the same SAM file",
+    ),
+    "another model type": (lambda f, d, s: ["--model_type", "vit_b"], r"a decoder of vit_tiny, not of vit_b; give"),
+    "another image size": (
+        lambda f, d, s: ["--model_checkpoint", make_decoder(f / "big.pth", s, image_size=256)],
+        r"was trained with image size 256, not 64; preprocess the data at that --image_size",
+    ),
+    "another resize mode": (
+        lambda f, d, s: ["--model_checkpoint", make_decoder(f / "pad.pth", s, resize_mode="pad")],
+        r"was trained with resize mode pad, not stretch",
+    ),
+    "batch size 0": (lambda f, d, s: ["--batch_size", 0], r"at least 1, got 0"),
+    "CUDA where there is none": (lambda f, d, s: ["--device", "cuda:0"], r"PyTorch finds no CUDA here"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags_are_told_in_one_line(
+    case: str,
+    sam_file: Path,
+    npy: Path,
+    decoder: Path,
+    tmp_path: Path,
+    error_of: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    make_flags, complaint = BAD_FLAGS[case]
+    flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", decoder]
+    assert re.search(complaint, error_of(infer_bdd100k, *flags, *make_flags(tmp_path, decoder, sam_file)))
+    assert not (tmp_path / "out").exists()  # nothing was begun
+
+
+def test_truncated_decoder(
+    sam_file: Path, npy: Path, decoder: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    half = shutil.copy(decoder, tmp_path / "half.pth")
+    truncate(half)
+    line = error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--model_checkpoint", half)
+    assert f"{half}: truncated" in line
+
+
+def test_a_split_without_labels(sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+    folder = Path(shutil.copytree(npy / "val", tmp_path / "npy" / "val"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for item in manifest["items"]:
+        item["pixels"] = []
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "labelled": False}))
+    assert "has no labels" in error_of(infer_bdd100k, *good_flags(sam_file, tmp_path / "npy", tmp_path))
+
+
+def test_data_that_goes_away_midway_leaves_no_result(
+    sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(npy / "val", tmp_path / "npy" / "val")
+    last = sorted((tmp_path / "npy" / "val" / "imgs").glob("*.npy"))[-1]
+    checked = NpyFolder(tmp_path / "npy" / "val")
+    monkeypatch.setattr(infer_bdd100k, "NpyFolder", lambda folder: checked)
+    truncate(last)
+    line = error_of(infer_bdd100k, *good_flags(sam_file, tmp_path / "npy", tmp_path))
+    assert f"{last}: became unreadable" in line
+    assert list((tmp_path / "out").iterdir()) == []
