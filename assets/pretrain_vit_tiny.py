@@ -37,10 +37,10 @@ SEED = 1_000_003  # far from the seeds of the demo and the tests
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_flag("output", type=Path, default=Path("assets/sam_vit_tiny_scenes.pth"), help="where the weights go")
-    parser.add_flag("num_scenes", type=cli.positive_int, default=1600, help="scenes to draw")
-    parser.add_flag("num_steps", type=cli.positive_int, default=3000, help="optimizer steps")
+    parser.add_flag("num_scenes", type=cli.positive_int, default=1200, help="scenes to draw")
+    parser.add_flag("num_steps", type=cli.positive_int, default=1500, help="optimizer steps")
     parser.add_flag("batch_size", type=cli.positive_int, default=8, help="images a step")
-    parser.add_flag("num_prompts", type=cli.positive_int, default=6, help="things of each image a step")
+    parser.add_flag("num_prompts", type=cli.positive_int, default=4, help="things of each image a step")
     parser.add_flag("lr", type=cli.positive_float, default=8e-4, help="highest learning rate")
     return parser
 
