@@ -92,7 +92,7 @@ def test_colour_alone_does_not_tell_the_class(drawn: list[scenes.Scene]) -> None
 
 def test_dataset_is_read_by_find_split_and_written_the_same_whatever_the_counts_or_workers(tmp_path: Path) -> None:
     scenes.write_dataset(tmp_path / "a", {"train": 3, "val": 1}, 5, 0, *SIZE)
-    scenes.write_dataset(tmp_path / "b", {"train": 2}, 5, 1, *SIZE)
+    scenes.write_dataset(tmp_path / "b", {"train": 2}, 5, 2, *SIZE)
     a, b = files(tmp_path / "a"), files(tmp_path / "b")
     assert len(a) == 8 and len(b) == 4
     assert all(a[name] == content for name, content in b.items())

@@ -14,11 +14,9 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -29,6 +27,7 @@ from utils.bdd100k import CLASS_NAMES, IGNORE_LABEL
 from utils.cli import Parser, non_negative_int, positive_int, run
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.parallel import run_jobs
 
 Rng = np.random.Generator
 Array = np.ndarray
@@ -879,20 +878,14 @@ def write_dataset(
     jobs = [(split, index) for split, count in counts.items() for index in range(count)]
     ours = {f"{scene_name(*job)}{suffix}" for job in jobs for suffix in (".jpg", ".png")}
     write = partial(_write_scene, root, seed, height, width)
-    bar = partial(tqdm, total=len(jobs), desc="scenes", unit="scene")
     try:
         for folder in (root / kind / split for split in counts for kind in (IMAGES, MASKS)):
             folder.mkdir(parents=True, exist_ok=True)
             strays = sorted(path.name for path in folder.glob("[!.]*") if path.name not in ours)
             if strays:
                 raise UserError(f"{folder}: holds {strays[0]}, not of this data set (give an empty --output_dir)")
-        if num_workers == 0:
-            for job in bar(jobs):
-                write(*job)
-            return
-        with ProcessPoolExecutor(num_workers, get_context("spawn")) as pool:
-            for _ in bar(pool.map(write, *zip(*jobs))):
-                pass
+        with tqdm(total=len(jobs), desc="scenes", unit="scene") as bar:
+            run_jobs(write, jobs, num_workers, bar.update)
     except OSError as error:
         raise UserError(f"{error.filename or root}: cannot write: {error.strerror}") from error
 
@@ -901,7 +894,8 @@ def scene_name(split: str, index: int) -> str:
     return f"{split}_{index:06d}"
 
 
-def _write_scene(root: Path, seed: int, height: int, width: int, split: str, index: int) -> None:
+def _write_scene(root: Path, seed: int, height: int, width: int, job: tuple[str, int]) -> None:
+    split, index = job
     scene = draw_scene(np.random.default_rng([seed, zlib.crc32(split.encode()), index]), height, width)
     name = scene_name(split, index)
     for path, array in (
@@ -920,7 +914,7 @@ def main() -> None:
     parser.add_flag("seed", type=non_negative_int, default=0, help="the same seed gives the same files")
     parser.add_flag("height", type=positive_int, default=720, help="pixels")
     parser.add_flag("width", type=positive_int, default=1280, help="pixels")
-    parser.add_flag("num_workers", type=non_negative_int, default=0, help="processes; 0 draws in this one")
+    parser.add_flag("num_workers", type=non_negative_int, default=0, help="processes; 0 and 1 draw in this one")
     args = parser.parse_args()
     counts = {split: count for split, count in (("train", args.train), ("val", args.val)) if count}
     if not counts:
