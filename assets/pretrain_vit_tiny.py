@@ -1,10 +1,17 @@
-"""Train the built-in `vit_tiny` SAM, from random weights, to do what SAM does: a box in, the mask of one thing out.
+"""Train the built-in `vit_tiny` SAM to do what SAM does: a box in, the mask of one thing out.
+
+The weights that are shipped, from random ones, on drawn scenes of seeds that no other part of the project draws:
 
     python -m assets.pretrain_vit_tiny --output assets/sam_vit_tiny_scenes.pth
 
-It learns from drawn scenes (`utils/scenes.py`) of seeds that no other part of the project draws, and is told of no
-class: its prompts are boxes of single things, so that fine-tuning on classes still has something to learn. All of SAM
-is trained but the embeddings of points and masks, which keep their random values. The weights are stored in float16.
+From those on, on photographs, for `docs/RESULTS.md`:
+
+    python -m assets.pretrain_vit_tiny --data data/camvid_npy/train --init assets/sam_vit_tiny_scenes.pth \\
+        --output work_dir/SAM/sam_vit_tiny_camvid.pth
+
+It is told of no class: its prompts are boxes of single things, so that training on classes still has something to
+learn. Photographs with masks of classes have no instances; a thing is there a connected piece of one class. All of SAM
+is trained but the embeddings of points and masks, which keep their values. The weights are stored in float16.
 """
 
 from __future__ import annotations
@@ -13,15 +20,19 @@ import argparse
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from segment_anything import build_sam_vit_tiny
+from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.modeling import Sam
 from utils import cli
+from utils.bdd100k import IGNORE_LABEL
 from utils.boxes import jitter_boxes, mask_box
+from utils.dataset import NpyFolder
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.geometry import resize_image, resize_mask
 from utils.losses import prompt_losses
@@ -37,6 +48,8 @@ SEED = 1_000_003  # far from the seeds of the demo and the tests
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_flag("output", type=Path, default=Path("assets/sam_vit_tiny_scenes.pth"), help="where the weights go")
+    parser.add_flag("data", type=Path, help="learn from this split of pre_bdd100k.py, not from drawn scenes")
+    parser.add_flag("init", type=Path, help="weights to start from (default: random ones)")
     parser.add_flag("num_scenes", type=cli.positive_int, default=1200, help="scenes to draw")
     parser.add_flag("num_steps", type=cli.positive_int, default=1500, help="optimizer steps")
     parser.add_flag("batch_size", type=cli.positive_int, default=8, help="images a step")
@@ -53,15 +66,28 @@ def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
     return resize_image(scene.image, 256, "stretch"), low.astype(np.uint16) | high.astype(np.uint16) << 8
 
 
+def read(source: NpyFolder, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Photograph `index`, S x S x 3 uint8, and its things, S x S uint16: 0 is what is not labelled."""
+    image, labels = source.read(index)
+    things = np.zeros(labels.shape, dtype=np.uint16)
+    for class_id in np.setdiff1d(labels, [IGNORE_LABEL]):
+        count, pieces = cv2.connectedComponents((labels == class_id).astype(np.uint8))
+        things = np.where(pieces > 0, pieces + int(things.max()), things).astype(np.uint16)
+    return (image if image.dtype == np.uint8 else np.rint(image * 255.0).astype(np.uint8)), things
+
+
 def make_sample(
     image: np.ndarray, instances: np.ndarray, num_prompts: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The image, mirrored half of the time; Q things of it as labels 0..Q-1, the rest `OTHER`; their jittered boxes."""
+    """The image, mirrored half of the time; Q things of it as labels 0..Q-1, the rest `OTHER`; their jittered boxes.
+
+    Where nothing is labelled (instance 0) nothing is learned.
+    """
     if rng.random() < 0.5:
         image, instances = image[:, ::-1], instances[:, ::-1]
     ids, counts = np.unique(instances, return_counts=True)
-    chosen = rng.permutation(ids[counts >= MIN_PIXELS])[:num_prompts]
-    labels = np.full(instances.shape, OTHER, dtype=np.uint8)
+    chosen = rng.permutation(ids[(counts >= MIN_PIXELS) & (ids > 0)])[:num_prompts]
+    labels = np.where(instances > 0, OTHER, IGNORE_LABEL).astype(np.uint8)
     boxes = np.zeros((num_prompts, 4), dtype=np.int64)
     for i, instance in enumerate(chosen):
         mask = instances == instance
@@ -86,19 +112,30 @@ def train_step(sam: Sam, images: Tensor, labels: Tensor, boxes: Tensor) -> dict[
     return prompt_losses(low_res_masks[:, :, 0], iou_predictions[:, :, 0], labels[:, ::2, ::2], class_ids)
 
 
+def load_sam(init: Path | None) -> Sam:
+    try:
+        return build_sam_vit_tiny(init).train()
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
+
+
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
-    with tqdm(total=args.num_scenes, desc="drawing", unit="scene") as bar:
-        scenes = run_jobs(draw, list(range(args.num_scenes)), usable_cores(), bar.update)
+    sam = load_sam(args.init)
+    if args.data:
+        source = NpyFolder(args.data)
+        scenes = [read(source, index) for index in tqdm(range(len(source.items)), desc="reading", unit="image")]
+    else:
+        with tqdm(total=args.num_scenes, desc="drawing", unit="scene") as bar:
+            scenes = run_jobs(draw, list(range(args.num_scenes)), usable_cores(), bar.update)
 
-    sam = build_sam_vit_tiny().train()
     optimizer = build_optimizer(sam, lr=args.lr, weight_decay=0.05)
     scheduler = build_scheduler(optimizer, "cosine", total_steps=args.num_steps, warmup_steps=args.num_steps // 20)
     started, recent = time.monotonic(), 0.0
     progress = tqdm(range(args.num_steps), desc="training", unit="step")
     for step in progress:
-        chosen = rng.integers(args.num_scenes, size=args.batch_size)
+        chosen = rng.integers(len(scenes), size=args.batch_size)
         samples = [make_sample(scenes[i][0], scenes[i][1], args.num_prompts, rng) for i in chosen]
         images, labels, boxes = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
         losses = train_step(sam, images.permute(0, 3, 1, 2), labels, boxes)
