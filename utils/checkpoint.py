@@ -8,6 +8,7 @@ that they load with `weights_only=True`.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from utils.model import BoxSegmenter
 FORMAT_VERSION = 1
 BEST = "medsam_model_best.pth"
 LATEST = "medsam_model_latest.pth"
-_PREFIX = "mask_decoder."
+DECODER_PREFIX = "mask_decoder."
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ _FIXES = {
 
 def save_best(path: Path, model: BoxSegmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict) -> None:
     """Write the trained part of `model` and its metadata, atomically."""
-    _save(path, _decoder_payload(model, info, epoch=epoch, metrics=metrics, args=args))
+    save_whole(path, _decoder_payload(model, info, epoch=epoch, metrics=metrics, args=args))
 
 
 def save_latest(
@@ -64,7 +65,7 @@ def save_latest(
 ) -> None:
     """As `save_best`, with the state of the run: optimizer, scheduler, scaler, RNG, and what the loop counts."""
     payload = _decoder_payload(model, info, epoch=epoch, metrics=metrics, args=args)
-    _save(path, {**payload, "run_state": run_state})
+    save_whole(path, {**payload, "run_state": run_state})
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -110,16 +111,20 @@ def load_decoder(model: BoxSegmenter, state: dict[str, Tensor], source: Path) ->
     Raises:
         UserError: names the keys that are missing, foreign or of another shape.
     """
-    expected = _decoder_state(model)
+    require_same_decoder(state, _decoder_state(model), source)
+    model.mask_decoder.load_state_dict({key.removeprefix(DECODER_PREFIX): value for key, value in state.items()})
+
+
+def require_same_decoder(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path) -> None:
+    """Raise a `UserError` unless `state`, of which `source` is the file, has the names and shapes of `expected`."""
     wrong = sorted(expected.keys() ^ state.keys()) or [k for k in expected if state[k].shape != expected[k].shape]
     if wrong:
         some = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
         raise UserError(f"{source}: its mask decoder does not fit: {len(wrong)} keys differ ({some})")
-    model.mask_decoder.load_state_dict({key.removeprefix(_PREFIX): value for key, value in state.items()})
 
 
 def _decoder_state(model: BoxSegmenter) -> dict[str, Tensor]:
-    return {_PREFIX + key: value for key, value in model.mask_decoder.state_dict().items()}
+    return {DECODER_PREFIX + key: value for key, value in model.mask_decoder.state_dict().items()}
 
 
 def _decoder_payload(model: BoxSegmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict) -> dict[str, Any]:
@@ -134,7 +139,12 @@ def _decoder_payload(model: BoxSegmenter, info: ModelInfo, *, epoch: int, metric
     }
 
 
-def _save(path: Path, payload: dict[str, Any]) -> None:
+def save_whole(path: Path, payload: dict[str, Any]) -> None:
+    """`torch.save`, atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     # Serialised before the file is opened: a full disk is then an error of writing, which leaves the old file alone.
     buffer = io.BytesIO()
     torch.save(payload, buffer)

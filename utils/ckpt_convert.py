@@ -1,0 +1,111 @@
+"""Join a fine-tuned mask decoder with the SAM file it was trained on into one plain SAM checkpoint.
+
+    python -m utils.ckpt_convert --model_checkpoint work_dir/<run>/medsam_model_best.pth \\
+        --sam_checkpoint work_dir/SAM/sam_vit_b_01ec64.pth --output sam_vit_b_bdd100k.pth
+
+The result is an ordinary SAM state dict, which the public `segment-anything` package loads strictly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from segment_anything import CheckpointError
+from segment_anything.build_sam import CONFIGS, PATCH_SIZE, file_digest, read_state_dict
+from utils import checkpoint, cli
+from utils.checkpoint import DECODER_PREFIX, ModelInfo
+from utils.errors import UserError
+
+# What the public package's registry builds, and the one input size that it builds them for.
+PUBLIC_MODELS = ("vit_b", "vit_l", "vit_h")
+PUBLIC_SIZE = 1024
+
+
+def get_args_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    flag = parser.add_flag
+    flag("model_checkpoint", type=Path, required=True, help="medsam_model_best.pth of a run")
+    flag("sam_checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM it was trained on")
+    flag("output", type=Path, required=True, help="the SAM checkpoint to write")
+    parser.add_switch("overwrite", help="replace the output if it exists")
+    return parser
+
+
+def join(model_checkpoint: Path, sam_checkpoint: Path) -> tuple[dict[str, Tensor], ModelInfo]:
+    """The SAM file's tensors as they are, in its order, but the fine-tuned decoder's in place of its own.
+
+    Nothing is built or resampled: position tables keep the SAM file's size, whatever size the decoder was trained at.
+
+    Raises:
+        UserError: a file is missing, damaged or of another kind, or the two do not belong together.
+    """
+    # The small file first: what does not fit should not wait for the large one.
+    trained = checkpoint.load_checkpoint(model_checkpoint)
+    info: ModelInfo = trained["info"]
+    if info.model_type not in CONFIGS:
+        raise UserError(f"{model_checkpoint}: a decoder of {info.model_type}, which is none of {', '.join(CONFIGS)}; "
+                        "give one that train_bdd100k.py wrote")
+    if info.prompt_mode != "box":
+        raise UserError(f"{model_checkpoint}: was trained in prompt mode {info.prompt_mode}, and class tokens do not "
+                        "exist in plain SAM; give a checkpoint of prompt mode box")
+    try:
+        sam = read_state_dict(sam_checkpoint, info.model_type)
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
+    info.require_same(replace(info, sam_sha256=file_digest(sam_checkpoint)), model_checkpoint)
+    decoder: dict[str, Tensor] = trained["model"]
+    untrained = {key: value for key, value in sam.items() if key.startswith(DECODER_PREFIX)}
+    checkpoint.require_same_decoder(decoder, untrained, model_checkpoint)
+    return {key: decoder.get(key, value) for key, value in sam.items()}, info
+
+
+def how_to_load(output: Path, state: Mapping[str, Tensor], info: ModelInfo) -> str:
+    """What to know before using the file, and the two lines of Python that load it."""
+    name, size = info.model_type, info.image_size
+    table_size = state["image_encoder.pos_embed"].shape[1] * PATCH_SIZE
+    at_its_size = size == CONFIGS[name].image_size
+    notes = ["one mask for each box was trained: ask for it with multimask_output=False"]
+    if info.resize_mode == "stretch":
+        notes.append("it was trained on images stretched to a square; SamPredictor pads instead: stretch them first")
+    if not at_its_size:
+        notes.append(f"it was trained at image size {size} and works best there "
+                     f"(image_size={size} in this project's registry; the public package has {PUBLIC_SIZE} only)")
+
+    arguments = f"checkpoint={json.dumps(str(output), ensure_ascii=False)}"
+    if name in PUBLIC_MODELS and table_size == PUBLIC_SIZE:
+        loader = "loads it, and so does this project's registry:"
+    else:
+        missing = f"positions of {table_size}" if name in PUBLIC_MODELS else name  # ours resamples positions
+        loader = f"has no builder for {missing}; this project's registry loads it:"
+        arguments += "" if at_its_size else f", image_size={size}"
+    return "\n".join([
+        *(f"note: {note}" for note in notes),
+        f"The public segment-anything package {loader}",
+        "    from segment_anything import sam_model_registry",
+        f'    sam = sam_model_registry["{name}"]({arguments})',
+    ])  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    output: Path = args.output
+    for source in (args.model_checkpoint, args.sam_checkpoint):
+        if output.exists() and source.exists() and output.samefile(source):
+            raise UserError(f"{output}: is one of the two files to join; give another --output")
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; give --output the name of a file")
+    if output.exists() and not args.overwrite:
+        raise UserError(f"{output}: exists already; give another --output, or --overwrite to replace it")
+    state, info = join(args.model_checkpoint, args.sam_checkpoint)
+    checkpoint.save_whole(output, state)
+    print(f"SAM checkpoint: {output}")
+    print(how_to_load(output, state, info))
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(get_args_parser().parse_args()))
