@@ -1,9 +1,10 @@
-"""utils.boxes: boxes by a slow search over pixels, and the limits of jitter."""
+"""utils.boxes: boxes by a slow search over pixels, boxes brought into the frame, and the limits of jitter."""
 
 import numpy as np
 import pytest
 
-from utils.boxes import class_boxes, jitter_boxes, mask_box
+from utils.boxes import class_boxes, jitter_boxes, mask_box, to_frame
+from utils.geometry import fitted_size, resize_mask
 
 
 def slow_box(mask: np.ndarray) -> list[int]:
@@ -69,6 +70,40 @@ def test_arrays_of_another_kind_are_errors() -> None:
 def random_boxes(rng: np.random.Generator, n: int, size: int) -> np.ndarray:
     corners = np.sort(rng.integers(0, size, (n, 2, 2)), axis=1)
     return np.concatenate([corners[:, 0], corners[:, 1]], axis=1)
+
+
+def test_frame_worked_by_hand() -> None:
+    boxes = np.array([[0, 0, 1279, 719], [100, 50, 100, 50], [-40, 700.25, 90.75, 9999]])
+    stretched = to_frame(boxes, 720, 1280, 1024, "stretch")  # 0.8 in x, 64 / 45 in y
+    assert stretched.dtype == np.float32
+    y_50, y_700 = 50.5 * 64 / 45 - 0.5, 700.75 * 64 / 45 - 0.5
+    expected = [[0, 0.5 * 64 / 45 - 0.5, 1023, 719.5 * 64 / 45 - 0.5], [79.9, y_50, 79.9, y_50], [0, y_700, 72.5, 1023]]
+    assert stretched == pytest.approx(np.array(expected), abs=1e-3)
+    padded = to_frame(boxes, 720, 1280, 1024, "pad")  # 0.8 in both; the picture is 576 rows high
+    expected = [[0, 0, 1023, 575], [79.9, 39.9, 79.9, 39.9], [0, 560.1, 72.5, 575]]
+    assert padded == pytest.approx(np.array(expected), abs=1e-3)
+    # Outside the picture: a line on the border that is nearest.
+    assert to_frame(np.array([[1300, 5, 1400, 5]]), 720, 1280, 1024, "pad")[0, [0, 2]].tolist() == [1023, 1023]
+    assert to_frame(np.zeros((0, 4)), 720, 1280, 1024, "pad").shape == (0, 4)
+    with pytest.raises(ValueError, match="resize_mode must be one of"):
+        to_frame(boxes, 720, 1280, 1024, "crop")
+
+
+@pytest.mark.parametrize("mode", ["stretch", "pad"])
+@pytest.mark.parametrize(("shape", "size"), [((720, 1280), 256), ((720, 1280), 1024), ((96, 54), 64), ((45, 80), 80)])
+def test_box_in_the_frame_is_the_box_of_the_resized_mask(shape: tuple[int, int], size: int, mode: str) -> None:
+    """Within a pixel: the mask keeps whole pixels, by their centres, and no scale here exceeds 2."""
+    rng = np.random.default_rng(size)
+    for _ in range(20):
+        xs, ys = np.sort(rng.integers(0, shape[1], 2)), np.sort(rng.integers(0, shape[0], 2))
+        box = np.array([xs[0], ys[0], xs[1], ys[1]])
+        mask = np.full(shape, 255, dtype=np.uint8)
+        mask[box[1] : box[3] + 1, box[0] : box[2] + 1] = 13
+        _, boxes = class_boxes(resize_mask(mask, size, mode))
+        mapped = to_frame(box[None], *shape, size, mode)
+        assert np.abs(mapped - boxes).max(initial=0) <= 1  # K is 0 if so thin a box has no pixel left
+        height, width = fitted_size(*shape, size, mode)
+        assert (mapped >= 0).all() and (mapped <= [width - 1, height - 1] * 2).all()
 
 
 @pytest.mark.parametrize("max_shift", [1, 5, 20, 500])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
+from utils.geometry import fitted_size
 
 _INVALID_BIT = 31
 
@@ -71,6 +72,29 @@ def mask_box(mask: np.ndarray) -> np.ndarray:
     if not xs.size:
         raise ValueError("an empty mask has no box")
     return np.array([xs[0], ys[0], xs[-1], ys[-1]], dtype=np.int64)
+
+
+def to_frame(boxes: np.ndarray, height: int, width: int, image_size: int, resize_mode: str) -> np.ndarray:
+    """Bring boxes of an original image into the S x S frame, to where `utils.geometry` brings the image.
+
+    Corners move as the pixels whose centres they are. That is within 0.5 + |1 - scale| / 2 pixels of the tight box
+    of the resized mask, which keeps or drops whole pixels.
+
+    Args:
+        boxes: (K, 4) xyxy in pixels of the original image, inclusive corners, whole or not; min <= max.
+        height, width: of the original image.
+
+    Returns:
+        (K, 4) float32, clipped to the picture, so never on padding; min <= max holds on both axes. A box that lies
+        wholly outside the picture becomes a line on its border.
+
+    Raises:
+        ValueError: unknown `resize_mode`.
+    """
+    fitted_height, fitted_width = fitted_size(height, width, image_size, resize_mode)
+    fitted = np.array([fitted_width, fitted_height] * 2)
+    mapped = (boxes + 0.5) * fitted / np.array([width, height] * 2) - 0.5  # K x 4
+    return np.clip(mapped, 0, fitted - 1).astype(np.float32)
 
 
 def jitter_boxes(boxes: np.ndarray, image_size: int, max_shift: int, rng: np.random.Generator) -> np.ndarray:
