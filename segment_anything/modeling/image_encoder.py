@@ -57,10 +57,21 @@ class ImageEncoderViT(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.forward_features(x, ())[0]
+
+    def forward_features(self, x: Tensor, block_indexes: Collection[int]) -> tuple[Tensor, list[Tensor]]:
+        """The image embeddings, and the outputs of some blocks on the way to them.
+
+        Returns:
+            B x out_chans x H x W, and B x C x H x W for each of `block_indexes`, in the order of the blocks.
+        """
         x = self.patch_embed(x) + self.pos_embed  # B x H x W x C
-        for block in self.blocks:
+        features = []
+        for i, block in enumerate(self.blocks):
             x = block(x)
-        return self.neck(x.permute(0, 3, 1, 2))
+            if i in block_indexes:
+                features.append(x.permute(0, 3, 1, 2))
+        return self.neck(x.permute(0, 3, 1, 2)), features
 
 
 class PatchEmbed(nn.Module):
