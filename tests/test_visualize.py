@@ -11,7 +11,14 @@ import pytest
 
 from utils import visualize
 from utils.bdd100k import CLASSES, PALETTE
-from utils.visualize import colorize, legend_entries, save_comparison, save_confusion_matrix, save_loss_curve
+from utils.visualize import (
+    colorize,
+    legend_entries,
+    overlay,
+    save_comparison,
+    save_confusion_matrix,
+    save_loss_curve,
+)
 
 GREY = (123, 117, 109)  # of the image; no class has this colour
 
@@ -38,6 +45,51 @@ def test_colorize_is_the_palette_and_255_is_black() -> None:
     assert colors[0].tolist() == [list(c.color) for c in CLASSES] + [[0, 0, 0]] * 2
     with pytest.raises(ValueError, match="uint8"):
         colorize(labels.astype(np.int64))
+
+
+def test_overlay_blends_draws_lines_and_leaves_the_rest() -> None:
+    picture = np.full((4, 6, 3), (100, 40, 200), dtype=np.uint8)
+    picture[0, 0] = (0, 0, 0)
+    picture.setflags(write=False)
+    labels = np.full((4, 6), 255, dtype=np.uint8)
+    labels[:2, :3] = 18  # bicycle, (119, 11, 32)
+    labels[:2, 3:] = 13  # car, (0, 0, 142)
+    labels[3, 5] = 19  # no class either
+    shown = overlay(picture, labels)
+    line, bare = list(visualize._LINE_COLOR), [100, 40, 200]
+    # A line on bicycle's side divides it from the car; both are divided from what is no class by lines within them.
+    assert shown[0].tolist() == [[60, 6, 16], [110, 26, 116], line, [50, 20, 171], [50, 20, 171], [50, 20, 171]]
+    assert shown[1].tolist() == [line] * 6
+    assert shown[2].tolist() == shown[3].tolist() == [bare] * 6
+    assert shown.dtype == np.uint8
+    quarter = overlay(picture, labels, opacity=0.25)
+    assert quarter[0, 4].tolist() == [75, 30, 186]  # 0.75 * 200 + 0.25 * 142 = 185.5
+    assert overlay(picture, labels, opacity=1)[0, :2].tolist() == [[119, 11, 32]] * 2
+    assert (picture[0, 1:] == bare).all()  # the picture itself is not drawn on
+
+
+def test_overlay_of_one_class_has_no_line_and_of_none_is_the_picture() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    assert (overlay(picture, np.full((5, 7), 255, dtype=np.uint8)) == picture).all()
+    road = overlay(picture, np.zeros((5, 7), dtype=np.uint8)).astype(int)
+    assert (np.abs(road - (picture / 2 + np.array(CLASSES[0].color) / 2)) <= 0.5).all()
+    assert overlay(picture[:1, :1], np.zeros((1, 1), dtype=np.uint8)).shape == (1, 1, 3)
+
+
+def test_lines_grow_with_the_picture() -> None:
+    for width, thickness in ((1280, 1), (4000, 2), (6000, 4)):
+        labels = np.zeros((8, width), dtype=np.uint8)
+        labels[:, 100:] = 13
+        line = where(overlay(np.zeros((8, width, 3), dtype=np.uint8), labels), visualize._LINE_COLOR)
+        assert np.flatnonzero(line[0]).tolist() == list(range(100 - thickness, 100))
+
+
+def test_overlay_of_unlike_sizes_or_types_is_an_error() -> None:
+    labels = np.zeros((4, 6), dtype=np.uint8)
+    for bad_image, bad_labels in ((image(6, 4), labels), (image(4, 6).astype(np.float32), labels),
+                                  (image(4, 6), labels.astype(np.int64))):
+        with pytest.raises(ValueError, match="uint8"):
+            overlay(bad_image, bad_labels)
 
 
 def test_legend_names_what_occurs_in_any_map() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from utils.errors import UserError
 
@@ -95,7 +95,18 @@ _LAYOUTS = (
     _Layout("seg/images/{split}", "seg/labels/{split}", "_train_id.png"),
 )
 _TRAIN_ID_HINT = "use labels/sem_seg/masks/<split>/<name>.png or seg/labels/<split>/<name>_train_id.png"
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # in any case
+
+# What turns the stored pixels upright, by EXIF orientation; 1 is upright already.
+_UPRIGHT: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def find_split(root: Path, split: str) -> Split:
@@ -117,7 +128,7 @@ def find_split(root: Path, split: str) -> Split:
 
     images: dict[str, Path] = {}
     for path in _visible(image_dir):
-        if path.suffix.lower() in _IMAGE_SUFFIXES:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
             if path.stem in images:
                 raise UserError(f"{path}: a second image named {path.stem!r} beside {images[path.stem].name}; keep one")
             images[path.stem] = path
@@ -194,10 +205,11 @@ def read_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, *, upright: bool = False) -> np.ndarray:
     """Read an image whole as (H, W, 3) uint8 RGB; greyscale becomes RGB.
 
-    Pixels come as they are stored: EXIF orientation is not applied, since the mask was drawn on the stored ones.
+    Pixels come as they are stored, since the mask was drawn on the stored ones; only with `upright` is a picture
+    turned as its EXIF orientation says, which is how every viewer shows it.
 
     Raises:
         UserError: the file is missing, truncated (which OpenCV would fill with grey), damaged, or not of 8 bits.
@@ -207,7 +219,16 @@ def read_image(path: Path) -> np.ndarray:
             raise UserError(f"{path}: not an 8-bit image (Pillow mode {image.mode}); convert it to 8 bits a channel")
         if image.format != "PNG" and not _has_end(path):
             raise UserError(f"{path}: truncated, the JPEG has no end (the file is damaged: get it again)")
-        return np.asarray(image.convert("RGB"))
+        turn = _UPRIGHT.get(_orientation(image)) if upright else None
+        return np.asarray((image if turn is None else image.transpose(turn)).convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> object:
+    """EXIF's orientation, 1-8 where it is told; damaged EXIF tells none, and says nothing of the pixels."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
+        return None
 
 
 def _has_end(path: Path) -> bool:

@@ -26,6 +26,7 @@ from utils.files import atomic_write
 _DPI = 100
 _PANEL_WIDTH, _MARGIN, _TITLE_HEIGHT, _LEGEND_ROW = 640, 12, 34, 26  # pixels
 _LEGEND_ENTRY_WIDTH = 150  # pixels that an entry takes up at most on average, at the legend's font size
+_LINE_COLOR = (235, 235, 235)  # RGB; far from every class's colour
 _TRAIN_COLOR, _VAL_COLOR = "#1f4e8c", "#d1660f"
 
 
@@ -33,7 +34,34 @@ def colorize(labels: np.ndarray) -> np.ndarray:
     """Paint a label map in BDD100K's colours: (H, W) uint8 -> (H, W, 3) uint8 RGB; what is no class is black."""
     if labels.dtype != np.uint8:
         raise ValueError(f"labels must be uint8, got {labels.dtype}")
-    return PALETTE[labels]
+    return PALETTE.take(labels, axis=0)  # in a third of the time of PALETTE[labels]
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.ndarray:
+    """Lay BDD100K's colours over a picture, the classes divided by light lines; where no class is, it stays as it is.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        labels: (H, W) uint8 ids, 255 (and all else that is not 0-18) = no class.
+        opacity: share of the colour, 0 to 1.
+
+    Returns:
+        (H, W, 3) uint8 RGB, a new array.
+
+    Raises:
+        ValueError: the sizes differ, or one of the two is not uint8.
+    """
+    if labels.shape != image.shape[:2] or image.dtype != np.uint8:
+        raise ValueError(f"image {image.dtype} {image.shape} and labels {labels.shape}: must be uint8, of one size")
+    shown = cv2.addWeighted(image, 1 - opacity, colorize(labels), opacity, 0)
+    # A pixel is on a line where its neighbour to the right or below is of another class. In large pictures, which are
+    # looked at shrunk, the neighbour is further off and the line as much thicker.
+    step = max(1, max(labels.shape) // 1500)
+    border = np.zeros(labels.shape, dtype=bool)
+    border[:, :-step] = labels[:, :-step] != labels[:, step:]
+    border[:-step] |= labels[:-step] != labels[step:]
+    shown[border] = _LINE_COLOR
+    return cv2.copyTo(image, (labels >= NUM_CLASSES).view(np.uint8), shown)
 
 
 def legend_entries(*label_maps: np.ndarray) -> list[tuple[str, tuple[int, int, int]]]:
