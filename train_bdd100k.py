@@ -188,6 +188,8 @@ def validation_loader(args: argparse.Namespace, training: NpyFolder, precision: 
         theirs, ours = getattr(source, what), getattr(training, what)
         if theirs != ours:
             raise UserError(f"{args.val_npy_path}: has {what} {theirs}, but the training data {ours}; make them alike")
+    if not any(any(item.pixels) for item in source.items):
+        raise UserError(f"{args.val_npy_path}: no labelled pixel to measure mIoU on; give another --val_npy_path")
     return DataLoader(
         EvaluationDataset(source),
         batch_size=args.batch_size,

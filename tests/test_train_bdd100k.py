@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import train_bdd100k
 from segment_anything import build_sam_vit_tiny
 from tests.conftest import IMAGE_SIZE, run_script, write_split
 from utils import checkpoint
+from utils.bdd100k import IGNORE_LABEL
 
 Train = Callable[..., Path]
 
@@ -74,16 +76,21 @@ def test_best_holds_what_was_trained_and_latest_the_state_beside_it(run: Path) -
     assert {"optimizer", "scheduler", "scaler", "rng", "history"} <= latest["run_state"].keys()
 
 
-@pytest.mark.parametrize(("validates", "best_epoch"), [(True, 0), (False, 1)])
+@pytest.mark.parametrize(("mious", "best_epoch"), [([0.5, 0.25], 0), ([math.nan, 0.25], 1), (None, 1)])
 def test_best_is_chosen_by_validation_or_else_by_loss(
-    train: Train, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, validates: bool, best_epoch: int
+    train: Train,
+    npy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mious: list[float] | None,
+    best_epoch: int,
 ) -> None:
-    # Validation is made to find the first epoch better, and the loss to fall.
-    mious, losses = iter([0.5, 0.25]), iter([2.0, 1.0])
+    # Validation is made to find these, and the loss to fall.
+    found, losses = iter(mious or []), iter([2.0, 1.0])
     figures = {"optimizer_steps": 1, "skipped_steps": 0}
-    monkeypatch.setattr(train_bdd100k, "mean_iou", lambda matrix: next(mious))
+    monkeypatch.setattr(train_bdd100k, "mean_iou", lambda matrix: next(found))
     monkeypatch.setattr(train_bdd100k, "train_one_epoch", lambda *_, **__: {"loss": next(losses), **figures})
-    folder = train(tmp_path, "-num_epochs", 2, *(["--val_npy_path", npy / "val"] if validates else []))
+    folder = train(tmp_path, "-num_epochs", 2, *(["--val_npy_path", npy / "val"] if mious else []))
     best = checkpoint.load_checkpoint(folder / "medsam_model_best.pth")
     assert best["epoch"] == best_epoch
     assert best["metrics"] == log_of(folder)[best_epoch]
@@ -279,6 +286,14 @@ def test_validation_data_of_another_kind(
     shutil.copy(sam_file, tmp_path / "sam.pth")
     line = error_of(train_bdd100k, *good_flags(tmp_path), "-i", npy / "train", "--val_npy_path", val)
     assert f"has image_size 32, but the training data {IMAGE_SIZE}" in line
+
+
+def test_validation_data_without_a_labelled_pixel(inputs: Path, error_of: Callable[..., str]) -> None:
+    labels = np.full((IMAGE_SIZE, IMAGE_SIZE), IGNORE_LABEL, dtype=np.uint8)
+    val = write_split(inputs / "val", {"a": (np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8), labels)})
+    line = error_of(train_bdd100k, *good_flags(inputs), "--val_npy_path", val)
+    assert f"{val}: no labelled pixel to measure mIoU on; give another --val_npy_path" in line
+    assert not (inputs / "work").exists()
 
 
 @pytest.mark.parametrize(

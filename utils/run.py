@@ -87,7 +87,8 @@ class Run:
         self.history.append(record)
         score = record.get("val_miou", -math.inf) if self.choose_by_miou else -record["train_loss"]
         is_best = score > self.best_score
-        self.best_score = max(score, self.best_score)
+        if is_best:
+            self.best_score = score
         if self.logger is None:
             return
         metadata = {"epoch": record["epoch"], "metrics": record, "args": self.config}
