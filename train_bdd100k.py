@@ -86,7 +86,11 @@ def get_args_parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> None:
     # The device comes first: a card that is not there should be told in one line, not by NCCL.
     precision = resolve_precision(
-        args.device, local_rank=distributed.local_rank(), use_amp=args.use_amp, amp_dtype=args.amp_dtype
+        args.device,
+        local_rank=distributed.local_rank(),
+        local_world_size=distributed.local_world_size(),
+        use_amp=args.use_amp,
+        amp_dtype=args.amp_dtype,
     )
     distributed.setup(
         requested=args.distributed,
