@@ -27,7 +27,7 @@ test: $(VENV)/.tested lint
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy segment_anything utils assets *.py
+	$(VENV)/bin/mypy segment_anything utils assets tests *.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -56,7 +56,9 @@ def get_args_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    precision = resolve_precision(args.device, local_rank=0, use_amp=args.use_amp, amp_dtype=args.amp_dtype)
+    precision = resolve_precision(
+        args.device, local_rank=0, local_world_size=1, use_amp=args.use_amp, amp_dtype=args.amp_dtype
+    )
     source = NpyFolder(args.val_npy_path)
     model = load_model(args, source, precision)
     pictures = args.output_dir / "visualizations"

@@ -255,6 +255,8 @@ def main(args: Namespace) -> int:
                 errors += [result for result in results if isinstance(result, str)] + unpaired(split)
                 manifests[name] = replace(manifests[name], complete=True, items=items)
                 manifests[name].write(args.output_path / name)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("run the same command again to go on") from None
     finally:
         for name in splits:
             remove_temporaries(args.output_path / name)

@@ -1,4 +1,4 @@
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="sam-bdd100k",
@@ -6,7 +6,7 @@ setup(
     description="Fine-tune Segment Anything's mask decoder into a driving-scene segmenter on BDD100K",
     license="MIT",
     python_requires=">=3.10",
-    packages=["segment_anything", "segment_anything.modeling", "segment_anything.utils", "utils"],
+    packages=find_packages(include=["segment_anything*", "utils*"]),
     install_requires=[
         "torch>=2.4",
         "numpy",

@@ -37,6 +37,18 @@ from utils.optim import SCHEDULES, build_optimizer, build_scheduler
 from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision
 from utils.run import Run
 
+# What a resumed run must share with its beginning, by the names that the user knows.
+KEPT_ON_RESUME = {
+    "lr": "-lr",
+    "weight_decay": "-weight_decay",
+    "lr_scheduler": "--lr_scheduler",
+    "warmup_epochs": "--warmup_epochs",
+    "effective_batch_size": "the effective batch size (-batch_size x --grad_acc_steps x processes)",
+    "classes_per_image": "--classes_per_image",
+    "bbox_shift": "--bbox_shift",
+    "seed": "--seed",
+}
+
 
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
@@ -86,7 +98,11 @@ def get_args_parser() -> cli.Parser:
 def main(args: argparse.Namespace) -> None:
     # The device comes first: a card that is not there should be told in one line, not by NCCL.
     precision = resolve_precision(
-        args.device, local_rank=distributed.local_rank(), use_amp=args.use_amp, amp_dtype=args.amp_dtype
+        args.device,
+        local_rank=distributed.local_rank(),
+        local_world_size=distributed.local_world_size(),
+        use_amp=args.use_amp,
+        amp_dtype=args.amp_dtype,
     )
     distributed.setup(
         requested=args.distributed,
@@ -141,7 +157,11 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
         model=segmenter,
         info=info,
         stateful={"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler},
-        config=vars(args),
+        config={
+            **vars(args),
+            "effective_batch_size": args.batch_size * args.grad_acc_steps * distributed.world_size(),
+        },
+        kept=KEPT_ON_RESUME,
         num_epochs=args.num_epochs,
         choose_by_miou=val_loader is not None,
         tensorboard=args.use_tensorboard,
@@ -150,26 +170,27 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     if distributed.is_main():
         announce(args, segmenter, precision, run, num_images=len(dataset), steps_per_epoch=steps_per_epoch)
 
-    for epoch in range(len(run.history), args.num_epochs):
-        started = time.monotonic()
-        dataset.set_epoch(epoch)
-        sampler.set_epoch(epoch)
-        figures = train_one_epoch(
-            model,
-            loader,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            scaler=scaler,
-            precision=precision,
-            grad_acc_steps=args.grad_acc_steps,
-            clip_grad_norm=args.clip_grad_norm,
-            epoch=epoch,
-        )
-        seconds = time.monotonic() - started
-        record = {"epoch": epoch, "train_loss": figures.pop("loss"), **figures}
-        if val_loader and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.num_epochs):
-            record["val_miou"] = mean_iou(evaluate(segmenter, val_loader, precision).matrix)
-        run.finish_epoch({**record, "seconds": seconds, "images_per_second": len(dataset) / seconds})
+    with run.resumable():
+        for epoch in range(len(run.history), args.num_epochs):
+            started = time.monotonic()
+            dataset.set_epoch(epoch)
+            sampler.set_epoch(epoch)
+            figures = train_one_epoch(
+                model,
+                loader,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                scaler=scaler,
+                precision=precision,
+                grad_acc_steps=args.grad_acc_steps,
+                clip_grad_norm=args.clip_grad_norm,
+                epoch=epoch,
+            )
+            seconds = time.monotonic() - started
+            record = {"epoch": epoch, "train_loss": figures.pop("loss"), **figures}
+            if val_loader and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.num_epochs):
+                record["val_miou"] = mean_iou(evaluate(segmenter, val_loader, precision).matrix)
+            run.finish_epoch({**record, "seconds": seconds, "images_per_second": len(dataset) / seconds})
     run.finish()
     if distributed.is_main():
         print(
@@ -188,6 +209,8 @@ def validation_loader(args: argparse.Namespace, training: NpyFolder, precision: 
         theirs, ours = getattr(source, what), getattr(training, what)
         if theirs != ours:
             raise UserError(f"{args.val_npy_path}: has {what} {theirs}, but the training data {ours}; make them alike")
+    if not any(any(item.pixels) for item in source.items):
+        raise UserError(f"{args.val_npy_path}: no labelled pixel to measure mIoU on; give another --val_npy_path")
     return DataLoader(
         EvaluationDataset(source),
         batch_size=args.batch_size,
@@ -210,10 +233,10 @@ def announce(
     """Say what is about to happen, before it takes hours."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    batch = args.batch_size * args.grad_acc_steps * distributed.world_size()
     dtype = str(precision.amp_dtype or torch.float32).removeprefix("torch.")
     print(f"{args.model_type} at {run.info.image_size}: {trained:,} parameters trained, {frozen:,} frozen")
-    print(f"{num_images} images, {steps_per_epoch} optimizer steps an epoch, effective batch size {batch}")
+    print(f"{num_images} images, {steps_per_epoch} optimizer steps an epoch, "
+          f"effective batch size {run.config['effective_batch_size']}")
     print(f"{distributed.world_size()} process(es) on {precision.device.type}, {dtype}")
     print(f"run folder: {run.folder}" + (f", going on at epoch {len(run.history)}" if run.history else ""), flush=True)
 

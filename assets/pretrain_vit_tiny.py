@@ -71,7 +71,7 @@ def read(source: NpyFolder, index: int) -> tuple[np.ndarray, np.ndarray]:
     image, labels = source.read(index)
     things = np.zeros(labels.shape, dtype=np.uint16)
     for class_id in np.setdiff1d(labels, [IGNORE_LABEL]):
-        count, pieces = cv2.connectedComponents((labels == class_id).astype(np.uint8))
+        _, pieces = cv2.connectedComponents((labels == class_id).astype(np.uint8))
         things = np.where(pieces > 0, pieces + int(things.max()), things).astype(np.uint16)
     return (image if image.dtype == np.uint8 else np.rint(image * 255.0).astype(np.uint8)), things
 

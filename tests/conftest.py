@@ -96,7 +96,8 @@ def write_split(folder: Path, items: Mapping[str, tuple[np.ndarray, np.ndarray]]
     for name, (image, labels) in items.items():
         np.save(folder / "imgs" / f"{name}.npy", image)
         np.save(folder / "gts" / f"{name}.npy", labels)
+        height, width = labels.shape
         counts = np.bincount(labels.ravel(), minlength=256).tolist()
-        entries.append(ManifestItem(name, *labels.shape, counts[:NUM_CLASSES], counts[IGNORE_LABEL]))
+        entries.append(ManifestItem(name, height, width, counts[:NUM_CLASSES], counts[IGNORE_LABEL]))
     Manifest(len(labels), str(image.dtype), "stretch", labelled=True, complete=True, items=entries).write(folder)
     return folder

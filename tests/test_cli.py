@@ -238,6 +238,22 @@ def test_run_prints_a_loader_workers_error_in_one_line(
     assert said.startswith(f"error: {victim}: became unreadable") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("interrupt", "said"),
+    [
+        (KeyboardInterrupt(), "interrupted: run the same command again\n"),
+        (KeyboardInterrupt("give --resume x to go on"), "interrupted: give --resume x to go on\n"),
+    ],
+)
+def test_run_says_what_to_do_after_ctrl_c(
+    interrupt: KeyboardInterrupt, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise interrupt
+
+    assert exit_of(main, capfd) == (130, said)
+
+
 def test_run_keeps_the_traceback_of_a_bug() -> None:
     def main() -> None:
         raise ZeroDivisionError

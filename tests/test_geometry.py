@@ -75,7 +75,7 @@ def test_mask_takes_the_pixel_at_the_centre():
 def test_mask_and_image_are_sampled_at_the_same_places(mode, shape):
     """A ramp resized as an image and as a mask differs by half an original pixel at the most, and not on average."""
     ramp = np.broadcast_to(np.arange(shape[1], dtype=np.uint8), shape).copy()
-    height, width = fitted_size(*shape, 64, mode)
+    height, width = fitted_size(shape[0], shape[1], 64, mode)
     labels = resize_mask(ramp, 64, mode)[:height, :width].astype(float)
     exact = cv2.resize(ramp.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     inner = slice(2, -2)  # at the border bilinear sampling has nothing to go on beyond the last pixel
@@ -134,4 +134,4 @@ def test_there_and_back(mode, shape):
     mask[shape[0] // 2 + 3 :, : shape[1] // 3] = 2
     frame = torch.from_numpy(resize_mask(mask, 192, mode)).long()
     logits = torch.stack([(frame == label).float() for label in range(3)])
-    assert torch.equal(restore(logits, *shape, mode).argmax(0), torch.from_numpy(mask).long())
+    assert torch.equal(restore(logits, shape[0], shape[1], mode).argmax(0), torch.from_numpy(mask).long())

@@ -58,9 +58,9 @@ BLOCK = """\
 def make_decoder(path: Path, sam_file: Path, **changes: Any) -> Path:
     """Write a checkpoint as training would: a decoder of other random weights, whose masks cover something."""
     torch.manual_seed(2)
-    info = {"model_type": "vit_tiny", "image_size": IMAGE_SIZE, "resize_mode": "stretch"}
+    fields: dict[str, Any] = {"model_type": "vit_tiny", "image_size": IMAGE_SIZE, "resize_mode": "stretch"}
     model = BoxSegmenter(build_sam_vit_tiny(image_size=IMAGE_SIZE))
-    info = checkpoint.ModelInfo(**{**info, "sam_sha256": file_digest(sam_file), **changes})
+    info = checkpoint.ModelInfo(**{**fields, "sam_sha256": file_digest(sam_file), **changes})
     checkpoint.save_best(path, model, info, epoch=0, metrics={}, args={})
     return path
 
@@ -182,6 +182,7 @@ def test_visualize_draws_each_image_up_to_twenty(
     names = sorted(path.stem for path in (npy / "val" / "imgs").glob("*.npy"))
     assert sorted(path.name for path in drawn.iterdir()) == [f"{name}.png" for name in names]
     picture = cv2.imread(str(drawn / f"{names[0]}.png"))
+    assert picture is not None
     assert picture.shape[1] > 3 * picture.shape[0]  # three pictures of 16:9 side by side, though stored as squares
 
 
@@ -270,7 +271,8 @@ def test_bad_flags_are_told_in_one_line(
 def test_truncated_decoder(
     sam_file: Path, npy: Path, decoder: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
-    half = shutil.copy(decoder, tmp_path / "half.pth")
+    half = tmp_path / "half.pth"
+    shutil.copy(decoder, half)
     truncate(half)
     line = error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--model_checkpoint", half)
     assert f"{half}: truncated" in line

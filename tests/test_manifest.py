@@ -1,12 +1,15 @@
 """manifest.json: what is written is read back, and nothing else is taken for one."""
 
 import json
+from typing import Any
 
 import pytest
 
 from utils.bdd100k import CLASS_NAMES
 from utils.errors import UserError
 from utils.manifest import FORMAT_VERSION, Manifest, ManifestItem, read_manifest
+
+BAD_NAMES: list[Any] = ["../a", "/etc/a", "", "..", "a/b", 3]
 
 
 def manifest(**changes):
@@ -78,7 +81,7 @@ def test_another_format_version(tmp_path):
         {"labelled": False},  # though its items count pixels
         {"items": [ManifestItem("a", 720, 1280, [0] * 18, 0)]},
         {"items": [ManifestItem("a", 0, 1280, [0] * 19, 0)]},
-        *[{"items": [ManifestItem(name, 7, 8, [0] * 19, 0)]} for name in ("../a", "/etc/a", "", "..", "a/b", 3)],
+        *[{"items": [ManifestItem(name, 7, 8, [0] * 19, 0)]} for name in BAD_NAMES],
     ],
 )
 def test_values_that_are_never_written(tmp_path, changes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from utils import distributed
 from utils.errors import UserError
 from utils.precision import Precision, resolve_precision
 
@@ -25,9 +26,16 @@ def pretend_cpu(monkeypatch: pytest.MonkeyPatch, *, avx512: bool, amx: bool) -> 
 
 
 def resolve(
-    device: str | None = None, *, local_rank: int = 0, use_amp: bool = False, amp_dtype: str = "auto"
+    device: str | None = None,
+    *,
+    local_rank: int = 0,
+    local_world_size: int = 1,
+    use_amp: bool = False,
+    amp_dtype: str = "auto",
 ) -> Precision:
-    return resolve_precision(device, local_rank=local_rank, use_amp=use_amp, amp_dtype=amp_dtype)
+    return resolve_precision(
+        device, local_rank=local_rank, local_world_size=local_world_size, use_amp=use_amp, amp_dtype=amp_dtype
+    )
 
 
 def test_without_a_name_cuda_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +51,7 @@ def test_without_a_name_cuda_is_taken_where_there_is_one(monkeypatch: pytest.Mon
 )
 def test_the_card(monkeypatch: pytest.MonkeyPatch, name: str | None, local_rank: int, index: int) -> None:
     pretend_cuda(monkeypatch)
-    assert resolve(name, local_rank=local_rank).device == torch.device("cuda", index)
+    assert resolve(name, local_rank=local_rank, local_world_size=local_rank + 1).device == torch.device("cuda", index)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +73,36 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, name: str, 
 def test_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_cuda(monkeypatch, count=2)
     with pytest.raises(UserError, match="there are only 2 CUDA devices"):
-        resolve("cuda", local_rank=2)
+        resolve("cuda", local_rank=2, local_world_size=3)
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_several_processes_do_not_take_one_card(monkeypatch: pytest.MonkeyPatch, local_rank: int) -> None:
+    pretend_cuda(monkeypatch)
+    with pytest.raises(UserError) as error:
+        resolve("cuda:1", local_rank=local_rank, local_world_size=2)
+    said = "--device cuda:1: 2 processes were started on this machine; "
+    assert str(error.value) == said + "give --device cuda: each process takes its own card"
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes"),
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": "4"}, 1),  # left over: nothing else says that there is a launcher
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, 4),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, 1),  # two machines
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 2),  # a launcher that does not say
+    ],
+)
+def test_processes_on_this_machine(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], processes: int
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.local_world_size() == processes
 
 
 @pytest.mark.parametrize(

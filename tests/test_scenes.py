@@ -13,6 +13,9 @@ from utils import scenes
 from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES, find_split
 from utils.cli import run
 from utils.errors import UserError
+from utils.scenes.__main__ import main
+from utils.scenes.painter import Painter
+from utils.scenes.shapes import Pose
 
 SIZE = (144, 256)
 
@@ -61,7 +64,7 @@ def test_all_classes_and_unlabelled_pixels_occur(drawn: list[scenes.Scene]) -> N
 
 @pytest.mark.parametrize("corners", [[(10, 5), (80, 20), (40, 63)], [(-30, -9), (70.3, 8.6), (31.7, 500)]])
 def test_a_polygon_covers_the_same_pixels_in_image_and_instances(corners: list[tuple[float, float]]) -> None:
-    painter = scenes.Painter(np.random.default_rng(0), 64, 96)
+    painter = Painter(np.random.default_rng(0), 64, 96)
     painter.begin("car")
     painter.fill_pixels(np.array([corners]), np.array([200, 100, 50]))
     painted = painter.pixels[..., 0] == 200
@@ -70,13 +73,13 @@ def test_a_polygon_covers_the_same_pixels_in_image_and_instances(corners: list[t
 
 
 def test_a_box_shows_the_faces_that_look_at_the_camera() -> None:
-    painter = scenes.Painter(np.random.default_rng(0), 64, 96)
+    painter = Painter(np.random.default_rng(0), 64, 96)
     painter.begin("car")
     grey = np.full(3, 100.0)
-    low, tall, box = (-1, 0, -1), (1, 9, 1), scenes.Pose(10, 20)
+    low, tall, box = (-1, 0, -1), (1, 9, 1), Pose(10, 20)
     assert painter.solid(box, low, tall, grey).keys() == {"back", "left"}
-    assert painter.solid(scenes.Pose(-10, 20), low, (1, 0.5, 1), grey).keys() == {"back", "right", "top"}
-    assert painter.solid(scenes.Pose(10, 20, np.pi), low, tall, grey).keys() == {"front", "right"}
+    assert painter.solid(Pose(-10, 20), low, (1, 0.5, 1), grey).keys() == {"back", "right", "top"}
+    assert painter.solid(Pose(10, 20, np.pi), low, tall, grey).keys() == {"front", "right"}
 
 
 def test_colour_alone_does_not_tell_the_class(drawn: list[scenes.Scene]) -> None:
@@ -147,7 +150,7 @@ def test_bad_input_is_told_in_one_line(
     flags = [flag.format(file=tmp_path / "file") for flag in flags]
     monkeypatch.setattr("sys.argv", ["scenes", "--output_dir", str(tmp_path / "out"), *flags])
     with pytest.raises(SystemExit) as exit_info:
-        run(scenes.main)
+        run(main)
     error = capsys.readouterr().err
     assert exit_info.value.code == status
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_bdd100k
 from segment_anything import build_sam_vit_tiny
 from tests.conftest import IMAGE_SIZE, run_script, write_split
-from utils import checkpoint
+from utils import checkpoint, cli
+from utils.bdd100k import IGNORE_LABEL
 
 Train = Callable[..., Path]
 
@@ -74,16 +76,21 @@ def test_best_holds_what_was_trained_and_latest_the_state_beside_it(run: Path) -
     assert {"optimizer", "scheduler", "scaler", "rng", "history"} <= latest["run_state"].keys()
 
 
-@pytest.mark.parametrize(("validates", "best_epoch"), [(True, 0), (False, 1)])
+@pytest.mark.parametrize(("mious", "best_epoch"), [([0.5, 0.25], 0), ([math.nan, 0.25], 1), (None, 1)])
 def test_best_is_chosen_by_validation_or_else_by_loss(
-    train: Train, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, validates: bool, best_epoch: int
+    train: Train,
+    npy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mious: list[float] | None,
+    best_epoch: int,
 ) -> None:
-    # Validation is made to find the first epoch better, and the loss to fall.
-    mious, losses = iter([0.5, 0.25]), iter([2.0, 1.0])
+    # Validation is made to find these, and the loss to fall.
+    found, losses = iter(mious or []), iter([2.0, 1.0])
     figures = {"optimizer_steps": 1, "skipped_steps": 0}
-    monkeypatch.setattr(train_bdd100k, "mean_iou", lambda matrix: next(mious))
+    monkeypatch.setattr(train_bdd100k, "mean_iou", lambda matrix: next(found))
     monkeypatch.setattr(train_bdd100k, "train_one_epoch", lambda *_, **__: {"loss": next(losses), **figures})
-    folder = train(tmp_path, "-num_epochs", 2, *(["--val_npy_path", npy / "val"] if validates else []))
+    folder = train(tmp_path, "-num_epochs", 2, *(["--val_npy_path", npy / "val"] if mious else []))
     best = checkpoint.load_checkpoint(folder / "medsam_model_best.pth")
     assert best["epoch"] == best_epoch
     assert best["metrics"] == log_of(folder)[best_epoch]
@@ -112,9 +119,38 @@ def test_one_epoch_resumed_to_two_equals_two_bit_for_bit(train: Train, run: Path
     assert without_times(log_of(folder)) == without_times(log_of(run))
 
 
+def test_resuming_with_the_same_effective_batch_cut_otherwise(train: Train, run_copy: Path) -> None:
+    # As someone would whose memory ran out; the manual says that it changes nothing else.
+    flags = ["-lr", "1e-3", "-batch_size", 2, "--grad_acc_steps", 8]
+    train(run_copy.parent, "-num_epochs", 3, "--resume", run_copy, *flags)
+    assert [record["optimizer_steps"] for record in log_of(run_copy)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("stopped_in", [0, 1])
+def test_ctrl_c_says_how_to_go_on(
+    stopped_in: int, inputs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def train_one_epoch(*_: Any, epoch: int, **__: Any) -> dict[str, float]:
+        if epoch == stopped_in:
+            raise KeyboardInterrupt
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(train_bdd100k, "train_one_epoch", train_one_epoch)
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: run_script(train_bdd100k, *good_flags(inputs)))
+    assert end.value.code == 130
+    (folder,) = (inputs / "work").iterdir()
+    hints = [
+        "no epoch was finished, so there is nothing to resume: run the same command again",
+        f"run the same command with --resume {folder} to go on from the last whole epoch",
+    ]
+    assert capfd.readouterr().err == f"interrupted: {hints[stopped_in]}\n"
+
+
 def test_resuming_with_the_scaler_newly_enabled(train: Train, run_copy: Path) -> None:
     # As someone would whose memory ran out without -use_amp.
-    train(run_copy.parent, "-num_epochs", 3, "--resume", run_copy, "-use_amp", "--amp_dtype", "fp16")
+    flags = ["-lr", "1e-3", "-use_amp", "--amp_dtype", "fp16"]
+    train(run_copy.parent, "-num_epochs", 3, "--resume", run_copy, *flags)
     assert [record["epoch"] for record in log_of(run_copy)] == [0, 1, 2]
 
 
@@ -178,6 +214,11 @@ BAD_NPY: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled": (pickle_into, r"\.npy: holds pickled objects, which are never loaded"),
 }
 
+def resume(folder: Path, *flags: Any) -> list[Any]:
+    """Flags that would go on with the finished run in `folder`, and others."""
+    return ["--resume", folder / "run", "-num_epochs", 3, "-lr", "1e-3", *flags]
+
+
 # Flags that are given after good ones, as a function of a folder with the data in "train" and a finished run in "run";
 # and what the one line must say.
 BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
@@ -189,7 +230,16 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "resume nothing": (lambda f: ["--resume", f / "none.pth"], r"none.pth: no such checkpoint"),
     "resume a folder of no run": (lambda f: ["--resume", f / "train"], r"latest.pth: no such checkpoint"),
     "resume best": (lambda f: ["--resume", f / "run" / checkpoint.BEST], r"no state to resume from; give .*latest"),
-    "resume a finished run": (lambda f: ["--resume", f / "run"], r"already trained for 2 epochs; raise -num_epochs"),
+    "resume a finished run": (lambda f: resume(f, "-num_epochs", 2), r"already trained for 2 epochs; raise -num_ep"),
+    "other lr": (lambda f: resume(f, "-lr", "2e-3"), r"-lr is 0.002, but .*latest.pth began with 0.001; give it so"),
+    "other weight decay": (lambda f: resume(f, "-weight_decay", 0), r"-weight_decay is 0.0, but .* began with 0.01;"),
+    "other schedule": (lambda f: resume(f, "--lr_scheduler", "step"), r"--lr_scheduler is step, .* with constant;"),
+    "other warm-up": (lambda f: resume(f, "--warmup_epochs", 1), r"--warmup_epochs is 1.0, but .* began with 0;"),
+    "other batch size": (lambda f: resume(f, "-batch_size", 2), r"effective batch size .* is 8, but .* with 16;"),
+    "other accumulation": (lambda f: resume(f, "--grad_acc_steps", 1), r"effective batch size .* is 4, .* with 16;"),
+    "other number of classes": (lambda f: resume(f, "--classes_per_image", 2), r"--classes_per_image is 2, .* with 1;"),
+    "other jitter": (lambda f: resume(f, "--bbox_shift", 0), r"--bbox_shift is 0, but .* began with 20;"),
+    "other seed": (lambda f: resume(f, "--seed", 1), r"--seed is 1, but .* began with 2024; give it so, or start"),
     "CUDA where there is none": (lambda f: ["--device", "cuda:0"], r"--device cuda:0: PyTorch finds no CUDA here"),
     "no device at all": (lambda f: ["--device", "gpu"], r"--device gpu: not a device"),
     "no launcher": (lambda f: ["--distributed"], r"needs a launcher: python -m torch.distributed.launch"),
@@ -279,6 +329,14 @@ def test_validation_data_of_another_kind(
     shutil.copy(sam_file, tmp_path / "sam.pth")
     line = error_of(train_bdd100k, *good_flags(tmp_path), "-i", npy / "train", "--val_npy_path", val)
     assert f"has image_size 32, but the training data {IMAGE_SIZE}" in line
+
+
+def test_validation_data_without_a_labelled_pixel(inputs: Path, error_of: Callable[..., str]) -> None:
+    labels = np.full((IMAGE_SIZE, IMAGE_SIZE), IGNORE_LABEL, dtype=np.uint8)
+    val = write_split(inputs / "val", {"a": (np.zeros((IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8), labels)})
+    line = error_of(train_bdd100k, *good_flags(inputs), "--val_npy_path", val)
+    assert f"{val}: no labelled pixel to measure mIoU on; give another --val_npy_path" in line
+    assert not (inputs / "work").exists()
 
 
 @pytest.mark.parametrize(

@@ -77,14 +77,17 @@ def image_size(text: str) -> int:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and exit with its status; a `UserError` is printed in one line, without a traceback."""
+    """Run a script's `main` and exit with its status; a `UserError` is printed in one line, without a traceback.
+
+    So is Ctrl-C, with what to do next if `main` raises `KeyboardInterrupt` with a text.
+    """
     try:
         status = main() or 0
     except UserError as error:
         print(f"error: {_message(error)}", file=sys.stderr)
         status = 1
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {str(interrupt) or 'run the same command again'}", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # `| head` closed our output: nothing left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

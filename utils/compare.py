@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ def read_results(folder: Path) -> dict[str, Any]:
     path = folder / "evaluation_results.json"
     try:
         results = json.loads(path.read_bytes())
-        if not isinstance(results, dict) or not {"miou", "boxes", "data", "per_class"} <= results.keys():
+        if not {"miou", "boxes", "per_class"} <= results.keys():
             raise ValueError("other keys")
+        if not all({"id", "name", "iou", "gt_pixels"} <= entry.keys() for entry in results["per_class"]):
+            raise ValueError("other keys of a class")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); infer_bdd100k.py writes it") from None
-    except ValueError:
+    except (ValueError, AttributeError, TypeError):
         raise UserError(f"{path}: not a result of infer_bdd100k.py") from None
     return results
 
@@ -46,7 +49,8 @@ def format_comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
         if new["iou"] is not None:
             label = f"{new['id']:2d}. {new['name']:<20}"
             lines.append(f"{label}{new['gt_pixels']:>14d}{old['iou']:>10.4f}{new['iou']:>10.4f}")
-    lines.append(f"{'mIoU':<24}{'':>14}{before['miou']:>10.4f}{after['miou']:>10.4f}")
+    mious = [math.nan if results["miou"] is None else results["miou"] for results in (before, after)]
+    lines.append(f"{'mIoU':<24}{'':>14}{mious[0]:>10.4f}{mious[1]:>10.4f}")
     return "\n".join([*lines, f"boxes: {after['boxes']}"])
 
 

@@ -69,6 +69,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if _launched() else 0
 
 
+def local_world_size() -> int:
+    """How many processes were started on this machine; known before `setup`."""
+    # A launcher that does not say has started at least those of lower rank.
+    return int(os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1)) if _launched() else 1
+
+
 def is_main() -> bool:
     return rank() == 0
 

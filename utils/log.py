@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ class RunLogger:
         self._writer = _tensorboard_writer(folder, first_epoch=len(history)) if tensorboard else None
         self._wandb = _wandb_run(folder, config) if wandb else None
         (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-        (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in self.history))
+        (folder / "log.jsonl").write_text("".join(map(_line, self.history)))
 
     def log_epoch(self, record: dict[str, Any]) -> None:
         """Record an epoch; `record["epoch"]` is its number, from 0."""
         self.history.append(record)
         with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_line(record))
         save_loss_curve(self.folder / "loss_curve.png", self.history)
         scalars = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "epoch"}
         if self._writer:
@@ -51,6 +52,14 @@ class RunLogger:
             self._writer.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def _line(record: dict[str, Any]) -> str:
+    """The record as strict JSON, which knows neither NaN nor infinity: they become null."""
+    values = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+    return json.dumps(values) + "\n"
 
 
 def _tensorboard_writer(folder: Path, first_epoch: int) -> Any:

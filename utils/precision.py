@@ -40,17 +40,20 @@ class Precision:
         return tensor.to(self.device, non_blocking=True)
 
 
-def resolve_precision(device_name: str | None, *, local_rank: int, use_amp: bool, amp_dtype: str) -> Precision:
+def resolve_precision(
+    device_name: str | None, *, local_rank: int, local_world_size: int, use_amp: bool, amp_dtype: str
+) -> Precision:
     """Turn the flags into a `Precision`.
 
     Args:
         device_name: "cpu", "cuda" or "cuda:N"; None is CUDA where there is one.
-        local_rank: the card to take where the name has no number, or several processes share a machine.
+        local_rank: the card to take where the name has no number.
+        local_world_size: processes on this machine; of several, each must take a card of its own.
         amp_dtype: "auto" is bf16 where the hardware has it; elsewhere fp16 on a GPU (Turing, such as the 2080 Ti), and
             on a CPU, which would emulate either many times slower, float32.
 
     Raises:
-        UserError: the device does not exist here, or cannot compute in the type.
+        UserError: the device does not exist here, is one for several processes, or cannot compute in the type.
     """
     if device_name is None:
         device_name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,7 +64,10 @@ def resolve_precision(device_name: str | None, *, local_rank: int, use_amp: bool
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {device_name}: PyTorch finds no CUDA here; use --device cpu")
-        index = local_rank if device.index is None or local_rank else device.index
+        if device.index is not None and local_world_size > 1:
+            raise UserError(f"--device {device_name}: {local_world_size} processes were started on this machine; "
+                            "give --device cuda: each process takes its own card")
+        index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(f"--device {device_name}: there are only {torch.cuda.device_count()} CUDA devices here")
         device = torch.device("cuda", index)

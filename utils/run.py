@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Run:
         info: ModelInfo,
         stateful: Mapping[str, Any],
         config: Mapping[str, Any],
+        kept: Mapping[str, str],
         num_epochs: int,
         choose_by_miou: bool,
         tensorboard: bool,
@@ -40,11 +42,14 @@ class Run:
             resume: a run's folder or its `latest`, to go on in that folder; None makes a new one in `work_dir`.
             stateful: what has `state_dict` and `load_state_dict` and belongs into `latest`.
             config: the resolved configuration; it goes into `config.json` and the checkpoints.
+            kept: keys of `config` that must be as the run began, and how the user knows them. The states that are
+                loaded would override some of them without a word; to change the others midway makes two runs of one.
             num_epochs: what the run is to have when it ends, the epochs before resuming included.
             choose_by_miou: the best epoch has the highest "val_miou", not the lowest "train_loss".
 
         Raises:
-            UserError: `resume` names nothing, a run that does not fit the model, or one that has its epochs already.
+            UserError: `resume` names nothing, a run that does not fit the model or began with other settings, or one
+                that has its epochs already.
         """
         self.model, self.info, self.stateful, self.choose_by_miou = model, info, stateful, choose_by_miou
         # Checkpoints load with weights_only, which knows no Path.
@@ -53,7 +58,7 @@ class Run:
         self.best_score = -math.inf
         if resume:
             latest = resume / LATEST if resume.is_dir() else resume
-            self._resume(latest)
+            self._resume(latest, kept)
             if len(self.history) >= num_epochs:
                 raise UserError(f"{latest}: already trained for {len(self.history)} epochs; raise -num_epochs to go on")
             self.folder = latest.parent
@@ -65,11 +70,15 @@ class Run:
             else None
         )
 
-    def _resume(self, latest: Path) -> None:
+    def _resume(self, latest: Path, kept: Mapping[str, str]) -> None:
         state = checkpoint.load_checkpoint(latest)
         state["info"].require_same(self.info, latest)
         if "run_state" not in state:
             raise UserError(f"{latest}: holds no state to resume from; give the run's {LATEST}")
+        for key, name in kept.items():
+            now, then = self.config[key], state["args"].get(key, self.config[key])
+            if now != then:
+                raise UserError(f"{name} is {now}, but {latest} began with {then}; give it so, or start a new run")
         checkpoint.load_decoder(self.model, state["model"], latest)
         run_state = state["run_state"]
         for name, part in self.stateful.items():
@@ -77,6 +86,17 @@ class Run:
                 part.load_state_dict(run_state[name])
         torch.set_rng_state(run_state["rng"])
         self.history, self.best_score = run_state["history"], run_state["best_score"]
+
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """A context in which Ctrl-C says how to go on: repeating the command would begin another run."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            hint = "no epoch was finished, so there is nothing to resume: run the same command again"
+            if (self.folder / LATEST).exists():
+                hint = f"run the same command with --resume {self.folder} to go on from the last whole epoch"
+            raise KeyboardInterrupt(hint) from None
 
     def finish_epoch(self, record: dict[str, Any]) -> None:
         """Log an epoch and write the checkpoints: `latest` always, `best` if this epoch is the best so far.
@@ -87,7 +107,8 @@ class Run:
         self.history.append(record)
         score = record.get("val_miou", -math.inf) if self.choose_by_miou else -record["train_loss"]
         is_best = score > self.best_score
-        self.best_score = max(score, self.best_score)
+        if is_best:
+            self.best_score = score
         if self.logger is None:
             return
         metadata = {"epoch": record["epoch"], "metrics": record, "args": self.config}

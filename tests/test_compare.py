@@ -1,0 +1,89 @@
+"""utils.compare: two results of infer_bdd100k.py side by side, from files made by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from utils import compare
+from utils.bdd100k import NUM_CLASSES
+from utils.metrics import results_dict
+
+
+def write(folder: Path, results: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "evaluation_results.json").write_text(json.dumps({"boxes": "oracle", **results}))
+    return folder
+
+
+def result(folder: Path, miou: float, classes: list[tuple[str, float | None, int]]) -> Path:
+    """Write `evaluation_results.json` with (name, IoU, ground-truth pixels) of each class."""
+    per_class = [{"id": i, "name": name, "iou": iou, "gt_pixels": n} for i, (name, iou, n) in enumerate(classes)]
+    return write(folder, {"miou": miou, "per_class": per_class})
+
+
+def words(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+def run(*folders: Path) -> None:
+    compare.main(compare.get_args_parser().parse_args([str(folder) for folder in folders]))
+
+
+def test_a_line_for_each_class_of_the_ground_truth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = result(tmp_path / "before", 0.375, [("road", 0.5, 1000), ("wall", None, 0), ("traffic sign", 0.25, 7)])
+    after = result(tmp_path / "after", 0.5, [("road", 0.75, 1000), ("wall", None, 0), ("traffic sign", 0.25, 7)])
+    run(before, after)
+    assert words(capsys.readouterr().out) == [
+        ["IoU", "gt", "pixels", "before", "after"],
+        ["0.", "road", "1000", "0.5000", "0.7500"],
+        ["2.", "traffic", "sign", "7", "0.2500", "0.2500"],
+        ["mIoU", "0.3750", "0.5000"],
+        ["boxes:", "oracle"],
+    ]
+
+
+def test_what_the_metric_gives_where_nothing_is_labelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = results_dict(torch.zeros(NUM_CLASSES, NUM_CLASSES + 1, dtype=torch.int64))
+    folders = [write(tmp_path / name, nothing) for name in ("before", "after")]
+    run(*folders)
+    assert words(capsys.readouterr().out)[1:] == [["mIoU", "nan", "nan"], ["boxes:", "oracle"]]
+
+
+def test_other_data_is_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    before = result(tmp_path / "before", 0.5, [("road", 0.5, 1000)])
+    after = result(tmp_path / "after", 0.5, [("road", 0.5, 1001)])
+    line = error_of(compare, before, after)
+    assert f"{before} and {after} were measured on different data; evaluate both on the same" in line
+
+
+def test_a_folder_without_a_result(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    good = result(tmp_path / "good", 0.5, [("road", 0.5, 1000)])
+    line = error_of(compare, good, tmp_path / "nowhere")
+    assert "evaluation_results.json: cannot be read (No such file or directory); infer_bdd100k.py writes it" in line
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"3",
+        b"[]",
+        b'{"miou": 0.5, "boxes": "oracle"}',
+        b'{"miou": 0.5, "boxes": "oracle", "per_class": 3}',
+        b'{"miou": 0.5, "boxes": "oracle", "per_class": [{"iou": 0.5}]}',
+    ],
+)
+def test_a_foreign_file(content: bytes, tmp_path: Path, error_of: Callable[..., str]) -> None:
+    good = result(tmp_path / "good", 0.5, [("road", 0.5, 1000)])
+    (tmp_path / "foreign").mkdir()
+    path = tmp_path / "foreign" / "evaluation_results.json"
+    path.write_bytes(content)
+    assert error_of(compare, good, path.parent) == f"error: {path}: not a result of infer_bdd100k.py"

@@ -1,0 +1,146 @@
+"""utils.log: the figures of each epoch in log.jsonl, the curve, TensorBoard and W&B."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from utils.errors import UserError
+from utils.log import RunLogger
+
+
+def record(epoch: int, **figures: Any) -> dict[str, Any]:
+    return {"epoch": epoch, "train_loss": 2.0 - epoch, **figures}
+
+
+def logger(
+    folder: Path, history: list[dict[str, Any]] | None = None, *, tensorboard: bool = False, wandb: bool = False
+) -> RunLogger:
+    config = {"lr": 1e-3, "task_name": "街景"}
+    return RunLogger(folder, history=history or [], config=config, tensorboard=tensorboard, wandb=wandb)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """`log.jsonl`, read as strict JSON: NaN and Infinity are errors."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"log.jsonl holds {constant}")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+class FakeWandb(ModuleType):
+    """As much of `wandb` as is used: it notes what it is told."""
+
+    def __init__(self, refusal: str | None = None) -> None:
+        super().__init__("wandb")
+        self.refusal = refusal
+        self.said: list[Any] = []
+        self.errors = ModuleType("wandb.errors")
+        self.errors.Error = type("Error", (Exception,), {})  # type: ignore[attr-defined]
+
+    def init(self, **settings: Any) -> FakeWandb:
+        if self.refusal:
+            raise self.errors.Error(self.refusal)
+        self.said.append(settings)
+        return self
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        self.said.append((step, scalars))
+
+    def finish(self) -> None:
+        self.said.append("finished")
+
+
+def test_configuration_a_line_an_epoch_and_the_curve(tmp_path: Path) -> None:
+    log = logger(tmp_path)
+    for epoch in range(2):
+        log.log_epoch(record(epoch, val_miou=0.5))
+    log.close()
+    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 1e-3, "task_name": "街景"}
+    assert lines(tmp_path) == [record(0, val_miou=0.5), record(1, val_miou=0.5)]
+    assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "log.jsonl", "loss_curve.png"}
+
+
+def test_resuming_cuts_the_log_back_to_the_epochs_that_count(tmp_path: Path) -> None:
+    first = logger(tmp_path)
+    for epoch in range(3):
+        first.log_epoch(record(epoch))
+    history = [record(0), record(1)]  # the third was logged, but its checkpoint never written
+    resumed = logger(tmp_path, history)
+    assert lines(tmp_path) == history
+    resumed.log_epoch(record(2, again=1))
+    assert lines(tmp_path) == [*history, record(2, again=1)]
+    assert len(history) == 2  # the caller's own list
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_json_lacks_is_null(tmp_path: Path, value: float) -> None:
+    log = logger(tmp_path)
+    log.log_epoch(record(0, val_miou=value))
+    assert lines(tmp_path) == [record(0, val_miou=None)]
+    resumed = logger(tmp_path, [record(0, val_miou=value)])
+    resumed.log_epoch(record(1))
+    assert lines(tmp_path) == [record(0, val_miou=None), record(1)]
+
+
+def test_tensorboard_has_one_value_an_epoch_also_after_resuming(tmp_path: Path) -> None:
+    first = logger(tmp_path, tensorboard=True)
+    for epoch in range(3):
+        first.log_epoch(record(epoch, val_miou=0.1))
+    first.close()
+    resumed = logger(tmp_path, [record(0), record(1)], tensorboard=True)
+    resumed.log_epoch(record(2, val_miou=0.75))
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"train_loss", "val_miou"}
+    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [(0, 2.0), (1, 1.0), (2, 0.0)]
+    assert [event.value for event in events.Scalars("val_miou")] == pytest.approx([0.1, 0.1, 0.75])
+
+
+def test_wandb_is_told_settings_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = logger(tmp_path, wandb=True)
+    log.log_epoch(record(0, val_miou=0.5))
+    log.close()
+    settings, figures, end = wandb.said
+    assert settings["name"] == tmp_path.name and settings["dir"] == str(tmp_path)
+    assert settings["config"] == {"lr": 1e-3, "task_name": "街景"}
+    assert figures == (0, {"train_loss": 2.0, "val_miou": 0.5})
+    assert end == "finished"
+
+
+def test_wandb_that_does_not_let_us_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(refusal="No API key.\nLog in."))
+    with pytest.raises(UserError) as error:
+        logger(tmp_path, wandb=True)
+    said = "-use_wandb: No API key. Log in. (WANDB_MODE=offline needs neither account nor network)"
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize(
+    ("asked", "package", "said"),
+    [
+        ("wandb", "wandb", "-use_wandb needs Weights & Biases: pip install wandb"),
+        ("tensorboard", "tensorboard", "--use_tensorboard needs TensorBoard: pip install tensorboard"),
+    ],
+)
+def test_a_package_that_is_not_installed(
+    asked: str, package: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(UserError) as error:
+        logger(tmp_path, tensorboard=asked == "tensorboard", wandb=asked == "wandb")
+    assert str(error.value) == said
+    assert not list(tmp_path.iterdir())
