@@ -1,37 +1,51 @@
-"""Evaluate a fine-tuned mask decoder: per-class IoU and mIoU on a validation split, and pictures.
+"""Segment driving scenes with a fine-tuned mask decoder, and measure per-class IoU and mIoU where there are labels.
 
     python infer_bdd100k.py --val_npy_path data/bdd100k_npy/val \\
         --model_checkpoint work_dir/<task>-<YYYYMMDD-HHMM>/medsam_model_best.pth \\
         --sam_checkpoint work_dir/SAM/sam_vit_b_01ec64.pth --model_type vit_b \\
         --output_dir ./inference_results --visualize
 
+The checkpoint says how it is prompted. A semantic one needs nothing but the image. A boxed one is prompted with the box
+of each class, taken from the ground truth (its figures are those of *oracle* boxes) or from a detector's --boxes FILE.
 Without --model_checkpoint the SAM file is evaluated as it is: the figure to compare a fine-tuned one with.
 
-Each class of each image is prompted with its box, taken from the ground truth: the figures are those of *oracle* boxes.
+Your own pictures, without labels: a file, a folder, a quoted pattern, or a video.
+
+    python infer_bdd100k.py --images drive.mp4 --model_checkpoint ... --sam_checkpoint ... --output_dir overlays
+
+Several processes share an evaluation: torchrun --nproc_per_node=4 infer_bdd100k.py ...
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any, Literal
 
 import cv2
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from segment_anything.build_sam import CONFIGS, file_digest
-from utils import checkpoint, cli
-from utils.dataset import EvaluationDataset, NpyFolder, collate_evaluation
-from utils.engine import Prediction, predict
+from utils import checkpoint, cli, distributed
+from utils.bdd100k import find_split, read_mask, read_size
+from utils.checkpoint import ModelInfo
+from utils.dataset import BoxesByName, EvaluationDataset, NpyFolder, collate_evaluation, detected_prompts
+from utils.detections import read_detections
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.geometry import fitted_size
+from utils.geometry import fitted_size, resize_image
 from utils.manifest import ManifestItem
 from utils.metrics import ConfusionMatrix, format_details, format_report, results_dict
-from utils.model import BoxSegmenter, build_model
+from utils.model import Segmenter, build_model
+from utils.pictures import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
 from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision
+from utils.prediction import Prediction, predict
 from utils.visualize import save_comparison, save_confusion_matrix
 
 NUM_PICTURES = 20
@@ -41,10 +55,12 @@ def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     flag = parser.add_flag
     flag("val_npy_path", type=Path, default=Path("data/bdd100k_npy/val"), help="split written by pre_bdd100k.py")
+    flag("images", help="your own pictures or video, instead of --val_npy_path")
     flag("model_checkpoint", type=Path, help="medsam_model_best.pth of a run (default: none, SAM as it is)")
     flag("sam_checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM, for its encoders")
     parser.add_switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
     flag("model_type", choices=list(CONFIGS), default="vit_b", help="which SAM")
+    flag("boxes", type=Path, help="detections in Scalabel's JSON to prompt with, instead of the ground truth's boxes")
     flag("output_dir", type=Path, default=Path("inference_results"), help="where the results go")
     flag("batch_size", type=cli.positive_int, default=1, help="images encoded at once")
     flag("num_workers", type=cli.non_negative_int, default=2, help="loader processes")
@@ -52,80 +68,264 @@ def get_args_parser() -> cli.Parser:
     parser.add_switch("use_amp", help="mixed precision")
     flag("amp_dtype", choices=AMP_DTYPES, default="auto", help=AMP_HELP)
     flag("visualize", action="store_true", help=f"draw the first {NUM_PICTURES} images")
+    parser.add_switch("save_predictions", help="write each image's train ids at its original size as PNG")
+    flag("eval_size", choices=["frame", "original"], default="frame",
+         help="score in the preprocessed S x S frame, or at the original size against the masks of --bdd100k_root")
+    flag("bdd100k_root", type=Path, help="the unpacked BDD100K, for --eval_size original")
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     precision = resolve_precision(
-        args.device, local_rank=0, local_world_size=1, use_amp=args.use_amp, amp_dtype=args.amp_dtype
+        args.device,
+        local_rank=distributed.local_rank(),
+        local_world_size=distributed.local_world_size(),
+        use_amp=args.use_amp,
+        amp_dtype=args.amp_dtype,
     )
-    source = NpyFolder(args.val_npy_path)
-    model = load_model(args, source, precision)
-    pictures = args.output_dir / "visualizations"
+    distributed.setup(requested=False, world_size=None, node_rank=None, init_method="env://", device=precision.device)
     try:
-        (pictures if args.visualize else args.output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{args.output_dir}: cannot be made ({error.strerror}); give another --output_dir") from None
+        return segment_pictures(args, precision) if args.images else evaluate_split(args, precision)
+    finally:
+        distributed.cleanup()
 
+
+def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
+    """Score a preprocessed split; several processes each take a share of it, and every image belongs to one."""
+    source = NpyFolder(args.val_npy_path)
+    masks = original_masks(args, source) if args.eval_size == "original" else None
+    model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
+    boxes = choose_boxes(args, info, [item.name for item in source.items])
+    make_folders(args)
+
+    share = range(distributed.rank(), len(source.items), distributed.world_size())
     loader = DataLoader(
-        EvaluationDataset(source),
+        EvaluationDataset(source, boxes),
         batch_size=args.batch_size,
+        sampler=share,
         num_workers=args.num_workers,
         collate_fn=collate_evaluation,
         pin_memory=precision.device.type == "cuda",
     )
-    confusion = ConfusionMatrix()
-    outcomes = predict(model, loader, precision)
-    for i, outcome in enumerate(tqdm(outcomes, total=len(source.items), desc="evaluating", unit="image")):
-        confusion.update(outcome.prediction, outcome.target)
-        if args.visualize and i < NUM_PICTURES:
-            draw(pictures / f"{outcome.name}.png", outcome, source.items[i], source.resize_mode)
-    report(confusion, args)
+    confusion = ConfusionMatrix(precision.device)
+    progress = tqdm(share, desc="evaluating", unit="image", disable=not distributed.is_main())
+    for index, (prediction, labels) in zip(progress, predictions_and_labels(model, loader, precision)):
+        item = source.items[index]
+        label_map = prediction.label_map(info.image_size)
+        if masks or args.save_predictions or (args.visualize and index < NUM_PICTURES):
+            original = original_size(prediction, item.height, item.width, info)
+        if masks:
+            label_map = torch.from_numpy(original)
+            labels = torch.from_numpy(read_mask(masks[item.name], item.height, item.width).copy())
+        confusion.update(label_map, labels)
+        if args.save_predictions:
+            save_prediction(args.output_dir, item.name, original)
+        if args.visualize and index < NUM_PICTURES:
+            image, target = source.read(index)
+            draw(args.output_dir / "visualizations" / f"{item.name}.png", image, target, original, item, info)
+    distributed.all_reduce_sum(confusion.matrix)
+    if distributed.is_main():
+        report(confusion, args, boxes)
+    return 0
 
 
-def load_model(args: argparse.Namespace, source: NpyFolder, precision: Precision) -> BoxSegmenter:
-    """SAM with the fine-tuned decoder, if one is given, which must belong to this SAM file and this data."""
+def predictions_and_labels(
+    model: Segmenter, loader: DataLoader, precision: Precision
+) -> Iterator[tuple[Prediction, torch.Tensor]]:
+    for batch in loader:
+        yield from zip(predict(model, batch, precision), precision.to_device(batch["labels"]))
+
+
+def original_size(prediction: Prediction, height: int, width: int, info: ModelInfo) -> np.ndarray:
+    return prediction.original_label_map(
+        height, width, image_size=info.image_size, resize_mode=info.resize_mode
+    ).cpu().numpy()
+
+
+def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
+    """Write overlays of the user's own pictures or video; returns 1 if some of it could not be read."""
+    if distributed.world_size() > 1:
+        raise UserError("--images runs in one process; start it without a launcher")
+    source = find_source(args.images)
+    model, info = load_model(args, precision, frame=None)
+    boxes = choose_boxes(args, info, list(source.pictures) if isinstance(source, ImageFolder) else None)
+    sink: OverlayFolder | OverlayVideo
+    if isinstance(source, Video):
+        output = args.output_dir / f"{source.path.stem}.mp4"
+        sink = OverlayVideo(output, source.fps, source.size)
+    else:
+        output = args.output_dir / "overlays"
+        sink = OverlayFolder(output)
+    refuse_overwriting(source, output)
+    make_folders(args)
+
+    failures: list[UserError] = []
+    frames = iter(tqdm(source, total=source.count, desc="segmenting", unit="image"))
+    with sink:
+        while group := list(islice(frames, args.batch_size)):
+            failures += [image for _, image in group if isinstance(image, UserError)]
+            pictures = [(name, image) for name, image in group if not isinstance(image, UserError)]
+            if not pictures:
+                continue
+            batch = collate_pictures(pictures, boxes, info)
+            for (name, image), prediction in zip(pictures, predict(model, batch, precision)):
+                labels = original_size(prediction, image.shape[0], image.shape[1], info)
+                sink.write(name, image, labels)
+                if args.save_predictions:
+                    save_prediction(args.output_dir, name, labels)
+    print(f"\nOverlays: {output}")
+    if args.save_predictions:
+        print(f"Train ids: {args.output_dir / 'predictions'}")
+    for failure in failures:
+        print(f"not segmented: {failure}")
+    return 1 if failures else 0
+
+
+def collate_pictures(
+    pictures: list[tuple[str, np.ndarray]], boxes: BoxesByName | Literal["oracle"] | None, info: ModelInfo
+) -> dict[str, Any]:
+    """A batch as `predict` takes it, of pictures of any sizes."""
+    frames = [resize_image(image, info.image_size, info.resize_mode) for _, image in pictures]
+    batch: dict[str, Any] = {"image": torch.from_numpy(np.stack(frames))}
+    if boxes is not None:
+        assert boxes != "oracle", "pictures of one's own have no ground truth"
+        prompts = [
+            detected_prompts(boxes, name, image.shape[0], image.shape[1], info.image_size, info.resize_mode)
+            for name, image in pictures
+        ]
+        batch |= {key: [prompt[key] for prompt in prompts] for key in ("class_ids", "boxes")}
+    return batch
+
+
+def load_model(
+    args: argparse.Namespace, precision: Precision, frame: tuple[int, str] | None
+) -> tuple[Segmenter, ModelInfo]:
+    """SAM with the fine-tuned decoder, if one is given, which must belong to this SAM file and this data.
+
+    Args:
+        frame: image size and resize mode of the data; None where pictures can be brought into any.
+    """
     # The small file first: what does not fit should not wait for the large one.
     state = checkpoint.load_checkpoint(args.model_checkpoint) if args.model_checkpoint else None
     if state and state["info"].model_type != args.model_type:
         actual = state["info"].model_type
         raise UserError(f"{args.model_checkpoint}: a decoder of {actual}, not of {args.model_type}; "
                         f"give --model_type {actual} and the SAM file it was trained on")
+    prompt_mode = state["info"].prompt_mode if state else "box"
+    if state and frame is None:
+        frame = (state["info"].image_size, state["info"].resize_mode)
+    image_size, resize_mode = frame or (CONFIGS[args.model_type].image_size, "stretch")
     model = build_model(
-        args.model_type, args.sam_checkpoint, image_size=source.image_size, check_hash=args.verify_checkpoint
+        args.model_type,
+        args.sam_checkpoint,
+        image_size=image_size,
+        prompt_mode=prompt_mode,
+        check_hash=args.verify_checkpoint,
     )
+    here = ModelInfo(args.model_type, image_size, resize_mode, file_digest(args.sam_checkpoint), prompt_mode)
     if state:
-        here = checkpoint.ModelInfo(
-            args.model_type, source.image_size, source.resize_mode, sam_sha256=file_digest(args.sam_checkpoint)
-        )
         state["info"].require_same(here, args.model_checkpoint)
         checkpoint.load_decoder(model, state["model"], args.model_checkpoint)
-    return model.to(precision.device)
+    return model.to(precision.device), here
 
 
-def draw(path: Path, outcome: Prediction, item: ManifestItem, resize_mode: str) -> None:
-    """Write image, ground truth and prediction side by side, in the shape of the original photograph."""
-    image = outcome.image.numpy()
+def choose_boxes(
+    args: argparse.Namespace, info: ModelInfo, names: list[str] | None
+) -> BoxesByName | Literal["oracle"] | None:
+    """What the decoder is prompted with: detections, the ground truth's boxes, or nothing in semantic mode.
+
+    Args:
+        names: of the images; None where they are not known before they are read.
+    """
+    if info.prompt_mode == "semantic":
+        if args.boxes:
+            raise UserError(f"{args.model_checkpoint}: a semantic checkpoint takes no boxes; leave out --boxes")
+        return None
+    if not args.boxes:
+        if args.images:
+            raise UserError("a boxed checkpoint needs boxes, and pictures of your own have no ground truth to take "
+                            "them from: give --boxes FILE, or train with --prompt_mode semantic, which needs none")
+        return "oracle"
+    detections = read_detections(args.boxes)
+    if names is not None:
+        found = sum(name in detections.boxes for name in names)
+        if not found:
+            raise UserError(f"{args.boxes}: has none of the images (such as {names[0]}); give the file of this split")
+        if distributed.is_main():
+            print(f"{args.boxes}: has {found} of {len(names)} images; those it lacks are taken to have no boxes")
+    if detections.left_out and distributed.is_main():
+        some = ", ".join(f"{name} ({count})" for name, count in detections.left_out.items())
+        print(f"{args.boxes}: boxes of categories that are no class here were left out: {some}")
+    return detections.boxes
+
+
+def original_masks(args: argparse.Namespace, source: NpyFolder) -> dict[str, Path]:
+    """The masks that the split was made from, by name; all of them are there and of the size that the manifest has."""
+    if not args.bdd100k_root:
+        raise UserError("--eval_size original needs the original masks: give --bdd100k_root, the unpacked BDD100K")
+    split = find_split(args.bdd100k_root, source.folder.resolve().name)
+    masks = {item.name: item.mask for item in split.items if item.mask}
+    for item in source.items:
+        mask = masks.get(item.name)
+        if mask is None:
+            raise UserError(f"{args.bdd100k_root}: has no mask of {item.name}; give the folder that {source.folder} "
+                            "was made from")
+        if read_size(mask) != (item.height, item.width):
+            raise UserError(f"{mask}: is not of the {item.width}x{item.height} that {source.folder} was made from; "
+                            "give the folder that it was made from")
+    return masks
+
+
+def make_folders(args: argparse.Namespace) -> None:
+    wanted = {"visualizations": args.visualize and not args.images, "predictions": args.save_predictions}
+    for folder in (args.output_dir, *(args.output_dir / name for name, wants in wanted.items() if wants)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror}); give another --output_dir") from None
+
+
+def save_prediction(output_dir: Path, name: str, labels: np.ndarray) -> None:
+    """Write train ids as a single-channel PNG, as BDD100K's toolkit reads them (255 = no class)."""
+    _, png = cv2.imencode(".png", labels)
+    with atomic_write(output_dir / "predictions" / f"{name}.png") as file:
+        file.write(png.tobytes())
+
+
+def draw(
+    path: Path, image: np.ndarray, target: np.ndarray, prediction: np.ndarray, item: ManifestItem, info: ModelInfo
+) -> None:
+    """Write image, ground truth and prediction side by side, in the size of the original photograph.
+
+    Args:
+        image, target: of the S x S frame, as stored.
+        prediction: at the original size.
+    """
     if image.dtype != np.uint8:
         image = (image.astype(np.float32) * 255).round().astype(np.uint8)
-    height, width = fitted_size(item.height, item.width, image.shape[0], resize_mode)
+    height, width = fitted_size(item.height, item.width, info.image_size, info.resize_mode)
 
     def unframed(pixels: np.ndarray, interpolation: int) -> np.ndarray:
         return cv2.resize(pixels[:height, :width], (item.width, item.height), interpolation=interpolation)
 
     save_comparison(
-        path,
-        unframed(image, cv2.INTER_LINEAR),
-        unframed(outcome.target.numpy(), cv2.INTER_NEAREST_EXACT),
-        unframed(outcome.prediction.numpy(), cv2.INTER_NEAREST_EXACT),
+        path, unframed(image, cv2.INTER_LINEAR), unframed(target, cv2.INTER_NEAREST_EXACT), prediction
     )
 
 
-def report(confusion: ConfusionMatrix, args: argparse.Namespace) -> None:
+def report(confusion: ConfusionMatrix, args: argparse.Namespace, boxes: BoxesByName | Literal["oracle"] | None) -> None:
     """Print the result and write it as text, JSON and a picture of the confusion matrix."""
-    text = f"{format_report(confusion.matrix)}\n\n{format_details(confusion.matrix, box_source='oracle')}\n"
-    model = str(args.model_checkpoint or f"{args.sam_checkpoint}, not fine-tuned")
-    results = {"model": model, "data": str(args.val_npy_path), "boxes": "oracle", **results_dict(confusion.matrix)}
+    matrix = confusion.matrix.cpu()
+    box_source = "none" if boxes is None else "oracle" if boxes == "oracle" else str(args.boxes)
+    size = {"frame": "in the preprocessed frame", "original": "at the original size"}[args.eval_size]
+    text = f"{format_report(matrix)}\n\n{format_details(matrix, box_source=box_source)}\nscored {size}\n"
+    results = {
+        "model": str(args.model_checkpoint or f"{args.sam_checkpoint}, not fine-tuned"),
+        "data": str(args.val_npy_path),
+        "boxes": box_source,
+        "eval_size": args.eval_size,
+        **results_dict(matrix),
+    }
     print(f"\n{text}")
     outputs = {
         "evaluation_results.txt": text,
@@ -134,10 +334,12 @@ def report(confusion: ConfusionMatrix, args: argparse.Namespace) -> None:
     for name, content in outputs.items():
         with atomic_write(args.output_dir / name) as file:
             file.write(content.encode())
-    save_confusion_matrix(args.output_dir / "confusion_matrix.png", confusion.matrix.numpy())
+    save_confusion_matrix(args.output_dir / "confusion_matrix.png", matrix.numpy())
     print(f"Results: {', '.join(str(args.output_dir / name) for name in [*outputs, 'confusion_matrix.png'])}")
     if args.visualize:
         print(f"Pictures: {args.output_dir / 'visualizations'}")
+    if args.save_predictions:
+        print(f"Train ids: {args.output_dir / 'predictions'}")
 
 
 if __name__ == "__main__":

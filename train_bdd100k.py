@@ -28,11 +28,19 @@ from torch.utils.data import DataLoader
 
 from segment_anything.build_sam import CONFIGS, file_digest
 from utils import checkpoint, cli, distributed
-from utils.dataset import BoxPromptDataset, EvaluationDataset, NpyFolder, TrainingSampler, collate_evaluation
+from utils.dataset import (
+    BoxPromptDataset,
+    EvaluationDataset,
+    NpyFolder,
+    SemanticDataset,
+    TrainingDataset,
+    TrainingSampler,
+    collate_evaluation,
+)
 from utils.engine import evaluate, train_one_epoch
 from utils.errors import UserError
 from utils.metrics import mean_iou
-from utils.model import BoxSegmenter, build_model
+from utils.model import SEGMENTERS, Segmenter, build_model
 from utils.optim import SCHEDULES, build_optimizer, build_scheduler
 from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision
 from utils.run import Run
@@ -58,6 +66,8 @@ def get_args_parser() -> cli.Parser:
     flag("val_every", type=cli.positive_int, default=1, help="epochs from one validation to the next")
     flag("task_name", default="BDD100K-SAM-MaskDecoder", help="the run's folder is <work_dir>/<task_name>-<time>")
     flag("work_dir", type=Path, default=Path("work_dir"), help="where runs are kept")
+    flag("prompt_mode", choices=list(SEGMENTERS), default="box",
+         help="box: a class's box in, its mask out. semantic: no box, one map of all classes")
     flag("model_type", choices=list(CONFIGS), default="vit_b", help="which SAM")
     flag("checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM checkpoint")
     parser.add_switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
@@ -120,15 +130,17 @@ def main(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, precision: Precision) -> None:
     torch.manual_seed(args.seed)
     source = NpyFolder(args.tr_npy_path)
-    dataset = BoxPromptDataset(
-        source, classes_per_image=args.classes_per_image, bbox_shift=args.bbox_shift, seed=args.seed
-    )
+    dataset = training_dataset(args, source)
     val_loader = validation_loader(args, source, precision)
     segmenter = build_model(
-        args.model_type, args.checkpoint, image_size=source.image_size, check_hash=args.verify_checkpoint
+        args.model_type,
+        args.checkpoint,
+        image_size=source.image_size,
+        prompt_mode=args.prompt_mode,
+        check_hash=args.verify_checkpoint,
     ).to(precision.device)
     info = checkpoint.ModelInfo(
-        args.model_type, source.image_size, source.resize_mode, sam_sha256=file_digest(args.checkpoint)
+        args.model_type, source.image_size, source.resize_mode, file_digest(args.checkpoint), args.prompt_mode
     )
     model = distributed.wrap(segmenter, precision.device)
     sampler = TrainingSampler(
@@ -200,6 +212,14 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
         )
 
 
+def training_dataset(args: argparse.Namespace, source: NpyFolder) -> TrainingDataset:
+    if args.prompt_mode == "semantic":
+        return SemanticDataset(source, seed=args.seed)
+    return BoxPromptDataset(
+        source, classes_per_image=args.classes_per_image, bbox_shift=args.bbox_shift, seed=args.seed
+    )
+
+
 def validation_loader(args: argparse.Namespace, training: NpyFolder, precision: Precision) -> DataLoader | None:
     """Batches of this process's share of the validation images; every image belongs to exactly one process."""
     if args.val_npy_path is None:
@@ -212,7 +232,7 @@ def validation_loader(args: argparse.Namespace, training: NpyFolder, precision: 
     if not any(any(item.pixels) for item in source.items):
         raise UserError(f"{args.val_npy_path}: no labelled pixel to measure mIoU on; give another --val_npy_path")
     return DataLoader(
-        EvaluationDataset(source),
+        EvaluationDataset(source, "oracle" if args.prompt_mode == "box" else None),
         batch_size=args.batch_size,
         sampler=range(distributed.rank(), len(source.items), distributed.world_size()),
         num_workers=args.num_workers,
@@ -223,7 +243,7 @@ def validation_loader(args: argparse.Namespace, training: NpyFolder, precision: 
 
 def announce(
     args: argparse.Namespace,
-    model: BoxSegmenter,
+    model: Segmenter,
     precision: Precision,
     run: Run,
     *,

@@ -138,7 +138,7 @@ def test_the_filler_is_an_image_of_which_no_prompt_counts(npy: Path) -> None:
 
 
 def test_evaluation_takes_the_tight_box_of_every_class(tmp_path: Path) -> None:
-    data = EvaluationDataset(NpyFolder(split_of(tmp_path, labels_of(9, 3), labels_of()) / "train"))
+    data = EvaluationDataset(NpyFolder(split_of(tmp_path, labels_of(9, 3), labels_of()) / "train"), "oracle")
     batch = collate_evaluation([data[0], data[1]])
     assert batch["image"].shape == (2, 32, 32, 3)
     assert batch["labels"].shape == (2, 32, 32)
@@ -155,7 +155,7 @@ def test_an_image_without_labelled_pixels_is_left_out(npy: Path, tmp_path: Path)
     data = dataset(tmp_path)
     assert len(data) == 6
     assert name not in {data[i]["name"] for i in range(6)}
-    assert len(EvaluationDataset(data.source)) == 7  # it still is part of the split
+    assert len(EvaluationDataset(data.source, "oracle")) == 7  # it still is part of the split
 
 
 def test_a_split_without_a_labelled_pixel_is_an_error(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_folder_refuses_what_is_no_labelled_split(npy: Path, tmp_path: Path) -> 
     index = next(i for i, item in enumerate(data.source.items) if item.name == label.stem)
     with pytest.raises(UserError, match=r"got \[42\]"):
         data[index]
-    evaluation = EvaluationDataset(data.source)
+    evaluation = EvaluationDataset(data.source, "oracle")
     with pytest.raises(UserError, match=rf"{label.name}: labels must be 0-18 or 255, got \[42\]; run pre_bdd100k"):
         evaluation[index]
 

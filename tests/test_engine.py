@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from tests.conftest import IMAGE_SIZE, write_split
-from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
-from utils.dataset import FILLER, BoxPromptDataset, EvaluationDataset, NpyFolder, TrainingSampler, collate_evaluation
-from utils.engine import evaluate, merge_masks, predict, train_one_epoch
+from utils.bdd100k import NUM_CLASSES
+from utils.dataset import FILLER, BoxPromptDataset, NpyFolder, TrainingSampler
+from utils.engine import train_one_epoch
 from utils.errors import UserError
-from utils.model import BoxSegmenter, build_model
+from utils.model import Segmenter, build_model
 from utils.optim import build_optimizer, build_scheduler
 from utils.precision import Precision
 
 CPU = Precision(torch.device("cpu"))
 
 
-def fresh(sam_file: Path) -> BoxSegmenter:
+def fresh(sam_file: Path) -> Segmenter:
     return build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
 
 
 @pytest.fixture
-def model(sam_file: Path) -> BoxSegmenter:
+def model(sam_file: Path) -> Segmenter:
     return fresh(sam_file)
 
 
@@ -43,16 +43,16 @@ def dataset(npy: Path) -> Callable[..., BoxPromptDataset]:
     return dataset
 
 
-def weights(model: BoxSegmenter) -> dict[str, Tensor]:
+def weights(model: Segmenter) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
-def flat(model: BoxSegmenter) -> Tensor:
+def flat(model: Segmenter) -> Tensor:
     """The trained weights in one vector, in float64."""
     return torch.cat([p.detach().flatten().double() for p in model.mask_decoder.parameters()])
 
 
-def train(model: BoxSegmenter, loader: Any, *, grad_acc_steps: int = 1, clip: float = 0, epoch: int = 0) -> dict:
+def train(model: Segmenter, loader: Any, *, grad_acc_steps: int = 1, clip: float = 0, epoch: int = 0) -> dict:
     """One epoch of plain gradient descent, in which a step is the gradient itself.
 
     Adam would divide it by its own size, and blow the rounding errors of vanishing gradients up to full steps.
@@ -132,7 +132,7 @@ def test_a_step_follows_the_mean_over_its_prompts(sam_file: Path, dataset: Calla
     assert (flat(twice) - flat(once)).norm() < 1e-5 * (flat(once) - flat(fresh(sam_file))).norm()
 
 
-def test_only_the_mask_decoder_is_trained(model: BoxSegmenter, dataset: Callable[..., BoxPromptDataset]) -> None:
+def test_only_the_mask_decoder_is_trained(model: Segmenter, dataset: Callable[..., BoxPromptDataset]) -> None:
     optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.01)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in model.mask_decoder.parameters()}
@@ -146,13 +146,13 @@ def test_only_the_mask_decoder_is_trained(model: BoxSegmenter, dataset: Callable
     assert all(p.grad is None for encoder in frozen for p in encoder.parameters())
 
 
-def test_the_gradient_is_clipped_to_its_norm(model: BoxSegmenter, dataset: Callable[..., BoxPromptDataset]) -> None:
+def test_the_gradient_is_clipped_to_its_norm(model: Segmenter, dataset: Callable[..., BoxPromptDataset]) -> None:
     before = flat(model)
     train(model, [default_collate([dataset(2)[0]])], clip=0.01)
     assert (flat(model) - before).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)  # learning rate x norm
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(model: BoxSegmenter, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(model: Segmenter, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     items = {}
     for name in ("good", "poisoned", "fine"):
@@ -167,46 +167,3 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(model: B
     assert "weights were not touched" in str(error.value)
     for key, value in weights(model).items():
         assert torch.equal(value, before[key]), key
-
-
-def test_merge_masks_by_hand() -> None:
-    # Size kept, so nothing is interpolated. Rows: only 13 claims | both do | none does | a logit of 0 claims nothing.
-    of_class_13 = [[3.0, -1.0], [2.0, 5.0], [-1.0, -9.0], [0.0, -1.0]]
-    of_class_0 = [[-1.0, -2.0], [4.0, 4.5], [-2.0, -0.1], [-1.0, 0.1]]
-    merged = merge_masks(torch.tensor([of_class_13, of_class_0]), torch.tensor([13, 0]), (4, 2))
-    assert merged.dtype == torch.uint8
-    assert merged.tolist() == [[13, 255], [0, 13], [255, 255], [255, 0]]
-
-
-def evaluation_batches(source: NpyFolder, batch_size: int) -> DataLoader:
-    return DataLoader(EvaluationDataset(source), batch_size=batch_size, collate_fn=collate_evaluation)
-
-
-def same_but_for_rounding(maps: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether label maps agree, where a pixel in a thousand may be a tie that rounding decides."""
-    one, other = torch.stack(list(maps)), torch.stack(list(others))
-    return (one != other).double().mean().item() <= 1e-3
-
-
-def test_predict_gives_the_same_maps_for_any_batch_size(model: BoxSegmenter, npy: Path) -> None:
-    source = NpyFolder(npy / "val")
-    one, three = (list(predict(model, evaluation_batches(source, size), CPU)) for size in (1, 3))
-    assert [p.name for p in one] == [p.name for p in three] == [item.name for item in source.items]
-    assert len({int(value) for p in one for value in p.prediction.unique()}) > 5  # the random decoder says something
-    assert same_but_for_rounding([p.prediction for p in one], [p.prediction for p in three])
-
-
-def test_an_image_without_labelled_pixels_is_no_class_and_counts_nowhere(model: BoxSegmenter, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    labels = rng.integers(0, NUM_CLASSES, (IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
-    nothing = np.full_like(labels, IGNORE_LABEL)
-    source = NpyFolder(write_split(tmp_path / "val", {"empty": (image, nothing), "full": (image, labels)}))
-
-    empty, full = predict(model, evaluation_batches(source, 2), CPU)
-    assert (empty.prediction == IGNORE_LABEL).all()
-    assert (full.prediction != IGNORE_LABEL).any()
-    confusion = evaluate(model, evaluation_batches(source, 2), CPU)
-    assert confusion.matrix.sum() == labels.size
-    # To train on, there is only the other one.
-    assert len(BoxPromptDataset(source, classes_per_image=1, bbox_shift=0, seed=0)) == 1

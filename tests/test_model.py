@@ -10,23 +10,23 @@ import torch
 from tests.conftest import IMAGE_SIZE
 from utils.errors import UserError
 from utils.losses import prompt_losses
-from utils.model import BoxSegmenter, build_model
+from utils.model import Segmenter, build_model
 
 
 @pytest.fixture
-def model(sam_file: Path) -> BoxSegmenter:
+def model(sam_file: Path) -> Segmenter:
     return build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
 
 
-def test_only_and_all_of_the_mask_decoder_is_trained(model: BoxSegmenter) -> None:
+def test_only_and_all_of_the_mask_decoder_is_trained(model: Segmenter) -> None:
     model.train()
     assert model.mask_decoder.training
     assert not any(m.training for part in (model.sam.image_encoder, model.sam.prompt_encoder) for m in part.modules())
 
-    embeddings = model.encode(torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE))
-    assert not embeddings.requires_grad
+    features = model.encode(torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    assert not any(feature.requires_grad for feature in features)
     boxes = torch.tensor([[4.0, 4, 40, 40], [10, 2, 60, 30]]).expand(2, 2, 4)
-    masks, ious = model(embeddings, boxes)
+    masks, ious = model(features, boxes)
     assert masks.shape == (2, 2, IMAGE_SIZE // 4, IMAGE_SIZE // 4)
     assert ious.shape == (2, 2)
     labels = torch.zeros(2, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
@@ -38,17 +38,17 @@ def test_only_and_all_of_the_mask_decoder_is_trained(model: BoxSegmenter) -> Non
     assert all(p.requires_grad == (name in trained) for name, p in model.named_parameters())
 
 
-def test_encode_normalises_as_sam_was_trained(model: BoxSegmenter) -> None:
+def test_encode_normalises_as_sam_was_trained(model: Segmenter) -> None:
     pixels = torch.randint(0, 256, (1, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
     mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
     normalised = (pixels.float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     with torch.no_grad():
         expected = model.sam.image_encoder(normalised)
-    torch.testing.assert_close(model.encode(pixels), expected)
-    torch.testing.assert_close(model.encode(pixels.float() / 255), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.encode(pixels)[0], expected)
+    torch.testing.assert_close(model.encode(pixels.float() / 255)[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_train_and_eval_switch_the_mask_decoder_alone(model: BoxSegmenter) -> None:
+def test_train_and_eval_switch_the_mask_decoder_alone(model: Segmenter) -> None:
     assert model.train() is model
     assert model.training
     assert all(module.training for module in model.mask_decoder.modules())
@@ -56,16 +56,16 @@ def test_train_and_eval_switch_the_mask_decoder_alone(model: BoxSegmenter) -> No
     assert not any(module.training for module in model.modules())
 
 
-def test_forward_gives_sams_single_mask_for_each_box(model: BoxSegmenter) -> None:
+def test_forward_gives_sams_single_mask_for_each_box(model: Segmenter) -> None:
     """B x Q boxes in one call are what SAM's own parts give for one box of one image."""
-    embeddings = model.encode(torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    features = model.encode(torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE))
     boxes = torch.tensor([[[4.0, 4, 40, 40], [10, 2, 60, 30]], [[0, 0, 63, 63], [9, 9, 9, 9]]])
-    masks, ious = model(embeddings, boxes)
+    masks, ious = model(features, boxes)
     for b in range(2):
         for q in range(2):
             sparse, dense = model.sam.prompt_encoder(boxes=boxes[b, q][None])
             mask, iou = model.sam.mask_decoder(
-                image_embeddings=embeddings[b][None],
+                image_embeddings=features[0][b][None],
                 image_pe=model.sam.prompt_encoder.get_dense_pe(),
                 sparse_prompt_embeddings=sparse[None],
                 dense_prompt_embeddings=dense[None],

@@ -19,7 +19,7 @@ from torch import Tensor
 from utils.bdd100k import CLASS_NAMES
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.model import BoxSegmenter
+from utils.model import Segmenter
 
 FORMAT_VERSION = 1
 BEST = "medsam_model_best.pth"
@@ -55,13 +55,13 @@ _FIXES = {
 }
 
 
-def save_best(path: Path, model: BoxSegmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict) -> None:
+def save_best(path: Path, model: Segmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict) -> None:
     """Write the trained part of `model` and its metadata, atomically."""
     save_whole(path, _decoder_payload(model, info, epoch=epoch, metrics=metrics, args=args))
 
 
 def save_latest(
-    path: Path, model: BoxSegmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict, run_state: dict
+    path: Path, model: Segmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict, run_state: dict
 ) -> None:
     """As `save_best`, with the state of the run: optimizer, scheduler, scaler, RNG, and what the loop counts."""
     payload = _decoder_payload(model, info, epoch=epoch, metrics=metrics, args=args)
@@ -105,7 +105,7 @@ def _is_checkpoint(payload: Any) -> bool:
     )
 
 
-def load_decoder(model: BoxSegmenter, state: dict[str, Tensor], source: Path) -> None:
+def load_decoder(model: Segmenter, state: dict[str, Tensor], source: Path) -> None:
     """Load a checkpoint's "model" strictly.
 
     Raises:
@@ -123,11 +123,11 @@ def require_same_decoder(state: Mapping[str, Tensor], expected: Mapping[str, Ten
         raise UserError(f"{source}: its mask decoder does not fit: {len(wrong)} keys differ ({some})")
 
 
-def _decoder_state(model: BoxSegmenter) -> dict[str, Tensor]:
+def _decoder_state(model: Segmenter) -> dict[str, Tensor]:
     return {DECODER_PREFIX + key: value for key, value in model.mask_decoder.state_dict().items()}
 
 
-def _decoder_payload(model: BoxSegmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict) -> dict[str, Any]:
+def _decoder_payload(model: Segmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "info": asdict(info),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from utils.bdd100k import IGNORE_LABEL
-from utils.boxes import class_boxes, jitter_boxes
+from utils.boxes import class_boxes, jitter_boxes, to_frame
 from utils.errors import UserError
 from utils.files import check_npy
 from utils.manifest import read_manifest
@@ -74,22 +74,15 @@ class NpyFolder:
         return self.folder / kind / f"{name}.npy"
 
 
-# 修改点 1: BDD100K 数据集类：每张图随机取类别，以其外接框（带抖动）作为提示
-class BoxPromptDataset(Dataset[dict[str, Any]]):
-    """Images with `classes_per_image` random classes of each as prompts: the class's tight box, jittered.
+class TrainingDataset(Dataset[dict[str, Any]]):
+    """The labelled images of a split, for one epoch after another.
 
     What is random about a sample is a function of seed, epoch and index alone, so any number of workers and
     processes draws the same.
     """
 
-    def __init__(self, source: NpyFolder, *, classes_per_image: int, bbox_shift: int, seed: int) -> None:
-        """
-        Args:
-            bbox_shift: the most that a box's side may move, in pixels of the S x S frame.
-        """
+    def __init__(self, source: NpyFolder, *, seed: int) -> None:
         self.source = source
-        self.classes_per_image = classes_per_image
-        self.bbox_shift = bbox_shift
         self.seed = seed
         self.epoch = 0
         # An image without a single labelled pixel has nothing to teach.
@@ -105,20 +98,36 @@ class BoxPromptDataset(Dataset[dict[str, Any]]):
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample, with K = `classes_per_image`.
-
-        Returns:
-            image: S x S x 3 as stored; labels: S x S uint8; class_ids: K int64; boxes: K x 4 float32 xyxy;
-            valid: K bool, False where the image has fewer than K classes, or the index is `FILLER`; name.
-        """
+        """A sample: image, S x S x 3 as stored; labels, S x S uint8; valid, bool, False of `FILLER`; name; and more."""
         source_index = self.indices[max(index, 0)]
+        rng = np.random.default_rng((self.seed, self.epoch, max(index, 0)))
+        sample = self._draw(source_index, rng)
+        return {**sample, "valid": sample["valid"] & (index != FILLER), "name": self.source.items[source_index].name}
+
+    def _draw(self, source_index: int, rng: np.random.Generator) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+# 修改点 1: BDD100K 数据集类：每张图随机取类别，以其外接框（带抖动）作为提示
+class BoxPromptDataset(TrainingDataset):
+    """Images with K = `classes_per_image` random classes of each as prompts: the class's tight box, jittered."""
+
+    def __init__(self, source: NpyFolder, *, classes_per_image: int, bbox_shift: int, seed: int) -> None:
+        """
+        Args:
+            bbox_shift: the most that a box's side may move, in pixels of the S x S frame.
+        """
+        super().__init__(source, seed=seed)
+        self.classes_per_image = classes_per_image
+        self.bbox_shift = bbox_shift
+
+    def _draw(self, source_index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Adds class_ids: K int64; boxes: K x 4 float32 xyxy. valid: K bool, False where there are fewer classes."""
         image, labels = self.source.read(source_index)
         present, boxes = self.source.class_boxes(source_index, labels)
-        rng = np.random.default_rng((self.seed, self.epoch, max(index, 0)))
-        count = min(self.classes_per_image, len(present))
-        chosen = rng.choice(len(present), size=count, replace=False)
-
         k = self.classes_per_image
+        count = min(k, len(present))
+        chosen = rng.choice(len(present), size=count, replace=False)
         class_ids = np.full(k, IGNORE_LABEL, dtype=np.int64)
         prompt_boxes = np.zeros((k, 4), dtype=np.float32)
         class_ids[:count] = present[chosen]
@@ -128,35 +137,65 @@ class BoxPromptDataset(Dataset[dict[str, Any]]):
             "labels": torch.from_numpy(labels),
             "class_ids": torch.from_numpy(class_ids),
             "boxes": torch.from_numpy(prompt_boxes),
-            "valid": torch.arange(k) < (count if index != FILLER else 0),
-            "name": self.source.items[source_index].name,
+            "valid": torch.arange(k) < count,
         }
 
 
-class EvaluationDataset(Dataset[dict[str, Any]]):
-    """Every image of a split, with the tight box of every class in it: *oracle* prompts, from the ground truth."""
+class SemanticDataset(TrainingDataset):
+    """Images and their labels, mirrored half of the time. No prompts."""
 
-    def __init__(self, source: NpyFolder) -> None:
+    def _draw(self, source_index: int, rng: np.random.Generator) -> dict[str, Any]:
+        image, labels = self.source.read(source_index)
+        if rng.random() < 0.5:
+            image, labels = image[:, ::-1].copy(), labels[:, ::-1].copy()
+        return {"image": torch.from_numpy(image), "labels": torch.from_numpy(labels), "valid": torch.tensor(True)}
+
+
+BoxesByName = Mapping[str, tuple[np.ndarray, np.ndarray]]  # class ids, (K,), and boxes, (K, 4), of an original image
+
+
+class EvaluationDataset(Dataset[dict[str, Any]]):
+    """Every image of a split, with the boxes to prompt for, if any.
+
+    `boxes` is "oracle" for the tight box of every class in the image, from the ground truth; None for no boxes; or what
+    a detector found, by image name.
+    """
+
+    def __init__(self, source: NpyFolder, boxes: BoxesByName | Literal["oracle"] | None) -> None:
         self.source = source
+        self.boxes = boxes
 
     def __len__(self) -> int:
         return len(self.source.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """image: S x S x 3 as stored; labels: S x S uint8; class_ids: K int64 and boxes: K x 4 float32; name."""
+        """image: S x S x 3 as stored; labels: S x S uint8; name; with boxes, class_ids: K int64 and boxes: K x 4
+        float32 in the S x S frame."""
         image, labels = self.source.read(index)
-        class_ids, boxes = self.source.class_boxes(index, labels)
-        return {
-            "image": torch.from_numpy(image),
-            "labels": torch.from_numpy(labels),
-            "class_ids": torch.from_numpy(class_ids),
-            "boxes": torch.from_numpy(boxes),
-            "name": self.source.items[index].name,
-        }
+        item = self.source.items[index]
+        sample: dict[str, Any] = {"image": torch.from_numpy(image), "labels": torch.from_numpy(labels)}
+        if self.boxes == "oracle":
+            sample |= box_prompts(*self.source.class_boxes(index, labels))
+        elif self.boxes is not None:
+            frame = (item.height, item.width, self.source.image_size, self.source.resize_mode)
+            sample |= detected_prompts(self.boxes, item.name, *frame)
+        return {**sample, "name": item.name}
+
+
+def box_prompts(class_ids: np.ndarray, boxes: np.ndarray) -> dict[str, torch.Tensor]:
+    return {"class_ids": torch.from_numpy(class_ids), "boxes": torch.from_numpy(boxes)}
+
+
+def detected_prompts(
+    detected: BoxesByName, name: str, height: int, width: int, image_size: int, resize_mode: str
+) -> dict[str, torch.Tensor]:
+    """The prompts of one image, by its name, in the S x S frame; none where the detector found nothing."""
+    class_ids, boxes = detected.get(name, (np.zeros(0, np.int64), np.zeros((0, 4))))
+    return box_prompts(class_ids, to_frame(boxes, height, width, image_size, resize_mode))
 
 
 def collate_evaluation(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack images and labels; class_ids, boxes and names differ in number from image to image and stay lists."""
+    """Stack images and labels; what differs in number from image to image, such as boxes, stays a list."""
     batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
     return {**batch, "image": torch.stack(batch["image"]), "labels": torch.stack(batch["labels"])}
 

@@ -1,4 +1,4 @@
-"""The losses of a prompted mask, each one number a prompt, in float32, over labelled pixels only."""
+"""The losses, in float32, over labelled pixels only: one number for each prompt, or for each image without prompts."""
 
 from __future__ import annotations
 
@@ -48,4 +48,33 @@ def prompt_losses(
         "dice": dice.view(b, q),
         "bce": bce.flatten(2).sum(-1) / num_labelled,
         "iou": (iou_predictions.float() - true_iou).square(),
+    }
+
+
+def semantic_losses(low_res_masks: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy and Dice of a semantic map, the latter a mean over the classes that occur in the image.
+
+    Pixels of value 255 count in neither.
+
+    Args:
+        low_res_masks: B x C x h x w logits.
+        labels: B x S x S uint8.
+
+    Returns:
+        "ce" and "dice", each B float32; 0 for an image without a labelled pixel.
+    """
+    logits = F.interpolate(low_res_masks.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
+    labelled = labels != IGNORE_LABEL  # B x S x S
+    target = torch.where(labelled, labels, 0).long()
+    log_probabilities = logits.log_softmax(dim=1)
+    ce = -log_probabilities.gather(1, target[:, None])[:, 0] * labelled
+    num_labelled = labelled.flatten(1).sum(-1).clamp(min=1)
+
+    one_hot = F.one_hot(target, logits.shape[1]).permute(0, 3, 1, 2) * labelled[:, None]  # B x C x S x S
+    probabilities = log_probabilities.exp() * labelled[:, None]
+    occurs = one_hot.flatten(2).any(-1)  # B x C
+    dice = _dice_loss(probabilities, one_hot.float())[..., 0, 0] * occurs
+    return {
+        "ce": ce.flatten(1).sum(-1) / num_labelled,
+        "dice": dice.sum(-1) / occurs.sum(-1).clamp(min=1),
     }

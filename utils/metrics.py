@@ -138,7 +138,8 @@ def format_report(matrix: Tensor) -> str:
 def format_details(matrix: Tensor, box_source: str) -> str:
     """What an honest reader needs beside the block: pixels, precision and recall per class, and how boxes were made.
 
-    `box_source` is `"oracle"` where the boxes were taken from the ground truth; anything else is printed as it is.
+    `box_source` is `"oracle"` where the boxes were taken from the ground truth, `"none"` where there were none;
+    anything else is printed as it is.
     """
     truth, precision, recall = target_pixels(matrix), precision_per_class(matrix), recall_per_class(matrix)
     total = int(truth.sum())
@@ -153,6 +154,8 @@ def format_details(matrix: Tensor, box_source: str) -> str:
     if box_source == "oracle":
         lines.append("oracle boxes: every class box was taken from the ground truth; these figures are an upper bound, "
                      "not what the model reaches from the image alone")
+    elif box_source == "none":
+        lines.append("no boxes: every map was made from the image alone")
     else:
         lines.append(f"boxes: {box_source}")
     return "\n".join(lines)

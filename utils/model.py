@@ -1,19 +1,34 @@
-"""SAM with frozen encoders and a trainable mask decoder, split where the training loop splits it."""
+"""SAM with frozen encoders and a trainable mask decoder, split where the training loop splits it.
+
+Two ways of prompting share everything but the decoder's last step: `BoxSegmenter` takes a box for each mask,
+`SemanticSegmenter` takes nothing and gives one mask for each class. What differs is behind the same few methods, so
+that the loops know of neither.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from segment_anything import CheckpointError, build_sam
-from segment_anything.modeling import MaskDecoder, Sam
+from segment_anything.modeling import Sam, SemanticDecoder
+from utils.bdd100k import NUM_CLASSES
 from utils.errors import UserError
+from utils.losses import prompt_losses, semantic_losses
+
+Features = tuple[Tensor, ...]  # what the frozen encoder gives: image_embeddings, B x C x h x w, and perhaps more
 
 
-class BoxSegmenter(nn.Module):
-    """Boxes in, one mask each out. `forward` is the trained part; `encode` is the frozen one and runs under no grad."""
+class Segmenter(nn.Module):
+    """`encode` is the frozen part and runs under no grad; `forward` is the trained one."""
+
+    PROMPTS: ClassVar[tuple[str, ...]]  # the batch's entries that `forward` takes after the features
+    LOSSES: ClassVar[tuple[str, ...]]  # the parts that the loss is the sum of
+    THRESHOLD: ClassVar[float]  # a pixel belongs to a mask where its logit is above this
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
@@ -24,34 +39,54 @@ class BoxSegmenter(nn.Module):
         self.register_buffer("image_pe", sam.prompt_encoder.get_dense_pe(), persistent=False)
 
     @property
-    def mask_decoder(self) -> MaskDecoder:
+    def mask_decoder(self) -> nn.Module:
         return self.sam.mask_decoder
 
-    def train(self, mode: bool = True) -> BoxSegmenter:
+    def train(self, mode: bool = True) -> Segmenter:
         """Switch the mask decoder alone; what is frozen stays in eval mode."""
         super().train(False)
         self.training = mode
-        self.sam.mask_decoder.train(mode)
+        self.mask_decoder.train(mode)
         return self
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """B x 3 x S x S RGB, uint8 or floating in [0, 1] -> image_embeddings, B x C x S/16 x S/16.
+    def encode(self, images: Tensor) -> Features:
+        """B x 3 x S x S RGB, uint8 or floating in [0, 1] -> what `forward` takes.
 
         SAM's normalisation happens here, so that no caller can forget it.
         """
         scaled = images.float() * (1.0 if images.dtype == torch.uint8 else 255.0)
-        return self.sam.image_encoder(self.sam.preprocess(scaled))
+        return self._encode(self.sam.preprocess(scaled))
 
-    def forward(self, image_embeddings: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode(self, x: Tensor) -> Features:
+        return (self.sam.image_encoder(x),)
+
+    def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`LOSSES` by name, each of the shape of the batch's "valid", float32.
+
+        Args:
+            outputs: what `forward` gave; the first are the masks, B x K x h x w logits.
+            batch: on the same device, as the data set of this mode makes it.
+        """
+        raise NotImplementedError
+
+
+class BoxSegmenter(Segmenter):
+    """Boxes in, one mask each out."""
+
+    PROMPTS = ("boxes",)
+    LOSSES = ("dice", "bce", "iou")
+    THRESHOLD = Sam.mask_threshold
+
+    def forward(self, features: Features, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            image_embeddings: B x C x h x w.
             boxes: B x Q x 4, xyxy in pixels of the S x S frame.
 
         Returns:
             low_res_masks, B x Q x 4h x 4w logits, and iou_predictions, B x Q.
         """
+        (image_embeddings,) = features
         with torch.no_grad():
             sparse, dense = self.sam.prompt_encoder(boxes=boxes.flatten(0, 1))
         low_res_masks, iou_predictions = self.sam.mask_decoder(
@@ -63,14 +98,54 @@ class BoxSegmenter(nn.Module):
         )
         return low_res_masks[:, :, 0], iou_predictions[:, :, 0]
 
+    def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return prompt_losses(outputs[0], outputs[1], batch["labels"], batch["class_ids"])
 
-def build_model(model_type: str, sam_checkpoint: Path, *, image_size: int, check_hash: bool = False) -> BoxSegmenter:
-    """Build the segmenter on a SAM file.
+
+class SemanticSegmenter(Segmenter):
+    """An image in, one mask for each of the 19 classes out. No prompt."""
+
+    PROMPTS = ()
+    LOSSES = ("ce", "dice")
+    THRESHOLD = -math.inf  # every pixel is of the class that is likeliest
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__(sam)
+        encoder = sam.image_encoder
+        self.feature_blocks = range(len(encoder.blocks))
+        sam.mask_decoder = SemanticDecoder(  # type: ignore[assignment]
+            mask_decoder=sam.mask_decoder,
+            no_mask_embedding=sam.prompt_encoder.no_mask_embed.weight,
+            num_classes=NUM_CLASSES,
+            feature_channels=[encoder.embed_dim] * len(self.feature_blocks),
+        )
+
+    def _encode(self, x: Tensor) -> Features:
+        image_embeddings, features = self.sam.image_encoder.forward_features(x, self.feature_blocks)
+        return (image_embeddings, *features)
+
+    def forward(self, features: Features) -> tuple[Tensor]:
+        """Returns one tensor: low_res_masks, B x 19 x 4h x 4w logits."""
+        image_embeddings, *block_features = features
+        return (self.mask_decoder(image_embeddings, block_features, self.image_pe),)
+
+    def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return semantic_losses(outputs[0], batch["labels"])
+
+
+SEGMENTERS: dict[str, type[Segmenter]] = {"box": BoxSegmenter, "semantic": SemanticSegmenter}
+
+
+def build_model(
+    model_type: str, sam_checkpoint: Path, *, image_size: int, prompt_mode: str = "box", check_hash: bool = False
+) -> Segmenter:
+    """Build the segmenter of a prompt mode on a SAM file.
 
     Raises:
         UserError: the file is missing, damaged, or of another model.
     """
     try:
-        return BoxSegmenter(build_sam(model_type, sam_checkpoint, image_size=image_size, check_hash=check_hash))
+        sam = build_sam(model_type, sam_checkpoint, image_size=image_size, check_hash=check_hash)
     except CheckpointError as error:
         raise UserError(str(error)) from None
+    return SEGMENTERS[prompt_mode](sam)

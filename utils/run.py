@@ -15,7 +15,7 @@ from utils import checkpoint, distributed
 from utils.checkpoint import BEST, LATEST, ModelInfo
 from utils.errors import UserError
 from utils.log import RunLogger
-from utils.model import BoxSegmenter
+from utils.model import Segmenter
 
 
 class Run:
@@ -27,7 +27,7 @@ class Run:
         work_dir: Path,
         task_name: str,
         resume: Path | None,
-        model: BoxSegmenter,
+        model: Segmenter,
         info: ModelInfo,
         stateful: Mapping[str, Any],
         config: Mapping[str, Any],

@@ -37,6 +37,7 @@ class ImageEncoderViT(nn.Module):
         """
         super().__init__()
         self.image_size = image_size
+        self.embed_dim = embed_dim
         grid_size = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size=patch_size, embed_dim=embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid_size, grid_size, embed_dim))

@@ -1,0 +1,111 @@
+"""SAM's mask decoder with a token for each class instead of prompts: image features -> one map of all classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segment_anything.modeling.common import MLP, LayerNorm2d
+from segment_anything.modeling.mask_decoder import MaskDecoder
+
+
+class SemanticDecoder(nn.Module):
+    """Takes over a trained `MaskDecoder`, and decodes all classes of B images in one pass without any prompt.
+
+    What a class needs of its own, its mask token and hypernetwork, starts as the decoder's for clear prompts. SAM's
+    embedding alone is made to tell things apart, not to name them, so that features of earlier encoder blocks are
+    joined in twice: before the transformer, and as further channels beside the upscaled embedding, where they carry
+    what is thin (as in HQ-SAM, Ke et al., 2023, arXiv 2306.01567).
+    """
+
+    no_mask_embedding: Tensor
+
+    def __init__(
+        self,
+        *,
+        mask_decoder: MaskDecoder,
+        no_mask_embedding: Tensor,
+        num_classes: int,
+        feature_channels: Sequence[int],
+        detail_channels: int = 32,
+    ) -> None:
+        """
+        Args:
+            mask_decoder: its transformer and upscaling become part of this module; its IoU head is of no use here.
+            no_mask_embedding: 1 x C, SAM's dense embedding of no prompt.
+            feature_channels: channels of each feature map of the encoder that is joined in.
+            detail_channels: channels that these add beside the C/8 of the upscaled embedding.
+        """
+        super().__init__()
+        dim = mask_decoder.mask_tokens.embedding_dim
+        self.transformer = mask_decoder.transformer
+        self.output_upscaling = mask_decoder.output_upscaling
+        self.mask_tokens = nn.Parameter(mask_decoder.mask_tokens.weight.detach()[:1].repeat(num_classes, 1))
+        single_mask_mlp = mask_decoder.output_hypernetworks_mlps[0]
+        assert isinstance(single_mask_mlp, MLP)
+        self.output_hypernetworks = ClassMLPs(single_mask_mlp, num_classes, detail_channels)
+        self.class_bias = nn.Parameter(torch.zeros(num_classes))
+        no_mask = no_mask_embedding.detach().view(1, -1, 1, 1).clone()
+        self.register_buffer("no_mask_embedding", no_mask, persistent=False)  # the SAM file has it
+
+        joined = sum(feature_channels)
+        self.context = nn.Sequential(nn.Conv2d(joined, dim, kernel_size=1), LayerNorm2d(dim))
+        self.detail = nn.Sequential(
+            nn.ConvTranspose2d(joined, dim // 2, kernel_size=2, stride=2),
+            LayerNorm2d(dim // 2),
+            nn.GELU(),
+            nn.ConvTranspose2d(dim // 2, detail_channels, kernel_size=2, stride=2),
+        )
+
+    def forward(self, image_embeddings: Tensor, features: Sequence[Tensor], image_pe: Tensor) -> Tensor:
+        """
+        Args:
+            image_embeddings: B x C x H x W.
+            features: maps of earlier encoder blocks, B x C_i x H x W each.
+            image_pe: 1 x C x H x W, from `PromptEncoder.get_dense_pe`.
+
+        Returns:
+            low_res_masks, B x num_classes x 4H x 4W logits.
+        """
+        size = image_embeddings.shape[-2:]
+        joined = torch.cat(list(features), dim=1)
+        x = image_embeddings + self.no_mask_embedding + self.context(joined)
+        tokens = self.mask_tokens.expand(len(x), -1, -1)
+        tokens, image_tokens = self.transformer(
+            x.flatten(2).transpose(1, 2), image_pe.flatten(2).transpose(1, 2), tokens
+        )
+        upscaled = self.output_upscaling(image_tokens.transpose(1, 2).unflatten(2, size))
+        upscaled = torch.cat([upscaled, self.detail(joined)], dim=1)  # B x (C/8 + detail_channels) x 4H x 4W
+        weights = self.output_hypernetworks(tokens)  # B x num_classes x (C/8 + detail_channels)
+        masks = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        return masks + self.class_bias[:, None, None]
+
+
+class ClassMLPs(nn.Module):
+    """One MLP for each class, all run at once: B x classes x C_in -> B x classes x C_out."""
+
+    def __init__(self, mlp: MLP, num_classes: int, further_outputs: int) -> None:
+        """
+        Args:
+            mlp: what each starts as; outputs beyond its own start as any linear layer's do.
+        """
+        super().__init__()
+        weights, biases = [], []
+        for layer in mlp.layers:
+            assert isinstance(layer, nn.Linear)
+            weights.append(layer.weight.detach())
+            biases.append(layer.bias.detach())
+        further = nn.Linear(weights[-1].shape[1], further_outputs)
+        weights[-1] = torch.cat([weights[-1], further.weight.detach()])
+        biases[-1] = torch.cat([biases[-1], further.bias.detach()])
+        self.weights = nn.ParameterList(w.T.expand(num_classes, -1, -1).clone() for w in weights)
+        self.biases = nn.ParameterList(b.expand(num_classes, 1, -1).clone() for b in biases)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)  # classes x B x C: a batch of matrix products
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            x = torch.baddbmm(bias, x if i == 0 else F.relu(x), weight)
+        return x.transpose(0, 1)

@@ -1,0 +1,107 @@
+"""From logits to label maps: merging by hand, the way to the original size, and whole batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tests.conftest import IMAGE_SIZE, write_split
+from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
+from utils.dataset import BoxPromptDataset, EvaluationDataset, NpyFolder, collate_evaluation
+from utils.engine import evaluate
+from utils.geometry import fitted_size
+from utils.model import build_model
+from utils.precision import Precision
+from utils.prediction import Prediction, merge_masks, predict
+
+CPU = Precision(torch.device("cpu"))
+MODES = ["box", "semantic"]
+
+
+def test_merge_masks_by_hand() -> None:
+    # Rows: only 13 claims | both do | none does | a logit of 0 claims nothing.
+    of_class_13 = [[3.0, -1.0], [2.0, 5.0], [-1.0, -9.0], [0.0, -1.0]]
+    of_class_0 = [[-1.0, -2.0], [4.0, 4.5], [-2.0, -0.1], [-1.0, 0.1]]
+    planes = torch.tensor([of_class_13, of_class_0])
+    merged = merge_masks(planes, torch.tensor([13, 0]), 0.0, (4, 2))
+    assert merged.dtype == torch.uint8
+    assert merged.tolist() == [[13, 255], [0, 13], [255, 255], [255, 0]]
+    always = merge_masks(planes, torch.tensor([13, 0]), -torch.inf, (4, 2))
+    assert always.tolist() == [[13, 13], [0, 13], [13, 0], [13, 0]]
+    assert merge_masks([], torch.tensor([], dtype=torch.int64), 0.0, (1, 2)).tolist() == [[255, 255]]
+
+
+@pytest.mark.parametrize("resize_mode", ["stretch", "pad"])
+def test_the_original_size_is_reached_by_cropping_and_resizing_logits(resize_mode: str) -> None:
+    torch.manual_seed(0)
+    low_res = torch.randn(5, 16, 16)
+    class_ids = torch.tensor([2, 7, 7, 18, 0])  # a class may have several masks
+    prediction = Prediction(low_res, class_ids, threshold=0.2)
+    frame = F.interpolate(low_res[None], (64, 64), mode="bilinear", align_corners=False)
+    height, width = fitted_size(45, 80, 64, resize_mode)
+    original = F.interpolate(frame[..., :height, :width], (45, 80), mode="bilinear", align_corners=False)[0]
+    best, winner = original.max(dim=0)
+    expected = torch.where(best > 0.2, class_ids[winner], 255)
+    assert 255 in expected
+    actual = prediction.original_label_map(45, 80, image_size=64, resize_mode=resize_mode)
+    assert actual.tolist() == expected.tolist()
+    best, winner = frame[0].max(dim=0)
+    assert prediction.label_map(64).tolist() == torch.where(best > 0.2, class_ids[winner], 255).tolist()
+
+
+def evaluation_batches(source: NpyFolder, batch_size: int, mode: str) -> DataLoader:
+    data = EvaluationDataset(source, "oracle" if mode == "box" else None)
+    return DataLoader(data, batch_size=batch_size, collate_fn=collate_evaluation)
+
+
+def same_but_for_rounding(maps: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether label maps agree, where a pixel in a thousand may be a tie that rounding decides."""
+    one, other = torch.stack(list(maps)), torch.stack(list(others))
+    return (one != other).double().mean().item() <= 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_predict_gives_the_same_maps_for_any_batch_size(mode: str, sam_file: Path, npy: Path) -> None:
+    model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE, prompt_mode=mode)
+    torch.manual_seed(1)  # as built, all classes are alike
+    for parameter in model.mask_decoder.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    source = NpyFolder(npy / "val")
+    one, three = (
+        [
+            prediction.label_map(IMAGE_SIZE)
+            for batch in evaluation_batches(source, size, mode)
+            for prediction in predict(model, batch, CPU)
+        ]
+        for size in (1, 3)
+    )
+    assert len(one) == len(three) == len(source.items)
+    assert len({int(value) for labels in one for value in labels.unique()}) > 3  # the random decoder says something
+    assert same_but_for_rounding(one, three)
+    if mode == "semantic":
+        assert not any((labels == IGNORE_LABEL).any() for labels in one)  # every pixel is some class
+
+
+def test_an_image_without_labelled_pixels_is_no_class_and_counts_nowhere(sam_file: Path, tmp_path: Path) -> None:
+    model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    labels = rng.integers(0, NUM_CLASSES, (IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+    nothing = np.full_like(labels, IGNORE_LABEL)
+    source = NpyFolder(write_split(tmp_path / "val", {"empty": (image, nothing), "full": (image, labels)}))
+
+    (batch,) = evaluation_batches(source, 2, "box")
+    empty, full = (prediction.label_map(IMAGE_SIZE) for prediction in predict(model, batch, CPU))
+    assert (empty == IGNORE_LABEL).all()
+    assert (full != IGNORE_LABEL).any()
+    confusion = evaluate(model, evaluation_batches(source, 2, "box"), CPU)
+    assert confusion.matrix.sum() == labels.size
+    # To train on, there is only the other one.
+    assert len(BoxPromptDataset(source, classes_per_image=1, bbox_shift=0, seed=0)) == 1

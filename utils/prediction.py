@@ -1,0 +1,83 @@
+"""From the decoder's logits to label maps, in the S x S frame and at any original size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
+from utils.geometry import restore
+from utils.model import Segmenter
+from utils.precision import Precision
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the decoder says of one image: K masks, and the class that each stands for."""
+
+    low_res_masks: Tensor  # K x h x w logits
+    class_ids: Tensor  # K int64; in box mode a class may have several masks
+    threshold: float  # a pixel belongs to no class unless a logit is above it
+
+    def label_map(self, image_size: int) -> Tensor:
+        """The classes in the S x S frame: S x S uint8, 255 where no mask claims the pixel."""
+        planes = (self._frame_logits(i, image_size) for i in range(len(self.class_ids)))
+        return merge_masks(planes, self.class_ids, self.threshold, (image_size, image_size))
+
+    def original_label_map(self, height: int, width: int, *, image_size: int, resize_mode: str) -> Tensor:
+        """The same of the original image, height x width: it is the logits that are cropped and resized."""
+        planes = (
+            restore(self._frame_logits(i, image_size), height, width, resize_mode) for i in range(len(self.class_ids))
+        )
+        return merge_masks(planes, self.class_ids, self.threshold, (height, width))
+
+    def _frame_logits(self, index: int, image_size: int) -> Tensor:
+        mask = self.low_res_masks[index].float()[None, None]
+        return F.interpolate(mask, (image_size, image_size), mode="bilinear", align_corners=False)[0, 0]
+
+
+def merge_masks(planes: Iterable[Tensor], class_ids: Tensor, threshold: float, size: tuple[int, int]) -> Tensor:
+    """Make one label map of several masks: the highest logit wins, and must be above the threshold.
+
+    Args:
+        planes: K times H x W logits. One at a time, so that a picture of 50 megapixels needs no 19 planes of it.
+        class_ids: K int64.
+        size: (H, W).
+
+    Returns:
+        H x W uint8 on the device of `class_ids`, 255 where no mask claims the pixel.
+    """
+    best = torch.full(size, threshold, device=class_ids.device)
+    label_map = torch.full(size, IGNORE_LABEL, dtype=torch.uint8, device=class_ids.device)
+    for plane, class_id in zip(planes, class_ids.to(torch.uint8)):
+        wins = plane > best
+        best = torch.where(wins, plane, best)
+        label_map = torch.where(wins, class_id, label_map)
+    return label_map
+
+
+@torch.no_grad()
+def predict(model: Segmenter, batch: dict[str, Any], precision: Precision) -> list[Prediction]:
+    """Segment the images of a batch: encoded together, then all masks of an image decoded in one call.
+
+    Args:
+        batch: "image", B x S x S x 3, and in box mode lists of B "class_ids" (K int64) and "boxes" (K x 4).
+    """
+    model.eval()
+    with precision.autocast():
+        features = model.encode(precision.images(batch))
+    predictions = []
+    for i in range(len(batch["image"])):
+        prompts = [precision.to_device(batch[key][i])[None].float() for key in model.PROMPTS]
+        class_ids = precision.to_device(batch["class_ids"][i] if prompts else torch.arange(NUM_CLASSES))
+        low_res_masks = features[0].new_empty(0)
+        if len(class_ids):
+            with precision.autocast():
+                low_res_masks = model(tuple(feature[i : i + 1] for feature in features), *prompts)[0][0]
+        predictions.append(Prediction(low_res_masks, class_ids, model.THRESHOLD))
+    return predictions
