@@ -1,0 +1,243 @@
+"""infer_bdd100k.py without ground-truth boxes: semantic checkpoints, one's own pictures, detections, original sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import infer_bdd100k
+from segment_anything.build_sam import file_digest
+from tests.conftest import IMAGE_SIZE, run_script
+from tests.test_infer_bdd100k import good_flags, read_results
+from utils import checkpoint
+from utils.model import build_model
+
+SPLIT_NAMES = ["val-0000", "val-0001", "val-0002"]
+
+
+def make_checkpoint(path: Path, sam_file: Path, prompt_mode: str, **changes: Any) -> Path:
+    """Write a checkpoint as training would: a decoder of random weights that tells classes apart somehow."""
+    model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE, prompt_mode=prompt_mode)
+    torch.manual_seed(4)
+    for parameter in model.mask_decoder.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    info = {"model_type": "vit_tiny", "image_size": IMAGE_SIZE, "resize_mode": "stretch", "prompt_mode": prompt_mode}
+    info = checkpoint.ModelInfo(**{**info, "sam_sha256": file_digest(sam_file), **changes})
+    checkpoint.save_best(path, model, info, epoch=0, metrics={}, args={})
+    return path
+
+
+@pytest.fixture(scope="module")
+def semantic(sam_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("semantic") / checkpoint.BEST, sam_file, "semantic")
+
+
+@pytest.fixture(scope="module")
+def boxed(sam_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("boxed") / checkpoint.BEST, sam_file, "box")
+
+
+@pytest.fixture
+def infer(sam_file: Path, npy: Path, tmp_path: Path) -> Callable[..., int | None]:
+    """A function that runs the script into `tmp_path / "out"`."""
+
+    def infer(*flags: object) -> int | None:
+        return run_script(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), *flags)
+
+    return infer
+
+
+def pictures(folder: Path) -> dict[str, tuple[int, int]]:
+    """Write JPEGs of mixed sizes; their (height, width) by name."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    sizes = {"wide": (30, 90), "tall": (101, 40), "tiny": (7, 5), "large": (300, 401)}
+    for name, size in sizes.items():
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{name}.jpg")
+    return sizes
+
+
+def test_the_mode_is_read_from_the_checkpoint_and_the_report_says_no_boxes(
+    infer: Callable[..., int | None], semantic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not infer("--model_checkpoint", semantic)
+    results = read_results(tmp_path / "out")
+    assert results["boxes"] == "none"
+    assert results["unclaimed_share"] == 0  # every pixel is some class
+    assert "no boxes" in capsys.readouterr().out
+    text = (tmp_path / "out" / "evaluation_results.txt").read_text()
+    assert "no boxes" in text and "oracle" not in text
+
+
+def test_folder_of_jpegs_of_mixed_sizes(infer: Callable[..., int | None], semantic: Path, tmp_path: Path) -> None:
+    sizes = pictures(tmp_path / "in")
+    flags = ["--model_checkpoint", semantic, "--images", tmp_path / "in"]
+    assert not infer(*flags, "--save_predictions", "--batch_size", 3)
+    for name, size in sizes.items():
+        assert cv2.imread(str(tmp_path / "out" / "overlays" / f"{name}.jpg")).shape[:2] == size
+        labels = np.asarray(Image.open(tmp_path / "out" / "predictions" / f"{name}.png"))
+        assert labels.shape == size and labels.dtype == np.uint8 and labels.max() < 19
+    assert len(list((tmp_path / "out" / "overlays").iterdir())) == len(sizes)
+    # A file and a pattern are as good as a folder, and a batch changes nothing.
+    whole = np.asarray(Image.open(tmp_path / "out" / "predictions" / "large.png"))
+    for one in (tmp_path / "in" / "large.jpg", tmp_path / "in" / "l*.jpg"):
+        assert not infer(*flags[:2], "--images", one, "--save_predictions", "--output_dir", tmp_path / "one")
+        again = np.asarray(Image.open(tmp_path / "one" / "predictions" / "large.png"))
+        assert (whole != again).mean() < 1e-3
+
+
+def test_a_damaged_picture_is_told_and_the_others_are_segmented(
+    infer: Callable[..., int | None], semantic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = pictures(tmp_path / "in")
+    half = tmp_path / "in" / "half.jpg"
+    half.write_bytes((tmp_path / "in" / "large.jpg").read_bytes()[:3000])
+    assert infer("--model_checkpoint", semantic, "--images", tmp_path / "in") == 1
+    assert f"not segmented: {half}" in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "overlays").iterdir())) == len(sizes)
+
+
+def test_a_video_gives_a_video(infer: Callable[..., int | None], semantic: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.mp4"
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
+    for i in range(5):
+        writer.write(np.full((48, 64, 3), 40 * i, np.uint8))
+    writer.release()
+    assert not infer("--model_checkpoint", semantic, "--images", clip, "--batch_size", 2)
+    video = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
+    frames = 0
+    while (frame := video.read())[0]:
+        assert frame[1].shape == (48, 64, 3)
+        frames += 1
+    assert frames == 5 and video.get(cv2.CAP_PROP_FPS) == 10
+
+
+def test_original_size_equals_bdd100ks_toolkit_on_the_saved_pngs(
+    infer: Callable[..., int | None], scenes: Path, boxed: Path, semantic: Path, tmp_path: Path
+) -> None:
+    from bdd100k.eval.seg import evaluate_sem_seg
+
+    masks = scenes / "labels" / "sem_seg" / "masks" / "val"
+    for model in (boxed, semantic):  # with and without pixels that no class claims
+        infer("--model_checkpoint", model, "--eval_size", "original", "--bdd100k_root", scenes, "--save_predictions")
+        saved = tmp_path / "out" / "predictions"
+        paths = sorted(masks.glob("*.png"))
+        assert sorted(path.name for path in saved.iterdir()) == [path.name for path in paths]
+        theirs = evaluate_sem_seg(list(map(str, paths)), [str(saved / path.name) for path in paths], nproc=1)
+        results = read_results(tmp_path / "out")
+        assert results["labelled_pixels"] > 3 * 144 * 256 * 0.9
+        assert results["miou"] == pytest.approx(theirs.summary()["mIoU"] / 100, abs=1e-9)
+        assert "at the original size" in (tmp_path / "out" / "evaluation_results.txt").read_text()
+
+
+def write_detections(path: Path, names: list[str], category: str = "car") -> Path:
+    box = {"x1": 20, "y1": 30, "x2": 200.5, "y2": 120}
+    frames = [{"name": f"{name}.jpg", "labels": [{"category": category, "box2d": box}] * 2} for name in names]
+    path.write_text(json.dumps(frames))
+    return path
+
+
+def test_boxes_of_a_detector_take_the_place_of_the_ground_truths(
+    infer: Callable[..., int | None], npy: Path, boxed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = sorted(path.stem for path in (npy / "val" / "imgs").iterdir())
+    detections = write_detections(tmp_path / "det.json", names[:2])
+    assert not infer("--model_checkpoint", boxed, "--boxes", detections)
+    printed = capsys.readouterr().out
+    assert "has 2 of 3 images" in printed and f"boxes: {detections}" in printed and "oracle" not in printed
+    predicted = {c["name"]: c["predicted_pixels"] for c in read_results(tmp_path / "out")["per_class"]}
+    assert predicted["car"] > 0 and sum(predicted.values()) == predicted["car"]
+
+
+def test_boxes_for_ones_own_pictures(infer: Callable[..., int | None], boxed: Path, tmp_path: Path) -> None:
+    pictures(tmp_path / "in")
+    detections = write_detections(tmp_path / "det.json", ["large", "wide"], category="pedestrian")
+    flags = ["--images", tmp_path / "in", "--boxes", detections, "--save_predictions"]
+    assert not infer("--model_checkpoint", boxed, *flags)
+    values = {
+        name: set(np.unique(np.asarray(Image.open(tmp_path / "out" / "predictions" / f"{name}.png"))).tolist())
+        for name in ("large", "tall")
+    }
+    assert values["large"] <= {11, 255} and 11 in values["large"]
+    assert values["tall"] == {255}  # not in the file: nothing was detected
+
+
+def test_two_processes_equal_one_exactly(
+    infer: Callable[..., int | None], sam_file: Path, npy: Path, semantic: Path, tmp_path: Path
+) -> None:
+    # Three images: the second process has one fewer.
+    infer("--model_checkpoint", semantic, "--visualize", "--save_predictions")
+    single = tmp_path / "out"
+    flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", semantic, "--output_dir", tmp_path / "two"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    script = infer_bdd100k.__file__
+    words = [*launcher, script, *flags, "--visualize", "--save_predictions"]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("评估结果") == 1  # only the first process speaks
+    assert read_results(tmp_path / "two") == read_results(single)
+    for folder in ("predictions", "visualizations"):
+        files = {path.name: path.read_bytes() for path in (single / folder).iterdir()}
+        assert len(files) == 3
+        assert files == {path.name: path.read_bytes() for path in (tmp_path / "two" / folder).iterdir()}
+
+
+def empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+# Flags after those of a good run with the checkpoint of the mode, as a function of an empty folder; the line they give.
+BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
+    "boxes for a semantic checkpoint": (
+        "semantic", lambda f: ["--boxes", write_detections(f / "det.json", SPLIT_NAMES)], "takes no boxes; leave out"),
+    "no boxes for pictures of one's own": (
+        "box", lambda f: [*pictures(f / "in"), "--images", f / "in"][-2:], "give --boxes FILE, or train with"),
+    "unreadable video": (
+        "semantic", lambda f: ["--images", written(f / "x.mp4", "no video" * 99)], "x.mp4: not a video that OpenCV"),
+    "empty folder": ("semantic", lambda f: ["--images", empty(f / "none")], "none: an empty folder"),
+    "nothing there": ("semantic", lambda f: ["--images", f / "nowhere"], "nowhere: no such file or folder"),
+    "unknown categories alone": (
+        "box", lambda f: ["--boxes", write_detections(f / "d.json", SPLIT_NAMES, "ufo")], "only 'ufo'; rename"),
+    "detections of other images": (
+        "box", lambda f: ["--boxes", write_detections(f / "d.json", ["elsewhere"])], "has none of the images"),
+    "original size without masks": ("box", lambda f: ["--eval_size", "original"], "give --bdd100k_root"),
+    "masks of another data set": (
+        "box", lambda f: ["--eval_size", "original", "--bdd100k_root", f], "no images of split 'val'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_input_is_told_in_one_line(
+    case: str, sam_file: Path, npy: Path, boxed: Path, semantic: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    mode, make_flags, complaint = BAD_FLAGS[case]
+    flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", boxed if mode == "box" else semantic]
+    assert re.search(re.escape(complaint), error_of(infer_bdd100k, *flags, *make_flags(tmp_path)))
+    assert not (tmp_path / "out").exists()  # nothing was begun
+
+
+def test_another_number_of_classes(
+    sam_file: Path, npy: Path, semantic: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    payload = torch.load(semantic, weights_only=True)
+    payload["class_names"] = payload["class_names"][:11]
+    torch.save(payload, tmp_path / "eleven.pth")
+    flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", tmp_path / "eleven.pth"]
+    assert "trained on 11 classes, which are not BDD100K's 19" in error_of(infer_bdd100k, *flags)
