@@ -48,6 +48,17 @@ def test_a_line_for_each_class_of_the_ground_truth(tmp_path: Path, capsys: pytes
     ]
 
 
+def test_any_number_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (result(tmp_path / name, 0.5, [("road", 0.5, 1000)]) for name in ("a", "b"))
+    (tmp_path / "x").mkdir()
+    copied = json.loads((one / "evaluation_results.json").read_text())
+    semantic = write(tmp_path / "x" / "a", {**copied, "boxes": "none"})
+    run(one, two, semantic)
+    printed = words(capsys.readouterr().out)
+    assert printed[0][3:] == [str(one), str(two), str(semantic)]  # two are named "a"
+    assert printed[2:] == [["mIoU", "0.5000", "0.5000", "0.5000"], ["boxes:", "oracle,", "oracle,", "none"]]
+
+
 def test_what_the_metric_gives_where_nothing_is_labelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nothing = results_dict(torch.zeros(NUM_CLASSES, NUM_CLASSES + 1, dtype=torch.int64))
     folders = [write(tmp_path / name, nothing) for name in ("before", "after")]

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -26,14 +25,13 @@ from utils.model import build_model
 SPLIT_NAMES = ["val-0000", "val-0001", "val-0002"]
 
 
-def make_checkpoint(path: Path, sam_file: Path, prompt_mode: str, **changes: Any) -> Path:
+def make_checkpoint(path: Path, sam_file: Path, prompt_mode: str) -> Path:
     """Write a checkpoint as training would: a decoder of random weights that tells classes apart somehow."""
     model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE, prompt_mode=prompt_mode)
     torch.manual_seed(4)
     for parameter in model.mask_decoder.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
-    info = {"model_type": "vit_tiny", "image_size": IMAGE_SIZE, "resize_mode": "stretch", "prompt_mode": prompt_mode}
-    info = checkpoint.ModelInfo(**{**info, "sam_sha256": file_digest(sam_file), **changes})
+    info = checkpoint.ModelInfo("vit_tiny", IMAGE_SIZE, "stretch", file_digest(sam_file), prompt_mode)
     checkpoint.save_best(path, model, info, epoch=0, metrics={}, args={})
     return path
 
@@ -85,7 +83,8 @@ def test_folder_of_jpegs_of_mixed_sizes(infer: Callable[..., int | None], semant
     flags = ["--model_checkpoint", semantic, "--images", tmp_path / "in"]
     assert not infer(*flags, "--save_predictions", "--batch_size", 3)
     for name, size in sizes.items():
-        assert cv2.imread(str(tmp_path / "out" / "overlays" / f"{name}.jpg")).shape[:2] == size
+        with Image.open(tmp_path / "out" / "overlays" / f"{name}.jpg") as overlay:
+            assert overlay.size == size[::-1]
         labels = np.asarray(Image.open(tmp_path / "out" / "predictions" / f"{name}.png"))
         assert labels.shape == size and labels.dtype == np.uint8 and labels.max() < 19
     assert len(list((tmp_path / "out" / "overlays").iterdir())) == len(sizes)

@@ -1,6 +1,6 @@
-"""Two evaluations side by side, class by class.
+"""Evaluations side by side, class by class.
 
-    python -m utils.compare demo/before demo/after
+    python -m utils.compare demo/before demo/after demo/semantic
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from utils.errors import UserError
 
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
-    parser.add_argument("before", type=Path, help="an --output_dir of infer_bdd100k.py")
-    parser.add_argument("after", type=Path, help="another one, over the same data")
+    parser.add_argument("folders", type=Path, nargs="+", help="each an --output_dir of infer_bdd100k.py on one split")
     return parser
 
 
@@ -42,24 +42,33 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def format_comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """A line for each class that occurs in the ground truth, and the mIoU; the arguments are as the JSON has them."""
-    lines = [f"{'IoU':<24}{'gt pixels':>14}{'before':>10}{'after':>10}"]
-    for old, new in zip(before["per_class"], after["per_class"]):
-        if new["iou"] is not None:
-            label = f"{new['id']:2d}. {new['name']:<20}"
-            lines.append(f"{label}{new['gt_pixels']:>14d}{old['iou']:>10.4f}{new['iou']:>10.4f}")
-    mious = [math.nan if results["miou"] is None else results["miou"] for results in (before, after)]
-    lines.append(f"{'mIoU':<24}{'':>14}{mious[0]:>10.4f}{mious[1]:>10.4f}")
-    return "\n".join([*lines, f"boxes: {after['boxes']}"])
+def format_comparison(results: Mapping[str, dict[str, Any]]) -> str:
+    """A line for each class that occurs in the ground truth, the mIoU, and where the boxes came from; a column for each
+    of `results`, which are as the JSON has them, under its name."""
+    width = max(10, *(len(name) + 2 for name in results))
+    per_class = [result["per_class"] for result in results.values()]
+    lines = [f"{'IoU':<24}{'gt pixels':>14}" + "".join(f"{name:>{width}}" for name in results)]
+    for entries in zip(*per_class):
+        if entries[0]["iou"] is not None:
+            label = f"{entries[0]['id']:2d}. {entries[0]['name']:<20}"
+            ious = "".join(f"{entry['iou']:>{width}.4f}" for entry in entries)
+            lines.append(f"{label}{entries[0]['gt_pixels']:>14d}{ious}")
+    mious = [math.nan if result["miou"] is None else result["miou"] for result in results.values()]
+    lines.append(f"{'mIoU':<24}{'':>14}" + "".join(f"{miou:>{width}.4f}" for miou in mious))
+    sources = [str(result["boxes"]) for result in results.values()]
+    return "\n".join([*lines, f"boxes: {sources[0] if len(set(sources)) == 1 else ', '.join(sources)}"])
 
 
 def main(args: argparse.Namespace) -> None:
-    before, after = read_results(args.before), read_results(args.after)
-    pixels = [[entry["gt_pixels"] for entry in results["per_class"]] for results in (before, after)]
-    if pixels[0] != pixels[1]:
-        raise UserError(f"{args.before} and {args.after} were measured on different data; evaluate both on the same")
-    print(format_comparison(before, after))
+    read = {folder: read_results(folder) for folder in args.folders}
+    first, *others = read
+    pixels = {folder: [entry["gt_pixels"] for entry in result["per_class"]] for folder, result in read.items()}
+    for other in others:
+        if pixels[other] != pixels[first]:
+            raise UserError(f"{first} and {other} were measured on different data; evaluate both on the same")
+    names = [folder.name for folder in read]
+    unique = len(set(names)) == len(names)
+    print(format_comparison({folder.name if unique else str(folder): result for folder, result in read.items()}))
 
 
 if __name__ == "__main__":
