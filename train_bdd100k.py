@@ -40,7 +40,7 @@ from utils.dataset import (
 from utils.engine import evaluate, train_one_epoch
 from utils.errors import UserError
 from utils.metrics import mean_iou
-from utils.model import SEGMENTERS, Segmenter, build_model
+from utils.model import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
 from utils.optim import SCHEDULES, build_optimizer, build_scheduler
 from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision
 from utils.run import Run
@@ -139,6 +139,8 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
         prompt_mode=args.prompt_mode,
         check_hash=args.verify_checkpoint,
     ).to(precision.device)
+    if isinstance(segmenter, SemanticSegmenter):
+        segmenter.balance_classes(source.class_pixels())
     info = checkpoint.ModelInfo(
         args.model_type, source.image_size, source.resize_mode, file_digest(args.checkpoint), args.prompt_mode
     )

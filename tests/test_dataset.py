@@ -21,6 +21,7 @@ from utils.dataset import (
     BoxPromptDataset,
     EvaluationDataset,
     NpyFolder,
+    SemanticDataset,
     TrainingSampler,
     collate_evaluation,
 )
@@ -135,6 +136,42 @@ def test_the_filler_is_an_image_of_which_no_prompt_counts(npy: Path) -> None:
     assert not filler.pop("valid").any()
     assert first.pop("valid").all()
     assert equal(filler, first)
+
+
+def test_semantic_samples_are_mirrored_half_of_the_time_with_their_labels(npy: Path) -> None:
+    source = NpyFolder(npy / "train")
+    data = SemanticDataset(source, seed=1)
+    mirrored = []
+    for epoch in range(8):
+        data.set_epoch(epoch)
+        for index in range(len(data)):
+            image, labels = source.read(index)
+            sample = data[index]
+            assert sample.keys() == {"image", "labels", "valid", "name"}
+            flip = not np.array_equal(sample["labels"], labels)
+            mirrored.append(flip)
+            step = -1 if flip else 1
+            assert np.array_equal(sample["image"], image[:, ::step])
+            assert np.array_equal(sample["labels"], labels[:, ::step])
+            assert sample["valid"].item() is True
+    assert 0.3 < np.mean(mirrored) < 0.7
+    again = SemanticDataset(source, seed=1)
+    again.set_epoch(7)
+    assert equal(again[3], data[3])
+    assert not data[FILLER]["valid"]
+
+
+def test_evaluation_without_boxes_has_none(npy: Path) -> None:
+    assert EvaluationDataset(NpyFolder(npy / "val"), None)[0].keys() == {"image", "labels", "name"}
+
+
+def test_detected_boxes_are_brought_into_the_frame(npy: Path) -> None:
+    source = NpyFolder(npy / "val")
+    name = source.items[1].name  # 144 x 256, stretched to 64 x 64
+    data = EvaluationDataset(source, {name: (np.array([13]), np.array([[0.0, 0.0, 255.0, 71.0]]))})
+    assert data[1]["class_ids"].tolist() == [13]
+    np.testing.assert_allclose(data[1]["boxes"], [[0, 0, 63, 31.28]], atol=0.01)  # clipped to pixel centres
+    assert (data[0]["class_ids"].shape, data[0]["boxes"].shape) == ((0,), (0, 4))
 
 
 def test_evaluation_takes_the_tight_box_of_every_class(tmp_path: Path) -> None:

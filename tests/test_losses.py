@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 from monai.losses import DiceLoss
 
-from utils.losses import prompt_losses
+from utils.losses import class_weights, prompt_losses, semantic_losses
 
 
 def oracle(logits: np.ndarray, predicted_iou: float, labels: np.ndarray, class_id: int) -> dict[str, float]:
@@ -130,3 +131,36 @@ def test_float32_whatever_the_model_computes_in() -> None:
     logits, ious, labels, class_ids = random_case(3)
     losses = prompt_losses(logits.half(), ious.half(), labels, class_ids)
     assert {value.dtype for value in losses.values()} == {torch.float32}
+
+
+def test_class_weights_by_hand() -> None:
+    weights = class_weights(torch.tensor([900, 100, 0]))
+    # 1 / sqrt(0.9) and 1 / sqrt(0.1), over their mean over the pixels, sqrt(0.9) + sqrt(0.1).
+    mean = math.sqrt(0.9) + math.sqrt(0.1)
+    torch.testing.assert_close(weights, torch.tensor([0.9**-0.5 / mean, 0.1**-0.5 / mean, 0.0]))
+
+
+def test_semantic_losses_equal_a_slow_oracle() -> None:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 4, (3, 24, 24), generator=generator, dtype=torch.uint8)
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = 255
+    labels[2] = 255  # an image that has nothing to teach
+    logits = torch.randn(3, 5, 6, 6, generator=generator) * 2  # class 4 occurs nowhere
+    weights = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0])
+    losses = semantic_losses(logits, labels, weights)
+    for b in range(2):
+        ce, overlap, square_p, square_t = [], np.zeros(5), np.zeros(5), np.zeros(5)
+        for y in range(6):
+            for x in range(6):
+                target = int(labels[b, 4 * y + 2, 4 * x + 2])  # the middle of the logit's 4 x 4 labels
+                if target == 255:
+                    continue
+                p = torch.softmax(logits[b, :, y, x].double(), dim=0).numpy()
+                ce.append(float(weights[target]) * -math.log(p[target]))
+                truth = np.eye(5)[target]
+                overlap, square_p, square_t = overlap + p * truth, square_p + p**2, square_t + truth
+        dice = (1 - (2 * overlap + 1e-5) / (square_p + square_t + 1e-5))[square_t > 0]
+        assert losses["ce"][b].item() == pytest.approx(np.mean(ce), rel=1e-5)
+        assert losses["dice"][b].item() == pytest.approx(dice.mean(), rel=1e-5)
+    assert losses["ce"][2].item() == losses["dice"][2].item() == 0
+    assert all(loss.dtype == torch.float32 for loss in losses.values())

@@ -58,6 +58,10 @@ class NpyFolder:
                 raise UserError(f"{path}: became unreadable while it was in use ({error})") from None
         return arrays[0], arrays[1]
 
+    def class_pixels(self) -> torch.Tensor:
+        """Labelled pixels of each class in the whole split, (NUM_CLASSES,) int64."""
+        return torch.tensor([item.pixels for item in self.items]).sum(dim=0)
+
     def class_boxes(self, index: int, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`utils.boxes.class_boxes` of what `read` gave.
 

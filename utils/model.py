@@ -8,6 +8,7 @@ that the loops know of neither.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from segment_anything import CheckpointError, build_sam
 from segment_anything.modeling import Sam, SemanticDecoder
 from utils.bdd100k import NUM_CLASSES
 from utils.errors import UserError
-from utils.losses import prompt_losses, semantic_losses
+from utils.losses import class_weights, prompt_losses, semantic_losses
 
 Features = tuple[Tensor, ...]  # what the frozen encoder gives: image_embeddings, B x C x h x w, and perhaps more
 
@@ -29,6 +30,8 @@ class Segmenter(nn.Module):
     PROMPTS: ClassVar[tuple[str, ...]]  # the batch's entries that `forward` takes after the features
     LOSSES: ClassVar[tuple[str, ...]]  # the parts that the loss is the sum of
     THRESHOLD: ClassVar[float]  # a pixel belongs to a mask where its logit is above this
+
+    image_pe: Tensor
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
@@ -109,16 +112,30 @@ class SemanticSegmenter(Segmenter):
     LOSSES = ("ce", "dice")
     THRESHOLD = -math.inf  # every pixel is of the class that is likeliest
 
-    def __init__(self, sam: Sam) -> None:
+    class_weights: Tensor
+
+    def __init__(self, sam: Sam, *, feature_blocks: Sequence[int] | None = None) -> None:
+        """
+        Args:
+            feature_blocks: encoder blocks whose outputs are joined in; None for those that attend over the whole image,
+                each of which ends a stage of the encoder.
+        """
         super().__init__(sam)
         encoder = sam.image_encoder
-        self.feature_blocks = range(len(encoder.blocks))
+        if feature_blocks is None:
+            feature_blocks = [i for i, block in enumerate(encoder.blocks) if not block.window_size]
+        self.feature_blocks = feature_blocks
         sam.mask_decoder = SemanticDecoder(  # type: ignore[assignment]
             mask_decoder=sam.mask_decoder,
             no_mask_embedding=sam.prompt_encoder.no_mask_embed.weight,
             num_classes=NUM_CLASSES,
             feature_channels=[encoder.embed_dim] * len(self.feature_blocks),
         )
+        self.register_buffer("class_weights", torch.ones(NUM_CLASSES), persistent=False)
+
+    def balance_classes(self, pixels: Tensor) -> None:
+        """Weigh the classes in the loss by how many pixels of the training data each has: NUM_CLASSES counts."""
+        self.class_weights = class_weights(pixels).to(self.class_weights.device)
 
     def _encode(self, x: Tensor) -> Features:
         image_embeddings, features = self.sam.image_encoder.forward_features(x, self.feature_blocks)
@@ -130,7 +147,7 @@ class SemanticSegmenter(Segmenter):
         return (self.mask_decoder(image_embeddings, block_features, self.image_pe),)
 
     def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return semantic_losses(outputs[0], batch["labels"])
+        return semantic_losses(outputs[0], batch["labels"], self.class_weights)
 
 
 SEGMENTERS: dict[str, type[Segmenter]] = {"box": BoxSegmenter, "semantic": SemanticSegmenter}

@@ -15,10 +15,11 @@ from segment_anything.modeling.mask_decoder import MaskDecoder
 class SemanticDecoder(nn.Module):
     """Takes over a trained `MaskDecoder`, and decodes all classes of B images in one pass without any prompt.
 
-    What a class needs of its own, its mask token and hypernetwork, starts as the decoder's for clear prompts. SAM's
-    embedding alone is made to tell things apart, not to name them, so that features of earlier encoder blocks are
-    joined in twice: before the transformer, and as further channels beside the upscaled embedding, where they carry
-    what is thin (as in HQ-SAM, Ke et al., 2023, arXiv 2306.01567).
+    SAM's decoder tells what lies in a box from what does not. To name things without a box, two things are added to it.
+    A small convolutional stem joins the embeddings with the outputs of encoder blocks: the embeddings alone are made
+    to tell things apart, not to name them, and the decoder's image tokens see each other only through the few tokens
+    of prompts and masks. And the stem's output, upscaled by itself, gives further channels beside SAM's C/8, for what
+    is thin (as early features do in HQ-SAM, Ke et al., 2023, arXiv 2306.01567).
     """
 
     no_mask_embedding: Tensor
@@ -37,51 +38,57 @@ class SemanticDecoder(nn.Module):
             mask_decoder: its transformer and upscaling become part of this module; its IoU head is of no use here.
             no_mask_embedding: 1 x C, SAM's dense embedding of no prompt.
             feature_channels: channels of each feature map of the encoder that is joined in.
-            detail_channels: channels that these add beside the C/8 of the upscaled embedding.
+            detail_channels: channels beside the C/8 of SAM's upscaling.
         """
         super().__init__()
         dim = mask_decoder.mask_tokens.embedding_dim
         self.transformer = mask_decoder.transformer
         self.output_upscaling = mask_decoder.output_upscaling
-        self.mask_tokens = nn.Parameter(mask_decoder.mask_tokens.weight.detach()[:1].repeat(num_classes, 1))
-        single_mask_mlp = mask_decoder.output_hypernetworks_mlps[0]
-        assert isinstance(single_mask_mlp, MLP)
-        self.output_hypernetworks = ClassMLPs(single_mask_mlp, num_classes, detail_channels)
-        self.class_bias = nn.Parameter(torch.zeros(num_classes))
-        no_mask = no_mask_embedding.detach().view(1, -1, 1, 1).clone()
-        self.register_buffer("no_mask_embedding", no_mask, persistent=False)  # the SAM file has it
-
-        joined = sum(feature_channels)
-        self.context = nn.Sequential(nn.Conv2d(joined, dim, kernel_size=1), LayerNorm2d(dim))
-        self.detail = nn.Sequential(
-            nn.ConvTranspose2d(joined, dim // 2, kernel_size=2, stride=2),
+        self.feature_norms = nn.ModuleList(LayerNorm2d(channels) for channels in feature_channels)
+        self.stem = nn.Sequential(
+            nn.Conv2d(dim + sum(feature_channels), dim, kernel_size=1),
+            LayerNorm2d(dim),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, kernel_size=3, padding=1),
+            LayerNorm2d(dim),
+            nn.GELU(),
+        )
+        self.detail_upscaling = nn.Sequential(
+            nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2),
             LayerNorm2d(dim // 2),
             nn.GELU(),
             nn.ConvTranspose2d(dim // 2, detail_channels, kernel_size=2, stride=2),
+            nn.GELU(),
         )
+        # All classes start as SAM's token for clear prompts. Alike, they would learn alike: noise tells them apart.
+        token = mask_decoder.mask_tokens.weight.detach()[:1]
+        self.mask_tokens = nn.Parameter(token + torch.randn(num_classes, dim))
+        single_mask_mlp = mask_decoder.output_hypernetworks_mlps[0]
+        assert isinstance(single_mask_mlp, MLP)
+        self.output_hypernetworks = ClassMLPs(single_mask_mlp, num_classes, detail_channels)
+        no_mask = no_mask_embedding.detach().view(1, -1, 1, 1).clone()
+        self.register_buffer("no_mask_embedding", no_mask, persistent=False)  # the SAM file has it
 
     def forward(self, image_embeddings: Tensor, features: Sequence[Tensor], image_pe: Tensor) -> Tensor:
         """
         Args:
             image_embeddings: B x C x H x W.
-            features: maps of earlier encoder blocks, B x C_i x H x W each.
+            features: maps of encoder blocks, B x C_i x H x W each.
             image_pe: 1 x C x H x W, from `PromptEncoder.get_dense_pe`.
 
         Returns:
             low_res_masks, B x num_classes x 4H x 4W logits.
         """
-        size = image_embeddings.shape[-2:]
-        joined = torch.cat(list(features), dim=1)
-        x = image_embeddings + self.no_mask_embedding + self.context(joined)
-        tokens = self.mask_tokens.expand(len(x), -1, -1)
+        normed = [norm(feature) for norm, feature in zip(self.feature_norms, features)]
+        stem = self.stem(torch.cat([image_embeddings, *normed], dim=1))  # B x C x H x W
+        x = image_embeddings + self.no_mask_embedding + stem
         tokens, image_tokens = self.transformer(
-            x.flatten(2).transpose(1, 2), image_pe.flatten(2).transpose(1, 2), tokens
+            x.flatten(2).transpose(1, 2), image_pe.flatten(2).transpose(1, 2), self.mask_tokens.expand(len(x), -1, -1)
         )
-        upscaled = self.output_upscaling(image_tokens.transpose(1, 2).unflatten(2, size))
-        upscaled = torch.cat([upscaled, self.detail(joined)], dim=1)  # B x (C/8 + detail_channels) x 4H x 4W
+        upscaled = self.output_upscaling(image_tokens.transpose(1, 2).unflatten(2, x.shape[-2:]))
+        upscaled = torch.cat([upscaled, self.detail_upscaling(stem)], dim=1)  # B x (C/8 + detail_channels) x 4H x 4W
         weights = self.output_hypernetworks(tokens)  # B x num_classes x (C/8 + detail_channels)
-        masks = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
-        return masks + self.class_bias[:, None, None]
+        return (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
 
 
 class ClassMLPs(nn.Module):

@@ -1,0 +1,302 @@
+"""What each part of the semantic mode is worth: the rows of docs/RESULTS.md, one row a run.
+
+    python -m benchmarks.semantic --data data/camvid_npy --sam_checkpoint work_dir/SAM/sam_vit_tiny_camvid.pth \\
+        --row default --seed 0
+
+A row is the product's own decoder, loss and optimizer with one thing changed. As the encoder is frozen, each image and
+its mirror image are encoded once, and rows train on these features in memory; `everything` alone runs the encoder in
+each step. The last epoch is scored on the split `val`, in the S x S frame. The result is one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from segment_anything import CheckpointError, build_sam_vit_tiny
+from segment_anything.modeling import Sam
+from utils import cli
+from utils.bdd100k import NUM_CLASSES
+from utils.boxes import class_boxes, jitter_boxes
+from utils.dataset import NpyFolder
+from utils.errors import UserError
+from utils.losses import semantic_losses
+from utils.metrics import ConfusionMatrix, iou_per_class, mean_iou
+from utils.model import BoxSegmenter, Features, Segmenter, SemanticSegmenter
+from utils.optim import build_scheduler
+from utils.prediction import Prediction
+
+BOXES_PER_IMAGE = 6
+
+
+# --- The rows: how each differs from `SemanticSegmenter` as it is.
+
+
+class LinearProbe(SemanticSegmenter):
+    """One 1 x 1 convolution on the frozen embedding: what of the classes can be read off it."""
+
+    def __init__(self, sam: Sam) -> None:
+        dim = sam.prompt_encoder.embed_dim
+        super().__init__(sam)
+        sam.mask_decoder = nn.Conv2d(dim, NUM_CLASSES, kernel_size=1)  # type: ignore[assignment]
+
+    def forward(self, features: Features) -> tuple[Tensor]:
+        probe: Any = self.mask_decoder
+        return (probe(features[0]),)
+
+
+class PlainTokens(SemanticSegmenter):
+    """SAM's decoder with a token and a hypernetwork for each class, and nothing else added."""
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__(sam)
+        decoder: Any = self.mask_decoder
+        for name in ("stem", "detail_upscaling", "feature_norms"):
+            delattr(decoder, name)
+        mlps = decoder.output_hypernetworks
+        width = decoder.output_upscaling[-2].out_channels
+        mlps.weights[-1] = nn.Parameter(mlps.weights[-1].detach()[..., :width].clone())
+        mlps.biases[-1] = nn.Parameter(mlps.biases[-1].detach()[..., :width].clone())
+
+    def forward(self, features: Features) -> tuple[Tensor]:
+        decoder: Any = self.mask_decoder
+        x = features[0] + decoder.no_mask_embedding
+        tokens, image_tokens = decoder.transformer(
+            x.flatten(2).transpose(1, 2),
+            self.image_pe.flatten(2).transpose(1, 2),
+            decoder.mask_tokens.expand(len(x), -1, -1),
+        )
+        upscaled = decoder.output_upscaling(image_tokens.transpose(1, 2).unflatten(2, x.shape[-2:]))
+        masks = decoder.output_hypernetworks(tokens) @ upscaled.flatten(2)
+        return (masks.unflatten(2, upscaled.shape[-2:]),)
+
+
+class FullResolutionLoss(SemanticSegmenter):
+    """The loss at the labels' own resolution."""
+
+    def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        size = batch["labels"].shape[-2:]
+        logits = F.interpolate(outputs[0], size, mode="bilinear", align_corners=False)
+        return semantic_losses(logits, batch["labels"], self.class_weights)
+
+
+def with_blocks(indexes: list[int] | None) -> Callable[[Sam], SemanticSegmenter]:
+    """Other encoder blocks joined in; None for all of them."""
+    return lambda sam: SemanticSegmenter(
+        sam, feature_blocks=list(range(len(sam.image_encoder.blocks))) if indexes is None else indexes
+    )
+
+
+def alike(sam: Sam) -> SemanticSegmenter:
+    """Every class starts as SAM's token, without noise."""
+    token = sam.mask_decoder.mask_tokens.weight.detach()[:1].clone()
+    segmenter = SemanticSegmenter(sam)
+    decoder: Any = segmenter.mask_decoder
+    decoder.mask_tokens.data.copy_(token.expand(NUM_CLASSES, -1))
+    return segmenter
+
+
+def from_nothing(sam: Sam) -> SemanticSegmenter:
+    """Tokens and hypernetworks start random, as if SAM had none."""
+    segmenter = SemanticSegmenter(sam)
+    decoder: Any = segmenter.mask_decoder
+    nn.init.normal_(decoder.mask_tokens)
+    mlps = decoder.output_hypernetworks
+    for weight, bias in zip(mlps.weights, mlps.biases):
+        bound = weight.shape[1] ** -0.5  # as nn.Linear starts
+        nn.init.uniform_(weight, -bound, bound)
+        nn.init.uniform_(bias, -bound, bound)
+    return segmenter
+
+
+@dataclass(frozen=True)
+class Row:
+    change: str
+    build: Callable[[Sam], Segmenter] = SemanticSegmenter
+    lr: float = 1e-3
+    mirror: bool = True
+    balanced: bool = True
+    encoder_lr: float = 0  # above 0, the encoder is trained too
+
+
+ROWS = {
+    "default": Row("as train_bdd100k.py --prompt_mode semantic trains it"),
+    "probe": Row("baseline: a linear probe on the frozen embedding", LinearProbe, lr=1e-2),
+    "box": Row("baseline: the boxed mode, with oracle boxes", BoxSegmenter),
+    "everything": Row("ceiling: the encoder is trained too, end to end", encoder_lr=3e-4),
+    "plain-tokens": Row("no stem, no encoder blocks, no detail channels", PlainTokens),
+    "no-blocks": Row("the stem sees the embedding alone", with_blocks([])),
+    "last-block": Row("one block joined in: the last", with_blocks([7])),
+    "first-two-blocks": Row("two blocks joined in: the first two with global attention", with_blocks([1, 3])),
+    "all-blocks": Row("all eight blocks joined in", with_blocks(None)),
+    "alike": Row("tokens start as SAM's, without noise", alike),
+    "from-nothing": Row("tokens and hypernetworks start random", from_nothing),
+    "unbalanced": Row("no class weights", balanced=False),
+    "no-mirror": Row("no mirror images", mirror=False),
+    "lr-3e-4": Row("learning rate 3e-4", lr=3e-4),
+    "lr-3e-3": Row("learning rate 3e-3", lr=3e-3),
+    "full-resolution-loss": Row("the loss at S x S, not at S/4 x S/4", FullResolutionLoss),
+}
+
+
+# --- Training on features in memory.
+
+
+@dataclass(frozen=True)
+class Split:
+    """N images in V views each, as [view * N + image]; features in float16."""
+
+    images: Tensor  # VN x 3 x S x S uint8
+    labels: Tensor  # VN x S x S uint8
+    features: list[Tensor]  # each VN x C x H x W
+    num_images: int
+
+    def batch(self, indexes: Tensor) -> Features:
+        return tuple(feature[indexes].float() for feature in self.features)
+
+
+def load_split(source: NpyFolder, segmenter: Segmenter, *, mirror: bool, encode: bool) -> Split:
+    arrays = [source.read(i) for i in range(len(source.items))]
+    images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in arrays])
+    labels = torch.stack([torch.from_numpy(label) for _, label in arrays])
+    if images.dtype != torch.uint8:
+        raise UserError(f"{source.folder}: preprocess with --image_dtype uint8 for this benchmark")
+    if mirror:
+        images, labels = torch.cat([images, images.flip(-1)]), torch.cat([labels, labels.flip(-1)])
+    pieces = []
+    if encode:
+        for some in tqdm(images.split(8), desc=f"encoding {source.folder.name}", unit="batch", leave=False):
+            pieces.append([feature.half() for feature in segmenter.encode(some)])
+    return Split(images, labels, [torch.cat(feature) for feature in zip(*pieces)], len(arrays))
+
+
+def box_prompts(labels: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Jittered boxes of random classes of each image, as `BoxPromptDataset` draws them."""
+    b, size = labels.shape[:2]
+    boxes, class_ids = torch.zeros(b, BOXES_PER_IMAGE, 4), torch.full((b, BOXES_PER_IMAGE), 255)
+    for i, label in enumerate(labels.numpy()):
+        present, tight = class_boxes(label)
+        chosen = rng.permutation(len(present))[:BOXES_PER_IMAGE]
+        class_ids[i, : len(chosen)] = torch.from_numpy(present[chosen])
+        boxes[i, : len(chosen)] = torch.from_numpy(jitter_boxes(tight[chosen], size, 20, rng)).float()
+    return {"boxes": boxes, "class_ids": class_ids, "valid": class_ids != 255}
+
+
+def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_size: int, seed: int) -> float:
+    """Train; returns the mean loss of the last epoch."""
+    rng = np.random.default_rng(seed)
+    steps_per_epoch = -(-data.num_images // batch_size)
+    groups: list[dict[str, Any]] = [{"params": list(segmenter.mask_decoder.parameters()), "lr": row.lr}]
+    if row.encoder_lr:
+        segmenter.sam.image_encoder.requires_grad_(True)
+        groups.append({"params": list(segmenter.sam.image_encoder.parameters()), "lr": row.encoder_lr})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    total = steps_per_epoch * epochs
+    scheduler = build_scheduler(optimizer, "cosine", total_steps=total, warmup_steps=steps_per_epoch)
+    parameters = [p for group in groups for p in group["params"]]
+    num_views = len(data.labels) // data.num_images
+    segmenter.train()
+    mean = 0.0
+    progress = tqdm(range(epochs), desc=row.change, unit="epoch")
+    for _ in progress:
+        losses = []
+        for chosen in torch.from_numpy(rng.permutation(data.num_images)).split(batch_size):
+            view = torch.from_numpy(rng.integers(num_views, size=len(chosen)))
+            indexes = view * data.num_images + chosen
+            batch = {"labels": data.labels[indexes], "valid": torch.ones(len(chosen), dtype=torch.bool)}
+            if isinstance(segmenter, BoxSegmenter):
+                batch |= box_prompts(batch["labels"], rng)
+            if row.encoder_lr:
+                features = segmenter._encode(segmenter.sam.preprocess(data.images[indexes].float()))
+            else:
+                features = data.batch(indexes)
+            outputs = segmenter(features, *(batch[key] for key in segmenter.PROMPTS))
+            parts = segmenter.losses(outputs, batch)
+            loss = (torch.stack(list(parts.values())).sum(dim=0) * batch["valid"]).sum() / batch["valid"].sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+        mean = float(np.mean(losses))
+        progress.set_postfix(loss=f"{mean:.4f}")
+    return mean
+
+
+@torch.no_grad()
+def score(segmenter: Segmenter, data: Split) -> Tensor:
+    """The confusion matrix over a split, with oracle boxes in boxed mode."""
+    segmenter.eval()
+    confusion = ConfusionMatrix()
+    for i, label in enumerate(data.labels):
+        features = data.batch(torch.tensor([i]))
+        class_ids, prompts = torch.arange(NUM_CLASSES), []
+        if segmenter.PROMPTS:
+            present, boxes = class_boxes(label.numpy())
+            class_ids, prompts = torch.from_numpy(present), [torch.from_numpy(boxes).float()[None]]
+        masks = segmenter(features, *prompts)[0][0]
+        confusion.update(Prediction(masks, class_ids, segmenter.THRESHOLD).label_map(label.shape[-1]), label)
+    return confusion.matrix
+
+
+def get_args_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    flag = parser.add_flag
+    flag("data", type=Path, required=True, help="output of pre_bdd100k.py with train and val, as uint8")
+    flag("sam_checkpoint", type=Path, required=True, help="a vit_tiny SAM")
+    rows = "; ".join(f"{name}: {row.change}" for name, row in ROWS.items())
+    flag("row", choices=list(ROWS), default="default", help=rows)
+    flag("epochs", type=cli.positive_int, default=30, help="passes over the data")
+    flag("batch_size", type=cli.positive_int, default=8, help="images a step")
+    flag("seed", type=cli.non_negative_int, default=0, help="of weights and order")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    row = ROWS[args.row]
+    train_source, val_source = NpyFolder(args.data / "train"), NpyFolder(args.data / "val")
+    torch.manual_seed(args.seed)
+    try:
+        sam = build_sam_vit_tiny(args.sam_checkpoint, image_size=train_source.image_size)
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
+    segmenter = row.build(sam)
+    if isinstance(segmenter, SemanticSegmenter) and row.balanced:
+        segmenter.balance_classes(train_source.class_pixels())
+    data = load_split(train_source, segmenter, mirror=row.mirror, encode=not row.encoder_lr)
+    started = time.monotonic()
+    loss = train(segmenter, data, row, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
+    seconds = time.monotonic() - started
+    matrix = score(segmenter, load_split(val_source, segmenter, mirror=False, encode=True))
+    result: dict[str, Any] = {
+        "row": args.row,
+        "change": row.change,
+        "seed": args.seed,
+        "epochs": args.epochs,
+        "miou": round(mean_iou(matrix), 4),
+        "train_loss": round(loss, 4),
+        "trained_parameters": sum(p.numel() for p in segmenter.parameters() if p.requires_grad),
+        "seconds": round(seconds),
+        "iou": [None if iou != iou else round(iou, 4) for iou in iou_per_class(matrix).tolist()],
+        "data": args.data.name,
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(get_args_parser().parse_args()))
