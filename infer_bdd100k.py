@@ -19,13 +19,11 @@ Several processes share an evaluation: torchrun --nproc_per_node=4 infer_bdd100k
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
@@ -38,15 +36,14 @@ from utils.checkpoint import ModelInfo
 from utils.dataset import BoxesByName, EvaluationDataset, NpyFolder, collate_evaluation, detected_prompts
 from utils.detections import read_detections
 from utils.errors import UserError
-from utils.files import atomic_write
-from utils.geometry import fitted_size, resize_image
-from utils.manifest import ManifestItem
-from utils.metrics import ConfusionMatrix, format_details, format_report, results_dict
+from utils.geometry import resize_image, unframe
+from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter, build_model
 from utils.pictures import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
 from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision
 from utils.prediction import Prediction, predict
-from utils.visualize import save_comparison, save_confusion_matrix
+from utils.report import write_report
+from utils.visualize import save_comparison, save_labels
 
 NUM_PICTURES = 20
 
@@ -119,13 +116,21 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
             labels = torch.from_numpy(read_mask(masks[item.name], item.height, item.width).copy())
         confusion.update(label_map, labels)
         if args.save_predictions:
-            save_prediction(args.output_dir, item.name, original)
+            save_labels(args.output_dir / "predictions" / f"{item.name}.png", original)
         if args.visualize and index < NUM_PICTURES:
-            image, target = source.read(index)
-            draw(args.output_dir / "visualizations" / f"{item.name}.png", image, target, original, item, info)
+            image, target = unframe(*source.read(index), item.height, item.width, info.resize_mode)
+            save_comparison(args.output_dir / "visualizations" / f"{item.name}.png", image, target, original)
     distributed.all_reduce_sum(confusion.matrix)
     if distributed.is_main():
-        report(confusion, args, boxes)
+        write_report(
+            args.output_dir,
+            confusion.matrix.cpu(),
+            model=str(args.model_checkpoint or f"{args.sam_checkpoint}, not fine-tuned"),
+            data=str(args.val_npy_path),
+            box_source="none" if boxes is None else "oracle" if boxes == "oracle" else str(args.boxes),
+            eval_size=args.eval_size,
+        )
+        print_folders(args)
     return 0
 
 
@@ -172,10 +177,9 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
                 labels = original_size(prediction, image.shape[0], image.shape[1], info)
                 sink.write(name, image, labels)
                 if args.save_predictions:
-                    save_prediction(args.output_dir, name, labels)
+                    save_labels(args.output_dir / "predictions" / f"{name}.png", labels)
     print(f"\nOverlays: {output}")
-    if args.save_predictions:
-        print(f"Train ids: {args.output_dir / 'predictions'}")
+    print_folders(args)
     for failure in failures:
         print(f"not segmented: {failure}")
     return 1 if failures else 0
@@ -276,70 +280,22 @@ def original_masks(args: argparse.Namespace, source: NpyFolder) -> dict[str, Pat
     return masks
 
 
-def make_folders(args: argparse.Namespace) -> None:
+def picture_folders(args: argparse.Namespace) -> dict[str, Path]:
     wanted = {"visualizations": args.visualize and not args.images, "predictions": args.save_predictions}
-    for folder in (args.output_dir, *(args.output_dir / name for name, wants in wanted.items() if wants)):
+    return {name: args.output_dir / name for name, wants in wanted.items() if wants}
+
+
+def print_folders(args: argparse.Namespace) -> None:
+    for name, folder in picture_folders(args).items():
+        print(f"{'Pictures' if name == 'visualizations' else 'Train ids'}: {folder}")
+
+
+def make_folders(args: argparse.Namespace) -> None:
+    for folder in (args.output_dir, *picture_folders(args).values()):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror}); give another --output_dir") from None
-
-
-def save_prediction(output_dir: Path, name: str, labels: np.ndarray) -> None:
-    """Write train ids as a single-channel PNG, as BDD100K's toolkit reads them (255 = no class)."""
-    _, png = cv2.imencode(".png", labels)
-    with atomic_write(output_dir / "predictions" / f"{name}.png") as file:
-        file.write(png.tobytes())
-
-
-def draw(
-    path: Path, image: np.ndarray, target: np.ndarray, prediction: np.ndarray, item: ManifestItem, info: ModelInfo
-) -> None:
-    """Write image, ground truth and prediction side by side, in the size of the original photograph.
-
-    Args:
-        image, target: of the S x S frame, as stored.
-        prediction: at the original size.
-    """
-    if image.dtype != np.uint8:
-        image = (image.astype(np.float32) * 255).round().astype(np.uint8)
-    height, width = fitted_size(item.height, item.width, info.image_size, info.resize_mode)
-
-    def unframed(pixels: np.ndarray, interpolation: int) -> np.ndarray:
-        return cv2.resize(pixels[:height, :width], (item.width, item.height), interpolation=interpolation)
-
-    save_comparison(
-        path, unframed(image, cv2.INTER_LINEAR), unframed(target, cv2.INTER_NEAREST_EXACT), prediction
-    )
-
-
-def report(confusion: ConfusionMatrix, args: argparse.Namespace, boxes: BoxesByName | Literal["oracle"] | None) -> None:
-    """Print the result and write it as text, JSON and a picture of the confusion matrix."""
-    matrix = confusion.matrix.cpu()
-    box_source = "none" if boxes is None else "oracle" if boxes == "oracle" else str(args.boxes)
-    size = {"frame": "in the preprocessed frame", "original": "at the original size"}[args.eval_size]
-    text = f"{format_report(matrix)}\n\n{format_details(matrix, box_source=box_source)}\nscored {size}\n"
-    results = {
-        "model": str(args.model_checkpoint or f"{args.sam_checkpoint}, not fine-tuned"),
-        "data": str(args.val_npy_path),
-        "boxes": box_source,
-        "eval_size": args.eval_size,
-        **results_dict(matrix),
-    }
-    print(f"\n{text}")
-    outputs = {
-        "evaluation_results.txt": text,
-        "evaluation_results.json": json.dumps(results, indent=1, ensure_ascii=False) + "\n",
-    }
-    for name, content in outputs.items():
-        with atomic_write(args.output_dir / name) as file:
-            file.write(content.encode())
-    save_confusion_matrix(args.output_dir / "confusion_matrix.png", matrix.numpy())
-    print(f"Results: {', '.join(str(args.output_dir / name) for name in [*outputs, 'confusion_matrix.png'])}")
-    if args.visualize:
-        print(f"Pictures: {args.output_dir / 'visualizations'}")
-    if args.save_predictions:
-        print(f"Train ids: {args.output_dir / 'predictions'}")
 
 
 if __name__ == "__main__":

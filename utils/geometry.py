@@ -60,6 +60,28 @@ def resize_mask(mask: np.ndarray, image_size: int, resize_mode: str) -> np.ndarr
     return frame
 
 
+def unframe(
+    image: np.ndarray, mask: np.ndarray, height: int, width: int, resize_mode: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bring an image and a mask of the frame back to the original size, to be looked at.
+
+    Args:
+        image: (S, S, 3), uint8, or floating in [0, 1].
+        mask: (S, S) uint8.
+
+    Returns:
+        (height, width, 3) uint8 and (height, width) uint8.
+    """
+    if image.dtype != np.uint8:
+        image = (image.astype(np.float32) * 255).round().astype(np.uint8)
+    rows, columns = fitted_size(height, width, image.shape[0], resize_mode)
+    size = (width, height)
+    return (
+        cv2.resize(image[:rows, :columns], size, interpolation=cv2.INTER_LINEAR),
+        cv2.resize(mask[:rows, :columns], size, interpolation=cv2.INTER_NEAREST_EXACT),
+    )
+
+
 def restore(logits: torch.Tensor, height: int, width: int, resize_mode: str) -> torch.Tensor:
     """Bring logits of the frame back to the original size of the picture, for an argmax or a threshold there.
 

@@ -75,6 +75,13 @@ def legend_entries(*label_maps: np.ndarray) -> list[tuple[str, tuple[int, int, i
     return entries
 
 
+def save_labels(path: Path, labels: np.ndarray) -> None:
+    """Write a label map, (H, W) uint8, as the single-channel PNG of train ids that BDD100K's toolkit reads."""
+    _, png = cv2.imencode(".png", labels)
+    with atomic_write(path) as file:
+        file.write(png.tobytes())
+
+
 def save_comparison(path: Path, image: np.ndarray, target: np.ndarray | None, prediction: np.ndarray) -> None:
     """Write one PNG: image, ground truth and prediction side by side, above a legend of the classes that occur.
 
