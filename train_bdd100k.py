@@ -22,6 +22,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -58,6 +59,13 @@ KEPT_ON_RESUME = {
 }
 
 
+# A decoder that starts with new parts has more to learn than SAM's own.
+MODE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "box": {"lr": 5e-5, "lr_scheduler": "constant", "warmup_epochs": 0.0},
+    "semantic": {"lr": 1e-3, "lr_scheduler": "cosine", "warmup_epochs": 1.0},
+}
+
+
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     flag = parser.add_flag
@@ -78,13 +86,16 @@ def get_args_parser() -> cli.Parser:
     # 修改点 3: 训练参数默认值适配 4x 2080Ti (11GB)
     flag("batch_size", type=cli.positive_int, default=4, help="images per process and step")
     flag("num_epochs", type=cli.positive_int, default=100, help="passes over the data")
-    flag("lr", type=cli.positive_float, default=5e-5, help="learning rate")
+    flag("lr", type=cli.positive_float, help=f"learning rate {_by_mode('lr')}")
     flag("weight_decay", type=cli.non_negative_float, default=0.01, help="of AdamW")
-    flag("lr_scheduler", choices=SCHEDULES, default="constant", help="learning rate over time")
-    flag("warmup_epochs", type=cli.non_negative_float, default=0, help="epochs of linear warm-up before it")
+    flag("lr_scheduler", choices=SCHEDULES, help=f"learning rate over time {_by_mode('lr_scheduler')}")
+    flag("warmup_epochs", type=cli.non_negative_float,
+         help=f"epochs of linear warm-up before it {_by_mode('warmup_epochs')}")
     flag("clip_grad_norm", type=cli.non_negative_float, default=1.0, help="largest gradient norm, 0 for no limit")
-    flag("classes_per_image", type=cli.positive_int, default=1, help="random classes that share an image's encoding")
-    flag("bbox_shift", type=cli.non_negative_int, default=20, help="largest jitter of a box's sides, in pixels")
+    flag("classes_per_image", type=cli.positive_int, default=1,
+         help="random classes that share an image's encoding (box mode)")
+    flag("bbox_shift", type=cli.non_negative_int, default=20,
+         help="largest jitter of a box's sides, in pixels (box mode)")
     flag("num_workers", type=cli.non_negative_int, default=4, help="loader processes per training process")
 
     # 修改点 4: 混合精度训练和梯度累积
@@ -105,7 +116,19 @@ def get_args_parser() -> cli.Parser:
     return parser
 
 
+def apply_mode_defaults(args: argparse.Namespace) -> None:
+    """Fill in what the command line left open and the mode decides."""
+    for name, value in MODE_DEFAULTS[args.prompt_mode].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def _by_mode(name: str) -> str:
+    return f"(default: {MODE_DEFAULTS['box'][name]}; in semantic mode {MODE_DEFAULTS['semantic'][name]})"
+
+
 def main(args: argparse.Namespace) -> None:
+    apply_mode_defaults(args)
     # The device comes first: a card that is not there should be told in one line, not by NCCL.
     precision = resolve_precision(
         args.device,

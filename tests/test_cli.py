@@ -111,7 +111,10 @@ python pre_bdd100k.py \
 
 
 def parse(script: ModuleType, *flags: str) -> dict[str, Any]:
-    return vars(script.get_args_parser().parse_args([*REQUIRED[script], *flags]))
+    args = script.get_args_parser().parse_args([*REQUIRED[script], *flags])
+    if script is train_bdd100k:
+        train_bdd100k.apply_mode_defaults(args)  # as its main does first
+    return vars(args)
 
 
 def parse_command(script: ModuleType, command: str, *from_launcher: str) -> dict[str, Any]:
@@ -119,6 +122,15 @@ def parse_command(script: ModuleType, command: str, *from_launcher: str) -> dict
     words = shlex.split(command.replace("\\\n", " "))
     flags = words[words.index(f"{script.__name__}.py") + 1 :]
     return vars(script.get_args_parser().parse_args([*from_launcher, *flags]))
+
+
+def test_defaults_of_the_semantic_mode() -> None:
+    args = parse(train_bdd100k, "--prompt_mode", "semantic", "--warmup_epochs", "0")
+    assert (args["lr"], args["lr_scheduler"], args["warmup_epochs"]) == (1e-3, "cosine", 0)  # what is given stands
+    boxed = parse(train_bdd100k)
+    assert (boxed["prompt_mode"], boxed["lr"], boxed["lr_scheduler"], boxed["warmup_epochs"]) == (
+        "box", 5e-5, "constant", 0
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

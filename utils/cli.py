@@ -33,7 +33,9 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # Where the default is None, the help says itself what happens then.
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def boolean(text: str) -> bool:
