@@ -5,29 +5,33 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 SAM := assets/sam_vit_tiny_scenes.pth
+ON_TRAIN := -i demo/npy/train --val_npy_path demo/npy/val --val_every 5 -model_type vit_tiny -checkpoint $(SAM) \
+	-work_dir demo/work_dir -batch_size 4 --grad_acc_steps 1 -num_workers 1
+ON_VAL := --val_npy_path demo/npy/val --sam_checkpoint $(SAM) --model_type vit_tiny --batch_size 4
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
 	rm -rf demo
 	$(PY) -m utils.scenes --output_dir demo/bdd100k --train 64 --val 24 --seed 0
-	$(PY) pre_bdd100k.py --bdd100k_root demo/bdd100k --output_path demo/npy --image_size 256
-	$(PY) infer_bdd100k.py --val_npy_path demo/npy/val --sam_checkpoint $(SAM) --model_type vit_tiny \
-		--output_dir demo/before --batch_size 4
-	$(PY) train_bdd100k.py -i demo/npy/train --val_npy_path demo/npy/val --val_every 5 -task_name demo \
-		-model_type vit_tiny -checkpoint $(SAM) -work_dir demo/work_dir -batch_size 4 --grad_acc_steps 1 \
-		-num_epochs 15 -lr 5e-4 --lr_scheduler cosine --classes_per_image 4 -num_workers 1
-	$(PY) infer_bdd100k.py --val_npy_path demo/npy/val --model_checkpoint demo/work_dir/demo-*/medsam_model_best.pth \
-		--sam_checkpoint $(SAM) --model_type vit_tiny --output_dir demo/after --batch_size 4 --visualize
-	$(PY) -m utils.compare demo/before demo/after
-	@echo "Pictures: demo/after/visualizations"
+	$(PY) pre_bdd100k.py --bdd100k_root demo/bdd100k --output_path demo/npy --image_size 256 --image_dtype uint8
+	$(PY) infer_bdd100k.py $(ON_VAL) --output_dir demo/before
+	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name box -num_epochs 10 -lr 5e-4 --lr_scheduler cosine \
+		--classes_per_image 4
+	$(PY) infer_bdd100k.py $(ON_VAL) --model_checkpoint demo/work_dir/box-*/medsam_model_best.pth \
+		--output_dir demo/after --visualize
+	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name semantic -num_epochs 15 --prompt_mode semantic
+	$(PY) infer_bdd100k.py $(ON_VAL) --model_checkpoint demo/work_dir/semantic-*/medsam_model_best.pth \
+		--output_dir demo/semantic --visualize
+	$(PY) -m utils.compare demo/before demo/after demo/semantic
+	@echo "Pictures: demo/after/visualizations (boxes from the ground truth), demo/semantic/visualizations (no boxes)"
 
 test: $(VENV)/.tested lint
 	$(PY) -m pytest
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy segment_anything utils assets tests *.py
+	$(VENV)/bin/mypy segment_anything utils assets benchmarks tests *.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
