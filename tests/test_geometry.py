@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.geometry import PAD_COLOR, fitted_size, resize_image, resize_mask, restore
+from utils.geometry import PAD_COLOR, fitted_size, resize_image, resize_mask, restore, unframe
 
 
 @pytest.mark.parametrize(
@@ -135,3 +135,21 @@ def test_there_and_back(mode, shape):
     frame = torch.from_numpy(resize_mask(mask, 192, mode)).long()
     logits = torch.stack([(frame == label).float() for label in range(3)])
     assert torch.equal(restore(logits, shape[0], shape[1], mode).argmax(0), torch.from_numpy(mask).long())
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_unframe_crops_the_padding_and_comes_back_to_the_size(dtype):
+    # 2 x 4 in a frame of 4: the upper half is the picture, blue on the left and red on the right.
+    image = np.zeros((4, 4, 3), np.uint8)
+    image[:2, :2, 2] = image[:2, 2:, 0] = 200
+    image[2:] = 77
+    mask = np.full((4, 4), 255, np.uint8)
+    mask[:2, :2], mask[:2, 2:] = 3, 5
+    stored = image if dtype == "uint8" else image.astype(np.float32) / 255
+    picture, labels = unframe(stored, mask, 2, 4, "pad")
+    assert picture.dtype == labels.dtype == np.uint8
+    assert picture.tolist() == image[:2].tolist()
+    assert labels.tolist() == [[3, 3, 5, 5]] * 2
+    picture, labels = unframe(stored, mask, 20, 40, "pad")
+    assert picture.shape == (20, 40, 3) and 77 not in picture
+    assert labels[:, :20].tolist() == [[3] * 20] * 20

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from utils import visualize
 from utils.bdd100k import CLASSES, PALETTE
@@ -90,6 +91,14 @@ def test_overlay_of_unlike_sizes_or_types_is_an_error() -> None:
                                   (image(4, 6), labels.astype(np.int64))):
         with pytest.raises(ValueError, match="uint8"):
             overlay(bad_image, bad_labels)
+
+
+def test_saved_labels_are_one_channel_of_the_very_values(tmp_path: Path) -> None:
+    labels = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    visualize.save_labels(tmp_path / "x.png", labels)
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.mode == "L"
+        assert np.array_equal(np.asarray(image), labels)
 
 
 def test_legend_names_what_occurs_in_any_map() -> None:
