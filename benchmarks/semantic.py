@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -83,13 +82,18 @@ class PlainTokens(SemanticSegmenter):
         return (masks.unflatten(2, upscaled.shape[-2:]),)
 
 
-class FullResolutionLoss(SemanticSegmenter):
-    """The loss at the labels' own resolution."""
+class CoarseLoss(SemanticSegmenter):
+    """The loss at every fourth pixel, the resolution of the logits."""
 
     def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        size = batch["labels"].shape[-2:]
-        logits = F.interpolate(outputs[0], size, mode="bilinear", align_corners=False)
-        return semantic_losses(logits, batch["labels"], self.class_weights)
+        return semantic_losses(outputs[0], batch["labels"], self.class_weights, stride=4)
+
+
+class FineLoss(SemanticSegmenter):
+    """The loss at every pixel."""
+
+    def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return semantic_losses(outputs[0], batch["labels"], self.class_weights, stride=1)
 
 
 def with_blocks(indexes: list[int] | None) -> Callable[[Sam], SemanticSegmenter]:
@@ -141,13 +145,16 @@ ROWS = {
     "last-block": Row("one block joined in: the last", with_blocks([7])),
     "first-two-blocks": Row("two blocks joined in: the first two with global attention", with_blocks([1, 3])),
     "all-blocks": Row("all eight blocks joined in", with_blocks(None)),
+    "shallow-stem": Row("a stem without residual blocks", lambda sam: SemanticSegmenter(sam, stem_blocks=0)),
+    "deep-stem": Row("a stem of six residual blocks", lambda sam: SemanticSegmenter(sam, stem_blocks=6)),
     "alike": Row("tokens start as SAM's, without noise", alike),
     "from-nothing": Row("tokens and hypernetworks start random", from_nothing),
     "unbalanced": Row("no class weights", balanced=False),
     "no-mirror": Row("no mirror images", mirror=False),
     "lr-3e-4": Row("learning rate 3e-4", lr=3e-4),
     "lr-3e-3": Row("learning rate 3e-3", lr=3e-3),
-    "full-resolution-loss": Row("the loss at S x S, not at S/4 x S/4", FullResolutionLoss),
+    "coarse-loss": Row("the loss at every fourth pixel", CoarseLoss),
+    "fine-loss": Row("the loss at every pixel", FineLoss),
 }
 
 

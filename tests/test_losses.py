@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from monai.losses import DiceLoss
 
 from utils.losses import class_weights, prompt_losses, semantic_losses
@@ -140,22 +141,24 @@ def test_class_weights_by_hand() -> None:
     torch.testing.assert_close(weights, torch.tensor([0.9**-0.5 / mean, 0.1**-0.5 / mean, 0.0]))
 
 
-def test_semantic_losses_equal_a_slow_oracle() -> None:
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_semantic_losses_equal_a_slow_oracle(stride: int) -> None:
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(0, 4, (3, 24, 24), generator=generator, dtype=torch.uint8)
     labels[torch.rand(labels.shape, generator=generator) < 0.3] = 255
     labels[2] = 255  # an image that has nothing to teach
-    logits = torch.randn(3, 5, 6, 6, generator=generator) * 2  # class 4 occurs nowhere
+    low_res = torch.randn(3, 5, 6, 6, generator=generator) * 2  # class 4 occurs nowhere
     weights = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0])
-    losses = semantic_losses(logits, labels, weights)
+    losses = semantic_losses(low_res, labels, weights, stride=stride)
+    logits = F.interpolate(low_res.double(), (24, 24), mode="bilinear", align_corners=False)
     for b in range(2):
         ce, overlap, square_p, square_t = [], np.zeros(5), np.zeros(5), np.zeros(5)
-        for y in range(6):
-            for x in range(6):
-                target = int(labels[b, 4 * y + 2, 4 * x + 2])  # the middle of the logit's 4 x 4 labels
+        for y in range(stride // 2, 24, stride):
+            for x in range(stride // 2, 24, stride):
+                target = int(labels[b, y, x])
                 if target == 255:
                     continue
-                p = torch.softmax(logits[b, :, y, x].double(), dim=0).numpy()
+                p = torch.softmax(logits[b, :, y, x], dim=0).numpy()
                 ce.append(float(weights[target]) * -math.log(p[target]))
                 truth = np.eye(5)[target]
                 overlap, square_p, square_t = overlap + p * truth, square_p + p**2, square_t + truth

@@ -65,23 +65,26 @@ def class_weights(pixels: Tensor) -> Tensor:
     return (weights / (weights * frequency).sum()).float()
 
 
-def semantic_losses(low_res_masks: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def semantic_losses(
+    low_res_masks: Tensor, labels: Tensor, weights: Tensor, *, stride: int = 2
+) -> dict[str, Tensor]:
     """Weighted cross-entropy and Dice of a semantic map, the latter a mean over the classes that occur in the image.
 
-    At the resolution of the logits, against the label at the middle of each of their pixels: 16 times less work than at
-    the labels' own, for the same result (docs/RESULTS.md). Pixels of value 255 count in neither.
+    Logits are upsampled to the labels' size, and compared with them at every second pixel of both axes, which is twice
+    as fine as the logits and a quarter of the work. Pixels of value 255 count in neither.
 
     Args:
         low_res_masks: B x C x h x w logits.
-        labels: B x S x S uint8, S a multiple of h = w.
+        labels: B x S x S uint8.
         weights: of the C classes in the cross-entropy.
+        stride: pixels from one that is compared to the next.
 
     Returns:
         "ce" and "dice", each B float32; 0 for an image without a labelled pixel.
     """
-    stride = labels.shape[-1] // low_res_masks.shape[-1]
-    labels = labels[:, stride // 2 :: stride, stride // 2 :: stride]  # B x h x w
-    logits = low_res_masks.float()
+    logits = F.interpolate(low_res_masks.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
+    compared = slice(stride // 2, None, stride)
+    logits, labels = logits[..., compared, compared], labels[..., compared, compared]
     labelled = labels != IGNORE_LABEL
     target = torch.where(labelled, labels, 0).long()
     log_probabilities = logits.log_softmax(dim=1)

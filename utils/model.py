@@ -114,11 +114,12 @@ class SemanticSegmenter(Segmenter):
 
     class_weights: Tensor
 
-    def __init__(self, sam: Sam, *, feature_blocks: Sequence[int] | None = None) -> None:
+    def __init__(self, sam: Sam, *, feature_blocks: Sequence[int] | None = None, stem_blocks: int = 3) -> None:
         """
         Args:
             feature_blocks: encoder blocks whose outputs are joined in; None for those that attend over the whole image,
                 each of which ends a stage of the encoder.
+            stem_blocks: see `SemanticDecoder`.
         """
         super().__init__(sam)
         encoder = sam.image_encoder
@@ -130,6 +131,7 @@ class SemanticSegmenter(Segmenter):
             no_mask_embedding=sam.prompt_encoder.no_mask_embed.weight,
             num_classes=NUM_CLASSES,
             feature_channels=[encoder.embed_dim] * len(self.feature_blocks),
+            stem_blocks=stem_blocks,
         )
         self.register_buffer("class_weights", torch.ones(NUM_CLASSES), persistent=False)
 

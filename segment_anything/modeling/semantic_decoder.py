@@ -31,6 +31,7 @@ class SemanticDecoder(nn.Module):
         no_mask_embedding: Tensor,
         num_classes: int,
         feature_channels: Sequence[int],
+        stem_blocks: int,
         detail_channels: int = 32,
     ) -> None:
         """
@@ -38,6 +39,7 @@ class SemanticDecoder(nn.Module):
             mask_decoder: its transformer and upscaling become part of this module; its IoU head is of no use here.
             no_mask_embedding: 1 x C, SAM's dense embedding of no prompt.
             feature_channels: channels of each feature map of the encoder that is joined in.
+            stem_blocks: residual blocks of the stem.
             detail_channels: channels beside the C/8 of SAM's upscaling.
         """
         super().__init__()
@@ -52,6 +54,7 @@ class SemanticDecoder(nn.Module):
             nn.Conv2d(dim, dim, kernel_size=3, padding=1),
             LayerNorm2d(dim),
             nn.GELU(),
+            *(ConvBlock(dim) for _ in range(stem_blocks)),
         )
         self.detail_upscaling = nn.Sequential(
             nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2),
@@ -89,6 +92,20 @@ class SemanticDecoder(nn.Module):
         upscaled = torch.cat([upscaled, self.detail_upscaling(stem)], dim=1)  # B x (C/8 + detail_channels) x 4H x 4W
         weights = self.output_hypernetworks(tokens)  # B x num_classes x (C/8 + detail_channels)
         return (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+
+
+class ConvBlock(nn.Module):
+    """The residual block of ConvNeXt (Liu et al., 2022, arXiv 2201.03545), B x C x H x W -> the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.spatial = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
+        self.norm = LayerNorm2d(channels)
+        self.lin1 = nn.Conv2d(channels, 4 * channels, kernel_size=1)
+        self.lin2 = nn.Conv2d(4 * channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.lin2(F.gelu(self.lin1(self.norm(self.spatial(x)))))
 
 
 class ClassMLPs(nn.Module):
