@@ -211,10 +211,13 @@ def next_command(output: Path, manifests: dict[str, Manifest]) -> str | None:
     train = next((name for name in ("train", *usable) if name in usable and name not in ("val", "test")), None)
     if train is None:
         return None
+    model = "-model_type vit_b -checkpoint work_dir/SAM/sam_vit_b_01ec64.pth"
+    if manifests[train].image_size <= 256:  # what the built-in model was made for, and too little for SAM's
+        model = "-model_type vit_tiny -checkpoint assets/sam_vit_tiny_scenes.pth"
     lines = [
         f"python train_bdd100k.py -i {shlex.quote(str(output / train))} -task_name BDD100K-SAM-MaskDecoder",
-        "-model_type vit_b -checkpoint work_dir/SAM/sam_vit_b_01ec64.pth -work_dir ./work_dir",
-        "-batch_size 4 -num_epochs 100 -lr 5e-5 -use_amp --grad_acc_steps 4 --device cuda:0",
+        f"{model} -work_dir ./work_dir",
+        "-batch_size 4 -num_epochs 100 -lr 5e-5 -use_amp --grad_acc_steps 4",
     ]
     if "val" in usable:
         lines.append(f"--val_npy_path {shlex.quote(str(output / 'val'))}")

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from segment_anything import CheckpointError, build_sam_vit_tiny
+from segment_anything.build_sam import CONFIGS
 from segment_anything.modeling import Sam
 from utils import cli
 from utils.bdd100k import IGNORE_LABEL
@@ -42,6 +43,7 @@ from utils.scenes import draw_scene
 
 OTHER = 254  # a pixel of a thing that was not asked for
 MIN_PIXELS = 24  # smaller things are specks at this size
+IMAGE_SIZE = CONFIGS["vit_tiny"].image_size
 SEED = 1_000_003  # far from the seeds of the demo and the tests
 
 
@@ -78,8 +80,9 @@ def read(source: NpyFolder, index: int) -> tuple[np.ndarray, np.ndarray]:
 
 def make_sample(
     image: np.ndarray, instances: np.ndarray, num_prompts: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The image, mirrored half of the time; Q things of it as labels 0..Q-1, the rest `OTHER`; their jittered boxes.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The image, mirrored half of the time; Q things of it as labels 0..Q-1, the rest `OTHER`; their jittered boxes;
+    and which of the Q prompts stand for a thing, as there may be fewer.
 
     Where nothing is labelled (instance 0) nothing is learned.
     """
@@ -93,7 +96,7 @@ def make_sample(
         mask = instances == instance
         labels[mask] = i
         boxes[i] = jitter_boxes(mask_box(mask)[None], len(image), 20, rng)[0]
-    return image, labels, boxes
+    return image, labels, boxes, np.arange(num_prompts) < len(chosen)
 
 
 def train_step(sam: Sam, images: Tensor, labels: Tensor, boxes: Tensor) -> dict[str, Tensor]:
@@ -112,6 +115,12 @@ def train_step(sam: Sam, images: Tensor, labels: Tensor, boxes: Tensor) -> dict[
     return prompt_losses(low_res_masks[:, :, 0], iou_predictions[:, :, 0], labels[:, ::2, ::2], class_ids)
 
 
+def mean_loss(losses: dict[str, Tensor], valid: Tensor) -> Tensor:
+    """The mean over the prompts that stand for something, B x Q bool; 0 where none does."""
+    total = losses["dice"] + losses["bce"] + losses["iou"]
+    return (total * valid).sum() / valid.sum().clamp(min=1)
+
+
 def load_sam(init: Path | None) -> Sam:
     try:
         return build_sam_vit_tiny(init).train()
@@ -125,6 +134,9 @@ def main(args: argparse.Namespace) -> None:
     sam = load_sam(args.init)
     if args.data:
         source = NpyFolder(args.data)
+        if source.image_size != IMAGE_SIZE:
+            raise UserError(f"{args.data}: is of image size {source.image_size}, but vit_tiny's encoder takes "
+                            f"{IMAGE_SIZE}; preprocess with --image_size {IMAGE_SIZE}")
         scenes = [read(source, index) for index in tqdm(range(len(source.items)), desc="reading", unit="image")]
     else:
         with tqdm(total=args.num_scenes, desc="drawing", unit="scene") as bar:
@@ -137,9 +149,8 @@ def main(args: argparse.Namespace) -> None:
     for step in progress:
         chosen = rng.integers(len(scenes), size=args.batch_size)
         samples = [make_sample(scenes[i][0], scenes[i][1], args.num_prompts, rng) for i in chosen]
-        images, labels, boxes = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
-        losses = train_step(sam, images.permute(0, 3, 1, 2), labels, boxes)
-        loss = (losses["dice"] + losses["bce"] + losses["iou"]).mean()
+        images, labels, boxes, valid = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
+        loss = mean_loss(train_step(sam, images.permute(0, 3, 1, 2), labels, boxes), valid)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(sam.parameters(), 1.0)

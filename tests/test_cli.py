@@ -200,6 +200,8 @@ def test_inference_command_of_the_specification() -> None:
         (train_bdd100k, "-lr", "-1", "above 0, got -1"),
         (train_bdd100k, "-lr", "nan", "above 0, got nan"),
         (train_bdd100k, "-weight_decay", "inf", "at least 0, got inf"),
+        (train_bdd100k, "--seed", str(2**70), f"at most {2**63 - 1}, got {2**70}"),
+        (train_bdd100k, "--bbox_shift", str(10**20), f"at most {2**31 - 1}, got {10**20}"),
         (train_bdd100k, "-model_type", "vit_x", "'vit_x'"),
         (train_bdd100k, "-use_amp", "maybe", "True or False, got 'maybe'"),
         (train_bdd100k, "-no_such_flag", "1", "-no_such_flag"),

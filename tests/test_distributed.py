@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import train_bdd100k
-from utils import checkpoint
+from utils import checkpoint, distributed
 
 REPOSITORY = Path(train_bdd100k.__file__).parent
 
@@ -46,6 +46,7 @@ def launch(sam_file: Path, npy: Path) -> Launch:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Best model:") == 1  # only the first process speaks
+        assert "broadcast_buffers" not in done.stderr  # PyTorch deprecated it
         (folder,) = work_dir.iterdir()  # and only it makes a folder
         return folder
 
@@ -112,3 +113,25 @@ def test_evaluation_in_two_processes_equals_one_exactly(
     (several,) = log_of(launch("torch.distributed.run", tmp_path / "2", *flags))
     (single,) = log_of(train(tmp_path / "1", *flags))
     assert several["val_miou"] == single["val_miou"] > 0
+
+
+def test_buffers_are_broadcast_once_an_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    cpu = torch.device("cpu")
+    distributed.setup(requested=True, world_size=1, node_rank=None, init_method="env://", device=cpu)
+    try:
+        module = torch.nn.Linear(2, 1)
+        module.register_buffer("constant", torch.ones(1))
+        model = distributed.wrap(module, cpu)
+        steps: list[int] = []
+        broadcasts: list[int] = []
+        monkeypatch.setattr(model, "_sync_buffers", lambda: broadcasts.append(steps[-1]))
+        for step in range(6):
+            steps.append(step)
+            with distributed.sync_gradients(model, enabled=step % 3 == 2):
+                model(torch.ones(1, 2)).sum().backward()
+    finally:
+        distributed.cleanup()
+    assert broadcasts == [0, 3]

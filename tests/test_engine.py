@@ -52,7 +52,17 @@ def flat(model: Segmenter) -> Tensor:
     return torch.cat([p.detach().flatten().double() for p in model.mask_decoder.parameters()])
 
 
-def train(model: Segmenter, loader: Any, *, grad_acc_steps: int = 1, clip: float = 0, epoch: int = 0) -> dict:
+def train(
+    model: Segmenter,
+    loader: Any,
+    *,
+    grad_acc_steps: int = 1,
+    clip: float = 0,
+    epoch: int = 0,
+    scaler: torch.amp.GradScaler | None = None,
+    precision: Precision = CPU,
+    schedule: str = "constant",
+) -> dict:
     """One epoch of plain gradient descent, in which a step is the gradient itself.
 
     Adam would divide it by its own size, and blow the rounding errors of vanishing gradients up to full steps.
@@ -62,9 +72,9 @@ def train(model: Segmenter, loader: Any, *, grad_acc_steps: int = 1, clip: float
         model,
         loader,
         optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, "constant", total_steps=1, warmup_steps=0),
-        scaler=CPU.grad_scaler(),
-        precision=CPU,
+        scheduler=build_scheduler(optimizer, schedule, total_steps=4, warmup_steps=0),
+        scaler=scaler or CPU.grad_scaler(),
+        precision=precision,
         grad_acc_steps=grad_acc_steps,
         clip_grad_norm=clip,
         epoch=epoch,
@@ -167,3 +177,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(model: S
     assert "weights were not touched" in str(error.value)
     for key, value in weights(model).items():
         assert torch.equal(value, before[key]), key
+
+
+def test_a_step_that_overflows_fp16_is_skipped_and_counted(
+    sam_file: Path, dataset: Callable[..., BoxPromptDataset]
+) -> None:
+    batch = default_collate([dataset(2)[0]])
+    model, start = fresh(sam_file), flat(fresh(sam_file))
+    # Of the second scale, 1, no gradient overflows: what was skipped does not spoil the step that follows it.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-40)
+    options: dict[str, Any] = {"scaler": scaler, "precision": Precision(CPU.device, torch.float16)}
+    skipped = train(model, [batch], clip=1, schedule="cosine", **options)
+    assert (skipped["optimizer_steps"], skipped["skipped_steps"]) == (0, 1)
+    assert skipped["lr"] == 0.1  # the schedule waits
+    assert torch.equal(flat(model), start)
+    assert skipped["loss"] == pytest.approx(train(fresh(sam_file), [batch])["loss"], rel=0.02)
+
+    taken = train(model, [batch], clip=1, schedule="cosine", **options)
+    assert (taken["optimizer_steps"], taken["skipped_steps"]) == (1, 0)
+    assert taken["lr"] < 0.1 and not torch.equal(flat(model), start)

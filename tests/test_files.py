@@ -1,5 +1,8 @@
 """Files that are whole or absent."""
 
+import tracemalloc
+import warnings
+
 import numpy as np
 import pytest
 
@@ -63,3 +66,39 @@ def test_check_npy(tmp_path):
     np.save(path, np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="pickled objects"):
         check_npy(path, (1,), "uint8")
+
+
+def test_any_byte_of_a_header_may_be_damaged(tmp_path):
+    path, shape, dtype = tmp_path / "a.npy", (16, 16, 3), "float32"
+    np.save(path, np.zeros(shape, dtype))
+    whole = path.read_bytes()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for position in range(whole.index(b"\n")):
+            for value in b"\0(\\":
+                path.write_bytes(whole[:position] + bytes([value]) + whole[position + 1 :])
+                try:
+                    check_npy(path, shape, dtype)
+                except UserError:
+                    continue
+                assert (np.load(path) == np.zeros(shape, dtype)).all()  # what is let through can be read
+    assert not warned
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\x01\x00\x76\x00" + b"{'descr': '|u1', 'fortran_order': False, 'shape': (999999999, 999999999), }".ljust(118),
+        b"\x02\x00\xf0\xff\xff\xff{}",  # a header of 4 GiB
+        b"\x09\x09\xf0\xff\xff\xff{}",
+    ],
+)
+def test_a_header_that_claims_much_costs_no_memory(tmp_path, header):
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"\x93NUMPY" + header)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"a\.npy: (damaged|expected)"):
+        check_npy(path, (16, 16), "uint8")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20

@@ -131,8 +131,8 @@ def test_wandb_that_does_not_let_us_in(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("asked", "package", "said"),
     [
-        ("wandb", "wandb", "-use_wandb needs Weights & Biases: pip install wandb"),
-        ("tensorboard", "tensorboard", "--use_tensorboard needs TensorBoard: pip install tensorboard"),
+        ("wandb", "wandb", '-use_wandb needs Weights & Biases: pip install -e ".[log]"'),
+        ("tensorboard", "tensorboard", '--use_tensorboard needs TensorBoard: pip install -e ".[log]"'),
     ],
 )
 def test_a_package_that_is_not_installed(

@@ -180,6 +180,16 @@ def test_report(run, tmp_path):
     assert command[2:4] == ["-i", f"{tmp_path}/out/train"] and command[-2:] == ["--val_npy_path", f"{tmp_path}/out/val"]
 
 
+@pytest.mark.parametrize(
+    ("size", "model", "sam"),
+    [(32, "vit_tiny", "assets/sam_vit_tiny_scenes.pth"), (272, "vit_b", "work_dir/SAM/sam_vit_b_01ec64.pth")],
+)
+def test_the_next_command_can_be_pasted(run, size, model, sam):
+    said = run("--splits", "train", "--image_size", size)[1]
+    command = said[said.index("python train_bdd100k.py") :].replace("\\\n", " ").split()
+    assert f"-model_type {model} -checkpoint {sam}" in " ".join(command) and "--device" not in command
+
+
 # ---------------------------------------------------------------- bad input: one line, non-zero, the rest done
 
 
@@ -366,13 +376,19 @@ def pickled(path, image):
     np.save(path, np.array([{}], dtype=object), allow_pickle=True)
 
 
+def damaged_header(path, image):
+    data = bytearray(path.read_bytes())
+    data[10] = 0  # the brace: NumPy's own parser escapes with errors of the tokenizer
+    path.write_bytes(data)
+
+
 def newer_source(path, image):
     os.utime(image, (time.time() + 10,) * 2)
 
 
 @pytest.mark.parametrize("kind", ["imgs", "gts"])
 @pytest.mark.parametrize(
-    "spoil", [shorten, lengthen, empty, delete, of_other_dtype, of_other_shape, pickled, newer_source]
+    "spoil", [shorten, lengthen, empty, delete, of_other_dtype, of_other_shape, pickled, damaged_header, newer_source]
 )
 def test_what_is_not_whole_or_is_out_of_date_is_redone(run, data, tmp_path, spoil, kind):
     run("--splits", "train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -46,23 +47,29 @@ def boolean(text: str) -> bool:
     return value
 
 
-def number(kind: type, minimum: float, *, exclusive: bool = False) -> Callable[[str], Any]:
-    """A parser of finite `int` or `float` values of at least `minimum` (above it if `exclusive`)."""
+def number(
+    kind: type, minimum: float, *, maximum: float = math.inf, exclusive: bool = False
+) -> Callable[[str], Any]:
+    """A parser of finite `int` or `float` values from `minimum` (above it if `exclusive`) to `maximum`."""
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-        if not (minimum < value < float("inf") if exclusive else minimum <= value < float("inf")):
+        if not (minimum < value < math.inf if exclusive else minimum <= value < math.inf):
             raise argparse.ArgumentTypeError(f"must be {'above' if exclusive else 'at least'} {minimum}, got {text}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"must be at most {maximum}, got {text}")
         return value
 
     return parse
 
 
-positive_int = number(int, 1)
-non_negative_int = number(int, 0)
+# What fits the 32 and 64 bits that PyTorch and NumPy have for them.
+positive_int = number(int, 1, maximum=2**31 - 1)
+non_negative_int = number(int, 0, maximum=2**31 - 1)
+seed = number(int, 0, maximum=2**63 - 1)
 positive_float = number(float, 0, exclusive=True)
 non_negative_float = number(float, 0)
 

@@ -28,11 +28,14 @@ def setup(
         device: this process's own; the CPU takes gloo, a card NCCL.
 
     Raises:
-        UserError: no launcher, or one that contradicts the flags.
+        UserError: no launcher, or one that contradicts the flags, or the processes do not meet.
     """
     if not _launched():
         if requested or (world_size or 1) > 1:
             raise UserError(f"distributed training needs a launcher: {LAUNCH_HINT}")
+        if node_rank or init_method != "env://":
+            flag = f"--node_rank {node_rank}" if node_rank else f"--init_method {init_method}"
+            raise UserError(f"{flag} is for several processes, which need a launcher: {LAUNCH_HINT}")
         return
     actual = int(os.environ["WORLD_SIZE"])
     if world_size is not None and world_size != actual:
@@ -44,7 +47,12 @@ def setup(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=init_method, rank=int(os.environ["RANK"]), world_size=actual)
+    try:
+        dist.init_process_group(backend, init_method=init_method, rank=int(os.environ["RANK"]), world_size=actual)
+    except (ValueError, RuntimeError) as error:  # a variable is missing, no such method, nobody answers
+        reason = " ".join(str(error).split())
+        raise UserError(f"the processes cannot meet by --init_method {init_method} ({reason}); leave that flag out and "
+                        "start with torchrun, or unset RANK and WORLD_SIZE to run a single process") from None
 
 
 def _launched() -> bool:
@@ -105,9 +113,9 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """Wrap in DDP where there are several processes. Frozen parameters take no part in it."""
     if not dist.is_initialized():
         return model
-    return DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-    )
+    # Buffers are broadcast by default, at the first pass after each synchronised one, so once an optimizer step however
+    # many are accumulated. Ours are constants of a few MB: that is cheap, and the argument against it is deprecated.
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -45,46 +45,51 @@ def train_one_epoch(
     Raises:
         UserError: the loss is not finite; the weights are then as after the last good step.
     """
-    segmenter: Segmenter = distributed.unwrap(model)  # type: ignore[assignment]
+    parts: tuple[str, ...] = distributed.unwrap(model).LOSSES  # type: ignore[assignment]
     model.train()
-    totals = _StepSums(segmenter.LOSSES, precision.device)
+    totals = torch.zeros(len(parts) + 1, dtype=torch.float64, device=precision.device)  # as _StepSums.sums
     skipped = optimizer_steps = 0
     progress = tqdm(loader, desc=f"epoch {epoch}", unit="step", disable=not distributed.is_main(), leave=False)
     optimizer.zero_grad(set_to_none=True)
-    group = _StepSums(segmenter.LOSSES, precision.device)
+    group = _StepSums(parts, precision.device)
     for step, batch in enumerate(progress):
         # 修改点 8: 梯度累积：每 grad_acc_steps 步更新一次，末尾不足一组的也更新
         last_of_group = (step + 1) % grad_acc_steps == 0 or step + 1 == len(loader)
-        batch = {key: precision.to_device(v) if isinstance(v, Tensor) else v for key, v in batch.items()}
         with distributed.sync_gradients(model, enabled=last_of_group):
-            with precision.autocast():
-                features = segmenter.encode(precision.images(batch))
-                outputs = model(features, *(batch[key] for key in segmenter.PROMPTS))
-            loss_sum = group.add(segmenter.losses(outputs, batch), batch["valid"], batch["name"])
-            scaler.scale(loss_sum).backward()
+            _forward_backward(model, batch, group, scaler, precision)
         if not last_of_group:
             continue
 
         num_samples = group.reduce(f"epoch {epoch}, step {step + 1}")
         _normalise_gradients(model, optimizer, scaler, num_samples, clip_grad_norm)
-        scale_before = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if scaler.get_scale() < scale_before:  # a gradient overflowed fp16, and the scaler left the weights alone
-            skipped += 1
-        else:
+        if _step(optimizer, scaler):
             scheduler.step()
             optimizer_steps += 1
-        totals.merge(group)
-        progress.set_postfix(loss=f"{totals.means()['loss']:.4f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
-        group = _StepSums(segmenter.LOSSES, precision.device)
+        else:
+            skipped += 1
+        totals += group.sums
+        means = _means(parts, totals)
+        progress.set_postfix(loss=f"{means['loss']:.4f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
+        group = _StepSums(parts, precision.device)
     return {
-        **totals.means(),
+        **_means(parts, totals),
         "lr": float(scheduler.get_last_lr()[0]),
         "optimizer_steps": optimizer_steps,
         "skipped_steps": skipped,
     }
+
+
+def _forward_backward(
+    model: nn.Module, batch: dict[str, Any], group: _StepSums, scaler: torch.amp.GradScaler, precision: Precision
+) -> None:
+    """Add the gradient of a batch's summed loss, and the losses to `group`."""
+    segmenter: Segmenter = distributed.unwrap(model)  # type: ignore[assignment]
+    batch = {key: precision.to_device(v) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    with precision.autocast():
+        features = segmenter.encode(precision.images(batch))
+        outputs = model(features, *(batch[key] for key in segmenter.PROMPTS))
+    loss_sum = group.add(segmenter.losses(outputs, batch), batch["valid"], batch["name"])
+    scaler.scale(loss_sum).backward()
 
 
 class _StepSums:
@@ -117,13 +122,21 @@ class _StepSums:
             )
         return self.sums[-1].item()
 
-    def merge(self, other: _StepSums) -> None:
-        self.sums += other.sums
 
-    def means(self) -> dict[str, float]:
-        *sums, samples = self.sums.tolist()
-        means = {part: value / max(samples, 1) for part, value in zip(self.parts, sums)}
-        return {"loss": sum(means.values()), **means}
+def _means(parts: tuple[str, ...], totals: Tensor) -> dict[str, float]:
+    """The mean of each part and of their sum, from sums as `_StepSums` has them."""
+    *sums, samples = totals.tolist()
+    means = {part: value / max(samples, 1) for part, value in zip(parts, sums)}
+    return {"loss": sum(means.values()), **means}
+
+
+def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
+    """Move the weights and forget the gradients; False if one overflowed fp16 and the scaler left the weights alone."""
+    scale_before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return scaler.get_scale() >= scale_before
 
 
 def _normalise_gradients(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,15 +53,16 @@ def check_npy(path: Path, shape: tuple[int, ...], dtype: str) -> None:
     """
     hint = "run pre_bdd100k.py again, which mends it"
     try:
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            formats = np.lib.format
-            read_header = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
-            actual_shape, fortran_order, actual_dtype = read_header(file)
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("error")  # of headers that are no Python, or Python 2's
+            # np.save takes the later versions for headers above 64 KiB; in a damaged file they would be read first.
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError
+            actual_shape, fortran_order, actual_dtype = np.lib.format.read_array_header_1_0(file)
             missing = file.tell() + actual_dtype.itemsize * math.prod(actual_shape) - path.stat().st_size
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {hint}") from None
-    except (ValueError, OSError, EOFError, SyntaxError):
+    except Exception:  # NumPy tokenizes and evaluates a header, and damaged ones raise almost anything there
         raise UserError(f"{path}: damaged, or not an .npy file; {hint}") from None
     if actual_dtype.hasobject:
         raise UserError(f"{path}: holds pickled objects, which are never loaded; {hint}")

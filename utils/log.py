@@ -10,6 +10,8 @@ from typing import Any
 from utils.errors import UserError
 from utils.visualize import save_loss_curve
 
+CONFIG = "config.json"
+
 
 class RunLogger:
     """Writes each epoch's figures to `log.jsonl`, `loss_curve.png` and, where asked, TensorBoard and W&B."""
@@ -30,7 +32,7 @@ class RunLogger:
         self.history = list(history)
         self._writer = _tensorboard_writer(folder, first_epoch=len(history)) if tensorboard else None
         self._wandb = _wandb_run(folder, config) if wandb else None
-        (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+        (folder / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
         (folder / "log.jsonl").write_text("".join(map(_line, self.history)))
 
     def log_epoch(self, record: dict[str, Any]) -> None:
@@ -66,7 +68,7 @@ def _tensorboard_writer(folder: Path, first_epoch: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--use_tensorboard needs TensorBoard: pip install tensorboard") from None
+        raise UserError('--use_tensorboard needs TensorBoard: pip install -e ".[log]"') from None
     return SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
 
 
@@ -74,7 +76,7 @@ def _wandb_run(folder: Path, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError("-use_wandb needs Weights & Biases: pip install wandb") from None
+        raise UserError('-use_wandb needs Weights & Biases: pip install -e ".[log]"') from None
     # WANDB_MODE=offline keeps everything in the run's folder, to be uploaded later or never.
     try:
         return wandb.init(project="sam-bdd100k", name=folder.name, dir=str(folder), config=config)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from utils.cli import Parser, non_negative_int, positive_int, run
+from utils.cli import Parser, non_negative_int, positive_int, run, seed
 from utils.errors import UserError
 from utils.scenes.dataset import write_dataset
 
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_flag("output_dir", type=Path, required=True, help="folder to write the data set to")
     parser.add_flag("train", type=non_negative_int, default=48, help="scenes for training")
     parser.add_flag("val", type=non_negative_int, default=16, help="scenes for validation")
-    parser.add_flag("seed", type=non_negative_int, default=0, help="the same seed gives the same files")
+    parser.add_flag("seed", type=seed, default=0, help="the same seed gives the same files")
     parser.add_flag("height", type=positive_int, default=720, help="pixels")
     parser.add_flag("width", type=positive_int, default=1280, help="pixels")
     parser.add_flag("num_workers", type=non_negative_int, default=0, help="processes; 0 and 1 draw in this one")

@@ -1,0 +1,47 @@
+"""Jobs on several processes; how a whole script ends that is stopped is in test_pre_bdd100k.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from utils.errors import UserError
+from utils.parallel import run_jobs, usable_cores
+
+
+def square(number: int) -> int:
+    if number < 0:
+        raise UserError(f"{number}: below 0")
+    return number**2
+
+
+def be_killed(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_results_come_in_the_order_of_the_jobs(num_workers: int) -> None:
+    done: list[None] = []
+    assert run_jobs(square, [3, 1, 2], num_workers, lambda: done.append(None)) == [9, 1, 4]
+    assert len(done) == 3
+    assert run_jobs(square, [], num_workers, lambda: None) == []
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_what_a_job_raises_arrives(num_workers: int) -> None:
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    with pytest.raises(UserError, match="-1: below 0"):
+        run_jobs(square, [1, -1, 2], num_workers, lambda: None)
+    assert signal.getsignal(signal.SIGINT) is on_interrupt
+
+
+def test_a_killed_worker_is_told() -> None:
+    with pytest.raises(UserError, match=r"a worker process was killed, .* --num_workers below 2"):
+        run_jobs(be_killed, [1, 2, 3], 2, lambda: None)
+
+
+def test_usable_cores() -> None:
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)

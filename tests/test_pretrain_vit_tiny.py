@@ -1,0 +1,53 @@
+"""assets/pretrain_vit_tiny.py: what two steps leave, and what it refuses and leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from assets import pretrain_vit_tiny
+from segment_anything import build_sam_vit_tiny
+from tests.conftest import run_script, write_split
+
+FEW = ["--num_steps", 2, "--batch_size", 2]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    labels = np.zeros((256, 256), dtype=np.uint8)
+    labels[100:] = 13
+    return write_split(tmp_path / "npy", {"a": (rng.integers(0, 256, (256, 256, 3), dtype=np.uint8), labels)})
+
+
+def test_drawn_scenes_leave_a_file_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain_vit_tiny, "usable_cores", lambda: 1)  # processes would cost more than they save
+    run_script(pretrain_vit_tiny, "--output", tmp_path / "sam.pth", "--num_scenes", 2, *FEW)
+    build_sam_vit_tiny(tmp_path / "sam.pth")
+    assert {value.dtype for value in torch.load(tmp_path / "sam.pth", weights_only=True).values()} == {torch.float16}
+
+
+def test_a_split_leaves_a_file_that_loads(data: Path, tmp_path: Path) -> None:
+    run_script(pretrain_vit_tiny, "--output", tmp_path / "sam.pth", "--data", data, *FEW)
+    build_sam_vit_tiny(tmp_path / "sam.pth")
+
+
+def test_data_of_another_size(npy: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+    line = error_of(pretrain_vit_tiny, "--output", tmp_path / "sam.pth", "--data", npy / "train", *FEW)
+    assert "is of image size 64, but vit_tiny's encoder takes 256; preprocess with --image_size 256" in line
+
+
+def test_prompts_that_stand_for_nothing_weigh_nothing() -> None:
+    instances = np.zeros((64, 64), dtype=np.uint16)
+    instances[:20], instances[30:] = 1, 2
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    *_, boxes, valid = pretrain_vit_tiny.make_sample(image, instances, 4, np.random.default_rng(0))
+    assert valid.tolist() == [True, True, False, False] and not boxes[2:].any()
+
+    losses = {key: torch.tensor([[1.0, 2.0, 50.0, 50.0]]) for key in ("dice", "bce", "iou")}
+    assert pretrain_vit_tiny.mean_loss(losses, torch.from_numpy(valid)[None]).item() == 4.5
+    assert pretrain_vit_tiny.mean_loss(losses, torch.zeros(1, 4, dtype=torch.bool)).item() == 0
