@@ -65,8 +65,8 @@ MEMORY_ADVICE = ("lower -batch_size and raise --grad_acc_steps by the same facto
 
 # A decoder that starts with new parts has more to learn than SAM's own.
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "box": {"lr": 5e-5, "lr_scheduler": "constant", "warmup_epochs": 0.0},
-    "semantic": {"lr": 1e-3, "lr_scheduler": "cosine", "warmup_epochs": 1.0},
+    "box": {"lr": 5e-5, "lr_scheduler": "constant", "warmup_epochs": 0},
+    "semantic": {"lr": 1e-3, "lr_scheduler": "cosine", "warmup_epochs": 1},
 }
 
 
