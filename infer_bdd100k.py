@@ -44,7 +44,7 @@ from utils.manifest import ManifestItem
 from utils.metrics import ConfusionMatrix, format_details, format_report, results_dict
 from utils.model import Segmenter, build_model
 from utils.pictures import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
-from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision
+from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision, telling_out_of_memory
 from utils.prediction import Prediction, predict
 from utils.visualize import save_comparison, save_confusion_matrix
 
@@ -56,7 +56,7 @@ def get_args_parser() -> cli.Parser:
     flag = parser.add_flag
     flag("val_npy_path", type=Path, default=Path("data/bdd100k_npy/val"), help="split written by pre_bdd100k.py")
     flag("images", help="your own pictures or video, instead of --val_npy_path")
-    flag("model_checkpoint", type=Path, help="medsam_model_best.pth of a run (default: none, SAM as it is)")
+    flag("model_checkpoint", type=Path, help="a run's folder, or its best (default: none, SAM as it is)")
     flag("sam_checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM, for its encoders")
     parser.add_switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
     flag("model_type", choices=list(CONFIGS), default="vit_b", help="which SAM")
@@ -85,7 +85,8 @@ def main(args: argparse.Namespace) -> int:
     )
     distributed.setup(requested=False, world_size=None, node_rank=None, init_method="env://", device=precision.device)
     try:
-        return segment_pictures(args, precision) if args.images else evaluate_split(args, precision)
+        with telling_out_of_memory("lower --batch_size, add -use_amp, or preprocess at a smaller --image_size"):
+            return segment_pictures(args, precision) if args.images else evaluate_split(args, precision)
     finally:
         distributed.cleanup()
 

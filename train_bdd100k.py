@@ -21,7 +21,9 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -42,8 +44,8 @@ from utils.errors import UserError
 from utils.metrics import mean_iou
 from utils.model import SEGMENTERS, Segmenter, build_model
 from utils.optim import SCHEDULES, build_optimizer, build_scheduler
-from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision
-from utils.run import Run
+from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision, telling_out_of_memory
+from utils.run import Latest, Run, read_latest
 
 # What a resumed run must share with its beginning, by the names that the user knows.
 KEPT_ON_RESUME = {
@@ -56,6 +58,9 @@ KEPT_ON_RESUME = {
     "bbox_shift": "--bbox_shift",
     "seed": "--seed",
 }
+
+MEMORY_ADVICE = ("lower -batch_size and raise --grad_acc_steps by the same factor, which changes nothing else; or add "
+                 "-use_amp, or preprocess at a smaller --image_size")
 
 
 def get_args_parser() -> cli.Parser:
@@ -72,7 +77,7 @@ def get_args_parser() -> cli.Parser:
     flag("checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM checkpoint")
     parser.add_switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
     flag("resume", type=Path, help="a run's folder, or its medsam_model_latest.pth, to go on with")
-    flag("seed", type=cli.non_negative_int, default=2024, help="of everything that is random")
+    flag("seed", type=cli.seed, default=2024, help="of everything that is random")
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
 
     # 修改点 3: 训练参数默认值适配 4x 2080Ti (11GB)
@@ -122,13 +127,17 @@ def main(args: argparse.Namespace) -> None:
         device=precision.device,
     )
     try:
-        train(args, precision)
+        with telling_out_of_memory(MEMORY_ADVICE):
+            train(args, precision)
     finally:
         distributed.cleanup()
 
 
 def train(args: argparse.Namespace, precision: Precision) -> None:
     torch.manual_seed(args.seed)
+    effective_batch_size = args.batch_size * args.grad_acc_steps * distributed.world_size()
+    config = {**vars(args), "effective_batch_size": effective_batch_size}
+    latest = latest_of(args, config)  # first, as it is the smallest file
     source = NpyFolder(args.tr_npy_path)
     dataset = training_dataset(args, source)
     val_loader = validation_loader(args, source, precision)
@@ -143,38 +152,17 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
         args.model_type, source.image_size, source.resize_mode, file_digest(args.checkpoint), args.prompt_mode
     )
     model = distributed.wrap(segmenter, precision.device)
-    sampler = TrainingSampler(
-        len(dataset),
-        batch_size=args.batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        seed=args.seed,
-    )
-    loader = DataLoader(
-        dataset, batch_sampler=sampler, num_workers=args.num_workers, pin_memory=precision.device.type == "cuda"
-    )
-    steps_per_epoch = math.ceil(len(sampler) / args.grad_acc_steps)
-    optimizer = build_optimizer(segmenter, lr=args.lr, weight_decay=args.weight_decay)
-    scheduler = build_scheduler(
-        optimizer,
-        args.lr_scheduler,
-        total_steps=steps_per_epoch * args.num_epochs,
-        warmup_steps=round(steps_per_epoch * args.warmup_epochs),
-    )
-    scaler = precision.grad_scaler()
+    loader = training_loader(args, dataset, precision)
+    steps_per_epoch = math.ceil(len(loader) / args.grad_acc_steps)
+    stepping = build_stepping(args, segmenter, precision, steps_per_epoch)
     run = Run(
         work_dir=args.work_dir,
         task_name=args.task_name,
-        resume=args.resume,
+        latest=latest,
         model=segmenter,
         info=info,
-        stateful={"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler},
-        config={
-            **vars(args),
-            "effective_batch_size": args.batch_size * args.grad_acc_steps * distributed.world_size(),
-        },
-        kept=KEPT_ON_RESUME,
-        num_epochs=args.num_epochs,
+        stateful=stepping,
+        config=config,
         choose_by_miou=val_loader is not None,
         tensorboard=args.use_tensorboard,
         wandb=args.use_wandb,
@@ -186,13 +174,11 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
         for epoch in range(len(run.history), args.num_epochs):
             started = time.monotonic()
             dataset.set_epoch(epoch)
-            sampler.set_epoch(epoch)
+            loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
             figures = train_one_epoch(
                 model,
                 loader,
-                optimizer=optimizer,
-                scheduler=scheduler,
-                scaler=scaler,
+                **stepping,
                 precision=precision,
                 grad_acc_steps=args.grad_acc_steps,
                 clip_grad_norm=args.clip_grad_norm,
@@ -205,11 +191,59 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
             run.finish_epoch({**record, "seconds": seconds, "images_per_second": len(dataset) / seconds})
     run.finish()
     if distributed.is_main():
-        print(
-            f"\nNext:\n  python infer_bdd100k.py --val_npy_path {args.val_npy_path or 'data/bdd100k_npy/val'} \\\n"
-            f"      --model_checkpoint {run.folder / checkpoint.BEST} \\\n"
-            f"      --sam_checkpoint {args.checkpoint} --model_type {args.model_type} --visualize"
-        )
+        print(f"\nNext:\n  {next_command(args, run)}")
+
+
+def next_command(args: argparse.Namespace, run: Run) -> str:
+    """The command that evaluates the run's best model."""
+    return (
+        f"python infer_bdd100k.py --val_npy_path {args.val_npy_path or 'data/bdd100k_npy/val'} \\\n"
+        f"      --model_checkpoint {run.folder / checkpoint.BEST} \\\n"
+        f"      --sam_checkpoint {args.checkpoint} --model_type {args.model_type} --visualize"
+    )
+
+
+def latest_of(args: argparse.Namespace, config: dict[str, Any]) -> Latest | None:
+    """What `--resume` names, checked against the flags; None without it."""
+    if not args.resume:
+        return None
+    latest = read_latest(
+        args.resume,
+        config=config,
+        kept=KEPT_ON_RESUME,
+        num_epochs=args.num_epochs,
+        choose_by_miou=args.val_npy_path is not None,
+    )
+    info: checkpoint.ModelInfo = latest.state["info"]
+    info.require_same(replace(info, model_type=args.model_type, prompt_mode=args.prompt_mode), latest.path)
+    return latest
+
+
+def build_stepping(
+    args: argparse.Namespace, segmenter: Segmenter, precision: Precision, steps_per_epoch: int
+) -> dict[str, Any]:
+    """What moves the weights, by the names that `train_one_epoch` and `latest` know it by."""
+    optimizer = build_optimizer(segmenter, lr=args.lr, weight_decay=args.weight_decay)
+    scheduler = build_scheduler(
+        optimizer,
+        args.lr_scheduler,
+        total_steps=steps_per_epoch * args.num_epochs,
+        warmup_steps=round(steps_per_epoch * args.warmup_epochs),
+    )
+    return {"optimizer": optimizer, "scheduler": scheduler, "scaler": precision.grad_scaler()}
+
+
+def training_loader(args: argparse.Namespace, dataset: TrainingDataset, precision: Precision) -> DataLoader:
+    sampler = TrainingSampler(
+        len(dataset),
+        batch_size=args.batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=args.seed,
+    )
+    return DataLoader(
+        dataset, batch_sampler=sampler, num_workers=args.num_workers, pin_memory=precision.device.type == "cuda"
+    )
 
 
 def training_dataset(args: argparse.Namespace, source: NpyFolder) -> TrainingDataset:
@@ -254,6 +288,8 @@ def announce(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     dtype = str(precision.amp_dtype or torch.float32).removeprefix("torch.")
+    if args.use_amp and precision.amp_dtype is None:
+        dtype += ": this CPU has no bf16"
     print(f"{args.model_type} at {run.info.image_size}: {trained:,} parameters trained, {frozen:,} frozen")
     print(f"{num_images} images, {steps_per_epoch} optimizer steps an epoch, "
           f"effective batch size {run.config['effective_batch_size']}")

@@ -240,3 +240,10 @@ def test_a_model_it_does_not_belong_to(best: Path, change: dict[str, Any], said:
 
 def test_the_names_of_the_files_are_the_specifications() -> None:
     assert (checkpoint.BEST, checkpoint.LATEST) == ("medsam_model_best.pth", "medsam_model_latest.pth")
+
+
+def test_a_runs_folder_stands_for_its_best(best: Path) -> None:
+    with pytest.raises(UserError, match=rf"{checkpoint.BEST}: no such checkpoint"):
+        load_checkpoint(best.parent)
+    best.rename(best.parent / checkpoint.BEST)
+    assert load_checkpoint(best.parent)["epoch"] == 7

@@ -298,3 +298,18 @@ def test_data_that_goes_away_midway_leaves_no_result(
     line = error_of(infer_bdd100k, *good_flags(sam_file, tmp_path / "npy", tmp_path))
     assert f"{last}: became unreadable" in line
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_runs_folder_stands_for_its_best(infer: Callable[..., dict[str, Any]], decoder: Path) -> None:
+    assert infer("--model_checkpoint", decoder.parent)["confusion_matrix"] == infer()["confusion_matrix"]
+
+
+def test_a_full_gpu_is_told_in_one_line(
+    sam_file: Path, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_of: Callable[..., str]
+) -> None:
+    def run_out(*_: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(infer_bdd100k, "predict", run_out)
+    line = error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path))
+    assert "GPU's memory is full; lower --batch_size" in line

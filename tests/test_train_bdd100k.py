@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -76,26 +75,6 @@ def test_best_holds_what_was_trained_and_latest_the_state_beside_it(run: Path) -
     assert {"optimizer", "scheduler", "scaler", "rng", "history"} <= latest["run_state"].keys()
 
 
-@pytest.mark.parametrize(("mious", "best_epoch"), [([0.5, 0.25], 0), ([math.nan, 0.25], 1), (None, 1)])
-def test_best_is_chosen_by_validation_or_else_by_loss(
-    train: Train,
-    npy: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    mious: list[float] | None,
-    best_epoch: int,
-) -> None:
-    # Validation is made to find these, and the loss to fall.
-    found, losses = iter(mious or []), iter([2.0, 1.0])
-    figures = {"optimizer_steps": 1, "skipped_steps": 0}
-    monkeypatch.setattr(train_bdd100k, "mean_iou", lambda matrix: next(found))
-    monkeypatch.setattr(train_bdd100k, "train_one_epoch", lambda *_, **__: {"loss": next(losses), **figures})
-    folder = train(tmp_path, "-num_epochs", 2, *(["--val_npy_path", npy / "val"] if mious else []))
-    best = checkpoint.load_checkpoint(folder / "medsam_model_best.pth")
-    assert best["epoch"] == best_epoch
-    assert best["metrics"] == log_of(folder)[best_epoch]
-
-
 def test_validation_every_few_epochs_and_at_the_end(
     train: Train, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,9 +98,9 @@ def test_one_epoch_resumed_to_two_equals_two_bit_for_bit(train: Train, run: Path
     assert without_times(log_of(folder)) == without_times(log_of(run))
 
 
-def test_resuming_with_the_same_effective_batch_cut_otherwise(train: Train, run_copy: Path) -> None:
+def test_resuming_with_the_same_effective_batch_cut_otherwise(train: Train, run_copy: Path, npy: Path) -> None:
     # As someone would whose memory ran out; the manual says that it changes nothing else.
-    flags = ["-lr", "1e-3", "-batch_size", 2, "--grad_acc_steps", 8]
+    flags = ["--val_npy_path", npy / "val", "-lr", "1e-3", "-batch_size", 2, "--grad_acc_steps", 8]
     train(run_copy.parent, "-num_epochs", 3, "--resume", run_copy, *flags)
     assert [record["optimizer_steps"] for record in log_of(run_copy)] == [1, 1, 1]
 
@@ -147,9 +126,9 @@ def test_ctrl_c_says_how_to_go_on(
     assert capfd.readouterr().err == f"interrupted: {hints[stopped_in]}\n"
 
 
-def test_resuming_with_the_scaler_newly_enabled(train: Train, run_copy: Path) -> None:
+def test_resuming_with_the_scaler_newly_enabled(train: Train, run_copy: Path, npy: Path) -> None:
     # As someone would whose memory ran out without -use_amp.
-    flags = ["-lr", "1e-3", "-use_amp", "--amp_dtype", "fp16"]
+    flags = ["--val_npy_path", npy / "val", "-lr", "1e-3", "-use_amp", "--amp_dtype", "fp16"]
     train(run_copy.parent, "-num_epochs", 3, "--resume", run_copy, *flags)
     assert [record["epoch"] for record in log_of(run_copy)] == [0, 1, 2]
 
@@ -216,7 +195,8 @@ BAD_NPY: dict[str, tuple[Callable[[Path], object], str]] = {
 
 def resume(folder: Path, *flags: Any) -> list[Any]:
     """Flags that would go on with the finished run in `folder`, and others."""
-    return ["--resume", folder / "run", "-num_epochs", 3, "-lr", "1e-3", *flags]
+    validation = ["--val_npy_path", folder / "train"]
+    return ["--resume", folder / "run", "-num_epochs", 3, "-lr", "1e-3", *validation, *flags]
 
 
 # Flags that are given after good ones, as a function of a folder with the data in "train" and a finished run in "run";
@@ -231,6 +211,8 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "resume a folder of no run": (lambda f: ["--resume", f / "train"], r"latest.pth: no such checkpoint"),
     "resume best": (lambda f: ["--resume", f / "run" / checkpoint.BEST], r"no state to resume from; give .*latest"),
     "resume a finished run": (lambda f: resume(f, "-num_epochs", 2), r"already trained for 2 epochs; raise -num_ep"),
+    "resume without validation": (lambda f: resume(f)[:-2], r"its best model was chosen by mIoU; give --val"),
+    "resume another model": (lambda f: resume(f, "-model_type", "vit_b"), r"was trained with model type vit_tiny, not"),
     "other lr": (lambda f: resume(f, "-lr", "2e-3"), r"-lr is 0.002, but .*latest.pth began with 0.001; give it so"),
     "other weight decay": (lambda f: resume(f, "-weight_decay", 0), r"-weight_decay is 0.0, but .* began with 0.01;"),
     "other schedule": (lambda f: resume(f, "--lr_scheduler", "step"), r"--lr_scheduler is step, .* with constant;"),
@@ -244,6 +226,8 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "no device at all": (lambda f: ["--device", "gpu"], r"--device gpu: not a device"),
     "no launcher": (lambda f: ["--distributed"], r"needs a launcher: python -m torch.distributed.launch"),
     "world size without launcher": (lambda f: ["--world_size", 4], r"needs a launcher"),
+    "node without launcher": (lambda f: ["--node_rank", 3], r"--node_rank 3 is .* need a launcher"),
+    "method without launcher": (lambda f: ["--init_method", "foo"], r"--init_method foo is .* need a launcher"),
 }
 
 
@@ -310,14 +294,17 @@ def test_resuming_a_run_of_another_image_size(
     labels = np.zeros((size, size), dtype=np.uint8)
     data = write_split(tmp_path / "train", {"a": (np.zeros((size, size, 3), dtype=np.uint8), labels)})
     shutil.copy(sam_file, tmp_path / "sam.pth")
-    line = error_of(train_bdd100k, *good_flags(tmp_path), "-i", data, "--resume", run)
+    shutil.copytree(run, tmp_path / "run")
+    line = error_of(train_bdd100k, *good_flags(tmp_path), "-i", data, *resume(tmp_path))
     assert f"was trained with image size {IMAGE_SIZE}, not {size}" in line
 
 
 def test_resuming_on_another_sam_file(run: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
     torch.manual_seed(1)
     torch.save(build_sam_vit_tiny(image_size=IMAGE_SIZE).state_dict(), tmp_path / "sam.pth")
-    line = error_of(train_bdd100k, *good_flags(tmp_path), "-i", npy / "train", "--resume", run)
+    for folder, name in ((run, "run"), (npy / "train", "train")):
+        shutil.copytree(folder, tmp_path / name)
+    line = error_of(train_bdd100k, *good_flags(tmp_path), *resume(tmp_path))
     assert "was trained with sam sha256" in line and "give the same SAM file" in line
 
 
@@ -360,6 +347,22 @@ def test_flags_that_contradict_the_launcher(
     assert complaint in error_of(train_bdd100k, *good_flags(tmp_path), "--distributed", *flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ([], r"cannot meet by --init_method env:// \(.*MASTER_ADDR expected, but not set\); .* torchrun"),
+        (["--init_method", "foo"], r"cannot meet by --init_method foo \(No rendezvous handler"),
+    ],
+)
+def test_processes_that_cannot_meet(
+    flags: list[Any], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_of: Callable[..., str]
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert re.search(complaint, error_of(train_bdd100k, *good_flags(tmp_path), *flags))
+
+
 def test_a_poisoned_image_stops_the_run_with_its_name(
     sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
@@ -372,20 +375,28 @@ def test_a_poisoned_image_stops_the_run_with_its_name(
     assert not list(tmp_path.glob("work/*/*.pth"))
 
 
-def test_work_dir_that_cannot_be_made(
-    npy: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
-) -> None:
-    shutil.copy(sam_file, tmp_path / "sam.pth")
-    below_a_file = ["-work_dir", tmp_path / "sam.pth" / "work"]
-    line = error_of(train_bdd100k, *good_flags(tmp_path), "-i", npy / "train", *below_a_file)
-    assert "cannot be made (Not a directory); give another --work_dir" in line
+def test_resuming_looks_at_the_small_file_first(inputs: Path, error_of: Callable[..., str]) -> None:
+    shutil.rmtree(inputs / "train" / "imgs")
+    (inputs / "sam.pth").unlink()
+    assert "--seed is 1, but" in error_of(train_bdd100k, *good_flags(inputs), *resume(inputs, "--seed", 1))
 
 
-def test_two_runs_of_one_minute_get_folders_of_their_own(
-    npy: Path, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_gpu_is_told_in_one_line(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, error_of: Callable[..., str]
 ) -> None:
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train_bdd100k, "train_one_epoch", run_out)
+    line = error_of(train_bdd100k, *good_flags(inputs))
+    assert "GPU's memory is full; lower -batch_size and raise --grad_acc_steps by the same factor" in line
+
+
+def test_amp_on_a_cpu_that_has_no_bf16_is_no_secret(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, check, lambda: False, raising=False)
     monkeypatch.setattr(train_bdd100k, "train_one_epoch", lambda *_, **__: {"loss": 1.0})
-    shutil.copy(sam_file, tmp_path / "sam.pth")
-    for _ in range(3):  # two of them at least within a minute
-        run_script(train_bdd100k, *good_flags(tmp_path), "-i", npy / "train", "-num_epochs", 1)
-    assert len(list((tmp_path / "work").iterdir())) == 3
+    train(tmp_path, "-num_epochs", 1, "-use_amp")
+    assert "1 process(es) on cpu, float32: this CPU has no bf16\n" in capsys.readouterr().out

@@ -68,12 +68,18 @@ def save_latest(
     save_whole(path, {**payload, "run_state": run_state})
 
 
+def in_folder(path: Path, name: str) -> Path:
+    """The file of that name, if `path` is a run's folder; else `path`, which is the file itself."""
+    return path / name if path.is_dir() else path
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this project, without running what a pickle may hold.
+    """Read a checkpoint of this project, or the best one of a run's folder, without running what a pickle may hold.
 
     Raises:
         UserError: it is missing, damaged, or another kind of file.
     """
+    path = in_folder(path, BEST)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint (train_bdd100k.py writes {BEST} and {LATEST})")
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,15 @@ class Precision:
 
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
+
+
+@contextmanager
+def telling_out_of_memory(advice: str) -> Iterator[None]:
+    """A context in which a full GPU is one line with `advice`, which flags to change, and no traceback."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(f"the GPU's memory is full; {advice}") from None
 
 
 def resolve_precision(

@@ -1,0 +1,134 @@
+"""A run's folder, which epoch is its best, and what it says when it is to be gone on with and cannot be."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from utils import checkpoint
+from utils.checkpoint import BEST, LATEST, ModelInfo
+from utils.errors import UserError
+from utils.run import Latest, Run, read_latest
+
+INFO = ModelInfo("vit_tiny", 64, "stretch", sam_sha256="ab" * 32)
+
+
+def start(work_dir: Path, *, latest: Latest | None = None, choose_by_miou: bool = False) -> Run:
+    """A run of a model of one layer."""
+    model: Any = SimpleNamespace(mask_decoder=torch.nn.Linear(1, 1))
+    return Run(
+        work_dir=work_dir,
+        task_name="Drawn",
+        latest=latest,
+        model=model,
+        info=INFO,
+        stateful={"optimizer": torch.optim.SGD(model.mask_decoder.parameters(), lr=0.1)},
+        config={"lr": 0.1},
+        choose_by_miou=choose_by_miou,
+        tensorboard=False,
+        wandb=False,
+    )
+
+
+def read(resume: Path, *, num_epochs: int = 9, choose_by_miou: bool = False) -> Latest:
+    kept = {"lr": "-lr"}
+    return read_latest(resume, config={"lr": 0.1}, kept=kept, num_epochs=num_epochs, choose_by_miou=choose_by_miou)
+
+
+def record(epoch: int, loss: float, miou: float | None = None, **figures: Any) -> dict[str, Any]:
+    measured = {} if miou is None else {"val_miou": miou}
+    return {"epoch": epoch, "train_loss": loss, "seconds": 1.0, "images_per_second": 1.0, **measured, **figures}
+
+
+@pytest.mark.parametrize(("mious", "best_epoch"), [([0.5, 0.25], 0), ([math.nan, 0.25], 1), ([None, None], 1)])
+def test_best_is_chosen_by_validation_or_else_by_loss(
+    tmp_path: Path, mious: list[float | None], best_epoch: int
+) -> None:
+    run = start(tmp_path, choose_by_miou=mious[0] is not None)
+    records = [record(epoch, 2.0 - epoch, miou) for epoch, miou in enumerate(mious)]
+    for one in records:
+        run.finish_epoch(one)
+    best = checkpoint.load_checkpoint(run.folder)
+    assert best["epoch"] == best_epoch and best["metrics"] == records[best_epoch]
+
+
+def test_validation_that_begins_midway_is_not_measured_against_losses(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    run.finish_epoch(record(0, -5.0))  # as a score this is 5, above any mIoU
+    resumed = start(tmp_path, latest=read(run.folder, choose_by_miou=True), choose_by_miou=True)
+    resumed.finish_epoch(record(1, 1.0, miou=0.25))
+    assert checkpoint.load_checkpoint(run.folder / BEST)["epoch"] == 1
+    again = start(tmp_path, latest=read(run.folder, choose_by_miou=True), choose_by_miou=True)
+    assert again.best_score == 0.25
+
+
+def test_validation_cannot_be_left_out_midway(tmp_path: Path) -> None:
+    run = start(tmp_path, choose_by_miou=True)
+    run.finish_epoch(record(0, 1.0, miou=0.5))
+    with pytest.raises(UserError, match=r"latest.pth: its best model was chosen by mIoU; give --val_npy_path again"):
+        read(run.folder)
+
+
+@pytest.mark.parametrize("run_state", [{}, [], None, {"history": [], "best_score": 0.5}, {"history": [{"epoch": 3}]}])
+def test_a_foreign_run_state(tmp_path: Path, run_state: Any) -> None:
+    run = start(tmp_path)
+    run.finish_epoch(record(0, 1.0))
+    payload = torch.load(run.folder / LATEST, weights_only=True)
+    torch.save({**payload, "run_state": run_state}, run.folder / LATEST)
+    with pytest.raises(UserError, match=r"latest.pth: its state is not one that train_bdd100k.py wrote; start a new"):
+        read(run.folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"optimizer": None}, {"optimizer": {"state": {}, "param_groups": []}}, {"rng": torch.zeros(3)}]
+)
+def test_states_that_do_not_fit(tmp_path: Path, change: dict[str, Any]) -> None:
+    run = start(tmp_path)
+    run.finish_epoch(record(0, 1.0))
+    payload = torch.load(run.folder / LATEST, weights_only=True)
+    state = {key: value for key, value in {**payload["run_state"], **change}.items() if value is not None}
+    torch.save({**payload, "run_state": state}, run.folder / LATEST)
+    with pytest.raises(UserError, match=r"latest.pth: its state is of another kind of run; start a new one"):
+        start(tmp_path, latest=read(run.folder))
+
+
+def test_a_run_without_a_finished_epoch(tmp_path: Path) -> None:
+    folder = start(tmp_path).folder
+    for resume in (folder, folder / LATEST):
+        with pytest.raises(UserError) as error:
+            read(resume)
+        said = "no epoch was finished there, so there is nothing to resume; run the same command without --resume"
+        assert str(error.value) == f"{folder}: {said}"
+
+
+def test_a_finished_run_says_how_to_train_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = start(tmp_path)
+    run.finish_epoch(record(0, 1.0))
+    run.finish()
+    longer = f"To train longer: the same command with a larger -num_epochs (now 1) and --resume {run.folder}\n"
+    assert longer in capsys.readouterr().out
+    with pytest.raises(UserError, match="already trained for 1 epochs; raise -num_epochs to go on"):
+        read(run.folder, num_epochs=1)
+
+
+def test_skipped_steps_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = start(tmp_path)
+    for epoch, skipped in enumerate((2, 0)):
+        run.finish_epoch(record(epoch, 1.0 + epoch, skipped_steps=skipped))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("1.00 images/s, 2 steps skipped (fp16 overflow) (best)") and "skipped" not in second
+
+
+def test_runs_of_one_minute_get_folders_of_their_own(tmp_path: Path) -> None:
+    assert len({start(tmp_path).folder for _ in range(3)}) == 3  # two of them at least within a minute
+
+
+def test_work_dir_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be made \(Not a directory\); give another --work_dir"):
+        start(tmp_path / "file" / "work")
