@@ -62,7 +62,6 @@ KEPT_ON_RESUME = {
 MEMORY_ADVICE = ("lower -batch_size and raise --grad_acc_steps by the same factor, which changes nothing else; or add "
                  "-use_amp, or preprocess at a smaller --image_size")
 
-
 # A decoder that starts with new parts has more to learn than SAM's own.
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
     "box": {"lr": 5e-5, "lr_scheduler": "constant", "warmup_epochs": 0},
