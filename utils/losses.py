@@ -82,9 +82,14 @@ def semantic_losses(
     Returns:
         "ce" and "dice", each B float32; 0 for an image without a labelled pixel.
     """
-    logits = F.interpolate(low_res_masks.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
     compared = slice(stride // 2, None, stride)
-    logits, labels = logits[..., compared, compared], labels[..., compared, compared]
+    labels = labels[..., compared, compared]
+    # Bilinear interpolation is a product with one matrix for each axis, of which only the rows compared are needed.
+    low, high = low_res_masks.shape[-1], labels.shape[-1]
+    weights_1d = F.interpolate(
+        torch.eye(low, device=labels.device)[None], high * stride, mode="linear", align_corners=False
+    )[0, :, compared]  # h x S/stride
+    logits = weights_1d.T @ low_res_masks.float() @ weights_1d
     labelled = labels != IGNORE_LABEL
     target = torch.where(labelled, labels, 0).long()
     log_probabilities = logits.log_softmax(dim=1)
