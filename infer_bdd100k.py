@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
     distributed.setup(requested=False, world_size=None, node_rank=None, init_method="env://", device=precision.device)
     try:
         with telling_out_of_memory("lower --batch_size, add -use_amp, or preprocess at a smaller --image_size"):
-            return segment_pictures(args, precision) if args.images else evaluate_split(args, precision)
+            return evaluate_split(args, precision) if args.images is None else segment_pictures(args, precision)
     finally:
         distributed.cleanup()
 
@@ -96,17 +96,20 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     boxes = choose_boxes(args, info, [item.name for item in source.items])
     make_folders(args)
 
-    share = range(distributed.rank(), len(source.items), distributed.world_size())
+    # Whole batches are dealt out: a batch of other images would round differently, and a process's figures with it.
+    every = range(len(source.items))
+    batches = [list(every[i : i + args.batch_size]) for i in range(0, len(every), args.batch_size)]
+    share = batches[distributed.rank() :: distributed.world_size()]
     loader = DataLoader(
         EvaluationDataset(source, boxes),
-        batch_size=args.batch_size,
-        sampler=share,
+        batch_sampler=share,
         num_workers=args.num_workers,
         collate_fn=collate_evaluation,
         pin_memory=precision.device.type == "cuda",
     )
     confusion = ConfusionMatrix(precision.device)
-    progress = tqdm(share, desc="evaluating", unit="image", disable=not distributed.is_main())
+    indexes = [index for batch in share for index in batch]
+    progress = tqdm(indexes, desc="evaluating", unit="image", disable=not distributed.is_main())
     for index, (prediction, labels) in zip(progress, predictions_and_labels(model, loader, precision)):
         item = source.items[index]
         label_map = prediction.label_map(info.image_size)
@@ -163,6 +166,8 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
         output = args.output_dir / "overlays"
         sink = OverlayFolder(output)
     refuse_overwriting(source, output)
+    if args.save_predictions:
+        refuse_overwriting(source, args.output_dir / "predictions")
     make_folders(args)
 
     failures: list[UserError] = []
@@ -247,7 +252,7 @@ def choose_boxes(
             raise UserError(f"{args.model_checkpoint}: a semantic checkpoint takes no boxes; leave out --boxes")
         return None
     if not args.boxes:
-        if args.images:
+        if args.images is not None:
             raise UserError("a boxed checkpoint needs boxes, and pictures of your own have no ground truth to take "
                             "them from: give --boxes FILE, or train with --prompt_mode semantic, which needs none")
         return "oracle"
@@ -282,7 +287,7 @@ def original_masks(args: argparse.Namespace, source: NpyFolder) -> dict[str, Pat
 
 
 def picture_folders(args: argparse.Namespace) -> dict[str, Path]:
-    wanted = {"visualizations": args.visualize and not args.images, "predictions": args.save_predictions}
+    wanted = {"visualizations": args.visualize and args.images is None, "predictions": args.save_predictions}
     return {name: args.output_dir / name for name, wants in wanted.items() if wants}
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,8 @@ from utils.run import Latest, Run, read_latest
 
 # What a resumed run must share with its beginning, by the names that the user knows.
 KEPT_ON_RESUME = {
+    "prompt_mode": "--prompt_mode",  # first: it decides the defaults of others
+    "model_type": "-model_type",
     "lr": "-lr",
     "weight_decay": "-weight_decay",
     "lr_scheduler": "--lr_scheduler",
@@ -230,16 +231,13 @@ def latest_of(args: argparse.Namespace, config: dict[str, Any]) -> Latest | None
     """What `--resume` names, checked against the flags; None without it."""
     if not args.resume:
         return None
-    latest = read_latest(
+    return read_latest(
         args.resume,
         config=config,
         kept=KEPT_ON_RESUME,
         num_epochs=args.num_epochs,
         choose_by_miou=args.val_npy_path is not None,
     )
-    info: checkpoint.ModelInfo = latest.state["info"]
-    info.require_same(replace(info, model_type=args.model_type, prompt_mode=args.prompt_mode), latest.path)
-    return latest
 
 
 def build_stepping(

@@ -279,6 +279,15 @@ def test_the_files_to_join_are_never_replaced(
         assert f"{path}: is one of the two files to join; give another" in refuse("--overwrite", output=path)
 
 
+def test_the_best_of_a_run_is_not_replaced_where_its_folder_is_given(
+    run: Path, sam_file: Path, error_of: Callable[..., str]
+) -> None:
+    before = (run / BEST).read_bytes()
+    sources = ["--model_checkpoint", run, "--sam_checkpoint", sam_file]
+    assert "is one of the two files" in error_of(ckpt_convert, *sources, "--output", run / BEST, "--overwrite")
+    assert (run / BEST).read_bytes() == before
+
+
 def test_what_must_be_given(error_of: Callable[..., str]) -> None:
     assert "--model_checkpoint" in error_of(ckpt_convert, "--output", "x")
     assert "--output" in error_of(ckpt_convert, "--model_checkpoint", "x")

@@ -107,6 +107,26 @@ def test_a_damaged_picture_is_told_and_the_others_are_segmented(
     assert len(list((tmp_path / "out" / "overlays").iterdir())) == len(sizes)
 
 
+def test_saved_predictions_never_replace_the_pictures(
+    semantic: Path, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    pictures(tmp_path / "mine" / "predictions")
+    flags = ["--images", tmp_path / "mine" / "predictions", "--output_dir", tmp_path / "mine", "--save_predictions"]
+    line = error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--model_checkpoint", semantic, *flags)
+    assert "holds the pictures themselves" in line
+
+
+def test_an_unknown_prompt_mode(
+    semantic: Path, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    payload = torch.load(semantic, weights_only=True)
+    payload["info"]["prompt_mode"] = "points"
+    torch.save(payload, tmp_path / "points.pth")
+    flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", tmp_path / "points.pth"]
+    assert "of prompt mode points, which this version does not know" in error_of(infer_bdd100k, *flags)
+
+
 def test_a_video_gives_a_video(infer: Callable[..., int | None], semantic: Path, tmp_path: Path) -> None:
     clip = tmp_path / "clip.mp4"
     writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
@@ -175,13 +195,14 @@ def test_boxes_for_ones_own_pictures(infer: Callable[..., int | None], boxed: Pa
 def test_two_processes_equal_one_exactly(
     infer: Callable[..., int | None], sam_file: Path, npy: Path, semantic: Path, tmp_path: Path
 ) -> None:
-    # Three images: the second process has one fewer.
-    infer("--model_checkpoint", semantic, "--visualize", "--save_predictions")
+    # Three images in batches of two: the second process has one image fewer.
+    more = ["--visualize", "--save_predictions", "--batch_size", 2]
+    infer("--model_checkpoint", semantic, *more)
     single = tmp_path / "out"
     flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", semantic, "--output_dir", tmp_path / "two"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     script = infer_bdd100k.__file__
-    words = [*launcher, script, *flags, "--visualize", "--save_predictions"]
+    words = [*launcher, script, *flags, *more]
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("评估结果") == 1  # only the first process speaks

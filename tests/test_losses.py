@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
 
-from utils.losses import class_weights, prompt_losses, semantic_losses
+from utils.losses import MAX_CLASS_WEIGHT, class_weights, prompt_losses, semantic_losses
 
 
 def oracle(logits: np.ndarray, predicted_iou: float, labels: np.ndarray, class_id: int) -> dict[str, float]:
@@ -139,6 +139,12 @@ def test_class_weights_by_hand() -> None:
     # 1 / sqrt(0.9) and 1 / sqrt(0.1), over their mean over the pixels, sqrt(0.9) + sqrt(0.1).
     mean = math.sqrt(0.9) + math.sqrt(0.1)
     torch.testing.assert_close(weights, torch.tensor([0.9**-0.5 / mean, 0.1**-0.5 / mean, 0.0]))
+
+
+def test_a_class_of_a_few_pixels_does_not_outweigh_the_rest() -> None:
+    weights = class_weights(torch.tensor([100_000_000, 100_000_000, 20]))
+    assert weights[2] == MAX_CLASS_WEIGHT
+    torch.testing.assert_close(weights[:2], torch.ones(2), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import default_collate
 
 import infer_bdd100k
+import train_bdd100k
 from tests.conftest import IMAGE_SIZE, run_script, write_split
 from tests.test_engine import train as train_epoch
 from tests.test_infer_bdd100k import good_flags, read_results
@@ -58,6 +59,14 @@ def test_resumed_equals_straight_bit_for_bit(train: Train, run: Path, npy: Path,
     resumed, unbroken = (checkpoint.load_checkpoint(f / checkpoint.LATEST)["model"] for f in (folder, straight))
     for key, value in unbroken.items():
         assert torch.equal(resumed[key], value), key
+
+
+def test_resuming_without_the_mode_names_it(
+    run: Path, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    flags = ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", tmp_path]
+    line = error_of(train_bdd100k, *flags, "--device", "cpu", "--resume", run, "-num_epochs", 3)
+    assert "--prompt_mode is box, but" in line and "began with semantic" in line
 
 
 def test_it_learns_two_scenes_by_heart(train: Train, sam_file: Path, tmp_path: Path) -> None:

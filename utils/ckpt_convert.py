@@ -94,7 +94,7 @@ def how_to_load(output: Path, state: Mapping[str, Tensor], info: ModelInfo) -> s
 
 def main(args: argparse.Namespace) -> None:
     output: Path = args.output
-    for source in (args.model_checkpoint, args.sam_checkpoint):
+    for source in (checkpoint.in_folder(args.model_checkpoint, checkpoint.BEST), args.sam_checkpoint):
         if output.exists() and source.exists() and output.samefile(source):
             raise UserError(f"{output}: is one of the two files to join; give another --output")
     if output.is_dir():

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from utils.bdd100k import IGNORE_LABEL
 
+MAX_CLASS_WEIGHT = 20.0  # a class of a few pixels shall not outweigh all the others
+
 # Squared denominator, as MedSAM trains its mask decoder (Ma et al., 2024).
 _dice_loss = DiceLoss(sigmoid=False, squared_pred=True, reduction="none")
 
@@ -58,11 +60,11 @@ def class_weights(pixels: Tensor) -> Tensor:
         pixels: labelled pixels of each class in the training data.
 
     Returns:
-        float32, with mean 1 over those pixels; 0 for a class that does not occur.
+        float32, with mean 1 over those pixels but for what exceeds MAX_CLASS_WEIGHT; 0 for a class that does not occur.
     """
     frequency = pixels.double() / pixels.sum()
     weights = torch.where(frequency > 0, frequency.clamp(min=1e-9).rsqrt(), 0.0)
-    return (weights / (weights * frequency).sum()).float()
+    return (weights / (weights * frequency).sum()).clamp(max=MAX_CLASS_WEIGHT).float()
 
 
 def semantic_losses(
