@@ -155,6 +155,9 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     """Write overlays of the user's own pictures or video; returns 1 if some of it could not be read."""
     if distributed.world_size() > 1:
         raise UserError("--images runs in one process; start it without a launcher")
+    if args.visualize or args.eval_size != "frame" or args.bdd100k_root:
+        raise UserError("--images draws overlays and scores nothing: leave out --visualize, --eval_size and "
+                        "--bdd100k_root")
     source = find_source(args.images)
     model, info = load_model(args, precision, frame=None)
     boxes = choose_boxes(args, info, list(source.pictures) if isinstance(source, ImageFolder) else None)
@@ -171,6 +174,7 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     make_folders(args)
 
     failures: list[UserError] = []
+    prompted = False
     frames = iter(tqdm(source, total=source.count, desc="segmenting", unit="image"))
     with sink:
         while group := list(islice(frames, args.batch_size)):
@@ -179,11 +183,15 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
             if not pictures:
                 continue
             batch = collate_pictures(pictures, boxes, info)
+            prompted = prompted or any(map(len, batch.get("boxes", [])))
             for (name, image), prediction in zip(pictures, predict(model, batch, precision)):
                 labels = original_size(prediction, image.shape[0], image.shape[1], info)
                 sink.write(name, image, labels)
                 if args.save_predictions:
                     save_labels(args.output_dir / "predictions" / f"{name}.png", labels)
+        if boxes is not None and not prompted:
+            raise UserError(f"{args.boxes}: has no box for anything in {args.images}; nothing was segmented (boxes go "
+                            "by the name of the picture; a video's frames are named <video>_000000 and so on)")
     print(f"\nOverlays: {output}")
     print_folders(args)
     for failure in failures:

@@ -228,7 +228,7 @@ def test_a_decoder_that_does_not_fit_is_told_by_its_keys(best: Path) -> None:
         ({"image_size": 1024}, f"image size {IMAGE_SIZE}, not 1024; preprocess the data at that --image_size"),
         ({"resize_mode": "pad"}, "resize mode stretch, not pad; preprocess the data with that --resize_mode"),
         ({"sam_sha256": "cd" * 32}, f"sam sha256 {'ab' * 32}, not {'cd' * 32}; give the same SAM file"),
-        ({"prompt_mode": "point"}, "prompt mode box, not point; use a version that knows both"),
+        ({"prompt_mode": "point"}, "prompt mode box, not point; give that --prompt_mode"),
     ],
 )
 def test_a_model_it_does_not_belong_to(best: Path, change: dict[str, Any], said: str) -> None:

@@ -68,9 +68,9 @@ def test_the_public_package_loads_vit_b_strictly_and_gives_the_same_masks(
     embedding = torch.randn(1, 256, 64, 64)
     boxes = torch.tensor([[[100.0, 200, 500, 640], [3, 700, 1020, 1023]]])
     with torch.no_grad():
-        untrained, _ = model(embedding, boxes)
+        untrained, _ = model((embedding,), boxes)
         disturb(model.mask_decoder, seed=1)
-        expected, expected_ious = model(embedding, boxes)
+        expected, expected_ious = model((embedding,), boxes)
     save_best(best, model, ModelInfo("vit_b", 1024, "pad", file_digest(sam_file)), **METADATA)
 
     run_script(ckpt_convert, "--model_checkpoint", best, "--sam_checkpoint", sam_file, "--output", output)

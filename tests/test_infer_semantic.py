@@ -66,6 +66,15 @@ def pictures(folder: Path) -> dict[str, tuple[int, int]]:
     return sizes
 
 
+def write_video(path: Path) -> Path:
+    """Five frames of 64 x 48 at 10 a second."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
+    for i in range(5):
+        writer.write(np.full((48, 64, 3), 40 * i, np.uint8))
+    writer.release()
+    return path
+
+
 def test_the_mode_is_read_from_the_checkpoint_and_the_report_says_no_boxes(
     infer: Callable[..., int | None], semantic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,11 +137,7 @@ def test_an_unknown_prompt_mode(
 
 
 def test_a_video_gives_a_video(infer: Callable[..., int | None], semantic: Path, tmp_path: Path) -> None:
-    clip = tmp_path / "clip.mp4"
-    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
-    for i in range(5):
-        writer.write(np.full((48, 64, 3), 40 * i, np.uint8))
-    writer.release()
+    clip = write_video(tmp_path / "clip.mp4")
     assert not infer("--model_checkpoint", semantic, "--images", clip, "--batch_size", 2)
     video = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     frames = 0
@@ -192,6 +197,19 @@ def test_boxes_for_ones_own_pictures(infer: Callable[..., int | None], boxed: Pa
     assert values["tall"] == {255}  # not in the file: nothing was detected
 
 
+def test_boxes_that_fit_no_frame_of_a_video(
+    boxed: Path, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    clip = write_video(tmp_path / "clip.mp4")
+    flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", boxed, "--images", clip, "--boxes"]
+    detections = write_detections(tmp_path / "det.json", ["other_000000"])
+    assert "has no box for anything in" in error_of(infer_bdd100k, *flags, detections)
+    assert not list((tmp_path / "out").glob("*.mp4"))  # nothing half done is left
+    detections = write_detections(tmp_path / "det.json", ["clip_000001"])
+    assert not run_script(infer_bdd100k, *flags, detections)
+    assert (tmp_path / "out" / "clip.mp4").exists()
+
+
 def test_two_processes_equal_one_exactly(
     infer: Callable[..., int | None], sam_file: Path, npy: Path, semantic: Path, tmp_path: Path
 ) -> None:
@@ -229,6 +247,8 @@ BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
         "semantic", lambda f: ["--boxes", write_detections(f / "det.json", SPLIT_NAMES)], "takes no boxes; leave out"),
     "no boxes for pictures of one's own": (
         "box", lambda f: [*pictures(f / "in"), "--images", f / "in"][-2:], "give --boxes FILE, or train with"),
+    "scoring one's own pictures": (
+        "semantic", lambda f: ["--images", f, "--eval_size", "original"], "--images draws overlays and scores nothing"),
     "unreadable video": (
         "semantic", lambda f: ["--images", written(f / "x.mp4", "no video" * 99)], "x.mp4: not a video that OpenCV"),
     "empty folder": ("semantic", lambda f: ["--images", empty(f / "none")], "none: an empty folder"),

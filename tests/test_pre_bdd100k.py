@@ -468,7 +468,7 @@ SMALL = ["--splits", "train", "--image_size", "256"]
 def many(tmp_path_factory):
     """A data set that takes long enough to be caught in the middle of, and what an undisturbed run makes of it."""
     root, out = (tmp_path_factory.mktemp("many") / name for name in ("bdd", "undisturbed"))
-    draw(root, "train", [f"{index:02}" for index in range(40)], size=(540, 960))
+    draw(root, "train", [f"{index:03}" for index in range(120)], size=(540, 960))
     assert go_on(root, out) == 0
     return root, contents(out)
 

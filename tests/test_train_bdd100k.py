@@ -212,7 +212,7 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "resume best": (lambda f: ["--resume", f / "run" / checkpoint.BEST], r"no state to resume from; give .*latest"),
     "resume a finished run": (lambda f: resume(f, "-num_epochs", 2), r"already trained for 2 epochs; raise -num_ep"),
     "resume without validation": (lambda f: resume(f)[:-2], r"its best model was chosen by mIoU; give --val"),
-    "resume another model": (lambda f: resume(f, "-model_type", "vit_b"), r"was trained with model type vit_tiny, not"),
+    "resume another model": (lambda f: resume(f, "-model_type", "vit_b"), r"-model_type is vit_b, .* with vit_tiny;"),
     "other lr": (lambda f: resume(f, "-lr", "2e-3"), r"-lr is 0.002, but .*latest.pth began with 0.001; give it so"),
     "other weight decay": (lambda f: resume(f, "-weight_decay", 0), r"-weight_decay is 0.0, but .* began with 0.01;"),
     "other schedule": (lambda f: resume(f, "--lr_scheduler", "step"), r"--lr_scheduler is step, .* with constant;"),
