@@ -468,7 +468,7 @@ SMALL = ["--splits", "train", "--image_size", "256"]
 def many(tmp_path_factory):
     """A data set that takes long enough to be caught in the middle of, and what an undisturbed run makes of it."""
     root, out = (tmp_path_factory.mktemp("many") / name for name in ("bdd", "undisturbed"))
-    draw(root, "train", [f"{index:03}" for index in range(120)], size=(540, 960))
+    draw(root, "train", [f"{index:02}" for index in range(40)], size=(540, 960))
     assert go_on(root, out) == 0
     return root, contents(out)
 
@@ -480,7 +480,11 @@ def go_on(root, out):
 
 def start(root, out):
     command = [sys.executable, SCRIPT, *SMALL, "--bdd100k_root", root, "--output_path", out, "--num_workers", "2"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        # What runs in the background of a shell ignores Ctrl-C, and so do its children unless they are told not to.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def wait_for_some(process, out):
