@@ -19,22 +19,21 @@ Several processes share an evaluation: torchrun --nproc_per_node=4 infer_bdd100k
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from segment_anything.build_sam import CONFIGS, file_digest
 from utils import checkpoint, cli, distributed
 from utils.bdd100k import find_split, read_mask, read_size
 from utils.checkpoint import ModelInfo
-from utils.dataset import BoxesByName, EvaluationDataset, NpyFolder, collate_evaluation, detected_prompts
+from utils.dataset import BoxesByName, EvaluationDataset, NpyFolder, detected_prompts
 from utils.detections import read_detections
+from utils.engine import evaluation_loader, predictions_and_labels
 from utils.errors import UserError
 from utils.geometry import resize_image, unframe
 from utils.metrics import ConfusionMatrix
@@ -96,28 +95,24 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     boxes = choose_boxes(args, info, [item.name for item in source.items])
     make_folders(args)
 
-    # Whole batches are dealt out: a batch of other images would round differently, and a process's figures with it.
-    every = range(len(source.items))
-    batches = [list(every[i : i + args.batch_size]) for i in range(0, len(every), args.batch_size)]
-    share = batches[distributed.rank() :: distributed.world_size()]
-    loader = DataLoader(
+    loader = evaluation_loader(
         EvaluationDataset(source, boxes),
-        batch_sampler=share,
+        batch_size=args.batch_size,
         num_workers=args.num_workers,
-        collate_fn=collate_evaluation,
-        pin_memory=precision.device.type == "cuda",
+        precision=precision,
     )
     confusion = ConfusionMatrix(precision.device)
-    indexes = [index for batch in share for index in batch]
+    indexes = [index for batch in loader.batch_sampler for index in batch]  # type: ignore[union-attr]
     progress = tqdm(indexes, desc="evaluating", unit="image", disable=not distributed.is_main())
     for index, (prediction, labels) in zip(progress, predictions_and_labels(model, loader, precision)):
         item = source.items[index]
-        label_map = prediction.label_map(info.image_size)
         if masks or args.save_predictions or (args.visualize and index < NUM_PICTURES):
             original = original_size(prediction, item.height, item.width, info)
         if masks:
             label_map = torch.from_numpy(original)
             labels = torch.from_numpy(read_mask(masks[item.name], item.height, item.width).copy())
+        else:
+            label_map = prediction.label_map(info.image_size)
         confusion.update(label_map, labels)
         if args.save_predictions:
             save_labels(args.output_dir / "predictions" / f"{item.name}.png", original)
@@ -136,13 +131,6 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
         )
         print_folders(args)
     return 0
-
-
-def predictions_and_labels(
-    model: Segmenter, loader: DataLoader, precision: Precision
-) -> Iterator[tuple[Prediction, torch.Tensor]]:
-    for batch in loader:
-        yield from zip(predict(model, batch, precision), precision.to_device(batch["labels"]))
 
 
 def original_size(prediction: Prediction, height: int, width: int, info: ModelInfo) -> np.ndarray:

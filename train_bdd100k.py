@@ -36,9 +36,8 @@ from utils.dataset import (
     SemanticDataset,
     TrainingDataset,
     TrainingSampler,
-    collate_evaluation,
 )
-from utils.engine import evaluate, train_one_epoch
+from utils.engine import evaluate, evaluation_loader, train_one_epoch
 from utils.errors import UserError
 from utils.metrics import mean_iou
 from utils.model import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
@@ -276,7 +275,7 @@ def training_dataset(args: argparse.Namespace, source: NpyFolder) -> TrainingDat
 
 
 def validation_loader(args: argparse.Namespace, training: NpyFolder, precision: Precision) -> DataLoader | None:
-    """Batches of this process's share of the validation images; every image belongs to exactly one process."""
+    """This process's share of the validation images, if there are any; they must be like the training data."""
     if args.val_npy_path is None:
         return None
     source = NpyFolder(args.val_npy_path)
@@ -286,14 +285,8 @@ def validation_loader(args: argparse.Namespace, training: NpyFolder, precision: 
             raise UserError(f"{args.val_npy_path}: has {what} {theirs}, but the training data {ours}; make them alike")
     if not any(any(item.pixels) for item in source.items):
         raise UserError(f"{args.val_npy_path}: no labelled pixel to measure mIoU on; give another --val_npy_path")
-    return DataLoader(
-        EvaluationDataset(source, "oracle" if args.prompt_mode == "box" else None),
-        batch_size=args.batch_size,
-        sampler=range(distributed.rank(), len(source.items), distributed.world_size()),
-        num_workers=args.num_workers,
-        collate_fn=collate_evaluation,
-        pin_memory=precision.device.type == "cuda",
-    )
+    dataset = EvaluationDataset(source, "oracle" if args.prompt_mode == "box" else None)
+    return evaluation_loader(dataset, batch_size=args.batch_size, num_workers=args.num_workers, precision=precision)
 
 
 def announce(

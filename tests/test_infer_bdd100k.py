@@ -19,7 +19,7 @@ import infer_bdd100k
 from segment_anything import build_sam_vit_tiny
 from segment_anything.build_sam import file_digest
 from tests.conftest import IMAGE_SIZE, run_script, write_split
-from utils import checkpoint
+from utils import checkpoint, engine
 from utils.bdd100k import CLASS_NAMES, NUM_CLASSES
 from utils.dataset import NpyFolder
 from utils.model import BoxSegmenter, build_model
@@ -310,6 +310,6 @@ def test_a_full_gpu_is_told_in_one_line(
     def run_out(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(infer_bdd100k, "predict", run_out)
+    monkeypatch.setattr(engine, "predict", run_out)
     line = error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path))
     assert "GPU's memory is full; lower --batch_size" in line

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import distributed
+from utils.dataset import EvaluationDataset, collate_evaluation
 from utils.errors import UserError
 from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter
 from utils.precision import Precision
-from utils.prediction import predict
+from utils.prediction import Prediction, predict
 
 
 def train_one_epoch(
@@ -162,12 +163,37 @@ def _normalise_gradients(
         raise UserError("the gradient is not finite though the loss is; the weights were not touched. Lower -lr")
 
 
-def evaluate(model: Segmenter, loader: Iterable[dict[str, Any]], precision: Precision) -> ConfusionMatrix:
+def evaluation_loader(
+    dataset: EvaluationDataset, *, batch_size: int, num_workers: int, precision: Precision
+) -> DataLoader:
+    """The batches of this process's share; every image belongs to exactly one process.
+
+    Whole batches are dealt out: one of other images would round differently, and a process's figures with it.
+    """
+    every = range(len(dataset))
+    batches = [list(every[i : i + batch_size]) for i in range(0, len(every), batch_size)]
+    return DataLoader(
+        dataset,
+        batch_sampler=batches[distributed.rank() :: distributed.world_size()],
+        num_workers=num_workers,
+        collate_fn=collate_evaluation,
+        pin_memory=precision.device.type == "cuda",
+    )
+
+
+def predictions_and_labels(
+    model: Segmenter, loader: Iterable[dict[str, Any]], precision: Precision
+) -> Iterator[tuple[Prediction, Tensor]]:
+    """What the model says of each image, and its labels in the S x S frame."""
+    for batch in loader:
+        yield from zip(predict(model, batch, precision), precision.to_device(batch["labels"]))
+
+
+def evaluate(model: Segmenter, loader: DataLoader, precision: Precision) -> ConfusionMatrix:
     """Score predictions in the S x S frame over this process's share of a set, and sum over the processes."""
     confusion = ConfusionMatrix(precision.device)
     progress = tqdm(loader, desc="validation", unit="batch", disable=not distributed.is_main(), leave=False)
-    for batch in progress:
-        for prediction, labels in zip(predict(model, batch, precision), precision.to_device(batch["labels"])):
-            confusion.update(prediction.label_map(labels.shape[-1]), labels)
+    for prediction, labels in predictions_and_labels(model, progress, precision):
+        confusion.update(prediction.label_map(labels.shape[-1]), labels)
     distributed.all_reduce_sum(confusion.matrix)
     return confusion
