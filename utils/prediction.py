@@ -63,7 +63,8 @@ def merge_masks(planes: Iterable[Tensor], class_ids: Tensor, threshold: float, s
 
 @torch.no_grad()
 def predict(model: Segmenter, batch: dict[str, Any], precision: Precision) -> list[Prediction]:
-    """Segment the images of a batch: encoded together, then all masks of an image decoded in one call.
+    """Segment the images of a batch: encoded together; then decoded together, or, as images differ in their number of
+    boxes, all boxes of an image in one call.
 
     Args:
         batch: "image", B x S x S x 3, and in box mode lists of B "class_ids" (K int64) and "boxes" (K x 4).
@@ -71,10 +72,13 @@ def predict(model: Segmenter, batch: dict[str, Any], precision: Precision) -> li
     model.eval()
     with precision.autocast():
         features = model.encode(precision.images(batch))
+        if not model.PROMPTS:
+            class_ids = precision.to_device(torch.arange(NUM_CLASSES))
+            return [Prediction(masks, class_ids, model.THRESHOLD) for masks in model(features)[0]]
     predictions = []
     for i in range(len(batch["image"])):
         prompts = [precision.to_device(batch[key][i])[None].float() for key in model.PROMPTS]
-        class_ids = precision.to_device(batch["class_ids"][i] if prompts else torch.arange(NUM_CLASSES))
+        class_ids = precision.to_device(batch["class_ids"][i])
         low_res_masks = features[0].new_empty(0)
         if len(class_ids):
             with precision.autocast():
