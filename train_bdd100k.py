@@ -13,14 +13,17 @@ Four cards (torchrun in place of "python -m torch.distributed.launch" works alik
 
 A run that was stopped:
 
-    python train_bdd100k.py ... --resume work_dir/<task>-<YYYYMMDD-HHMM>/medsam_model_latest.pth
+    python train_bdd100k.py ... --resume work_dir/<task>-<YYYYMMDD-HHMM>
+
+One that is to go on by itself, whatever happens to a process:
+
+    torchrun --nproc_per_node=4 --max_restarts=3 train_bdd100k.py ... --save_every_steps 200 --resume auto
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,8 @@ from utils.metrics import mean_iou
 from utils.model import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
 from utils.optim import SCHEDULES, build_optimizer, build_scheduler
 from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision, telling_out_of_memory
-from utils.run import Latest, Run, read_latest
+from utils.run import Latest, Run, find_latest, read_latest
+from utils.stopping import ignore_signals
 
 # What a resumed run must share with its beginning, by the names that the user knows.
 KEPT_ON_RESUME = {
@@ -82,7 +86,11 @@ def get_args_parser() -> cli.Parser:
     flag("model_type", choices=list(CONFIGS), default="vit_b", help="which SAM")
     flag("checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM checkpoint")
     parser.add_switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
-    flag("resume", type=Path, help="a run's folder, or its medsam_model_latest.pth, to go on with")
+    flag("resume", type=Path, help="a run's folder, or its medsam_model_latest.pth, to go on with; auto: the task's "
+         "run in work_dir that was saved last, or a new one")
+    flag("save_every_steps", type=cli.non_negative_int, default=0,
+         help="optimizer steps of an epoch from one medsam_model_latest.pth to the next, 0 for one an epoch")
+    flag("keep_last", type=cli.non_negative_int, default=1, help="how many of those before the last are kept")
     flag("seed", type=cli.seed, default=2024, help="of everything that is random")
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
 
@@ -187,17 +195,21 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
         stateful=stepping,
         config=config,
         choose_by_miou=val_loader is not None,
+        save_every_steps=args.save_every_steps,
+        keep_last=args.keep_last,
         tensorboard=args.use_tensorboard,
         wandb=args.use_wandb,
     )
     if distributed.is_main():
         announce(args, segmenter, precision, run, num_images=len(dataset), steps_per_epoch=steps_per_epoch)
 
-    with run.resumable():
+    with run.stop.deferred():
         for epoch in range(len(run.history), args.num_epochs):
-            started = time.monotonic()
+            progress = run.progress  # of a run that was stopped inside an epoch, not at its beginning
             dataset.set_epoch(epoch)
-            loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+            loader.batch_sampler.set_epoch(  # type: ignore[union-attr]
+                epoch, first_step=progress.steps * args.grad_acc_steps
+            )
             figures = train_one_epoch(
                 model,
                 loader,
@@ -205,12 +217,14 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
                 precision=precision,
                 grad_acc_steps=args.grad_acc_steps,
                 clip_grad_norm=args.clip_grad_norm,
-                epoch=epoch,
+                progress=progress,
+                watch=run,
             )
-            seconds = time.monotonic() - started
+            seconds = progress.seconds
             record = {"epoch": epoch, "train_loss": figures.pop("loss"), **figures}
             if val_loader and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.num_epochs):
-                record["val_miou"] = mean_iou(evaluate(segmenter, val_loader, precision).matrix)
+                with run.interruptible():
+                    record["val_miou"] = mean_iou(evaluate(segmenter, val_loader, precision).matrix)
             run.finish_epoch({**record, "seconds": seconds, "images_per_second": len(dataset) / seconds})
     run.finish()
     if distributed.is_main():
@@ -227,11 +241,12 @@ def next_command(args: argparse.Namespace, run: Run) -> str:
 
 
 def latest_of(args: argparse.Namespace, config: dict[str, Any]) -> Latest | None:
-    """What `--resume` names, checked against the flags; None without it."""
-    if not args.resume:
+    """What `--resume` names, checked against the flags; None without it, and where `auto` finds nothing."""
+    path = args.resume and find_latest(args.resume, args.work_dir, args.task_name)
+    if not path:
         return None
     return read_latest(
-        args.resume,
+        path,
         config=config,
         kept=KEPT_ON_RESUME,
         num_epochs=args.num_epochs,
@@ -262,7 +277,12 @@ def training_loader(args: argparse.Namespace, dataset: TrainingDataset, precisio
         seed=args.seed,
     )
     return DataLoader(
-        dataset, batch_sampler=sampler, num_workers=args.num_workers, pin_memory=precision.device.type == "cuda"
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        pin_memory=precision.device.type == "cuda",
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # else it draws from the RNG, at each start anew
     )
 
 
@@ -308,7 +328,10 @@ def announce(
     print(f"{num_images} images, {steps_per_epoch} optimizer steps an epoch, "
           f"effective batch size {run.config['effective_batch_size']}")
     print(f"{distributed.world_size()} process(es) on {precision.device.type}, {dtype}")
-    print(f"run folder: {run.folder}" + (f", going on at epoch {len(run.history)}" if run.history else ""), flush=True)
+    position = run.progress
+    going_on = f", going on at epoch {position.epoch}" if position.epoch or position.steps else ""
+    going_on += f", after {position.steps} steps" if position.steps else ""
+    print(f"run folder: {run.folder}{going_on}", flush=True)
 
 
 if __name__ == "__main__":

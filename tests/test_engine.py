@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 from tests.conftest import IMAGE_SIZE, write_split
 from utils.bdd100k import NUM_CLASSES
 from utils.dataset import FILLER, BoxPromptDataset, NpyFolder, TrainingSampler
-from utils.engine import train_one_epoch
+from utils.engine import Progress, train_one_epoch
 from utils.errors import UserError
 from utils.model import Segmenter, build_model
 from utils.optim import build_optimizer, build_scheduler
@@ -77,7 +77,7 @@ def train(
         precision=precision,
         grad_acc_steps=grad_acc_steps,
         clip_grad_norm=clip,
-        epoch=epoch,
+        progress=Progress(epoch),
     )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +16,7 @@ import torch
 from utils import checkpoint
 from utils.checkpoint import BEST, LATEST, ModelInfo
 from utils.errors import UserError
-from utils.run import Latest, Run, read_latest
+from utils.run import AUTO, Latest, Run, find_latest, read_latest
 
 INFO = ModelInfo("vit_tiny", 64, "stretch", sam_sha256="ab" * 32)
 
@@ -30,6 +33,8 @@ def start(work_dir: Path, *, latest: Latest | None = None, choose_by_miou: bool 
         stateful={"optimizer": torch.optim.SGD(model.mask_decoder.parameters(), lr=0.1)},
         config={"lr": 0.1},
         choose_by_miou=choose_by_miou,
+        save_every_steps=0,
+        keep_last=2,
         tensorboard=False,
         wandb=False,
     )
@@ -37,7 +42,9 @@ def start(work_dir: Path, *, latest: Latest | None = None, choose_by_miou: bool 
 
 def read(resume: Path, *, num_epochs: int = 9, choose_by_miou: bool = False) -> Latest:
     kept = {"lr": "-lr"}
-    return read_latest(resume, config={"lr": 0.1}, kept=kept, num_epochs=num_epochs, choose_by_miou=choose_by_miou)
+    path = find_latest(resume, resume.parent, "Drawn")
+    assert path
+    return read_latest(path, config={"lr": 0.1}, kept=kept, num_epochs=num_epochs, choose_by_miou=choose_by_miou)
 
 
 def record(epoch: int, loss: float, miou: float | None = None, **figures: Any) -> dict[str, Any]:
@@ -74,18 +81,21 @@ def test_validation_cannot_be_left_out_midway(tmp_path: Path) -> None:
         read(run.folder)
 
 
-@pytest.mark.parametrize("run_state", [{}, [], None, {"history": [], "best_score": 0.5}, {"history": [{"epoch": 3}]}])
+@pytest.mark.parametrize("run_state", [{}, [], None, {"history": [], "best_score": 0.5}, {"rng": []}, {"progress": {}}])
 def test_a_foreign_run_state(tmp_path: Path, run_state: Any) -> None:
     run = start(tmp_path)
     run.finish_epoch(record(0, 1.0))
     payload = torch.load(run.folder / LATEST, weights_only=True)
+    if run_state and "best_score" not in run_state:  # one part is wrong
+        run_state = {**payload["run_state"], **run_state}
     torch.save({**payload, "run_state": run_state}, run.folder / LATEST)
     with pytest.raises(UserError, match=r"latest.pth: its state is not one that train_bdd100k.py wrote; start a new"):
         read(run.folder)
 
 
 @pytest.mark.parametrize(
-    "change", [{"optimizer": None}, {"optimizer": {"state": {}, "param_groups": []}}, {"rng": torch.zeros(3)}]
+    "change",
+    [{"optimizer": None}, {"optimizer": {"state": {}, "param_groups": []}}, {"rng": [{"cpu": torch.zeros(3)}]}],
 )
 def test_states_that_do_not_fit(tmp_path: Path, change: dict[str, Any]) -> None:
     run = start(tmp_path)
@@ -97,13 +107,70 @@ def test_states_that_do_not_fit(tmp_path: Path, change: dict[str, Any]) -> None:
         start(tmp_path, latest=read(run.folder))
 
 
-def test_a_run_without_a_finished_epoch(tmp_path: Path) -> None:
+def test_a_run_that_saved_nothing(tmp_path: Path) -> None:
     folder = start(tmp_path).folder
-    for resume in (folder, folder / LATEST):
-        with pytest.raises(UserError) as error:
-            read(resume)
-        said = "no epoch was finished there, so there is nothing to resume; run the same command without --resume"
-        assert str(error.value) == f"{folder}: {said}"
+    with pytest.raises(UserError) as error:
+        read(folder)
+    said = "nothing was saved there, so there is nothing to resume; run the same command without --resume"
+    assert str(error.value) == f"{folder}: {said}"
+    assert find_latest(AUTO, tmp_path, "Drawn") is None
+
+
+def damage(path: Path) -> None:
+    """Flip one bit of a weight, which leaves the file readable to PyTorch."""
+    content = bytearray(path.read_bytes())
+    weight = next(iter(torch.load(path, weights_only=True)["model"].values()))
+    content[content.index(weight.numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_latest_gives_way_to_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = start(tmp_path)
+    for epoch in range(4):
+        run.finish_epoch(record(epoch, 1.0))
+    names = [LATEST, "medsam_model_latest.1.pth", "medsam_model_latest.2.pth"]
+    assert sorted(path.name for path in run.folder.glob("*latest*")) == sorted(names)
+    assert [len(read(run.folder / name).history) for name in names] == [4, 3, 2]
+    damage(run.folder / LATEST)
+    torch.load(run.folder / LATEST, weights_only=True)  # as good as any to PyTorch
+    capsys.readouterr()
+    assert len(read(run.folder).history) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("warning: ") and f"{LATEST}: truncated" in said and f"going on from {names[1]}" in said
+    (run.folder / LATEST).unlink()  # as a kill between two renames leaves it
+    assert len(read(run.folder).history) == 3 and f"{LATEST} is missing" in capsys.readouterr().err
+    for name in names[1:]:
+        damage(run.folder / name)
+    with pytest.raises(UserError, match=r"latest.1.pth: truncated, or not a checkpoint"):
+        read(run.folder)
+
+
+def test_auto_takes_the_tasks_run_that_was_saved_last(tmp_path: Path) -> None:
+    runs = [start(tmp_path) for _ in range(3)]
+    for when, run in zip((200, 300), runs):
+        run.finish_epoch(record(0, 1.0))
+        os.utime(run.folder / LATEST, (when, when))
+    other = tmp_path / "Other-20260101-0000"
+    shutil.copytree(runs[0].folder, other)
+    assert find_latest(AUTO, tmp_path, "Drawn") == runs[1].folder / LATEST
+    assert find_latest(AUTO, tmp_path, "Other") == other / LATEST
+    assert find_latest(AUTO, tmp_path, "Nothing") is None
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(tmp_path)
+    run.finish_epoch(record(0, 1.0))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    before = {path: path.read_bytes() for path in run.folder.glob("*.pth")}
+    for loss in (2.0, 0.5):  # of `latest`, and of `best`
+        said = rf"No space left on device\); what was saved before it is whole: .* --resume {run.folder}"
+        with pytest.raises(UserError, match=said):
+            run.finish_epoch(record(1, loss))
+    assert {path: path.read_bytes() for path in run.folder.iterdir() if path.suffix in (".pth", ".tmp")} == before
 
 
 def test_a_finished_run_says_how_to_train_longer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

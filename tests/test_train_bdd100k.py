@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_bdd100k
 from segment_anything import build_sam_vit_tiny
-from tests.conftest import IMAGE_SIZE, run_script, write_split
+from tests.conftest import IMAGE_SIZE, write_split
 from utils import checkpoint, cli
 from utils.bdd100k import IGNORE_LABEL
+from utils.run import Run
 
 Train = Callable[..., Path]
 
@@ -51,7 +54,8 @@ def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_a_run_leaves_checkpoints_log_configuration_and_curve(run: Path, npy: Path) -> None:
     assert re.fullmatch(r"Drawn-\d{8}-\d{4}", run.name)
-    files = {"medsam_model_best.pth", "medsam_model_latest.pth", "log.jsonl", "config.json", "loss_curve.png"}
+    files = {"medsam_model_best.pth", "medsam_model_latest.pth", "medsam_model_latest.1.pth"}
+    files |= {"log.jsonl", "config.json", "loss_curve.png"}
     assert {path.name for path in run.iterdir()} == files
     assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
@@ -105,25 +109,97 @@ def test_resuming_with_the_same_effective_batch_cut_otherwise(train: Train, run_
     assert [record["optimizer_steps"] for record in log_of(run_copy)] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("stopped_in", [0, 1])
-def test_ctrl_c_says_how_to_go_on(
-    stopped_in: int, inputs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def train_one_epoch(*_: Any, epoch: int, **__: Any) -> dict[str, float]:
-        if epoch == stopped_in:
-            raise KeyboardInterrupt
-        return {"loss": 1.0}
+# Seven images in groups of two: four optimizer steps an epoch, the last of a single image.
+SMALL_STEPS = ["-batch_size", 1, "--grad_acc_steps", 2, "-num_epochs", 2, "-lr", "1e-3"]
 
-    monkeypatch.setattr(train_bdd100k, "train_one_epoch", train_one_epoch)
-    with pytest.raises(SystemExit) as end:
-        cli.run(lambda: run_script(train_bdd100k, *good_flags(inputs)))
-    assert end.value.code == 130
-    (folder,) = (inputs / "work").iterdir()
-    hints = [
-        "no epoch was finished, so there is nothing to resume: run the same command again",
-        f"run the same command with --resume {folder} to go on from the last whole epoch",
-    ]
-    assert capfd.readouterr().err == f"interrupted: {hints[stopped_in]}\n"
+
+@pytest.fixture(scope="module")
+def undisturbed(train: Train, npy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("undisturbed"), *SMALL_STEPS, "--val_npy_path", npy / "val")
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Weights, moments and figures are those of the other run, bit for bit."""
+    states = [checkpoint.load_checkpoint(path / "medsam_model_latest.pth") for path in (folder, other)]
+    assert all(torch.equal(states[0]["model"][key], value) for key, value in states[1]["model"].items())
+    ours, theirs = (state["run_state"] for state in states)
+    moments = theirs["optimizer"]["state"]
+    assert moments and all(
+        torch.equal(ours["optimizer"]["state"][index][key], value)
+        for index, moment in moments.items()
+        for key, value in moment.items()
+    )
+    assert ours["scheduler"] == theirs["scheduler"]
+    assert torch.equal(ours["rng"][0]["cpu"], theirs["rng"][0]["cpu"])
+    assert without_times(log_of(folder)) == without_times(log_of(other))
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "said"),
+    [
+        (signal.SIGINT, 1, "epoch 0, after 1 optimizer steps"),
+        (signal.SIGTERM, 4, "epoch 0, after 4 optimizer steps"),
+        (signal.SIGTERM, 7, "epoch 1, after 3 optimizer steps"),
+        (signal.SIGINT, "validation", "epoch 0, after 4 optimizer steps"),
+    ],
+)
+def test_a_signal_saves_the_step_and_resuming_equals_never_having_stopped(
+    number: signal.Signals,
+    step: int | str,
+    said: str,
+    undisturbed: Path,
+    train: Train,
+    npy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    flags = [*SMALL_STEPS, "--val_npy_path", npy / "val"]
+    calls = []
+
+    def stop_requested(run: Run) -> bool:
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return run.stop.requested
+
+    def evaluate(*_: Any) -> None:
+        os.kill(os.getpid(), number)
+        raise AssertionError("the signal was not heeded")
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as end:
+        patched.setattr(Run, "stop_requested", stop_requested)
+        if step == "validation":
+            patched.setattr(train_bdd100k, "evaluate", evaluate)
+        cli.run(lambda: train(tmp_path, *flags))  # type: ignore[func-returns-value,arg-type,return-value]
+    assert end.value.code == 128 + number
+    (folder,) = tmp_path.iterdir()
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "%|" not in line]
+    assert lines == [f"interrupted: run the same command with --resume {folder} to go on in {said}"]
+
+    assert train(tmp_path, *flags, "--resume", "auto") == folder
+    assert_same_run(folder, undisturbed)
+
+
+def test_going_on_inside_an_epoch_with_the_batch_cut_otherwise(
+    undisturbed: Path, train: Train, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(run: Run, progress: Any, stop: bool) -> None:
+        step_done(run, progress, stop)
+        if progress.steps == 3:
+            raise MemoryError
+
+    step_done = Run.step_done
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(Run, "step_done", die)
+        train(tmp_path, *SMALL_STEPS, "--val_npy_path", npy / "val", "--save_every_steps", 2)
+    (folder,) = tmp_path.iterdir()
+    assert checkpoint.load_checkpoint(folder / "medsam_model_latest.pth")["run_state"]["progress"]["steps"] == 2
+    flags = [*SMALL_STEPS, "-batch_size", 2, "--grad_acc_steps", 1, "--val_npy_path", npy / "val"]
+    train(tmp_path, *flags, "--resume", folder)
+    for ours, theirs in zip(log_of(folder), log_of(undisturbed)):
+        assert ours["optimizer_steps"] == theirs["optimizer_steps"] == 4
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
 
 
 def test_resuming_with_the_scaler_newly_enabled(train: Train, run_copy: Path, npy: Path) -> None:

@@ -8,6 +8,7 @@ strings, lists and dicts, so that they load with `weights_only=True`.
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -61,11 +62,15 @@ def save_best(path: Path, model: Segmenter, info: ModelInfo, *, epoch: int, metr
 
 
 def save_latest(
-    path: Path, model: Segmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict, run_state: dict
+    path: Path, model: Segmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict, run_state: dict, keep: int
 ) -> None:
-    """As `save_best`, with the state of the run: optimizer, scheduler, scaler, RNG, and what the loop counts."""
+    """As `save_best`, with the state of the run: optimizer, scheduler, scaler, RNG, and what the loop counts.
+
+    Args:
+        keep: so many earlier ones stay, under the names of `utils.files.earlier`.
+    """
     payload = _decoder_payload(model, info, epoch=epoch, metrics=metrics, args=args)
-    save_whole(path, {**payload, "run_state": run_state})
+    save_whole(path, {**payload, "run_state": run_state}, keep=keep)
 
 
 def in_folder(path: Path, name: str) -> Path:
@@ -83,6 +88,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint (train_bdd100k.py writes {BEST} and {LATEST})")
     try:
+        _check_archive(path)
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # the unpickler goes where damaged bytes lead it, and raises almost anything there
         raise UserError(f"{path}: truncated, or not a checkpoint of train_bdd100k.py; take another one") from None
@@ -100,6 +106,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if payload["info"].prompt_mode not in SEGMENTERS:
         raise UserError(f"{path}: of prompt mode {payload['info'].prompt_mode}, which this version does not know")
     return payload
+
+
+def _check_archive(path: Path) -> None:
+    """Raise an error unless the file is a zip archive as `torch.save` writes it: nothing packed, every sum right.
+
+    PyTorch does not look at the sums, so that a flipped bit would become a weight; and would unpack what a hostile
+    file has packed, a thousandfold.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()) or archive.testzip():
+            raise ValueError
 
 
 def _is_checkpoint(payload: Any) -> bool:
@@ -147,8 +164,8 @@ def _decoder_payload(model: Segmenter, info: ModelInfo, *, epoch: int, metrics: 
     }
 
 
-def save_whole(path: Path, payload: dict[str, Any]) -> None:
-    """`torch.save`, atomically.
+def save_whole(path: Path, payload: dict[str, Any], *, keep: int = 0) -> None:
+    """`torch.save`, atomically; `keep` as of `atomic_write`.
 
     Raises:
         UserError: the file cannot be written.
@@ -156,5 +173,5 @@ def save_whole(path: Path, payload: dict[str, Any]) -> None:
     # Serialised before the file is opened: a full disk is then an error of writing, which leaves the old file alone.
     buffer = io.BytesIO()
     torch.save(payload, buffer)
-    with atomic_write(path) as file:
+    with atomic_write(path, keep=keep) as file:
         file.write(buffer.getbuffer())

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,13 +88,17 @@ def image_size(text: str) -> int:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with its status; a `UserError` is printed in one line, without a traceback.
 
-    So is Ctrl-C, with what to do next if `main` raises `KeyboardInterrupt` with a text.
+    So is Ctrl-C, with what to do next if `main` raises `KeyboardInterrupt` with a text, and `Interrupted`.
     """
     try:
         status = main() or 0
     except UserError as error:
         print(f"error: {_message(error)}", file=sys.stderr)
         status = 1
+    except Interrupted as interrupt:
+        if message := str(interrupt):
+            print(f"interrupted: {message}", file=sys.stderr)
+        status = 128 + interrupt.signal_number
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {str(interrupt) or 'run the same command again'}", file=sys.stderr)
         status = 130

@@ -221,15 +221,19 @@ class TrainingSampler(Sampler[list[int]]):
         self.world_size = world_size
         self.seed = seed
         self.epoch = 0
+        self.first_step = 0
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, *, first_step: int = 0) -> None:
+        """Choose the epoch, and the step to begin with: those before it were taken before the run was resumed."""
         self.epoch = epoch
+        self.first_step = first_step
 
     def __len__(self) -> int:
-        return -(-self.num_samples // (self.batch_size * self.world_size))
+        """Steps that are left of the epoch."""
+        return max(0, -(-self.num_samples // (self.batch_size * self.world_size)) - self.first_step)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples).tolist()
-        for step in range(len(self)):
+        for step in range(self.first_step, self.first_step + len(self)):
             start = (step * self.world_size + self.rank) * self.batch_size
             yield order[start : start + self.batch_size] or [FILLER]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,31 @@ from utils.precision import Precision
 from utils.prediction import Prediction, predict
 
 
+@dataclass
+class Progress:
+    """How far an epoch has come, at the end of an optimizer step: with it, training goes on inside the epoch."""
+
+    epoch: int
+    steps: int = 0  # of the optimizer, those included that the fp16 scaler skipped
+    skipped_steps: int = 0
+    sums: Tensor | None = None  # as `_StepSums.sums`, over `steps`; float64
+    begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begun
+
+
+class Watch(Protocol):
+    """Who is told of every optimizer step, and may end the epoch after it."""
+
+    def stop_requested(self) -> bool:
+        """Whether this process was asked to stop."""
+
+    def step_done(self, progress: Progress, stop: bool) -> None:
+        """Called by all processes after each step; `stop`, the same everywhere: one of them was asked to stop."""
+
+
 def train_one_epoch(
     model: nn.Module,
     loader: DataLoader,
@@ -29,14 +56,16 @@ def train_one_epoch(
     precision: Precision,
     grad_acc_steps: int,
     clip_grad_norm: float,
-    epoch: int,
+    progress: Progress,
+    watch: Watch | None = None,
 ) -> dict[str, float]:
-    """Train the mask decoder for one epoch.
+    """Train the mask decoder for one epoch, or what is left of it.
 
     Args:
         model: a `Segmenter`, or DDP around one.
         grad_acc_steps: batches of a process that make one optimizer step; the last group may be smaller.
         clip_grad_norm: largest norm of the gradient, 0 for no limit.
+        progress: kept up to date; where it has steps already, `loader` gives the batches that come after them.
 
     Returns:
         Means over all samples (prompts in box mode, else images) of all processes: "loss" and the parts of it that the
@@ -48,35 +77,38 @@ def train_one_epoch(
     """
     parts: tuple[str, ...] = distributed.unwrap(model).LOSSES  # type: ignore[assignment]
     model.train()
-    totals = torch.zeros(len(parts) + 1, dtype=torch.float64, device=precision.device)  # as _StepSums.sums
-    skipped = optimizer_steps = 0
-    progress = tqdm(loader, desc=f"epoch {epoch}", unit="step", disable=not distributed.is_main(), leave=False)
+    totals = _StepSums(parts, precision.device).sums if progress.sums is None else progress.sums.to(precision.device)
+    done, epoch = progress.steps * grad_acc_steps, progress.epoch
+    end = done + len(loader)
+    bar = tqdm(loader, f"epoch {epoch}", end, leave=False, disable=not distributed.is_main(), unit="step", initial=done)
     optimizer.zero_grad(set_to_none=True)
     group = _StepSums(parts, precision.device)
-    for step, batch in enumerate(progress):
+    for step, batch in enumerate(bar, start=done):
         # 修改点 8: 梯度累积：每 grad_acc_steps 步更新一次，末尾不足一组的也更新
-        last_of_group = (step + 1) % grad_acc_steps == 0 or step + 1 == len(loader)
+        last_of_group = (step + 1) % grad_acc_steps == 0 or step + 1 == end
         with distributed.sync_gradients(model, enabled=last_of_group):
             _forward_backward(model, batch, group, scaler, precision)
         if not last_of_group:
             continue
 
-        num_samples = group.reduce(f"epoch {epoch}, step {step + 1}")
-        _normalise_gradients(model, optimizer, scaler, num_samples, clip_grad_norm)
+        stop = group.reduce(f"epoch {epoch}, step {step + 1}", stop=watch is not None and watch.stop_requested())
+        _normalise_gradients(model, optimizer, scaler, group.num_samples, clip_grad_norm)
         if _step(optimizer, scaler):
             scheduler.step()
-            optimizer_steps += 1
         else:
-            skipped += 1
-        totals += group.sums
+            progress.skipped_steps += 1
+        totals = progress.sums = totals + group.sums
+        progress.steps += 1
         means = _means(parts, totals)
-        progress.set_postfix(loss=f"{means['loss']:.4f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
+        bar.set_postfix(loss=f"{means['loss']:.4f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
+        if watch:
+            watch.step_done(progress, stop)
         group = _StepSums(parts, precision.device)
     return {
         **_means(parts, totals),
         "lr": float(scheduler.get_last_lr()[0]),
-        "optimizer_steps": optimizer_steps,
-        "skipped_steps": skipped,
+        "optimizer_steps": progress.steps - progress.skipped_steps,
+        "skipped_steps": progress.skipped_steps,
     }
 
 
@@ -111,9 +143,14 @@ class _StepSums:
         self.names += names
         return parts.sum()
 
-    def reduce(self, where: str) -> float:
-        """Sum over the processes and return the number of samples; all processes stop where a loss is not finite."""
-        distributed.all_reduce_sum(self.sums)
+    @property
+    def num_samples(self) -> float:
+        return self.sums[-1].item()
+
+    def reduce(self, where: str, *, stop: bool) -> bool:
+        """Sum over the processes; whether any of them gave `stop`. All of them fail where a loss is not finite."""
+        reduced = distributed.all_reduce_sum(torch.cat([self.sums, self.sums.new_tensor([stop])]))
+        self.sums, stops = reduced[:-1], reduced[-1]
         if not bool(self.sums.isfinite().all()):
             bad = [name for name, finite in zip(self.names, torch.cat(self.finite).tolist()) if not finite]
             names = sorted({name for some in distributed.all_gather(bad) for name in some})
@@ -121,7 +158,7 @@ class _StepSums:
                 f"{where}: the loss is not finite for {', '.join(names)}; the weights were not touched. "
                 "Check these files, lower -lr, or train without -use_amp"
             )
-        return self.sums[-1].item()
+        return bool(stops)
 
 
 def _means(parts: tuple[str, ...], totals: Tensor) -> dict[str, float]:

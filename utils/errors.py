@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 from __future__ import annotations
 
@@ -9,3 +9,15 @@ class UserError(Exception):
     Scripts turn it into `error: <message>` on stderr and exit status 1 (see `utils.cli.run`); anything else that
     escapes is a bug and keeps its traceback.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to stop and has saved its work; the exit status is 128 + `signal_number`."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        """
+        Args:
+            message: how to go on; "" where another process says it.
+        """
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -16,11 +16,15 @@ from utils.errors import UserError
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, keep: int = 0) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; on success flush it to disk and rename it to `path`.
 
     A reader, or a run that is killed at any moment, sees the old file or the new one, never a half of it. On an
     exception the temporary file is removed and `path` is left as it was.
+
+    Args:
+        keep: so many earlier versions stay, `<stem>.1<suffix>` the last of them. Who is killed between the two renames
+            leaves no file of the name itself, and the versions before it whole.
 
     Raises:
         UserError: the file cannot be written (disk full, no permission, no such folder).
@@ -31,12 +35,20 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        for number in range(keep, 0, -1):
+            with suppress(FileNotFoundError):
+                os.replace(earlier(path, number - 1), earlier(path, number))
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         with suppress(OSError):  # it was renamed, or never made
             temporary.unlink()
+
+
+def earlier(path: Path, number: int) -> Path:
+    """The version so many before the last; 0 is `path` itself."""
+    return path.with_name(f"{path.stem}.{number}{path.suffix}") if number else path
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +18,14 @@ from torch import Tensor
 
 from utils import checkpoint, distributed
 from utils.checkpoint import BEST, LATEST, ModelInfo
+from utils.engine import Progress
 from utils.errors import UserError
+from utils.files import remove_temporaries
 from utils.log import CONFIG, RunLogger
 from utils.model import Segmenter
+from utils.stopping import StopSignals
+
+AUTO = Path("auto")  # as --resume
 
 
 @dataclass(frozen=True)
@@ -32,13 +40,63 @@ class Latest:
         return self.state["run_state"]["history"]
 
 
+def find_latest(resume: Path, work_dir: Path, task_name: str) -> Path | None:
+    """The file that `--resume` means, the same in all processes.
+
+    Args:
+        resume: a run's folder, of which it is the newest `latest` that can be read, with a warning if that is an
+            earlier one; the file itself; or AUTO for the task's folder in `work_dir` that was last saved to, None if
+            it has none.
+
+    Raises:
+        UserError: there is a `latest`, or a run's folder, but none that can be read.
+    """
+    return distributed.broadcast(_find_latest(resume, work_dir, task_name) if distributed.is_main() else None)
+
+
+def _find_latest(resume: Path, work_dir: Path, task_name: str) -> Path | None:
+    if resume != AUTO:
+        return _newest_good(resume) if resume.is_dir() else resume
+    pattern = re.compile(re.escape(task_name) + r"-\d{8}-\d{4}(-\d+)?")
+    folders = [folder for folder in work_dir.glob("*") if pattern.fullmatch(folder.name) and _versions(folder)]
+    if not folders:
+        return None
+    return _newest_good(max(folders, key=lambda folder: max(path.stat().st_mtime for path in _versions(folder))))
+
+
+def _newest_good(folder: Path) -> Path:
+    """The run's newest `latest` that can be read."""
+    if not _versions(folder) and (folder / CONFIG).exists():
+        raise UserError(f"{folder}: nothing was saved there, so there is nothing to resume; "
+                        "run the same command without --resume")
+    errors = []
+    for path in _versions(folder) or [folder / LATEST]:
+        try:
+            checkpoint.load_checkpoint(path)
+        except UserError as error:
+            errors.append(error)
+            continue
+        if path.name != LATEST:
+            print(f"warning: {errors[0] if errors else f'{folder / LATEST} is missing'}; going on from {path.name}, "
+                  "the one before", file=sys.stderr, flush=True)
+        return path
+    raise errors[0]
+
+
+def _versions(folder: Path) -> list[Path]:
+    """The run's `latest` and the numbered ones before it, newest first."""
+    number = re.compile(re.escape(Path(LATEST).stem) + r"(?:\.(\d+))?" + re.escape(Path(LATEST).suffix))
+    found = {path: match for path in folder.glob("*") if (match := number.fullmatch(path.name))}
+    return sorted(found, key=lambda path: int(found[path][1] or 0))
+
+
 def read_latest(
-    resume: Path, *, config: Mapping[str, Any], kept: Mapping[str, str], num_epochs: int, choose_by_miou: bool
+    path: Path, *, config: Mapping[str, Any], kept: Mapping[str, str], num_epochs: int, choose_by_miou: bool
 ) -> Latest:
     """Read a run's `latest` and check all that can be checked before the data and the SAM file are read.
 
     Args:
-        resume: the run's folder or the file itself.
+        path: as `find_latest` gives it.
         config: the configuration of this start, and
         kept: keys of it that must be as the run began, and how the user knows them. The states that are loaded would
             override some of them without a word; to change the others midway makes two runs of one.
@@ -46,12 +104,8 @@ def read_latest(
         choose_by_miou: as of `Run`.
 
     Raises:
-        UserError: `resume` names nothing, a run that began with other settings, or one that has its epochs already.
+        UserError: `path` is nothing, of a run that began with other settings, or of one that has its epochs already.
     """
-    path = checkpoint.in_folder(resume, LATEST)
-    if not (path.parent / LATEST).exists() and (path.parent / CONFIG).exists():
-        raise UserError(f"{path.parent}: no epoch was finished there, so there is nothing to resume; "
-                        "run the same command without --resume")
     state = checkpoint.load_checkpoint(path)
     if "run_state" not in state:
         raise UserError(f"{path}: holds no state to resume from; give the run's {LATEST}")
@@ -71,16 +125,26 @@ def read_latest(
 
 def _is_run_state(state: Any) -> bool:
     """Whether all that is looked at, but for the states that the optimizer and the like check themselves, is there."""
-    kinds = {"history": list, "best_score": float | int, "rng": Tensor}
     return (
-        isinstance(state, dict)
-        and all(isinstance(state.get(key), kind) for key, kind in kinds.items())
+        _has(state, {"history": list, "best_score": float | int, "rng": list, "progress": dict})
+        and bool(state["rng"])
         and all(isinstance(record, dict) and record.get("epoch") == i for i, record in enumerate(state["history"]))
+        and _has(state["progress"], {"steps": int, "skipped_steps": int, "sums": Tensor | None, "seconds": float})
+        and state["progress"]["steps"] >= 0
+    )
+
+
+def _has(state: Any, kinds: Mapping[str, Any]) -> bool:
+    return isinstance(state, dict) and all(
+        key in state and isinstance(state[key], kind) for key, kind in kinds.items()
     )
 
 
 class Run:
-    """Checkpoints, logs and the history of epochs. Only the main process writes; all of them read on resuming."""
+    """Checkpoints, logs, the history of epochs and how far this one has come; the `Watch` of its training.
+
+    Only the main process writes; all of them read on resuming.
+    """
 
     def __init__(
         self,
@@ -93,6 +157,8 @@ class Run:
         stateful: Mapping[str, Any],
         config: Mapping[str, Any],
         choose_by_miou: bool,
+        save_every_steps: int,
+        keep_last: int,
         tensorboard: bool,
         wandb: bool,
     ) -> None:
@@ -102,6 +168,8 @@ class Run:
             stateful: what has `state_dict` and `load_state_dict` and belongs into `latest`.
             config: the resolved configuration; it goes into `config.json` and the checkpoints.
             choose_by_miou: the best epoch has the highest "val_miou", not the lowest "train_loss".
+            save_every_steps: optimizer steps of an epoch from one `latest` to the next; 0 for one at its end alone.
+            keep_last: how many of the `latest`s before it stay.
 
         Raises:
             UserError: `latest` does not fit the model, or the folder cannot be made.
@@ -109,11 +177,16 @@ class Run:
         self.model, self.info, self.stateful, self.choose_by_miou = model, info, stateful, choose_by_miou
         # Checkpoints load with weights_only, which knows no Path.
         self.config = {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}
+        self.save_every_steps, self.keep_last = save_every_steps, keep_last
+        self.stop = StopSignals(launched=distributed.world_size() > 1)
         self.history: list[dict[str, Any]] = []
         self.best_score = -math.inf
+        self.progress = Progress(epoch=0)
         if latest:
             self._resume(latest)
             self.folder = latest.path.parent
+            if distributed.is_main():
+                remove_temporaries(self.folder)
         else:
             self.folder = distributed.broadcast(_new_folder(work_dir, task_name) if distributed.is_main() else None)
         self.logger = (
@@ -130,24 +203,87 @@ class Run:
             for name, part in self.stateful.items():
                 if run_state[name]:  # that of a scaler is empty without fp16, which -use_amp may since have turned on
                     part.load_state_dict(run_state[name])
-            torch.set_rng_state(run_state["rng"])
+            rngs = run_state["rng"]
+            # With another number of processes there is nothing to equal: what is drawn matters to no result.
+            self._set_rng(rngs[distributed.rank() if len(rngs) == distributed.world_size() else 0])
         except Exception:  # each part checks its own state, or stumbles over it, in a way of its own
             raise UserError(f"{latest.path}: its state is of another kind of run; start a new one") from None
         self.history = latest.history
+        state = run_state["progress"]
+        self.progress = Progress(len(self.history), state["steps"], state["skipped_steps"], state["sums"],
+                                 begun=time.monotonic() - state["seconds"])
         # The figure of a run that had no validation data is a loss, and no mIoU is to be measured against it.
         if not self.choose_by_miou or any("val_miou" in record for record in self.history):
             self.best_score = run_state["best_score"]
 
+    def stop_requested(self) -> bool:
+        return self.stop.requested
+
+    def step_done(self, progress: Progress, stop: bool) -> None:
+        """As of `Watch`.
+
+        Raises:
+            Interrupted: `stop` was asked for; the state is saved.
+        """
+        if stop or (self.save_every_steps and progress.steps % self.save_every_steps == 0):
+            self._save_latest()
+        if stop:
+            raise self.stop.interrupt(self._how_to_go_on())
+
     @contextmanager
-    def resumable(self) -> Iterator[None]:
-        """A context in which Ctrl-C says how to go on: repeating the command would begin another run."""
-        try:
+    def interruptible(self) -> Iterator[None]:
+        """A context of long work that changes no state: all is saved before it, and a signal ends it at once."""
+        self._save_latest()
+        with self.stop.at_once(self._how_to_go_on()):
             yield
-        except KeyboardInterrupt:
-            hint = "no epoch was finished, so there is nothing to resume: run the same command again"
-            if (self.folder / LATEST).exists():
-                hint = f"run the same command with --resume {self.folder} to go on from the last whole epoch"
-            raise KeyboardInterrupt(hint) from None
+
+    def _how_to_go_on(self) -> str:
+        if not distributed.is_main():
+            return ""
+        where = f"epoch {self.progress.epoch}, after {self.progress.steps} optimizer steps"
+        return f"run the same command with --resume {self.folder} to go on in {where}"
+
+    def _save_latest(self) -> None:
+        """Write `latest`; all processes take part, as each has an RNG."""
+        rngs = distributed.all_gather(self._rng())
+        if self.logger is None:
+            return
+        progress = self.progress
+        state = {name: part.state_dict() for name, part in self.stateful.items()}
+        state |= {"rng": rngs, "history": self.history, "best_score": self.best_score}
+        sums = None if progress.sums is None else progress.sums.cpu()
+        counts = {"steps": progress.steps, "skipped_steps": progress.skipped_steps}
+        state["progress"] = {**counts, "sums": sums, "seconds": progress.seconds}
+        try:
+            checkpoint.save_latest(
+                self.folder / LATEST,
+                self.model,
+                self.info,
+                epoch=progress.epoch if progress.steps else progress.epoch - 1,
+                metrics=self.history[-1] if self.history else {},
+                args=self.config,
+                run_state=state,
+                keep=self.keep_last,
+            )
+        except UserError as error:
+            raise UserError(f"{error}{self._after_failing()}") from error
+
+    def _after_failing(self) -> str:
+        if not _versions(self.folder):
+            return "; nothing was saved yet"
+        return f"; what was saved before it is whole: mend that, and go on with --resume {self.folder}"
+
+    def _rng(self) -> dict[str, Tensor]:
+        device = next(self.model.mask_decoder.parameters()).device
+        return {"cpu": torch.get_rng_state()} | (
+            {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+        )
+
+    def _set_rng(self, state: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        device = next(self.model.mask_decoder.parameters()).device
+        if device.type == "cuda" and "cuda" in state:  # a run may go on on another device
+            torch.cuda.set_rng_state(state["cuda"], device)
 
     def finish_epoch(self, record: dict[str, Any]) -> None:
         """Log an epoch and write the checkpoints: `latest` always, `best` if this epoch is the best so far.
@@ -161,14 +297,11 @@ class Run:
         is_best = score > self.best_score
         if is_best:
             self.best_score = score
+            self._save_best(record)
+        self.progress = Progress(record["epoch"] + 1)
+        self._save_latest()
         if self.logger is None:
             return
-        metadata = {"epoch": record["epoch"], "metrics": record, "args": self.config}
-        run_state = {name: part.state_dict() for name, part in self.stateful.items()}
-        run_state |= {"rng": torch.get_rng_state(), "history": self.history, "best_score": self.best_score}
-        if is_best:
-            checkpoint.save_best(self.folder / BEST, self.model, self.info, **metadata)
-        checkpoint.save_latest(self.folder / LATEST, self.model, self.info, **metadata, run_state=run_state)
         self.logger.log_epoch(record)
         miou = f", val mIoU {record['val_miou']:.4f}" if "val_miou" in record else ""
         skipped = f", {record['skipped_steps']} steps skipped (fp16 overflow)" if record.get("skipped_steps") else ""
@@ -177,6 +310,15 @@ class Run:
             f"{record['images_per_second']:.2f} images/s{skipped}{' (best)' if is_best else ''}",
             flush=True,
         )
+
+    def _save_best(self, record: dict[str, Any]) -> None:
+        if self.logger is None:
+            return
+        metadata = {"epoch": record["epoch"], "metrics": record, "args": self.config}
+        try:
+            checkpoint.save_best(self.folder / BEST, self.model, self.info, **metadata)
+        except UserError as error:
+            raise UserError(f"{error}{self._after_failing()}") from error
 
     def finish(self) -> None:
         """Close the logs and say where everything is."""
