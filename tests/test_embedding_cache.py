@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from utils.checkpoint import ModelInfo
 from utils.dataset import EvaluationDataset, NpyFolder, SemanticDataset, collate_evaluation
 from utils.embedding_cache import Binding, EmbeddingCache, entry_path, prepare_cache
 from utils.errors import UserError
-from utils.model import Segmenter, build_model
+from utils.model import Features, Segmenter, build_model
 from utils.precision import Precision
 
 CPU = Precision(torch.device("cpu"))
@@ -47,17 +48,22 @@ def encoded(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the batches that were encoded since."""
     sizes: list[int] = []
     encode = segmenter.encode
-    monkeypatch.setattr(segmenter, "encode", lambda images: sizes.append(len(images)) or encode(images))
+
+    def counting(images: torch.Tensor) -> Features:
+        sizes.append(len(images))
+        return encode(images)
+
+    monkeypatch.setattr(segmenter, "encode", counting)
     return sizes
 
 
 def prepare(
-    split: Path, segmenter: Segmenter, sam_file: Path, where: str = "auto", *, num_views: int = 1, **changed: Any
+    split: Path, segmenter: Segmenter, sam_file: Path, where: str = "auto", *, num_views: int = 1, **changed: str
 ) -> EmbeddingCache:
     source = NpyFolder(split)
     info = ModelInfo("vit_tiny", source.image_size, source.resize_mode, file_digest(sam_file), "semantic")
     binding = Binding.of(segmenter, info, CPU, "float32")
-    binding = Binding(**{**vars(binding), **changed})
+    binding = dataclasses.replace(binding, **changed)  # type: ignore[arg-type]
     cache = prepare_cache(where, source, segmenter, CPU, binding, num_views=num_views, batch_size=4, num_workers=0)
     assert cache is not None
     return cache
@@ -153,7 +159,7 @@ def test_a_cache_of_something_else_is_refused_with_the_reason(
     prepare(split, segmenter, sam_file, str(tmp_path / "cache"))
     encoded.clear()
     with pytest.raises(UserError, match=rf"a cache of other features \({key} differ\)"):
-        prepare(split, segmenter, sam_file, str(tmp_path / "cache"), **{key: value})
+        prepare(split, segmenter, sam_file, str(tmp_path / "cache"), **{key: value})  # type: ignore[arg-type]
     prepare(split, segmenter, sam_file)  # beside the images each kind has a folder of its own
     assert len(encoded) > 1
 
