@@ -11,6 +11,10 @@ Four cards (torchrun in place of "python -m torch.distributed.launch" works alik
     python -m torch.distributed.launch --nproc_per_node=4 train_bdd100k.py -i data/bdd100k_npy/train -use_amp \\
         --world_size 4 --distributed
 
+With batch size, precision and loader processes chosen for a kind of card; flags beside it win:
+
+    python train_bdd100k.py ... --preset 3090
+
 A run that was stopped:
 
     python train_bdd100k.py ... --resume work_dir/<task>-<YYYYMMDD-HHMM>/medsam_model_latest.pth
@@ -64,6 +68,16 @@ KEPT_ON_RESUME = {
 MEMORY_ADVICE = ("lower -batch_size and raise --grad_acc_steps by the same factor, which changes nothing else; or add "
                  "-use_amp, or preprocess at a smaller --image_size")
 
+# What a card has room and arithmetic for; without --preset, what the specification has. All make optimizer steps of 16
+# images per process, so that a run means the same on each. The memory that they take has not been measured.
+PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {"batch_size": 4, "grad_acc_steps": 4, "use_amp": False, "amp_dtype": "auto", "num_workers": 4},
+    "2080ti": {"batch_size": 4, "grad_acc_steps": 4, "use_amp": True, "amp_dtype": "fp16", "num_workers": 4},
+    "3090": {"batch_size": 8, "grad_acc_steps": 2, "use_amp": True, "amp_dtype": "bf16", "num_workers": 8},
+    "a100": {"batch_size": 16, "grad_acc_steps": 1, "use_amp": True, "amp_dtype": "bf16", "num_workers": 8},
+    "cpu": {"batch_size": 2, "grad_acc_steps": 8, "use_amp": True, "amp_dtype": "auto", "num_workers": 1},
+}
+
 # A decoder that starts with new parts has more to learn than SAM's own.
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
     "box": {"lr": 5e-5, "lr_scheduler": "constant", "warmup_epochs": 0},
@@ -89,7 +103,9 @@ def get_args_parser() -> cli.Parser:
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
 
     # 修改点 3: 训练参数默认值适配 4x 2080Ti (11GB)
-    flag("batch_size", type=cli.positive_int, default=4, help="images per process and step")
+    flag("preset", choices=[name for name in PRESETS if name], help=f"{', '.join(PRESETS[None])} for a kind of card; "
+         "what is given beside it wins")
+    flag("batch_size", type=cli.positive_int, help=f"images per process and step {_by_preset('batch_size')}")
     flag("num_epochs", type=cli.positive_int, default=100, help="passes over the data")
     flag("lr", type=cli.positive_float, help=f"learning rate {_by_mode('lr')}")
     flag("weight_decay", type=cli.non_negative_float, default=0.01, help="of AdamW")
@@ -105,12 +121,14 @@ def get_args_parser() -> cli.Parser:
          help="encode each image once and keep the features: in a folder; auto, beside the images if the disk has "
          "room; or off")
     flag("cache_dtype", choices=list(DTYPES), default="float16", help="what cached features are stored in")
-    flag("num_workers", type=cli.non_negative_int, default=4, help="loader processes per training process")
+    flag("num_workers", type=cli.non_negative_int,
+         help=f"loader processes per training process {_by_preset('num_workers')}")
 
     # 修改点 4: 混合精度训练和梯度累积
-    parser.add_switch("use_amp", help="mixed precision")
-    flag("amp_dtype", choices=AMP_DTYPES, default="auto", help=AMP_HELP)
-    flag("grad_acc_steps", type=cli.positive_int, default=4, help="steps whose gradients are added up")
+    parser.add_switch("use_amp", default=None, help=f"mixed precision {_by_preset('use_amp')}")
+    flag("amp_dtype", choices=AMP_DTYPES, help=f"{AMP_HELP} {_by_preset('amp_dtype')}")
+    flag("grad_acc_steps", type=cli.positive_int,
+         help=f"steps whose gradients are added up {_by_preset('grad_acc_steps')}")
 
     # 修改点 5: 分布式训练参数
     flag("distributed", action="store_true", help="require a launcher (with one, it is used in any case)")
@@ -125,9 +143,9 @@ def get_args_parser() -> cli.Parser:
     return parser
 
 
-def apply_mode_defaults(args: argparse.Namespace) -> None:
-    """Fill in what the command line left open and the mode decides."""
-    for name, value in MODE_DEFAULTS[args.prompt_mode].items():
+def apply_defaults(args: argparse.Namespace) -> None:
+    """Fill in what the command line left open and the mode or the preset decides."""
+    for name, value in {**MODE_DEFAULTS[args.prompt_mode], **PRESETS[args.preset]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
@@ -136,8 +154,12 @@ def _by_mode(name: str) -> str:
     return f"(default: {MODE_DEFAULTS['box'][name]}; in semantic mode {MODE_DEFAULTS['semantic'][name]})"
 
 
+def _by_preset(name: str) -> str:
+    return f"(default: {PRESETS[None][name]}, or as --preset has it)"
+
+
 def main(args: argparse.Namespace) -> None:
-    apply_mode_defaults(args)
+    apply_defaults(args)
     # The device comes first: a card that is not there should be told in one line, not by NCCL.
     precision = resolve_precision(
         args.device,
