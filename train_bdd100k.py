@@ -11,13 +11,17 @@ Four cards (torchrun in place of "python -m torch.distributed.launch" works alik
     python -m torch.distributed.launch --nproc_per_node=4 train_bdd100k.py -i data/bdd100k_npy/train -use_amp \\
         --world_size 4 --distributed
 
+With batch size, precision and loader processes chosen for a kind of card; flags beside it win:
+
+    python train_bdd100k.py ... --preset 3090
+
 A run that was stopped:
 
     python train_bdd100k.py ... --resume work_dir/<task>-<YYYYMMDD-HHMM>
 
-One that is to go on by itself, whatever happens to a process:
+One that may be started again and again, and goes on where it was last saved:
 
-    torchrun --nproc_per_node=4 --max_restarts=3 train_bdd100k.py ... --save_every_steps 200 --resume auto
+    python train_bdd100k.py ... --save_every_steps 200 --resume auto
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from torch.utils.data import DataLoader
 
 from segment_anything.build_sam import CONFIGS, file_digest
 from utils import checkpoint, cli, distributed
+from utils.checkpoint import ModelInfo
 from utils.dataset import (
     BoxPromptDataset,
     EvaluationDataset,
@@ -40,6 +45,7 @@ from utils.dataset import (
     TrainingDataset,
     TrainingSampler,
 )
+from utils.embedding_cache import DTYPES, Binding, prepare_cache
 from utils.engine import evaluate, evaluation_loader, train_one_epoch
 from utils.errors import UserError
 from utils.metrics import mean_iou
@@ -65,6 +71,16 @@ KEPT_ON_RESUME = {
 
 MEMORY_ADVICE = ("lower -batch_size and raise --grad_acc_steps by the same factor, which changes nothing else; or add "
                  "-use_amp, or preprocess at a smaller --image_size")
+
+# What a card has room and arithmetic for; without --preset, what the specification has. All make optimizer steps of 16
+# images per process, so that a run means the same on each. The memory that they take has not been measured.
+PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {"batch_size": 4, "grad_acc_steps": 4, "use_amp": False, "amp_dtype": "auto", "num_workers": 4},
+    "2080ti": {"batch_size": 4, "grad_acc_steps": 4, "use_amp": True, "amp_dtype": "fp16", "num_workers": 4},
+    "3090": {"batch_size": 8, "grad_acc_steps": 2, "use_amp": True, "amp_dtype": "bf16", "num_workers": 8},
+    "a100": {"batch_size": 16, "grad_acc_steps": 1, "use_amp": True, "amp_dtype": "bf16", "num_workers": 8},
+    "cpu": {"batch_size": 2, "grad_acc_steps": 8, "use_amp": True, "amp_dtype": "auto", "num_workers": 1},
+}
 
 # A decoder that starts with new parts has more to learn than SAM's own.
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -95,7 +111,9 @@ def get_args_parser() -> cli.Parser:
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
 
     # 修改点 3: 训练参数默认值适配 4x 2080Ti (11GB)
-    flag("batch_size", type=cli.positive_int, default=4, help="images per process and step")
+    flag("preset", choices=[name for name in PRESETS if name], help=f"{', '.join(PRESETS[None])} for a kind of card; "
+         "what is given beside it wins")
+    flag("batch_size", type=cli.positive_int, help=f"images per process and step {_by_preset('batch_size')}")
     flag("num_epochs", type=cli.positive_int, default=100, help="passes over the data")
     flag("lr", type=cli.positive_float, help=f"learning rate {_by_mode('lr')}")
     flag("weight_decay", type=cli.non_negative_float, default=0.01, help="of AdamW")
@@ -107,12 +125,18 @@ def get_args_parser() -> cli.Parser:
          help="random classes that share an image's encoding (box mode)")
     flag("bbox_shift", type=cli.non_negative_int, default=20,
          help="largest jitter of a box's sides, in pixels (box mode)")
-    flag("num_workers", type=cli.non_negative_int, default=4, help="loader processes per training process")
+    flag("cache_embeddings", default="off",
+         help="encode each image once and keep the features: in a folder; auto, beside the images if the disk has "
+         "room; or off")
+    flag("cache_dtype", choices=list(DTYPES), default="float16", help="what cached features are stored in")
+    flag("num_workers", type=cli.non_negative_int,
+         help=f"loader processes per training process {_by_preset('num_workers')}")
 
     # 修改点 4: 混合精度训练和梯度累积
-    parser.add_switch("use_amp", help="mixed precision")
-    flag("amp_dtype", choices=AMP_DTYPES, default="auto", help=AMP_HELP)
-    flag("grad_acc_steps", type=cli.positive_int, default=4, help="steps whose gradients are added up")
+    parser.add_switch("use_amp", default=None, help=f"mixed precision {_by_preset('use_amp')}")
+    flag("amp_dtype", choices=AMP_DTYPES, help=f"{AMP_HELP} {_by_preset('amp_dtype')}")
+    flag("grad_acc_steps", type=cli.positive_int,
+         help=f"steps whose gradients are added up {_by_preset('grad_acc_steps')}")
 
     # 修改点 5: 分布式训练参数
     flag("distributed", action="store_true", help="require a launcher (with one, it is used in any case)")
@@ -127,9 +151,9 @@ def get_args_parser() -> cli.Parser:
     return parser
 
 
-def apply_mode_defaults(args: argparse.Namespace) -> None:
-    """Fill in what the command line left open and the mode decides."""
-    for name, value in MODE_DEFAULTS[args.prompt_mode].items():
+def apply_defaults(args: argparse.Namespace) -> None:
+    """Fill in what the command line left open and the mode or the preset decides."""
+    for name, value in {**MODE_DEFAULTS[args.prompt_mode], **PRESETS[args.preset]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
@@ -138,8 +162,12 @@ def _by_mode(name: str) -> str:
     return f"(default: {MODE_DEFAULTS['box'][name]}; in semantic mode {MODE_DEFAULTS['semantic'][name]})"
 
 
+def _by_preset(name: str) -> str:
+    return f"(default: {PRESETS[None][name]}, or as --preset has it)"
+
+
 def main(args: argparse.Namespace) -> None:
-    apply_mode_defaults(args)
+    apply_defaults(args)
     # The device comes first: a card that is not there should be told in one line, not by NCCL.
     precision = resolve_precision(
         args.device,
@@ -179,10 +207,11 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     ).to(precision.device)
     if isinstance(segmenter, SemanticSegmenter):
         segmenter.balance_classes(source.class_pixels())
-    info = checkpoint.ModelInfo(
+    info = ModelInfo(
         args.model_type, source.image_size, source.resize_mode, file_digest(args.checkpoint), args.prompt_mode
     )
     model = distributed.wrap(segmenter, precision.device)
+    use_caches(args, segmenter, info, precision, [dataset, *([val_loader.dataset] if val_loader else [])])
     loader = training_loader(args, dataset, precision)
     steps_per_epoch = math.ceil(len(loader) / args.grad_acc_steps)
     stepping = build_stepping(args, segmenter, precision, steps_per_epoch)
@@ -229,6 +258,26 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     run.finish()
     if distributed.is_main():
         print(f"\nNext:\n  {next_command(args, run)}")
+
+
+def use_caches(
+    args: argparse.Namespace, segmenter: Segmenter, info: ModelInfo, precision: Precision, datasets: list[Any]
+) -> None:
+    """Have each image of the data sets encoded once, if the user wants it."""
+    binding = Binding.of(segmenter, info, precision, args.cache_dtype)
+    for data in datasets:
+        data.cache = prepare_cache(
+            args.cache_embeddings,
+            data.source,
+            segmenter,
+            precision,
+            binding,
+            num_views=data.NUM_VIEWS,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+        )
+    if all(data.cache for data in datasets):
+        segmenter.sam.image_encoder.cpu()  # which has done its work; a card has better use for the room
 
 
 def next_command(args: argparse.Namespace, run: Run) -> str:

@@ -113,7 +113,7 @@ python pre_bdd100k.py \
 def parse(script: ModuleType, *flags: str) -> dict[str, Any]:
     args = script.get_args_parser().parse_args([*REQUIRED[script], *flags])
     if script is train_bdd100k:
-        train_bdd100k.apply_mode_defaults(args)  # as its main does first
+        train_bdd100k.apply_defaults(args)  # as its main does first
     return vars(args)
 
 
@@ -131,6 +131,19 @@ def test_defaults_of_the_semantic_mode() -> None:
     assert (boxed["prompt_mode"], boxed["lr"], boxed["lr_scheduler"], boxed["warmup_epochs"]) == (
         "box", 5e-5, "constant", 0
     )  # fmt: skip
+
+
+def test_a_preset_decides_what_is_not_given() -> None:
+    names = ("batch_size", "grad_acc_steps", "use_amp", "amp_dtype", "num_workers")
+    args = parse(train_bdd100k, "--preset", "3090")
+    assert [args[name] for name in names] == [8, 2, True, "bf16", 8]
+    given = ["-batch_size", "4", "-use_amp", "False", "--amp_dtype", "auto", "-num_workers", "0"]  # what no preset says
+    for flags in (["--preset", "3090", *given], [*given, "--preset", "3090"]):
+        args = parse(train_bdd100k, *flags)
+        assert [args[name] for name in names] == [4, 2, False, "auto", 0]
+    for preset in ("2080ti", "3090", "a100", "cpu"):  # none changes what an optimizer step is made of
+        args = parse(train_bdd100k, "--preset", preset)
+        assert args["batch_size"] * args["grad_acc_steps"] == 16
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from segment_anything import (
     sam_model_registry,
 )
 from segment_anything.build_sam import read_state_dict
-from segment_anything.modeling import Sam
+from segment_anything.modeling import Sam, image_encoder
 from segment_anything.utils.transforms import ResizeLongestSide
 from tests.oracles import Payload, public_sam, relative_error
 
@@ -210,6 +210,18 @@ def test_encoder_blocks_of_the_larger_models(compare: Compare, model_type: str, 
     public_block.load_state_dict(block.state_dict(), strict=True)
     x = torch.randn(1, grid_size, grid_size, block.norm1.weight.numel())
     compare(f"{model_type} {kind} block", block(x), public_block(x))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("limit", [1, 3000, 100_000, 2**26])  # a query, queries, heads, everything at a time
+def test_the_encoder_does_not_depend_on_its_pieces(monkeypatch: pytest.MonkeyPatch, limit: int, grad: bool) -> None:
+    encoder = random_tiny().image_encoder
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = encoder(images)
+    monkeypatch.setitem(image_encoder.MAX_ELEMENTS, "cpu", limit)
+    with torch.set_grad_enabled(grad):
+        assert relative_error(encoder(images).detach(), expected) < 1e-6
 
 
 def test_resize_longest_side() -> None:

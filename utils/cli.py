@@ -24,9 +24,12 @@ class Parser(argparse.ArgumentParser):
         spellings = [f"{dashes}{name}" for name in names for dashes in (("-",) if len(name) == 1 else ("--", "-"))]
         self.add_argument(*spellings, **kwargs)
 
-    def add_switch(self, name: str, help: str) -> None:
-        """Add a switch that is off by default: bare turns it on, and `True` or `False` may follow it."""
-        self.add_flag(name, nargs="?", const=True, default=False, type=boolean, metavar="BOOL", help=help)
+    def add_switch(self, name: str, help: str, default: bool | None = False) -> None:
+        """Add a switch that is off by default: bare turns it on, and `True` or `False` may follow it.
+
+        `default` may be None, for a switch whose default is known only once the other flags are.
+        """
+        self.add_flag(name, nargs="?", const=True, default=default, type=boolean, metavar="BOOL", help=help)
 
     def error(self, message: str) -> NoReturn:
         # One line, without the usage block that would push it off the screen.

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 
 from segment_anything.modeling.common import LayerNorm2d, MLPBlock
 
+# Elements made at a time of what is larger than all else: the attention's bias and the MLP's hidden layer. On a CPU,
+# 16 MB in float32: above 32 MB the C library takes a tensor's memory from the system anew, page by page, which costs
+# more than to compute it. On a GPU, 0.5 GB in half precision.
+MAX_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+
 
 class ImageEncoderViT(nn.Module):
     """Normalised images, B x 3 x S x S -> image embeddings, B x out_chans x S/patch_size x S/patch_size."""
@@ -105,7 +110,9 @@ class Block(nn.Module):
         else:
             attended = self.attn(attended)
         x = x + attended
-        return x + self.mlp(self.norm2(x))
+        tokens = x.flatten(0, 2)
+        pieces = tokens.split(max(1, MAX_ELEMENTS[x.device.type] // self.mlp.lin1.out_features))
+        return x + torch.cat([self.mlp(self.norm2(piece)) for piece in pieces]).view_as(x)
 
 
 class Attention(nn.Module):
@@ -122,31 +129,66 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
         qkv = self.qkv(x).view(b, h * w, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B x heads x HW x C/heads
-        bias = relative_position_bias(q, self.rel_pos_h, self.rel_pos_w, (h, w))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).reshape(b, h, w, c))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0)  # each (B * heads) x HW x C/heads
+        bias_h, bias_w = relative_position_bias(q, self.rel_pos_h, self.rel_pos_w, (h, w))
+        x = attention_in_pieces(q, k, v, bias_h, bias_w)
+        return self.proj(x.view(b, self.num_heads, h * w, -1).transpose(1, 2).reshape(b, h, w, c))
 
 
-def relative_position_bias(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, size: tuple[int, int]) -> Tensor:
-    """The decomposed relative position of MViTv2 as an additive attention bias.
+def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor) -> Tensor:
+    """Attention whose additive bias is `bias_h` of the key's row plus `bias_w` of its column.
 
-    A query's affinity to its row distance plus that to its column distance from the key. The sum is the one tensor
-    of quadratic size made here; it goes to the attention kernel as it is.
+    That sum is the one tensor of quadratic size, and no kernel adds it up by itself. It is made for a few heads, and
+    where a head alone is too large for a few queries, at a time: at 1024 pixels, the whole of it would be 0.8 GB for
+    each image and block, and on a CPU to have such pages mapped takes as long as the attention itself.
 
     Args:
-        q: B x heads x HW x C queries, unscaled.
+        q, k, v: N x HW x C.
+        bias_h: N x HW x H.
+        bias_w: N x HW x W.
+
+    Returns:
+        N x HW x C.
+    """
+    n, size = q.shape[:2]
+    h, w = bias_h.shape[2], bias_w.shape[2]
+    limit = MAX_ELEMENTS[q.device.type]
+    heads, queries = max(1, min(n, limit // size**2)), max(1, min(size, limit // size))
+    # One memory for all pieces, unless autograd keeps them.
+    memory = None if torch.is_grad_enabled() else q.new_empty(heads, queries, h, w)
+    attended = []
+    for some, keys, values, of_row, of_column in zip(*(x.split(heads) for x in (q, k, v, bias_h, bias_w))):
+        for i in range(0, size, queries):
+            rows, columns = of_row[:, i : i + queries, :, None], of_column[:, i : i + queries, None]
+            out = None if memory is None else memory[: rows.shape[0], : rows.shape[1]]
+            bias = torch.add(rows, columns, out=out).flatten(2)  # heads x queries x HW
+            attended.append(_attention(some[:, i : i + queries], keys, values, bias).flatten(0, 1))
+    return torch.cat(attended).view_as(q)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """PyTorch's attention on N x L x C; with the dimension of batches in front, its fused kernels take it."""
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias[None])[0]
+
+
+def relative_position_bias(
+    q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The decomposed relative position of MViTv2: a query's affinity to its distance from each row and each column.
+
+    Args:
+        q: N x HW x C queries, unscaled.
         rel_pos_h, rel_pos_w: (2H - 1) x C and (2W - 1) x C, one row for each distance.
 
     Returns:
-        B x heads x HW x HW.
+        N x HW x H and N x HW x W.
     """
     h, w = size
-    q = q.unflatten(2, size)  # B x heads x H x W x C
-    # Contiguous while they are small, so that their sum is too and its view needs no copy.
-    bias_h = torch.einsum("bnhwc,hkc->bnhwk", q, _by_distance(rel_pos_h, h)).contiguous()
-    bias_w = torch.einsum("bnhwc,wkc->bnhwk", q, _by_distance(rel_pos_w, w)).contiguous()
-    return (bias_h[..., :, None] + bias_w[..., None, :]).view(*q.shape[:2], h * w, h * w)
+    q = q.unflatten(1, size)  # N x H x W x C
+    # Contiguous while they are small, so that the sum of any part of them is too.
+    bias_h = torch.einsum("nhwc,hkc->nhwk", q, _by_distance(rel_pos_h, h)).contiguous()
+    bias_w = torch.einsum("nhwc,wkc->nhwk", q, _by_distance(rel_pos_w, w)).contiguous()
+    return bias_h.flatten(1, 2), bias_w.flatten(1, 2)
 
 
 def _by_distance(rel_pos: Tensor, size: int) -> Tensor:

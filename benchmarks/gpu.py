@@ -1,0 +1,134 @@
+"""Training vit_b on a CUDA card within the memory of a small one, and the encoder against the public package's.
+
+    python -m benchmarks.gpu    # vit_b at 1024, batch 4, fp16, within 11 GB
+
+Prints a line for training with the encoder in each step, one for training on stored encodings, and one for the
+encoder, each with the peak memory of the card. Loading data is left out: images, encodings and labels are on the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import common
+from segment_anything import build_sam
+from utils import cli
+from utils.errors import UserError
+from utils.model import BoxSegmenter
+from utils.optim import build_optimizer
+from utils.precision import Precision, telling_out_of_memory
+
+WARM_UP = 3
+
+
+def get_args_parser() -> cli.Parser:
+    parser = common.get_args_parser(__doc__)
+    parser.set_defaults(repeats=10)
+    parser.add_flag("batch_size", type=cli.positive_int, default=4, help="images a step")
+    parser.add_flag("memory_gb", type=cli.positive_float, default=11, help="of the card, to stay within")
+    return parser
+
+
+def seconds_and_peak(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """The median seconds of `function` once the card is warm, and its peak memory in GB."""
+    for _ in range(WARM_UP):
+        function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[repeats // 2], torch.cuda.max_memory_allocated() / 1e9
+
+
+def random_batch(batch_size: int, image_size: int) -> dict[str, Tensor]:
+    """Images of one class in a box each, on the card."""
+    size = (batch_size, image_size, image_size)
+    corners = torch.tensor([0, 0, image_size - 1, image_size - 1], dtype=torch.float32)
+    batch = {
+        "image": torch.randint(256, (*size, 3), dtype=torch.uint8),
+        "labels": torch.randint(2, size, dtype=torch.uint8),
+        "class_ids": torch.ones(batch_size, 1, dtype=torch.long),
+        "boxes": corners.expand(batch_size, 1, 4),
+    }
+    return {key: value.cuda() for key, value in batch.items()}
+
+
+def training(args: argparse.Namespace, precision: Precision) -> None:
+    segmenter = BoxSegmenter(build_sam(args.model_type, image_size=args.image_size)).to(precision.device).train()
+    optimizer = build_optimizer(segmenter, lr=5e-5, weight_decay=0.01)
+    scaler = precision.grad_scaler()
+    batch = random_batch(args.batch_size, args.image_size)
+    with precision.autocast():
+        stored = tuple(feature.half() for feature in segmenter.encode(precision.images(batch)))
+
+    def step(cached: bool) -> None:
+        with precision.autocast():
+            features = stored if cached else segmenter.encode(precision.images(batch))
+            outputs = segmenter(features, batch["boxes"])
+        loss = torch.stack(list(segmenter.losses(outputs, batch).values())).sum(0).mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    results = {name: seconds_and_peak(lambda name=name: step(name == "cached"), args.repeats)  # type: ignore[misc]
+               for name in ("uncached", "cached")}
+    for name, (seconds, peak) in results.items():
+        common.report(
+            f"training {name}, {args.model_type} at {args.image_size}, batch {args.batch_size}, fp16",
+            ratio=results["uncached"][0] / seconds,
+            step_s=seconds,
+            uncached_step_s=results["uncached"][0],
+            images_per_s=args.batch_size / seconds,
+            peak_gpu_gb=peak,
+            cap_gb=args.memory_gb,
+            gpu=torch.cuda.get_device_name(),
+        )
+
+
+@torch.no_grad()
+def encoding(args: argparse.Namespace, precision: Precision) -> None:
+    ours, public = common.build_pair(args.model_type, args.image_size)
+    encoders = {"ours": ours.image_encoder.to(precision.device), "public": public.to(precision.device)}
+    images = torch.randn(1, 3, args.image_size, args.image_size, device=precision.device)
+
+    def encode(name: str) -> Tensor:
+        with precision.autocast():
+            return encoders[name](images)
+
+    results = {name: seconds_and_peak(lambda name=name: encode(name), args.repeats)  # type: ignore[misc]
+               for name in encoders}
+    common.report(
+        f"encoder, {args.model_type} at {args.image_size}, batch 1, fp16",
+        ratio=results["public"][0] / results["ours"][0],
+        ours_s=results["ours"][0],
+        public_s=results["public"][0],
+        peak_gpu_gb={name: peak for name, (_, peak) in results.items()},
+        gpu=torch.cuda.get_device_name(),
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        raise UserError("PyTorch finds no CUDA card here, and this benchmark measures one; the others run on a CPU")
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gb * 1e9 / total))
+    precision = Precision(torch.device("cuda", 0), torch.float16)
+    with telling_out_of_memory("lower -batch_size or raise --memory_gb"):
+        training(args, precision)
+        torch.cuda.empty_cache()
+        encoding(args, precision)
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,102 @@
+"""pre_bdd100k.py on two processes against one, and against what decoding and the disk allow.
+
+    python -m benchmarks.preprocessing
+    python -m benchmarks.preprocessing --images 4 --image_size 64 --repeats 1    # a few seconds
+
+On drawn scenes of BDD100K's size, 1280 x 720. Both runs are the product's own, from the same library calls;
+`ratio` counts everything, starting the processes included, and `steady_ratio` only the images beyond a quarter of
+them, as the start is paid once however many there are. The limit is the decoding of the images and masks shared by two
+processes, plus the bytes of the output at the rate that one large file is written and synced at in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import cv2
+
+import pre_bdd100k
+from benchmarks import common
+from utils import cli
+from utils.bdd100k import find_split, read_image, read_mask
+from utils.scenes import write_dataset
+
+
+def get_args_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    parser.add_flag("images", type=cli.positive_int, default=64, help="scenes to draw and preprocess")
+    parser.add_flag("image_size", type=cli.image_size, default=1024, help="side of the arrays written")
+    parser.add_flag("repeats", type=cli.positive_int, default=3, help="times that each is measured; medians count")
+    return parser
+
+
+def preprocess(root: Path, output: Path, split: str, num_workers: int, image_size: int) -> None:
+    """What the command line does, in this process, with an empty output folder."""
+    shutil.rmtree(output, ignore_errors=True)
+    flags = ["--bdd100k_root", root, "--output_path", output, "--splits", split]
+    flags += ["--image_size", image_size, "--num_workers", num_workers]
+    with redirect_stdout(StringIO()):
+        pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def decode(root: Path) -> None:
+    for item in find_split(root, "train").items:
+        height, width = read_image(item.image).shape[:2]
+        if item.mask:
+            read_mask(item.mask, height, width)
+
+
+def write(path: Path, size: int) -> None:
+    """`size` bytes, on the disk when it returns."""
+    piece = os.urandom(2**20)
+    with path.open("wb") as file:
+        for start in range(0, size, len(piece)):
+            file.write(piece[: size - start])
+        file.flush()
+        os.fsync(file.fileno())
+    path.unlink()
+
+
+def main(args: argparse.Namespace) -> None:
+    few = max(1, args.images // 4)
+    cv2.setNumThreads(0)  # as in pre_bdd100k.py's own processes: one process is one core
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        root, output = folder / "bdd100k", folder / "npy"
+        write_dataset(root, {"train": args.images, "val": few}, seed=0)
+        num_bytes = args.images * args.image_size**2 * (3 * 4 + 1)
+        seconds = common.measure(
+            {
+                "one": lambda: preprocess(root, output, "train", 1, args.image_size),
+                "two": lambda: preprocess(root, output, "train", 2, args.image_size),
+                "one, few": lambda: preprocess(root, output, "val", 1, args.image_size),
+                "two, few": lambda: preprocess(root, output, "val", 2, args.image_size),
+                "decode": lambda: decode(root),
+                "write": lambda: write(folder / "bytes", num_bytes),
+            },
+            args.repeats,
+        )
+    limit = seconds["decode"] / 2 + seconds["write"]
+    steady = {kind: seconds[kind] - seconds[f"{kind}, few"] for kind in ("one", "two")}
+    common.report(
+        f"preprocessing {args.images} images to {args.image_size} in float32",
+        ratio=seconds["one"] / seconds["two"],
+        steady_ratio=steady["one"] / steady["two"],
+        one_process_s=seconds["one"],
+        two_processes_s=seconds["two"],
+        limit_s=limit,
+        of_limit=limit / seconds["two"],
+        steady_of_limit=limit * (1 - few / args.images) / steady["two"],
+        split_s={"decoding, one process": seconds["decode"], "writing the bytes": seconds["write"]},
+        disk_mb_per_s=num_bytes / seconds["write"] / 1e6,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(get_args_parser().parse_args()))

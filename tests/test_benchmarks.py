@@ -1,0 +1,71 @@
+"""The benchmarks of speed on a tiny model: they run, and their lines hold what they promise. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import common, encoder, gpu, inference, preprocessing, training
+from tests.conftest import run_script
+
+TINY = ("--model_type", "vit_tiny", "--image_size", 64, "--repeats", 1)
+
+
+def lines_of(capsys: pytest.CaptureFixture[str], script: Any, *flags: object) -> list[dict[str, Any]]:
+    run_script(script, *flags)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    for line in lines:
+        assert line["ratio"] > 0 and line["peak_memory_mb"] > 0 and line["versions"]["torch"] == torch.__version__
+    return lines
+
+
+def test_encoder(capsys: pytest.CaptureFixture[str]) -> None:
+    float32, bf16 = lines_of(capsys, encoder, *TINY)
+    assert float32["relative_error"] < 1e-5 and bf16["relative_error"] < 0.05
+    assert float32["ratio"] == pytest.approx(float32["public_float32_s"] / float32["ours_s"], rel=1e-3)
+    assert float32["public_float32_s"] == bf16["public_float32_s"]
+
+
+def test_the_products_of_the_encoder() -> None:
+    """Against the count that is known of vit_b at 1024, the padding of its windows included."""
+    products = encoder.matrix_products("vit_b", 1024)
+    assert encoder.gflop(products) == pytest.approx(972, rel=0.01)
+    assert (300, 196, 64, 196) in products  # 25 windows of 12 heads
+
+
+def test_inference(capsys: pytest.CaptureFixture[str]) -> None:
+    float32, bf16 = lines_of(capsys, inference, *TINY, "--classes", 3)
+    assert float32["per_class_float32_s"] == bf16["per_class_float32_s"]
+
+
+def test_training(capsys: pytest.CaptureFixture[str]) -> None:
+    memory, epoch, *many = lines_of(capsys, training, *TINY, "--images", 2, "--batch_size", 2)
+    assert memory["images"] == [2, 16] and memory["peaks_mb"][0] <= memory["peaks_mb"][1]
+    assert epoch["split_s"]["cached"].keys() == {"data", "decoder", "loss", "backward", "optimizer"}
+    assert len(many) == 2
+    for line in many:  # the sum that the ratio is computed from
+        ours = 2 * line["ours_s_an_image"]
+        assert ours == pytest.approx(line["encoder_s"] + 100 * epoch["cached_step_s"], rel=0.01)
+
+
+def test_preprocessing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = preprocessing.write_dataset
+    small = {"height": 144, "width": 256, "num_workers": 1}
+    monkeypatch.setattr(preprocessing, "write_dataset", lambda root, counts, seed: scenes(root, counts, seed, **small))
+    (line,) = lines_of(capsys, preprocessing, "--images", 4, "--image_size", 64, "--repeats", 1)
+    assert line["limit_s"] > 0
+
+
+def test_gpu_says_that_it_needs_one(error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA card" in error_of(gpu)
+
+
+def test_functions_are_measured_in_turn() -> None:
+    calls: list[str] = []
+    seconds = common.measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b", "a", "b"] and seconds.keys() == {"a", "b"}
