@@ -4,9 +4,9 @@
     python -m benchmarks.preprocessing --images 4 --image_size 64 --repeats 1    # a few seconds
 
 On drawn scenes of BDD100K's size, 1280 x 720. Both runs are the script itself; `ratio` counts everything, starting
-Python and the processes included, and `steady_ratio` only the images beyond a quarter of them, as the start is paid once
-however many there are. The limit is the decoding of the images and masks shared by two processes, plus the bytes of the
-output at the rate that one large file is written and synced at in the same run.
+Python and the processes included, and `steady_ratio` only the images beyond a quarter of them, as the start is paid
+once however many there are. The limit is the decoding of the images and masks shared by two processes, plus the bytes
+of the output at the rate that one large file is written and synced at in the same run.
 """
 
 from __future__ import annotations
