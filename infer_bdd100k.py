@@ -33,6 +33,7 @@ from utils.bdd100k import find_split, read_mask, read_size
 from utils.checkpoint import ModelInfo
 from utils.dataset import BoxesByName, EvaluationDataset, NpyFolder, detected_prompts
 from utils.detections import read_detections
+from utils.embedding_cache import Binding, prepare_cache
 from utils.engine import evaluation_loader, predictions_and_labels
 from utils.errors import UserError
 from utils.geometry import resize_image, unframe
@@ -59,6 +60,8 @@ def get_args_parser() -> cli.Parser:
     flag("boxes", type=Path, help="detections in Scalabel's JSON to prompt with, instead of the ground truth's boxes")
     flag("output_dir", type=Path, default=Path("inference_results"), help="where the results go")
     flag("batch_size", type=cli.positive_int, default=1, help="images encoded at once")
+    flag("cache_embeddings", default="off",
+         help="keep the features of a labelled split, as train_bdd100k.py does: a folder, auto, or off")
     flag("num_workers", type=cli.non_negative_int, default=2, help="loader processes")
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_switch("use_amp", help="mixed precision")
@@ -95,8 +98,19 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     boxes = choose_boxes(args, info, [item.name for item in source.items])
     make_folders(args)
 
+    dataset = EvaluationDataset(source, boxes)
+    dataset.cache = prepare_cache(
+        args.cache_embeddings,
+        source,
+        model,
+        precision,
+        Binding.of(model, info, precision, "float16"),
+        num_views=dataset.NUM_VIEWS,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+    )
     loader = evaluation_loader(
-        EvaluationDataset(source, boxes),
+        dataset,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         precision=precision,

@@ -13,6 +13,7 @@ setup(
         "opencv-python-headless",
         "pillow",
         "monai",
+        "safetensors",
         "tqdm",
         "matplotlib",
     ],

@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 
 from segment_anything.build_sam import CONFIGS, file_digest
 from utils import checkpoint, cli, distributed
+from utils.checkpoint import ModelInfo
 from utils.dataset import (
     BoxPromptDataset,
     EvaluationDataset,
@@ -41,6 +42,7 @@ from utils.dataset import (
     TrainingDataset,
     TrainingSampler,
 )
+from utils.embedding_cache import DTYPES, Binding, prepare_cache
 from utils.engine import evaluate, evaluation_loader, train_one_epoch
 from utils.errors import UserError
 from utils.metrics import mean_iou
@@ -115,6 +117,10 @@ def get_args_parser() -> cli.Parser:
          help="random classes that share an image's encoding (box mode)")
     flag("bbox_shift", type=cli.non_negative_int, default=20,
          help="largest jitter of a box's sides, in pixels (box mode)")
+    flag("cache_embeddings", default="off",
+         help="encode each image once and keep the features: in a folder; auto, beside the images if the disk has "
+         "room; or off")
+    flag("cache_dtype", choices=list(DTYPES), default="float16", help="what cached features are stored in")
     flag("num_workers", type=cli.non_negative_int,
          help=f"loader processes per training process {_by_preset('num_workers')}")
 
@@ -193,10 +199,11 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     ).to(precision.device)
     if isinstance(segmenter, SemanticSegmenter):
         segmenter.balance_classes(source.class_pixels())
-    info = checkpoint.ModelInfo(
+    info = ModelInfo(
         args.model_type, source.image_size, source.resize_mode, file_digest(args.checkpoint), args.prompt_mode
     )
     model = distributed.wrap(segmenter, precision.device)
+    use_caches(args, segmenter, info, precision, [dataset, *([val_loader.dataset] if val_loader else [])])
     loader = training_loader(args, dataset, precision)
     steps_per_epoch = math.ceil(len(loader) / args.grad_acc_steps)
     stepping = build_stepping(args, segmenter, precision, steps_per_epoch)
@@ -237,6 +244,26 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     run.finish()
     if distributed.is_main():
         print(f"\nNext:\n  {next_command(args, run)}")
+
+
+def use_caches(
+    args: argparse.Namespace, segmenter: Segmenter, info: ModelInfo, precision: Precision, datasets: list[Any]
+) -> None:
+    """Have each image of the data sets encoded once, if the user wants it."""
+    binding = Binding.of(segmenter, info, precision, args.cache_dtype)
+    for data in datasets:
+        data.cache = prepare_cache(
+            args.cache_embeddings,
+            data.source,
+            segmenter,
+            precision,
+            binding,
+            num_views=data.NUM_VIEWS,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+        )
+    if all(data.cache for data in datasets):
+        segmenter.sam.image_encoder.cpu()  # which has done its work; a card has better use for the room
 
 
 def next_command(args: argparse.Namespace, run: Run) -> str:

@@ -117,7 +117,8 @@ def test_prompts_that_an_image_has_no_class_for_weigh_nothing(
         figures.append(train(model, [default_collate([sample]) for sample in some], grad_acc_steps=3))
         ends.append(flat(model))
     assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=1e-5)
-    assert (ends[0] - ends[1]).norm() < 1e-5 * (ends[1] - flat(fresh(sam_file))).norm()
+    # Rounding differs with the number of prompts, and by processor; one filler that counted would be seen at 1e-2.
+    assert (ends[0] - ends[1]).norm() < 1e-4 * (ends[1] - flat(fresh(sam_file))).norm()
 
 
 def test_a_filler_contributes_nothing(sam_file: Path, dataset: Callable[..., BoxPromptDataset]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -43,20 +43,26 @@ class NpyFolder:
             check_npy(self._path("gts", item.name), frame, "uint8")
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image, S x S x 3 of the stored dtype, and labels, S x S uint8.
+        """`read_image` and `read_labels`."""
+        return self.read_image(index), self.read_labels(index)
 
-        Raises:
-            UserError: the file has gone or changed since it was checked.
-        """
-        name = self.items[index].name
-        arrays = []
-        for kind in ("imgs", "gts"):
-            path = self._path(kind, name)
-            try:
-                arrays.append(np.load(path, allow_pickle=False))
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{path}: became unreadable while it was in use ({error})") from None
-        return arrays[0], arrays[1]
+    def read_image(self, index: int) -> np.ndarray:
+        """S x S x 3 of the stored dtype. Raises `UserError` if the file has gone or changed since it was checked."""
+        return self._load(self.image_path(index))
+
+    def read_labels(self, index: int) -> np.ndarray:
+        """S x S uint8; raises as `read_image` does."""
+        return self._load(self._path("gts", self.items[index].name))
+
+    def image_path(self, index: int) -> Path:
+        return self._path("imgs", self.items[index].name)
+
+    @staticmethod
+    def _load(path: Path) -> np.ndarray:
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: became unreadable while it was in use ({error})") from None
 
     def class_pixels(self) -> torch.Tensor:
         """Labelled pixels of each class in the whole split, (NUM_CLASSES,) int64."""
@@ -78,7 +84,29 @@ class NpyFolder:
         return self.folder / kind / f"{name}.npy"
 
 
-class TrainingDataset(Dataset[dict[str, Any]]):
+class FeatureCache(Protocol):
+    """What `utils.embedding_cache` makes: the frozen encoder's features of each image of a split."""
+
+    def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, ...]: ...
+
+
+class Inputs:
+    """What the model is given of an image: its pixels or, once `cache` is set, its features."""
+
+    NUM_VIEWS: ClassVar[int] = 1  # of each image that are asked for: 2 with its mirror image
+
+    cache: FeatureCache | None = None
+    source: NpyFolder
+
+    def read_inputs(self, index: int, *, mirrored: bool = False) -> dict[str, Any]:
+        """image: S x S x 3 as stored; or features: as `Segmenter.encode` gives them, without the batch."""
+        if self.cache:
+            return {"features": self.cache.read(index, int(mirrored))}
+        image = self.source.read_image(index)
+        return {"image": torch.from_numpy(image[:, ::-1].copy() if mirrored else image)}
+
+
+class TrainingDataset(Inputs, Dataset[dict[str, Any]]):
     """The labelled images of a split, for one epoch after another.
 
     What is random about a sample is a function of seed, epoch and index alone, so any number of workers and
@@ -102,7 +130,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A sample: image, S x S x 3 as stored; labels, S x S uint8; valid, bool, False of `FILLER`; name; and more."""
+        """A sample: what `read_inputs` gives; labels, S x S uint8; valid, bool, False of `FILLER`; name; and more."""
         source_index = self.indices[max(index, 0)]
         rng = np.random.default_rng((self.seed, self.epoch, max(index, 0)))
         sample = self._draw(source_index, rng)
@@ -127,7 +155,7 @@ class BoxPromptDataset(TrainingDataset):
 
     def _draw(self, source_index: int, rng: np.random.Generator) -> dict[str, Any]:
         """Adds class_ids: K int64; boxes: K x 4 float32 xyxy. valid: K bool, False where there are fewer classes."""
-        image, labels = self.source.read(source_index)
+        labels = self.source.read_labels(source_index)
         present, boxes = self.source.class_boxes(source_index, labels)
         k = self.classes_per_image
         count = min(k, len(present))
@@ -137,7 +165,7 @@ class BoxPromptDataset(TrainingDataset):
         class_ids[:count] = present[chosen]
         prompt_boxes[:count] = jitter_boxes(boxes[chosen], self.source.image_size, self.bbox_shift, rng)
         return {
-            "image": torch.from_numpy(image),
+            **self.read_inputs(source_index),
             "labels": torch.from_numpy(labels),
             "class_ids": torch.from_numpy(class_ids),
             "boxes": torch.from_numpy(prompt_boxes),
@@ -148,17 +176,21 @@ class BoxPromptDataset(TrainingDataset):
 class SemanticDataset(TrainingDataset):
     """Images and their labels, mirrored half of the time. No prompts."""
 
+    NUM_VIEWS = 2
+
     def _draw(self, source_index: int, rng: np.random.Generator) -> dict[str, Any]:
-        image, labels = self.source.read(source_index)
-        if rng.random() < 0.5:
-            image, labels = image[:, ::-1].copy(), labels[:, ::-1].copy()
-        return {"image": torch.from_numpy(image), "labels": torch.from_numpy(labels), "valid": torch.tensor(True)}
+        labels = self.source.read_labels(source_index)
+        mirrored = bool(rng.random() < 0.5)
+        if mirrored:
+            labels = labels[:, ::-1].copy()
+        inputs = self.read_inputs(source_index, mirrored=mirrored)
+        return {**inputs, "labels": torch.from_numpy(labels), "valid": torch.tensor(True)}
 
 
 BoxesByName = Mapping[str, tuple[np.ndarray, np.ndarray]]  # class ids, (K,), and boxes, (K, 4), of an original image
 
 
-class EvaluationDataset(Dataset[dict[str, Any]]):
+class EvaluationDataset(Inputs, Dataset[dict[str, Any]]):
     """Every image of a split, with the boxes to prompt for, if any.
 
     `boxes` is "oracle" for the tight box of every class in the image, from the ground truth; None for no boxes; or what
@@ -173,11 +205,11 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
         return len(self.source.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """image: S x S x 3 as stored; labels: S x S uint8; name; with boxes, class_ids: K int64 and boxes: K x 4
+        """What `read_inputs` gives; labels: S x S uint8; name; with boxes, class_ids: K int64 and boxes: K x 4
         float32 in the S x S frame."""
-        image, labels = self.source.read(index)
+        labels = self.source.read_labels(index)
         item = self.source.items[index]
-        sample: dict[str, Any] = {"image": torch.from_numpy(image), "labels": torch.from_numpy(labels)}
+        sample: dict[str, Any] = {**self.read_inputs(index), "labels": torch.from_numpy(labels)}
         if self.boxes == "oracle":
             sample |= box_prompts(*self.source.class_boxes(index, labels))
         elif self.boxes is not None:
@@ -199,9 +231,11 @@ def detected_prompts(
 
 
 def collate_evaluation(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack images and labels; what differs in number from image to image, such as boxes, stays a list."""
+    """Stack what is alike in all; what differs in number from image to image, such as boxes, stays a list."""
     batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
-    return {**batch, "image": torch.stack(batch["image"]), "labels": torch.stack(batch["labels"])}
+    if "features" in batch:
+        batch["features"] = [torch.stack(feature) for feature in zip(*batch["features"])]
+    return {**batch, **{key: torch.stack(batch[key]) for key in ("image", "labels") if key in batch}}
 
 
 # 修改点 11: 分布式采样器：每轮每张图恰好出现一次，不重复补齐

@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter
 from utils.precision import Precision
-from utils.prediction import Prediction, predict
+from utils.prediction import Prediction, features_of, predict
 
 
 def train_one_epoch(
@@ -87,7 +87,7 @@ def _forward_backward(
     segmenter: Segmenter = distributed.unwrap(model)  # type: ignore[assignment]
     batch = {key: precision.to_device(v) if isinstance(v, Tensor) else v for key, v in batch.items()}
     with precision.autocast():
-        features = segmenter.encode(precision.images(batch))
+        features = features_of(segmenter, batch, precision)
         outputs = model(features, *(batch[key] for key in segmenter.PROMPTS))
     loss_sum = group.add(segmenter.losses(outputs, batch), batch["valid"], batch["name"])
     scaler.scale(loss_sum).backward()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
 from utils.geometry import restore
-from utils.model import Segmenter
+from utils.model import Features, Segmenter
 from utils.precision import Precision
 
 
@@ -61,22 +61,30 @@ def merge_masks(planes: Iterable[Tensor], class_ids: Tensor, threshold: float, s
     return label_map
 
 
+def features_of(model: Segmenter, batch: dict[str, Any], precision: Precision) -> Features:
+    """What `model.forward` takes of a batch's images: encoded now, or as they come out of a cache."""
+    if "features" in batch:
+        return tuple(precision.to_device(feature).float() for feature in batch["features"])
+    return model.encode(precision.images(batch))
+
+
 @torch.no_grad()
 def predict(model: Segmenter, batch: dict[str, Any], precision: Precision) -> list[Prediction]:
     """Segment the images of a batch: encoded together; then decoded together, or, as images differ in their number of
     boxes, all boxes of an image in one call.
 
     Args:
-        batch: "image", B x S x S x 3, and in box mode lists of B "class_ids" (K int64) and "boxes" (K x 4).
+        batch: "image", B x S x S x 3, or "features" in its place, and in box mode lists of B "class_ids" (K int64) and
+            "boxes" (K x 4).
     """
     model.eval()
     with precision.autocast():
-        features = model.encode(precision.images(batch))
+        features = features_of(model, batch, precision)
         if not model.PROMPTS:
             class_ids = precision.to_device(torch.arange(NUM_CLASSES))
             return [Prediction(masks, class_ids, model.THRESHOLD) for masks in model(features)[0]]
     predictions = []
-    for i in range(len(batch["image"])):
+    for i in range(len(features[0])):
         prompts = [precision.to_device(batch[key][i])[None].float() for key in model.PROMPTS]
         class_ids = precision.to_device(batch["class_ids"][i])
         low_res_masks = features[0].new_empty(0)

@@ -1,0 +1,257 @@
+"""utils/embedding_cache.py and --cache_embeddings: exactness, going on, and noticing whatever does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import infer_bdd100k
+import train_bdd100k
+from segment_anything.build_sam import file_digest
+from tests.conftest import IMAGE_SIZE, run_script
+from tests.test_infer_bdd100k import good_flags, read_results
+from utils import checkpoint, embedding_cache
+from utils.checkpoint import ModelInfo
+from utils.dataset import EvaluationDataset, NpyFolder, SemanticDataset, collate_evaluation
+from utils.embedding_cache import Binding, EmbeddingCache, entry_path, prepare_cache
+from utils.errors import UserError
+from utils.model import Features, Segmenter, build_model
+from utils.precision import Precision
+
+CPU = Precision(torch.device("cpu"))
+
+
+@pytest.fixture
+def split(npy: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(npy / "train", tmp_path / "npy" / "train")
+
+
+@pytest.fixture(scope="module")
+def segmenter(sam_file: Path) -> Segmenter:
+    return build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE, prompt_mode="semantic")
+
+
+@pytest.fixture
+def encoded(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that were encoded since."""
+    sizes: list[int] = []
+    encode = segmenter.encode
+
+    def counting(images: torch.Tensor) -> Features:
+        sizes.append(len(images))
+        return encode(images)
+
+    monkeypatch.setattr(segmenter, "encode", counting)
+    return sizes
+
+
+def prepare(
+    split: Path, segmenter: Segmenter, sam_file: Path, where: str = "auto", *, num_views: int = 1, **changed: str
+) -> EmbeddingCache:
+    source = NpyFolder(split)
+    info = ModelInfo("vit_tiny", source.image_size, source.resize_mode, file_digest(sam_file), "semantic")
+    binding = Binding.of(segmenter, info, CPU, "float32")
+    binding = dataclasses.replace(binding, **changed)  # type: ignore[arg-type]
+    cache = prepare_cache(where, source, segmenter, CPU, binding, num_views=num_views, batch_size=4, num_workers=0)
+    assert cache is not None
+    return cache
+
+
+def test_it_holds_what_the_encoder_gives(split: Path, segmenter: Segmenter, sam_file: Path) -> None:
+    cache = prepare(split, segmenter, sam_file, num_views=2)
+    source = NpyFolder(split)
+    for index in (0, len(source.items) - 1):
+        image = torch.from_numpy(source.read_image(index)).permute(2, 0, 1)[None]
+        for view, pixels in enumerate((image, image.flip(-1))):
+            for got, expected in zip(cache.read(index, view), segmenter.encode(pixels), strict=True):
+                torch.testing.assert_close(got, expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_data_sets_give_features_in_place_of_images(split: Path, segmenter: Segmenter, sam_file: Path) -> None:
+    data, pixels = (SemanticDataset(NpyFolder(split), seed=3) for _ in range(2))
+    data.cache = prepare(split, segmenter, sam_file, num_views=2)
+    for index in range(len(data)):  # some are mirrored
+        features = segmenter.encode(pixels[index]["image"].permute(2, 0, 1)[None])
+        torch.testing.assert_close(data[index]["features"][0], features[0][0], rtol=1e-4, atol=1e-4)
+        assert torch.equal(data[index]["labels"], pixels[index]["labels"])
+        assert "image" not in data[index]
+    val = EvaluationDataset(NpyFolder(split), None)
+    val.cache = data.cache
+    batch = collate_evaluation([val[0], val[1]])
+    assert torch.equal(batch["features"][0][1], data.cache.read(1)[0])
+
+
+def test_what_is_there_is_not_encoded_again(
+    split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = prepare(split, segmenter, sam_file)
+    assert "encoding 7 images once" in capsys.readouterr().out
+    encoded.clear()
+    prepare(split, segmenter, sam_file)
+    assert encoded == []
+    assert capsys.readouterr().out == ""
+    entry_path(cache.folder, cache.names[3]).unlink()
+    prepare(split, segmenter, sam_file)
+    assert encoded == [1, 1]  # an empty image, to tell the time by, and the one that lacked
+    prepare(split, segmenter, sam_file, num_views=2)
+    assert "7 entries are without mirror images" in capsys.readouterr().out
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage", [flip_byte, lambda path: path.write_bytes(path.read_bytes()[:-10]), lambda path: path.write_bytes(b"")]
+)
+def test_damage_is_found_and_mended(
+    damage: Callable[[Path], object],
+    split: Path,
+    segmenter: Segmenter,
+    sam_file: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cache = prepare(split, segmenter, sam_file)
+    before = [tensor.clone() for tensor in cache.read(5)]
+    damage(entry_path(cache.folder, cache.names[5]))
+    capsys.readouterr()
+    prepare(split, segmenter, sam_file)
+    assert "1 entries are damaged; these images are encoded again" in capsys.readouterr().out
+    for got, expected in zip(cache.read(5), before, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_that_changed_is_encoded_again(
+    split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = prepare(split, segmenter, sam_file)
+    path = NpyFolder(split).image_path(2)
+    encoded.clear()
+    os.utime(path)  # the same picture with another time is the same picture
+    prepare(split, segmenter, sam_file)
+    assert encoded == []
+    np.save(path, np.load(path)[::-1].copy())
+    os.utime(path, ns=(1, 1))
+    before = cache.read(2)[0].clone()
+    prepare(split, segmenter, sam_file)
+    assert "1 entries are of images that have changed since" in capsys.readouterr().out
+    assert not torch.allclose(cache.read(2)[0], before, atol=1e-2)
+
+
+@pytest.mark.parametrize("key, value", [("sam_sha256", "0" * 64), ("resize_mode", "pad"), ("stored_in", "float16")])
+def test_a_cache_of_something_else_is_refused_with_the_reason(
+    key: str, value: str, split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, encoded: list[int]
+) -> None:
+    prepare(split, segmenter, sam_file, str(tmp_path / "cache"))
+    encoded.clear()
+    with pytest.raises(UserError, match=rf"a cache of other features \({key} differ\)"):
+        prepare(split, segmenter, sam_file, str(tmp_path / "cache"), **{key: value})  # type: ignore[arg-type]
+    prepare(split, segmenter, sam_file)  # beside the images each kind has a folder of its own
+    assert len(encoded) > 1
+
+
+def test_an_entry_of_another_cache_is_noticed(
+    split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = prepare(split, segmenter, sam_file)
+    theirs = prepare(split, segmenter, sam_file, str(tmp_path / "cache"), sam_sha256="0" * 64)
+    shutil.copy(entry_path(theirs.folder, theirs.names[0]), entry_path(mine.folder, mine.names[0]))
+    capsys.readouterr()
+    prepare(split, segmenter, sam_file)
+    assert "1 entries are of another cache" in capsys.readouterr().out
+
+
+def test_folders_that_cannot_be_a_cache(
+    split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full" / "train").mkdir(parents=True)
+    (tmp_path / "full" / "train" / "mine.txt").touch()
+    with pytest.raises(UserError, match="is not empty and no cache"):
+        prepare(split, segmenter, sam_file, str(tmp_path / "full"))
+    (tmp_path / "damaged" / "train").mkdir(parents=True)
+    (tmp_path / "damaged" / "train" / "cache.json").write_text("{")
+    with pytest.raises(UserError, match=r"cache\.json: damaged; remove"):
+        prepare(split, segmenter, sam_file, str(tmp_path / "damaged"))
+    monkeypatch.setattr(embedding_cache, "ROOM_TO_LEAVE", 1 << 60)
+    with pytest.raises(UserError, match=r"the cache needs .* GiB of disk"):
+        prepare(split, segmenter, sam_file, str(tmp_path / "new"))
+    assert not list((tmp_path / "new" / "train").glob("*.safetensors"))
+
+
+def test_auto_goes_on_without_where_the_disk_has_no_room(
+    split: Path, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(embedding_cache, "ROOM_TO_LEAVE", 1 << 60)
+    train(split, sam_file, tmp_path, "--cache_embeddings", "auto", "-num_epochs", 1)
+    assert "going on without a cache" in capsys.readouterr().out
+
+
+def train(split: Path, sam_file: Path, tmp_path: Path, *flags: object) -> dict[str, Any]:
+    """Train on a split, which is validated on too; returns `latest`."""
+    work_dir = tmp_path / f"work{len(list(tmp_path.glob('work*')))}"
+    common = ["-i", split, "--val_npy_path", split, "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir",
+              work_dir, "-num_workers", 0, "-lr", "1e-3"]  # fmt: skip
+    run_script(train_bdd100k, *common, *flags)
+    (folder,) = work_dir.iterdir()
+    return checkpoint.load_checkpoint(folder / checkpoint.LATEST)
+
+
+@pytest.mark.parametrize("prompt_mode", ["box", "semantic"])
+def test_training_from_the_cache_gives_the_weights_of_training_without(
+    prompt_mode: str, split: Path, sam_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--prompt_mode", prompt_mode, "-num_epochs", 2, "-batch_size", 4, "--grad_acc_steps", 1]
+    plain, exact, half = (
+        train(split, sam_file, tmp_path, *flags, "--cache_embeddings", tmp_path / f"{dtype}" if dtype else "off",
+              "--cache_dtype", dtype or "float16")
+        for dtype in ("", "float32", "float16")
+    )
+    for key, value in plain["model"].items():
+        assert (exact["model"][key] - value).norm() <= 1e-4 * value.norm(), key
+    assert exact["metrics"]["val_miou"] == pytest.approx(plain["metrics"]["val_miou"], abs=1e-4)
+    assert half["metrics"]["val_miou"] == pytest.approx(plain["metrics"]["val_miou"], abs=2e-3)
+
+
+def test_inference_from_the_cache(npy: Path, sam_file: Path, tmp_path: Path, encoded: list[int]) -> None:
+    shutil.copytree(npy, tmp_path / "npy")
+    flags = good_flags(sam_file, tmp_path / "npy", tmp_path)
+    run_script(infer_bdd100k, *flags)
+    plain = read_results(tmp_path / "out")["miou"]
+    run_script(infer_bdd100k, *flags, "--cache_embeddings", "auto")
+    assert read_results(tmp_path / "out")["miou"] == pytest.approx(plain, abs=2e-3)
+
+
+def test_a_killed_caching_run_goes_on_where_it_was(
+    split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int]
+) -> None:
+    script = (
+        "import sys, torch; from pathlib import Path; from tests.test_embedding_cache import *;"
+        "torch.set_num_threads(1); split, sam = map(Path, sys.argv[1:]);"
+        "prepare(split, build_model('vit_tiny', sam, image_size=IMAGE_SIZE, prompt_mode='semantic'), sam)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, split, sam_file], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None and not list(split.rglob("*.safetensors")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    written = len(list(split.rglob("*.safetensors")))
+    assert written > 0
+    cache = prepare(split, segmenter, sam_file)
+    assert sum(encoded[1:]) == len(cache.names) - written
+    assert not list(split.rglob(".*.tmp"))
+    assert [len(cache.read(i)) for i in range(len(cache.names))] == [len(cache.read(0))] * len(cache.names)
