@@ -31,10 +31,11 @@ from segment_anything.build_sam import CONFIGS, file_digest
 from utils import checkpoint, cli, distributed
 from utils.bdd100k import find_split, read_mask, read_size
 from utils.checkpoint import ModelInfo
+from utils.data import evaluation_loader, use_caches
 from utils.dataset import BoxesByName, EvaluationDataset, NpyFolder, detected_prompts
 from utils.detections import read_detections
-from utils.embedding_cache import Binding, prepare_cache
-from utils.engine import evaluation_loader, predictions_and_labels
+from utils.embedding_cache import DTYPES
+from utils.engine import predictions_and_labels
 from utils.errors import UserError
 from utils.geometry import resize_image, unframe
 from utils.metrics import ConfusionMatrix
@@ -60,8 +61,10 @@ def get_args_parser() -> cli.Parser:
     flag("boxes", type=Path, help="detections in Scalabel's JSON to prompt with, instead of the ground truth's boxes")
     flag("output_dir", type=Path, default=Path("inference_results"), help="where the results go")
     flag("batch_size", type=cli.positive_int, default=1, help="images encoded at once")
-    flag("cache_embeddings", default="off",
-         help="keep the features of a labelled split, as train_bdd100k.py does: a folder, auto, or off")
+    flag("cache_embeddings", default="auto",
+         help="features of a labelled split, as train_bdd100k.py keeps them: auto, those beside the images, if there "
+         "are any; a folder, where they are kept from now on; or off")
+    flag("cache_dtype", choices=list(DTYPES), default="float16", help="what cached features are stored in")
     flag("num_workers", type=cli.non_negative_int, default=2, help="loader processes")
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_switch("use_amp", help="mixed precision")
@@ -99,22 +102,9 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     make_folders(args)
 
     dataset = EvaluationDataset(source, boxes)
-    dataset.cache = prepare_cache(
-        args.cache_embeddings,
-        source,
-        model,
-        precision,
-        Binding.of(model, info, precision, "float16"),
-        num_views=dataset.NUM_VIEWS,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-    )
-    loader = evaluation_loader(
-        dataset,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        precision=precision,
-    )
+    loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    use_caches({dataset: 1}, model, info, precision, where=args.cache_embeddings, dtype=args.cache_dtype, **loading)
+    loader = evaluation_loader(dataset, **loading, precision=precision)
     confusion = ConfusionMatrix(precision.device)
     indexes = [index for batch in loader.batch_sampler for index in batch]  # type: ignore[union-attr]
     progress = tqdm(indexes, desc="evaluating", unit="image", disable=not distributed.is_main())

@@ -14,6 +14,7 @@ setup(
         "pillow",
         "monai",
         "safetensors",
+        "torchvision",  # what --augment full does to images
         "tqdm",
         "matplotlib",
     ],
@@ -27,7 +28,6 @@ setup(
             "wandb",
             # Oracles: what the tests compare with.
             "segment-anything==1.0",
-            "torchvision",  # which it imports
             "torchmetrics",
             "bdd100k==1.0.1",
         ],

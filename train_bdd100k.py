@@ -32,28 +32,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from segment_anything.build_sam import CONFIGS, file_digest
 from utils import checkpoint, cli, distributed
+from utils.augment import AUGMENTATIONS
 from utils.checkpoint import ModelInfo
-from utils.dataset import (
-    BoxPromptDataset,
-    EvaluationDataset,
-    NpyFolder,
-    SemanticDataset,
-    TrainingDataset,
-    TrainingSampler,
-)
-from utils.embedding_cache import DTYPES, Binding, prepare_cache
-from utils.engine import evaluate, evaluation_loader, train_one_epoch
-from utils.errors import UserError
+from utils.data import evaluation_loader, training_dataset, training_loader, use_caches, validation_dataset
+from utils.dataset import NpyFolder
+from utils.embedding_cache import DTYPES
+from utils.engine import evaluate, train_one_epoch
 from utils.metrics import mean_iou
 from utils.model import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
 from utils.optim import SCHEDULES, build_optimizer, build_scheduler
 from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision, telling_out_of_memory
 from utils.run import Latest, Run, find_latest, read_latest
-from utils.stopping import ignore_signals
 
 # What a resumed run must share with its beginning, by the names that the user knows.
 KEPT_ON_RESUME = {
@@ -66,6 +58,8 @@ KEPT_ON_RESUME = {
     "effective_batch_size": "the effective batch size (-batch_size x --grad_acc_steps x processes)",
     "classes_per_image": "--classes_per_image",
     "bbox_shift": "--bbox_shift",
+    "augment": "--augment",
+    "cache_views": "--cache_views",
     "seed": "--seed",
 }
 
@@ -74,18 +68,22 @@ MEMORY_ADVICE = ("lower -batch_size and raise --grad_acc_steps by the same facto
 
 # What a card has room and arithmetic for; without --preset, what the specification has. All make optimizer steps of 16
 # images per process, so that a run means the same on each. The memory that they take has not been measured.
+_PRESET_NAMES = ("batch_size", "grad_acc_steps", "use_amp", "amp_dtype", "num_workers", "cache_embeddings")
 PRESETS: dict[str | None, dict[str, Any]] = {
-    None: {"batch_size": 4, "grad_acc_steps": 4, "use_amp": False, "amp_dtype": "auto", "num_workers": 4},
-    "2080ti": {"batch_size": 4, "grad_acc_steps": 4, "use_amp": True, "amp_dtype": "fp16", "num_workers": 4},
-    "3090": {"batch_size": 8, "grad_acc_steps": 2, "use_amp": True, "amp_dtype": "bf16", "num_workers": 8},
-    "a100": {"batch_size": 16, "grad_acc_steps": 1, "use_amp": True, "amp_dtype": "bf16", "num_workers": 8},
-    "cpu": {"batch_size": 2, "grad_acc_steps": 8, "use_amp": True, "amp_dtype": "auto", "num_workers": 1},
+    preset: dict(zip(_PRESET_NAMES, values))
+    for preset, values in {
+        None: (4, 4, False, "auto", 4, "auto"),
+        "2080ti": (4, 4, True, "fp16", 4, "auto"),
+        "3090": (8, 2, True, "bf16", 8, "auto"),
+        "a100": (16, 1, True, "bf16", 8, "auto"),
+        "cpu": (2, 8, True, "auto", 1, "auto"),
+    }.items()
 }
 
 # A decoder that starts with new parts has more to learn than SAM's own.
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "box": {"lr": 5e-5, "lr_scheduler": "constant", "warmup_epochs": 0},
-    "semantic": {"lr": 1e-3, "lr_scheduler": "cosine", "warmup_epochs": 1},
+    "box": {"lr": 5e-5, "lr_scheduler": "constant", "warmup_epochs": 0, "augment": "none"},
+    "semantic": {"lr": 1e-3, "lr_scheduler": "cosine", "warmup_epochs": 1, "augment": "flip"},
 }
 
 
@@ -125,10 +123,16 @@ def get_args_parser() -> cli.Parser:
          help="random classes that share an image's encoding (box mode)")
     flag("bbox_shift", type=cli.non_negative_int, default=20,
          help="largest jitter of a box's sides, in pixels (box mode)")
-    flag("cache_embeddings", default="off",
-         help="encode each image once and keep the features: in a folder; auto, beside the images if the disk has "
-         "room; or off")
+    flag("augment", choices=list(AUGMENTATIONS),
+         help="flip: mirrored half of the time; full: cropped, brighter or darker, of other contrast too "
+         f"{_by_mode('augment')}")
+    flag("cache_embeddings",
+         help="encode each image once and keep the features: in a folder; auto, beside the images if that spares work "
+         f"and the disk has room; or off {_by_preset('cache_embeddings')}")
     flag("cache_dtype", choices=list(DTYPES), default="float16", help="what cached features are stored in")
+    flag("cache_views", type=cli.positive_int,
+         help="views of each image in the cache: itself, its mirror image, then random ones (default: "
+         f"{', '.join(f'{name} {views}' for name, views in AUGMENTATIONS.items())})")
     flag("num_workers", type=cli.non_negative_int,
          help=f"loader processes per training process {_by_preset('num_workers')}")
 
@@ -156,6 +160,7 @@ def apply_defaults(args: argparse.Namespace) -> None:
     for name, value in {**MODE_DEFAULTS[args.prompt_mode], **PRESETS[args.preset]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.cache_views = args.cache_views or AUGMENTATIONS[args.augment]
 
 
 def _by_mode(name: str) -> str:
@@ -196,8 +201,16 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     config = {**vars(args), "effective_batch_size": effective_batch_size}
     latest = latest_of(args, config)  # first, as it is the smallest file
     source = NpyFolder(args.tr_npy_path)
-    dataset = training_dataset(args, source)
-    val_loader = validation_loader(args, source, precision)
+    dataset = training_dataset(
+        source,
+        args.prompt_mode,
+        classes_per_image=args.classes_per_image,
+        bbox_shift=args.bbox_shift,
+        augment=args.augment,
+        num_views=args.cache_views,
+        seed=args.seed,
+    )
+    val_dataset = args.val_npy_path and validation_dataset(args.val_npy_path, source, args.prompt_mode)
     segmenter = build_model(
         args.model_type,
         args.checkpoint,
@@ -211,8 +224,13 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
         args.model_type, source.image_size, source.resize_mode, file_digest(args.checkpoint), args.prompt_mode
     )
     model = distributed.wrap(segmenter, precision.device)
-    use_caches(args, segmenter, info, precision, [dataset, *([val_loader.dataset] if val_loader else [])])
-    loader = training_loader(args, dataset, precision)
+    loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    passes = {dataset: args.num_epochs} | (
+        {val_dataset: math.ceil(args.num_epochs / args.val_every)} if val_dataset else {}
+    )
+    use_caches(passes, segmenter, info, precision, where=args.cache_embeddings, dtype=args.cache_dtype, **loading)
+    loader = training_loader(dataset, **loading, seed=args.seed, precision=precision)
+    val_loader = val_dataset and evaluation_loader(val_dataset, **loading, precision=precision)
     steps_per_epoch = math.ceil(len(loader) / args.grad_acc_steps)
     stepping = build_stepping(args, segmenter, precision, steps_per_epoch)
     run = Run(
@@ -260,26 +278,6 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
         print(f"\nNext:\n  {next_command(args, run)}")
 
 
-def use_caches(
-    args: argparse.Namespace, segmenter: Segmenter, info: ModelInfo, precision: Precision, datasets: list[Any]
-) -> None:
-    """Have each image of the data sets encoded once, if the user wants it."""
-    binding = Binding.of(segmenter, info, precision, args.cache_dtype)
-    for data in datasets:
-        data.cache = prepare_cache(
-            args.cache_embeddings,
-            data.source,
-            segmenter,
-            precision,
-            binding,
-            num_views=data.NUM_VIEWS,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-        )
-    if all(data.cache for data in datasets):
-        segmenter.sam.image_encoder.cpu()  # which has done its work; a card has better use for the room
-
-
 def next_command(args: argparse.Namespace, run: Run) -> str:
     """The command that evaluates the run's best model."""
     return (
@@ -315,47 +313,6 @@ def build_stepping(
         warmup_steps=round(steps_per_epoch * args.warmup_epochs),
     )
     return {"optimizer": optimizer, "scheduler": scheduler, "scaler": precision.grad_scaler()}
-
-
-def training_loader(args: argparse.Namespace, dataset: TrainingDataset, precision: Precision) -> DataLoader:
-    sampler = TrainingSampler(
-        len(dataset),
-        batch_size=args.batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        seed=args.seed,
-    )
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=args.num_workers,
-        pin_memory=precision.device.type == "cuda",
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # else it draws from the RNG, at each start anew
-    )
-
-
-def training_dataset(args: argparse.Namespace, source: NpyFolder) -> TrainingDataset:
-    if args.prompt_mode == "semantic":
-        return SemanticDataset(source, seed=args.seed)
-    return BoxPromptDataset(
-        source, classes_per_image=args.classes_per_image, bbox_shift=args.bbox_shift, seed=args.seed
-    )
-
-
-def validation_loader(args: argparse.Namespace, training: NpyFolder, precision: Precision) -> DataLoader | None:
-    """This process's share of the validation images, if there are any; they must be like the training data."""
-    if args.val_npy_path is None:
-        return None
-    source = NpyFolder(args.val_npy_path)
-    for what in ("image_size", "resize_mode"):
-        theirs, ours = getattr(source, what), getattr(training, what)
-        if theirs != ours:
-            raise UserError(f"{args.val_npy_path}: has {what} {theirs}, but the training data {ours}; make them alike")
-    if not any(any(item.pixels) for item in source.items):
-        raise UserError(f"{args.val_npy_path}: no labelled pixel to measure mIoU on; give another --val_npy_path")
-    dataset = EvaluationDataset(source, "oracle" if args.prompt_mode == "box" else None)
-    return evaluation_loader(dataset, batch_size=args.batch_size, num_workers=args.num_workers, precision=precision)
 
 
 def announce(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import shutil
 import signal
@@ -23,9 +24,10 @@ from segment_anything.build_sam import file_digest
 from tests.conftest import IMAGE_SIZE, run_script
 from tests.test_infer_bdd100k import good_flags, read_results
 from utils import checkpoint, embedding_cache
+from utils.augment import fixed_view
 from utils.checkpoint import ModelInfo
 from utils.dataset import EvaluationDataset, NpyFolder, SemanticDataset, collate_evaluation
-from utils.embedding_cache import Binding, EmbeddingCache, entry_path, prepare_cache
+from utils.embedding_cache import Binding, EmbeddingCache, Request, entry_path, prepare_caches
 from utils.errors import UserError
 from utils.model import Features, Segmenter, build_model
 from utils.precision import Precision
@@ -58,13 +60,21 @@ def encoded(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def prepare(
-    split: Path, segmenter: Segmenter, sam_file: Path, where: str = "auto", *, num_views: int = 1, **changed: str
+    split: Path,
+    segmenter: Segmenter,
+    sam_file: Path,
+    where: str = "auto",
+    *,
+    num_views: int = 1,
+    dtype: str = "float32",
+    **changed: str,
 ) -> EmbeddingCache:
     source = NpyFolder(split)
     info = ModelInfo("vit_tiny", source.image_size, source.resize_mode, file_digest(sam_file), "semantic")
-    binding = Binding.of(segmenter, info, CPU, "float32")
+    binding = Binding.of(segmenter, info, CPU, dtype)
     binding = dataclasses.replace(binding, **changed)  # type: ignore[arg-type]
-    cache = prepare_cache(where, source, segmenter, CPU, binding, num_views=num_views, batch_size=4, num_workers=0)
+    requests = [Request(source, num_views, passes=100)]
+    (cache,) = prepare_caches(where, requests, segmenter, CPU, binding, batch_size=4, num_workers=0)
     assert cache is not None
     return cache
 
@@ -106,7 +116,7 @@ def test_what_is_there_is_not_encoded_again(
     prepare(split, segmenter, sam_file)
     assert encoded == [1, 1]  # an empty image, to tell the time by, and the one that lacked
     prepare(split, segmenter, sam_file, num_views=2)
-    assert "7 entries are without mirror images" in capsys.readouterr().out
+    assert "7 entries are without the views that are asked for" in capsys.readouterr().out
 
 
 def flip_byte(path: Path) -> None:
@@ -178,12 +188,12 @@ def test_an_entry_of_another_cache_is_noticed(
 def test_folders_that_cannot_be_a_cache(
     split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "full" / "train").mkdir(parents=True)
-    (tmp_path / "full" / "train" / "mine.txt").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
     with pytest.raises(UserError, match="is not empty and no cache"):
         prepare(split, segmenter, sam_file, str(tmp_path / "full"))
-    (tmp_path / "damaged" / "train").mkdir(parents=True)
-    (tmp_path / "damaged" / "train" / "cache.json").write_text("{")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "cache.json").write_text("{")
     with pytest.raises(UserError, match=r"cache\.json: damaged; remove"):
         prepare(split, segmenter, sam_file, str(tmp_path / "damaged"))
     monkeypatch.setattr(embedding_cache, "ROOM_TO_LEAVE", 1 << 60)
@@ -196,7 +206,7 @@ def test_auto_goes_on_without_where_the_disk_has_no_room(
     split: Path, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(embedding_cache, "ROOM_TO_LEAVE", 1 << 60)
-    train(split, sam_file, tmp_path, "--cache_embeddings", "auto", "-num_epochs", 1)
+    train(split, sam_file, tmp_path, "--cache_embeddings", "auto", "-num_epochs", 2)
     assert "going on without a cache" in capsys.readouterr().out
 
 
@@ -227,32 +237,166 @@ def test_training_from_the_cache_gives_the_weights_of_training_without(
     assert half["metrics"]["val_miou"] == pytest.approx(plain["metrics"]["val_miou"], abs=2e-3)
 
 
-def test_inference_from_the_cache(npy: Path, sam_file: Path, tmp_path: Path, encoded: list[int]) -> None:
-    shutil.copytree(npy, tmp_path / "npy")
-    flags = good_flags(sam_file, tmp_path / "npy", tmp_path)
+def test_inference_writes_no_cache_that_spares_nothing_and_reads_one_that_is_there(
+    npy: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(npy, tmp_path / "npy", ignore=shutil.ignore_patterns("embeddings"))
+    flags = good_flags(sam_file, data, tmp_path)
     run_script(infer_bdd100k, *flags)
+    assert {path.name for path in data.iterdir()} == {"train", "val"}
+    assert "features are read" not in capsys.readouterr().out
     plain = read_results(tmp_path / "out")["miou"]
-    run_script(infer_bdd100k, *flags, "--cache_embeddings", "auto")
+    run_script(infer_bdd100k, *flags, "--cache_embeddings", tmp_path / "cache", "--cache_dtype", "float32")
+    assert f"val: features are read from {tmp_path / 'cache' / 'val'}" in capsys.readouterr().out
+    assert read_results(tmp_path / "out")["miou"] == pytest.approx(plain, abs=1e-4)
+    train(data / "val", sam_file, tmp_path, "-num_epochs", 3)  # by default it writes one
+    capsys.readouterr()
+    run_script(infer_bdd100k, *flags)
+    assert f"val: features are read from {data / 'embeddings'}" in capsys.readouterr().out
     assert read_results(tmp_path / "out")["miou"] == pytest.approx(plain, abs=2e-3)
 
 
+def test_auto_writes_nothing_for_a_single_epoch(split: Path, sam_file: Path, tmp_path: Path) -> None:
+    train(split, sam_file, tmp_path, "-num_epochs", 1)
+    assert not (split.parent / "embeddings").exists()
+
+
+@pytest.fixture
+def reduced(split: Path, segmenter: Segmenter, sam_file: Path) -> EmbeddingCache:
+    return prepare(split, segmenter, sam_file, dtype="float16", num_views=2)
+
+
+def test_in_float16_blocks_are_reduced_and_restored(
+    reduced: EmbeddingCache, split: Path, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = segmenter.encode(torch.from_numpy(NpyFolder(split).read_image(2))[None].permute(0, 3, 1, 2))
+    stored = reduced.read(2)
+    assert [tensor.dtype for tensor in stored] == [torch.float16, torch.uint8, torch.float32]
+    assert sum(tensor.nbytes for tensor in stored) < 0.3 * sum(tensor.nbytes for tensor in raw) / 2
+    monkeypatch.setattr(segmenter, "reduction", reduced.reduction)
+    restored = segmenter.restore(tuple(tensor[None] for tensor in stored))
+    assert [tensor.shape for tensor in restored] == [tensor.shape for tensor in raw]
+    with torch.no_grad():
+        torch.testing.assert_close(segmenter(restored)[0], segmenter(raw)[0], rtol=0.02, atol=0.02)
+
+
+def test_all_splits_of_a_cache_share_one_projection(
+    reduced: EmbeddingCache, npy: Path, split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int]
+) -> None:
+    projection = reduced.folder.parent / "projection.safetensors"
+    before = projection.read_bytes()
+    val = shutil.copytree(npy / "val", split.parent / "val")
+    cache = prepare(val, segmenter, sam_file, dtype="float16")  # as a run of infer_bdd100k.py would
+    assert cache.folder.parent == reduced.folder.parent and cache.identity == reduced.identity
+    assert encoded == [1, 3]  # an empty image to tell the time by, and the split: nothing was fitted
+    assert projection.read_bytes() == before
+
+
+def test_a_damaged_projection_is_noticed(
+    reduced: EmbeddingCache, split: Path, segmenter: Segmenter, sam_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    projection = reduced.folder.parent / "projection.safetensors"
+    before = projection.read_bytes()
+    flip_byte(projection)
+    capsys.readouterr()
+    prepare(split, segmenter, sam_file, dtype="float16", num_views=2)
+    printed = capsys.readouterr().out
+    assert "projection.safetensors: damaged, or of another cache" in printed
+    assert "7 entries are of another cache" in printed
+    assert projection.read_bytes() == before  # fitted to the same images, it is the same
+
+
+def test_an_entry_that_is_replaced_in_use_is_not_read(
+    reduced: EmbeddingCache, split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path
+) -> None:
+    foreign = prepare(split, segmenter, sam_file, str(tmp_path / "cache"), dtype="float16", resize_mode="pad")
+    shutil.copy(entry_path(foreign.folder, foreign.names[0]), entry_path(reduced.folder, reduced.names[0]))
+    with pytest.raises(UserError, match="was replaced while it was in use"):
+        reduced.read(0)
+
+
+def test_random_views_are_those_that_the_labels_say(split: Path, segmenter: Segmenter, sam_file: Path) -> None:
+    source = NpyFolder(split)
+    data = SemanticDataset(source, seed=3, augment="full", num_views=4)
+    data.cache = prepare(split, segmenter, sam_file, num_views=4)
+    seen = set()
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        for index in range(len(data)):
+            sample = data[index]
+            numbers = [n for n in range(4) if torch.equal(sample["features"][0], data.cache.read(index, n)[0])]
+            assert len(numbers) == 1
+            view = fixed_view(sample["name"], numbers[0])
+            assert np.array_equal(sample["labels"], view.labels(source.read_labels(index)))
+            encoded = segmenter.encode(view.image(source.read_image(index)).permute(2, 0, 1)[None])
+            torch.testing.assert_close(sample["features"][0], encoded[0][0], rtol=1e-4, atol=1e-4)
+            seen.add(numbers[0])
+    assert seen == {0, 1, 2, 3}
+
+
+def test_entries_of_other_views_are_made_anew(
+    split: Path,
+    segmenter: Segmenter,
+    sam_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prepare(split, segmenter, sam_file, num_views=3)
+    monkeypatch.setattr("utils.augment.LEAST_AREA", 0.3)
+    capsys.readouterr()
+    prepare(split, segmenter, sam_file, num_views=2)  # these are as they were
+    assert capsys.readouterr().out == ""
+    prepare(split, segmenter, sam_file, num_views=3)
+    assert "7 entries are without the views that are asked for" in capsys.readouterr().out
+
+
+def test_two_splits_of_one_name_do_not_share_a_cache(split: Path, sam_file: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(split, tmp_path / "other" / "train")
+    with pytest.raises(UserError, match="has the name of"):
+        train(split, sam_file, tmp_path, "--val_npy_path", other, "--cache_embeddings", tmp_path / "cache")
+
+
+def test_a_second_run_waits_for_the_first(
+    reduced: EmbeddingCache,
+    split: Path,
+    segmenter: Segmenter,
+    sam_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = reduced.folder.parent
+    handle = os.open(root, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    monkeypatch.setattr(embedding_cache.time, "sleep", lambda _: os.close(handle))
+    prepare(split, segmenter, sam_file, dtype="float16", num_views=2)
+    assert f"{root}: another run is writing this cache; waiting for it" in capsys.readouterr().out
+
+
+# How far the run has come when it is killed: the files of its cache that there are by then.
+@pytest.mark.parametrize("until", ["cache.json", "projection.safetensors", "train/*.safetensors"])
 def test_a_killed_caching_run_goes_on_where_it_was(
-    split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int]
+    until: str, split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int]
 ) -> None:
     script = (
         "import sys, torch; from pathlib import Path; from tests.test_embedding_cache import *;"
         "torch.set_num_threads(1); split, sam = map(Path, sys.argv[1:]);"
-        "prepare(split, build_model('vit_tiny', sam, image_size=IMAGE_SIZE, prompt_mode='semantic'), sam)"
+        "model = build_model('vit_tiny', sam, image_size=IMAGE_SIZE, prompt_mode='semantic');"
+        "prepare(split, model, sam, dtype='float16')"
     )
     process = subprocess.Popen([sys.executable, "-c", script, split, sam_file], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None and not list(split.rglob("*.safetensors")):
+    deadline = time.monotonic() + 120
+    folder = split.parent / "embeddings"
+    while time.monotonic() < deadline and process.poll() is None and not list(folder.glob(f"*/{until}")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    written = len(list(split.rglob("*.safetensors")))
-    assert written > 0
-    cache = prepare(split, segmenter, sam_file)
-    assert sum(encoded[1:]) == len(cache.names) - written
-    assert not list(split.rglob(".*.tmp"))
-    assert [len(cache.read(i)) for i in range(len(cache.names))] == [len(cache.read(0))] * len(cache.names)
+    written, fitted = len(list(folder.glob("*/train/*.safetensors"))), bool(list(folder.glob("*/projection.*")))
+    assert list(folder.glob(f"*/{until}"))
+    projection = [path.read_bytes() for path in folder.glob("*/projection.*")]
+    cache = prepare(split, segmenter, sam_file, dtype="float16")
+    left = len(cache.names) - written
+    assert sum(encoded) == (1 if left else 0) + (0 if fitted else 7) + left  # an empty image first
+    if fitted:
+        assert [path.read_bytes() for path in folder.glob("*/projection.*")] == projection
+    assert not list(split.parent.rglob(".*.tmp"))
+    assert [len(cache.read(i)) for i in range(len(cache.names))] == [3] * 7

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from utils.augment import draw_view, fixed_view
 from utils.bdd100k import IGNORE_LABEL
 from utils.boxes import class_boxes, jitter_boxes, to_frame
 from utils.errors import UserError
@@ -90,37 +91,33 @@ class FeatureCache(Protocol):
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, ...]: ...
 
 
-class Inputs:
-    """What the model is given of an image: its pixels or, once `cache` is set, its features."""
-
-    NUM_VIEWS: ClassVar[int] = 1  # of each image that are asked for: 2 with its mirror image
-
-    cache: FeatureCache | None = None
-    source: NpyFolder
-
-    def read_inputs(self, index: int, *, mirrored: bool = False) -> dict[str, Any]:
-        """image: S x S x 3 as stored; or features: as `Segmenter.encode` gives them, without the batch."""
-        if self.cache:
-            return {"features": self.cache.read(index, int(mirrored))}
-        image = self.source.read_image(index)
-        return {"image": torch.from_numpy(image[:, ::-1].copy() if mirrored else image)}
-
-
-class TrainingDataset(Inputs, Dataset[dict[str, Any]]):
-    """The labelled images of a split, for one epoch after another.
+class TrainingDataset(Dataset[dict[str, Any]]):
+    """The labelled images of a split, for one epoch after another, each in some view (`utils.augment`).
 
     What is random about a sample is a function of seed, epoch and index alone, so any number of workers and
     processes draws the same.
     """
 
-    def __init__(self, source: NpyFolder, *, seed: int) -> None:
+    cache: FeatureCache | None = None  # once it is set, samples have features in place of pixels
+
+    def __init__(self, source: NpyFolder, *, seed: int, augment: str, num_views: int) -> None:
+        """
+        Args:
+            augment: "none"; "flip", for the image or its mirror image; "full", for random views: of all that there
+                are or, out of a cache, which has
+            num_views: views of each image, of those. Of the other kinds there are no more than the cache has.
+        """
         self.source = source
         self.seed = seed
+        self.augment = augment
+        self.num_views = num_views
         self.epoch = 0
         # An image without a single labelled pixel has nothing to teach.
         self.indices = [i for i, item in enumerate(source.items) if any(item.pixels)]
         if not self.indices:
             raise UserError(f"{source.folder}: no image has a labelled pixel; check the masks given to pre_bdd100k.py")
+        if augment == "full":
+            import torchvision.transforms.v2  # noqa: F401  now, that no worker process spends seconds on it
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -130,13 +127,26 @@ class TrainingDataset(Inputs, Dataset[dict[str, Any]]):
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A sample: what `read_inputs` gives; labels, S x S uint8; valid, bool, False of `FILLER`; name; and more."""
+        """A sample: image, S x S x 3 as stored, or features, as the cache has them; labels, S x S uint8; valid, bool,
+        False of `FILLER`; name; and more."""
         source_index = self.indices[max(index, 0)]
         rng = np.random.default_rng((self.seed, self.epoch, max(index, 0)))
-        sample = self._draw(source_index, rng)
-        return {**sample, "valid": sample["valid"] & (index != FILLER), "name": self.source.items[source_index].name}
+        name = self.source.items[source_index].name
+        if self.augment == "full" and not self.cache:
+            number, view = 0, draw_view(rng)
+        else:  # without augmentation nothing is drawn
+            number = int(rng.integers(self.num_views)) if self.num_views > 1 else 0
+            view = fixed_view(name, number)
+        labels = view.labels(self.source.read_labels(source_index))
+        sample: dict[str, Any] = {"labels": torch.from_numpy(labels), **self._prompts(source_index, labels, rng)}
+        if self.cache:
+            sample["features"] = self.cache.read(source_index, number)
+        else:
+            sample["image"] = view.image(self.source.read_image(source_index))
+        return {**sample, "valid": sample["valid"] & (index != FILLER), "name": name}
 
-    def _draw(self, source_index: int, rng: np.random.Generator) -> dict[str, Any]:
+    def _prompts(self, source_index: int, labels: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """What the model is to find in the view, by its labels; valid: whether each of it counts."""
         raise NotImplementedError
 
 
@@ -144,18 +154,26 @@ class TrainingDataset(Inputs, Dataset[dict[str, Any]]):
 class BoxPromptDataset(TrainingDataset):
     """Images with K = `classes_per_image` random classes of each as prompts: the class's tight box, jittered."""
 
-    def __init__(self, source: NpyFolder, *, classes_per_image: int, bbox_shift: int, seed: int) -> None:
+    def __init__(
+        self,
+        source: NpyFolder,
+        *,
+        classes_per_image: int,
+        bbox_shift: int,
+        seed: int,
+        augment: str = "none",
+        num_views: int = 1,
+    ) -> None:
         """
         Args:
             bbox_shift: the most that a box's side may move, in pixels of the S x S frame.
         """
-        super().__init__(source, seed=seed)
+        super().__init__(source, seed=seed, augment=augment, num_views=num_views)
         self.classes_per_image = classes_per_image
         self.bbox_shift = bbox_shift
 
-    def _draw(self, source_index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Adds class_ids: K int64; boxes: K x 4 float32 xyxy. valid: K bool, False where there are fewer classes."""
-        labels = self.source.read_labels(source_index)
+    def _prompts(self, source_index: int, labels: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """class_ids: K int64; boxes: K x 4 float32 xyxy; valid: K bool, False where there are fewer classes."""
         present, boxes = self.source.class_boxes(source_index, labels)
         k = self.classes_per_image
         count = min(k, len(present))
@@ -165,8 +183,6 @@ class BoxPromptDataset(TrainingDataset):
         class_ids[:count] = present[chosen]
         prompt_boxes[:count] = jitter_boxes(boxes[chosen], self.source.image_size, self.bbox_shift, rng)
         return {
-            **self.read_inputs(source_index),
-            "labels": torch.from_numpy(labels),
             "class_ids": torch.from_numpy(class_ids),
             "boxes": torch.from_numpy(prompt_boxes),
             "valid": torch.arange(k) < count,
@@ -174,28 +190,27 @@ class BoxPromptDataset(TrainingDataset):
 
 
 class SemanticDataset(TrainingDataset):
-    """Images and their labels, mirrored half of the time. No prompts."""
+    """Images and their labels, mirrored half of the time unless asked otherwise. No prompts."""
 
-    NUM_VIEWS = 2
+    def __init__(self, source: NpyFolder, *, seed: int, augment: str = "flip", num_views: int = 2) -> None:
+        super().__init__(source, seed=seed, augment=augment, num_views=num_views)
 
-    def _draw(self, source_index: int, rng: np.random.Generator) -> dict[str, Any]:
-        labels = self.source.read_labels(source_index)
-        mirrored = bool(rng.random() < 0.5)
-        if mirrored:
-            labels = labels[:, ::-1].copy()
-        inputs = self.read_inputs(source_index, mirrored=mirrored)
-        return {**inputs, "labels": torch.from_numpy(labels), "valid": torch.tensor(True)}
+    def _prompts(self, source_index: int, labels: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        return {"valid": torch.tensor(True)}
 
 
 BoxesByName = Mapping[str, tuple[np.ndarray, np.ndarray]]  # class ids, (K,), and boxes, (K, 4), of an original image
 
 
-class EvaluationDataset(Inputs, Dataset[dict[str, Any]]):
+class EvaluationDataset(Dataset[dict[str, Any]]):
     """Every image of a split, with the boxes to prompt for, if any.
 
     `boxes` is "oracle" for the tight box of every class in the image, from the ground truth; None for no boxes; or what
     a detector found, by image name.
     """
+
+    cache: FeatureCache | None = None  # as of `TrainingDataset`
+    num_views = 1
 
     def __init__(self, source: NpyFolder, boxes: BoxesByName | Literal["oracle"] | None) -> None:
         self.source = source
@@ -205,11 +220,15 @@ class EvaluationDataset(Inputs, Dataset[dict[str, Any]]):
         return len(self.source.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """What `read_inputs` gives; labels: S x S uint8; name; with boxes, class_ids: K int64 and boxes: K x 4
-        float32 in the S x S frame."""
+        """image or features, as of `TrainingDataset`; labels: S x S uint8; name; with boxes, class_ids: K int64 and
+        boxes: K x 4 float32 in the S x S frame."""
         labels = self.source.read_labels(index)
         item = self.source.items[index]
-        sample: dict[str, Any] = {**self.read_inputs(index), "labels": torch.from_numpy(labels)}
+        sample: dict[str, Any] = {"labels": torch.from_numpy(labels)}
+        if self.cache:
+            sample["features"] = self.cache.read(index)
+        else:
+            sample["image"] = torch.from_numpy(self.source.read_image(index))
         if self.boxes == "oracle":
             sample |= box_prompts(*self.source.class_boxes(index, labels))
         elif self.boxes is not None:

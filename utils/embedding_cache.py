@@ -1,9 +1,10 @@
 """The frozen encoder's features on disk, so that no image is encoded twice.
 
-A cache is a folder: `cache.json`, which says what all its entries depend on, and one file an image in the safetensors
-format, which holds tensors and strings and can run nothing. An entry has the features of each view of its image (the
-image itself and, where training wants it, its mirror image), in float16 unless the user asks for float32, and is read
-memory-mapped: what training touches of it is in the page cache, not in the process.
+A cache is a folder: `cache.json`, which says what all its entries depend on, and for each split a folder with one file
+an image in the safetensors format, which holds tensors and strings and can run nothing. An entry has the features of
+the views of its image (`utils.augment`), in float16 unless the user asks for float32, and is read memory-mapped: what
+training touches of it is in the page cache, not in the process. In float16, the outputs of encoder blocks are reduced
+(`utils.reduction`), by a projection that is fitted once and kept in the folder for all its splits.
 
 Entries are written whole or not at all, so a run that is stopped goes on where it was. Before use each entry is
 checked: its checksum against damage, and the picture it was made of by length and time of modification; only if these
@@ -12,13 +13,15 @@ differ is the picture itself read, and its SHA-256 compared. What fails is encod
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +34,20 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from utils import distributed
+from utils.augment import fixed_view
 from utils.checkpoint import ModelInfo
 from utils.dataset import NpyFolder
 from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries
-from utils.model import Segmenter
+from utils.model import Features, Segmenter
 from utils.precision import Precision
+from utils.reduction import FIT_IMAGES, Reduction
+from utils.stopping import ignore_signals
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-ViewsOf = Callable[[Tensor], Iterator[dict[str, Tensor]]]  # the tensors of each image's entry
 ROOM_TO_LEAVE = 1 << 30  # a disk that is filled to the brim takes no checkpoint any more
+SECONDS_TO_LOOK_AGAIN = 2.0  # for whether another run has finished
 
 
 @dataclass(frozen=True)
@@ -76,15 +82,26 @@ class Binding:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-class EmbeddingCache:
-    """Entries that were found whole when the cache was prepared."""
+@dataclass(frozen=True)
+class Request:
+    """A split that is wanted in a cache."""
 
-    def __init__(self, folder: Path, names: list[str]) -> None:
+    source: NpyFolder
+    num_views: int  # of each image: 1 for the image itself; see `utils.augment.fixed_view`
+    passes: int  # how often each image would be encoded without a cache
+
+
+class EmbeddingCache:
+    """A split's entries, which were found whole when the cache was prepared."""
+
+    def __init__(self, folder: Path, names: list[str], identity: str, reduction: Reduction | None) -> None:
         self.folder = folder
         self.names = names
+        self.identity = identity
+        self.reduction = reduction  # that the entries went through
 
     def read(self, index: int, view: int = 0) -> tuple[Tensor, ...]:
-        """The features of a view (0: the image, 1: its mirror image), each C x H x W, of the stored type.
+        """What is stored of a view's features, for `Segmenter.restore`, without the batch.
 
         Raises:
             UserError: the entry has gone or changed since it was checked.
@@ -93,7 +110,10 @@ class EmbeddingCache:
         try:
             with safe_open(path, "pt") as entry:
                 count = sum(key.startswith(f"{view}.") for key in entry.keys())  # noqa: SIM118 (it is no dict)
-                return tuple(entry.get_tensor(f"{view}.{i}") for i in range(count))
+                features = tuple(entry.get_tensor(f"{view}.{i}") for i in range(count))
+                if count and (entry.metadata() or {}).get("cache") == self.identity:
+                    return features
+            raise UserError(f"{path}: was replaced while it was in use; start again, and it is made anew")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: became unreadable while it was in use ({error}); start again, and it is made "
                             "anew") from None
@@ -103,97 +123,286 @@ def entry_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
-def prepare_cache(
+def prepare_caches(
     where: str,
-    source: NpyFolder,
+    requests: list[Request],
     segmenter: Segmenter,
     precision: Precision,
     binding: Binding,
     *,
-    num_views: int,
     batch_size: int,
     num_workers: int,
-) -> EmbeddingCache | None:
-    """Make a split's cache whole: check what is there and encode what is missing, shared among all processes.
+) -> list[EmbeddingCache | None]:
+    """Make the splits' caches whole: check what is there and encode what is missing, shared among all processes.
 
     Args:
-        where: "off"; "auto", beside the split's images if the disk has room; or a folder, which must have it.
-        num_views: 1 for the images, 2 for their mirror images too.
+        where: "off"; "auto", beside the first split, if the disk has room and if fewer images are to be encoded than
+            without; or a folder, which must have room.
+        requests: of these, the first is what a projection is fitted to.
         batch_size: images encoded at once.
 
     Returns:
-        None where there is to be no cache.
+        For each request its cache, or None where there is to be none.
 
     Raises:
         UserError: the folder holds a cache of something else, or has no room, or cannot be written.
     """
-    if where == "off":
-        return None
+    nothing: list[EmbeddingCache | None] = [None] * len(requests)
     is_auto = where == "auto"
-    folder = source.folder / "embeddings" / binding.digest[:16] if is_auto else Path(where) / source.folder.name
-    _agree(lambda: _open_folder(folder, binding))
-    share = range(distributed.rank(), len(source.items), distributed.world_size())
-    pending = _find_pending(folder, source, binding, num_views, share)
-    num_pending = sum(map(len, distributed.all_gather(pending)))
-    if num_pending:
-        views_of = partial(_views, segmenter, precision, DTYPES[binding.stored_in], num_views)
-        refusal = distributed.broadcast(
-            _announce(folder, views_of, binding, num_pending) if distributed.is_main() else None
-        )
-        if refusal and not is_auto:
-            raise UserError(refusal)
-        if refusal:
-            if distributed.is_main():
-                print(f"{refusal}; going on without a cache")
-            return None
-        loader = DataLoader(_PendingImages(source, pending), batch_size=batch_size, num_workers=num_workers)
-        _write_entries(folder, loader, views_of, binding, total=len(pending))
-    distributed.all_gather(None)  # nobody reads before all have written
-    return EmbeddingCache(folder, [item.name for item in source.items])
+    if where == "off":
+        return nothing
+    first = requests[0].source.folder.resolve()
+    root = first.parent / "embeddings" / binding.digest[:16] if is_auto else Path(where)
+    # All processes must come to the same end, so that the main one looks.
+    if distributed.broadcast(is_auto and not root.exists()) and all(r.passes <= r.num_views for r in requests):
+        return nothing
+    message = _on_main(lambda: _open_folder(root, binding, requests))
+    if message and not is_auto:
+        raise UserError(message)
+    if message:
+        _say(f"{message}; going on without a cache")
+        return nothing
+    with _alone(root):
+        writer = _Writer(root, segmenter, precision, binding, batch_size, num_workers, is_auto)
+        return [writer.prepare(request) for request in requests]
 
 
-def _agree(main_only: Callable[[], None]) -> None:
-    """Run on the main process; its `UserError` is everyone's, so that nobody waits for a process that has stopped."""
+def _say(message: str) -> None:
+    if distributed.is_main():
+        print(message, flush=True)
+
+
+def _on_main(action: Callable[[], None]) -> str | None:
+    """Run on the main process; its `UserError`'s message, everywhere, so that nobody waits for who has stopped."""
     message = None
     if distributed.is_main():
         try:
-            main_only()
+            action()
         except UserError as error:
             message = str(error)
-    message = distributed.broadcast(message)
-    if message:
-        raise UserError(message)
+    return distributed.broadcast(message)
 
 
-def _open_folder(folder: Path, binding: Binding) -> None:
+def _open_folder(root: Path, binding: Binding, requests: list[Request]) -> None:
     """Make the folder, or see that what it holds is of this binding."""
-    path = folder / "cache.json"
+    splits: dict[str, Path] = {}
+    for request in requests:
+        folder = request.source.folder.resolve()
+        if splits.setdefault(folder.name, folder) != folder:
+            raise UserError(f"{folder}: has the name of {splits[folder.name]}, and one cache cannot hold both; rename "
+                            "one, or give --cache_embeddings off")
+    path = root / "cache.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         held = json.loads(path.read_bytes()) if path.exists() else None
+        is_empty = not any(root.iterdir())
     except OSError as error:
-        raise UserError(f"{folder}: no cache can be kept there ({error.strerror}); give --cache_embeddings another "
+        raise UserError(f"{root}: no cache can be kept there ({error.strerror}); give --cache_embeddings another "
                         "folder, or off") from None
     except ValueError:
-        raise UserError(f"{path}: damaged; remove {folder}, and the cache is made anew") from None
+        raise UserError(f"{path}: damaged; remove {root}, and the cache is made anew") from None
     if held is None:
-        if any(folder.iterdir()):
-            raise UserError(f"{folder}: is not empty and no cache; give --cache_embeddings another folder")
+        if not is_empty:
+            raise UserError(f"{root}: is not empty and no cache; give --cache_embeddings another folder")
         with atomic_write(path) as file:
             file.write(json.dumps(asdict(binding), indent=1).encode())
     elif held != (here := asdict(binding)):
         differ = [key for key in here if not isinstance(held, dict) or held.get(key) != here[key]]
-        raise UserError(f"{folder}: a cache of other features ({', '.join(differ)} differ); give --cache_embeddings "
+        raise UserError(f"{root}: a cache of other features ({', '.join(differ)} differ); give --cache_embeddings "
                         "another folder, or remove this one")
-    remove_temporaries(folder)
 
 
-def _find_pending(folder: Path, source: NpyFolder, binding: Binding, num_views: int, share: range) -> list[int]:
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """A context in which no other run writes into the cache: who comes second waits, and finds it whole."""
+    handle = os.open(root, os.O_RDONLY) if distributed.is_main() else None
+    try:
+        waiting = False
+        # Asked again and again, as no process may wait for another longer than the process group's timeout.
+        while not distributed.broadcast(handle is not None and _lock(handle)):
+            if not waiting:
+                _say(f"{root}: another run is writing this cache; waiting for it")
+            waiting = True
+            time.sleep(SECONDS_TO_LOOK_AGAIN)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)  # and with it goes the lock, as it does with the process
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks: nothing is lost but the second run's time
+    return True
+
+
+class _Writer:
+    """Makes one split's cache after the other whole, in the same folder and with the same projection."""
+
+    def __init__(
+        self,
+        root: Path,
+        segmenter: Segmenter,
+        precision: Precision,
+        binding: Binding,
+        batch_size: int,
+        num_workers: int,
+        is_auto: bool,
+    ) -> None:
+        self.root, self.segmenter, self.precision, self.binding = root, segmenter, precision, binding
+        self.batch_size, self.num_workers, self.is_auto = batch_size, num_workers, is_auto
+        self.reduces = bool(segmenter.feature_blocks) and binding.stored_in != "float32"
+        self.reduction, self.identity = _read_reduction(root, binding) if self.reduces else (None, binding.digest)
+
+    def prepare(self, request: Request) -> EmbeddingCache | None:
+        source = request.source
+        folder = self.root / source.folder.resolve().name
+        share = range(distributed.rank(), len(source.items), distributed.world_size())
+        pending = _find_pending(folder, request, self.identity, share)
+        num_pending = sum(map(len, distributed.all_gather(pending)))
+        if num_pending and self.is_auto and num_pending * request.num_views >= len(source.items) * request.passes:
+            return None
+        if num_pending:
+            refusal = _on_main(lambda: self._announce(folder, request, num_pending))
+            if refusal and not self.is_auto:
+                raise UserError(refusal)
+            if refusal:
+                _say(f"{refusal}; going on without a cache")
+                return None
+            if self.reduces and self.reduction is None:
+                refusal = _on_main(lambda: self._fit(source))
+                if refusal:
+                    raise UserError(refusal)
+                self.reduction, self.identity = _read_reduction(self.root, self.binding)
+            self._write(folder, request, pending)
+            distributed.all_gather(None)  # nobody reads before all have written
+        return EmbeddingCache(folder, [item.name for item in source.items], self.identity, self.reduction)
+
+    def _announce(self, folder: Path, request: Request, num_images: int) -> None:
+        """Say what is about to be made, by encoding one empty image.
+
+        Raises:
+            UserError: there is no room for it, or no folder can be made.
+        """
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: no cache can be kept there ({error.strerror}); give --cache_embeddings another "
+                            "folder, or off") from None
+        remove_temporaries(self.root)
+        size = self.binding.image_size
+        started = time.monotonic()
+        features = self._encode(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+        seconds = time.monotonic() - started
+        seconds *= num_images * request.num_views / distributed.world_size() + FIT_IMAGES * (
+            self.reduces and self.reduction is None
+        )
+        stored = self._stored(features, self.reduction or (Reduction.blank(features) if self.reduces else None))
+        needed = num_images * request.num_views * sum(tensor.nbytes for tensor in stored)
+        free = shutil.disk_usage(folder).free
+        if needed + ROOM_TO_LEAVE > free:
+            raise UserError(f"{folder}: the cache needs {needed / 2**30:.1f} GiB of disk, and {free / 2**30:.1f} are "
+                            "free")
+        views = f", {request.num_views} views each" if request.num_views > 1 else ""
+        _say(f"encoding {num_images} images once{views}, into {folder}: {needed / 2**30:.2f} GiB, {free / 2**30:.0f} "
+             f"are free; roughly {max(seconds / 60, 1):.0f} minutes. It may be stopped, and goes on there")
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Features:
+        """B x S x S x 3, as stored -> features, on the device."""
+        self.segmenter.eval()
+        with self.precision.autocast():
+            return self.segmenter.encode(self.precision.images({"image": images}))
+
+    def _stored(self, features: Features, reduction: Reduction | None) -> list[Tensor]:
+        """What an entry has of features, still in batches."""
+        dtype = DTYPES[self.binding.stored_in]
+        if reduction is None:
+            return [feature.to("cpu", dtype) for feature in features]
+        embeddings, *reduced = reduction.to(features[0].device).reduce(features)
+        return [embeddings.to("cpu", dtype), *(part.cpu() for part in reduced)]
+
+    def _fit(self, source: NpyFolder) -> None:
+        """Fit the projection to some images of a split, evenly spaced, and keep it. One process alone does so, image by
+        image, so that all have the same; who is stopped after it finds it there."""
+        indexes = np.unique(np.linspace(0, len(source.items) - 1, FIT_IMAGES).round().astype(int)).tolist()
+
+        def features_of(index: int) -> Features:
+            features = self._encode(torch.from_numpy(source.read_image(index))[None])
+            self._require_finite(source.items[index].name, features)
+            return features
+
+        progress = tqdm(indexes, desc="fitting the projection of encoder blocks", unit="image")
+        reduction = Reduction.fit(map(features_of, progress))
+        tensors = {"mean": reduction.mean, "basis": reduction.basis.contiguous()}
+        metadata = {"cache": self.binding.digest, "sha256": _checksum(tensors), "blocks": str(reduction.num_blocks)}
+        with atomic_write(self.root / "projection.safetensors") as file:
+            file.write(save(tensors, metadata))
+
+    def _write(self, folder: Path, request: Request, pending: list[int]) -> None:
+        loader = DataLoader(
+            _PendingImages(request, pending),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # else it draws from the RNG, which a resumed run must find as it was
+        )
+        progress = tqdm(total=len(pending), desc=f"encoding into {folder}", unit="image",
+                        disable=not distributed.is_main())  # fmt: skip
+        with progress:
+            for batch in loader:
+                views = [self._stored(self._encode(batch["views"][:, v]), self.reduction)
+                         for v in range(request.num_views)]  # fmt: skip
+                for i, name in enumerate(batch["name"]):
+                    # Clones, as what is saved must not be a view into the batch.
+                    tensors = {f"{v}.{k}": tensor[i].clone(memory_format=torch.contiguous_format)
+                               for v, stored in enumerate(views) for k, tensor in enumerate(stored)}  # fmt: skip
+                    about = {key: batch[key][i] for key in ("image_file", "image_sha256", "views_are")}
+                    self._write_entry(folder, name, tensors, about)
+                    progress.update()
+
+    def _write_entry(self, folder: Path, name: str, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+        self._require_finite(name, tensors.values())
+        metadata = {"cache": self.identity, "sha256": _checksum(tensors), **about}
+        with atomic_write(entry_path(folder, name)) as file:
+            file.write(save(tensors, metadata))
+
+
+    def _require_finite(self, name: str, tensors: Iterable[Tensor]) -> None:
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise UserError(f"{name}: its features are not finite in {self.binding.stored_in}; check the image, or "
+                            "give --cache_dtype float32, or --cache_embeddings off")
+
+
+def _read_reduction(root: Path, binding: Binding) -> tuple[Reduction | None, str]:
+    """The projection of a cache, if it has a whole one, and what its entries are bound to."""
+    path = root / "projection.safetensors"
+    if not path.exists():
+        return None, ""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        if metadata.get("cache") == binding.digest and metadata.get("sha256") == _checksum(tensors):
+            reduction = Reduction(tensors["mean"], tensors["basis"], int(metadata["blocks"]))
+            identity = hashlib.sha256(f"{binding.digest} {metadata['sha256']}".encode()).hexdigest()
+            return reduction, identity
+    except (OSError, SafetensorError):
+        pass
+    _say(f"{path}: damaged, or of another cache; it is made anew, and so are the entries that went through it")
+    return None, ""
+
+
+def _find_pending(folder: Path, request: Request, identity: str, share: range) -> list[int]:
     """The images of `share` that have no good entry."""
     pending = []
     reasons: dict[str, int] = {}
     for index in tqdm(share, desc="checking the cache", unit="image", leave=False, disable=not distributed.is_main()):
-        reason = _fault(entry_path(folder, source.items[index].name), source, index, binding, num_views)
+        reason = _fault(entry_path(folder, request.source.items[index].name), request, index, identity)
         if reason:
             pending.append(index)
             reasons[reason] = reasons.get(reason, 0) + 1
@@ -203,27 +412,34 @@ def _find_pending(folder: Path, source: NpyFolder, binding: Binding, num_views: 
     return pending
 
 
-def _fault(path: Path, source: NpyFolder, index: int, binding: Binding, num_views: int) -> str | None:
+def _fault(path: Path, request: Request, index: int, identity: str) -> str | None:
     """Why an entry cannot be used, or None."""
     if not path.exists():
         return "missing"
+    source = request.source
     try:
         with safe_open(path, "pt") as entry:
             metadata = entry.metadata() or {}
             tensors = {key: entry.get_tensor(key) for key in entry.keys()}  # noqa: SIM118
         if metadata.get("sha256") != _checksum(tensors):
             return "damaged"
-    except (OSError, SafetensorError):
+        views = json.loads(metadata.get("views_are", ""))
+    except (OSError, SafetensorError, ValueError):
         return "damaged"
-    if metadata.get("binding") != binding.digest:
+    if metadata.get("cache") != identity:
         return "of another cache"
-    if f"{num_views - 1}.0" not in tensors:
-        return "without mirror images"
+    if views[: request.num_views] != json.loads(_views(source.items[index].name, request.num_views)):
+        return "without the views that are asked for"
     if metadata.get("image_file") != _signature(source.image_path(index)) and (
         metadata.get("image_sha256") != _digest(source.read_image(index))
     ):
         return "of images that have changed since"
     return None
+
+
+def _views(name: str, num_views: int) -> str:
+    """What an entry says of its views, so that none is taken for another one after the way of drawing has changed."""
+    return json.dumps([asdict(fixed_view(name, number)) for number in range(num_views)])
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
@@ -243,70 +459,24 @@ def _digest(image: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(image).data).hexdigest()
 
 
-def _announce(folder: Path, views_of: ViewsOf, binding: Binding, num_images: int) -> str | None:
-    """Say what is about to be made, by encoding one empty image; returns why it cannot be made, if so."""
-    empty = torch.zeros(1, binding.image_size, binding.image_size, 3, dtype=torch.uint8)
-    started = time.monotonic()
-    (views,) = views_of(empty)
-    seconds = num_images * (time.monotonic() - started) / distributed.world_size()
-    size = num_images * sum(tensor.nbytes for tensor in views.values())
-    free = shutil.disk_usage(folder).free
-    if size + ROOM_TO_LEAVE > free:
-        return f"{folder}: the cache needs {size / 2**30:.1f} GiB of disk, and {free / 2**30:.1f} are free"
-    print(f"encoding {num_images} images once, into {folder}: {size / 2**30:.2f} GiB, {free / 2**30:.0f} are free; "
-          f"roughly {max(seconds / 60, 1):.0f} minutes. It may be stopped, and goes on there", flush=True)
-    return None
-
-
-@torch.no_grad()
-def _views(
-    segmenter: Segmenter, precision: Precision, dtype: torch.dtype, num_views: int, images: Tensor
-) -> Iterator[dict[str, Tensor]]:
-    """For each image, the tensors of its entry. Images are B x S x S x 3, as stored."""
-    segmenter.eval()
-    images = precision.images({"image": images})
-    views = []
-    for view in range(num_views):
-        with precision.autocast():
-            features = segmenter.encode(images.flip(-1) if view else images)
-        views.append([feature.to("cpu", dtype) for feature in features])
-    for i in range(len(images)):
-        # Clones, as what is saved must not be a view into the batch.
-        yield {f"{v}.{k}": feature[i].clone(memory_format=torch.contiguous_format)
-               for v, features in enumerate(views) for k, feature in enumerate(features)}  # fmt: skip
-
-
 class _PendingImages(Dataset[dict[str, Any]]):
-    def __init__(self, source: NpyFolder, indexes: list[int]) -> None:
-        self.source = source
+    """views: K x S x S x 3, as stored; and what an entry says of its image."""
+
+    def __init__(self, request: Request, indexes: list[int]) -> None:
+        self.request = request
         self.indexes = indexes
 
     def __len__(self) -> int:
         return len(self.indexes)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        index = self.indexes[i]
-        signature = _signature(self.source.image_path(index))  # before reading: a change meanwhile is a change after
-        image = self.source.read_image(index)
-        return {"image": torch.from_numpy(image), "name": self.source.items[index].name, "image_file": signature,
-                "image_sha256": _digest(image)}
-
-
-def _write_entries(folder: Path, loader: DataLoader, views_of: ViewsOf, binding: Binding, *, total: int) -> None:
-    progress = tqdm(total=total, desc=f"encoding into {folder}", unit="image", disable=not distributed.is_main())
-    with progress:
-        for batch in loader:
-            about = zip(batch["name"], batch["image_file"], batch["image_sha256"])
-            for (name, image_file, image_sha256), tensors in zip(about, views_of(batch["image"])):
-                if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-                    raise UserError(f"{name}: its features do not fit into {binding.stored_in}; train with "
-                                    "--cache_embeddings off")
-                metadata = {
-                    "binding": binding.digest,
-                    "sha256": _checksum(tensors),
-                    "image_file": image_file,
-                    "image_sha256": image_sha256,
-                }
-                with atomic_write(entry_path(folder, name)) as file:
-                    file.write(save(tensors, metadata))
-                progress.update()
+        index, source, num_views = self.indexes[i], self.request.source, self.request.num_views
+        signature = _signature(source.image_path(index))  # before reading: a change meanwhile is a change after
+        image, name = source.read_image(index), source.items[index].name
+        return {
+            "views": torch.stack([fixed_view(name, number).image(image) for number in range(num_views)]),
+            "name": name,
+            "image_file": signature,
+            "image_sha256": _digest(image),
+            "views_are": _views(name, num_views),
+        }

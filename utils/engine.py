@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import distributed
-from utils.dataset import EvaluationDataset, collate_evaluation
 from utils.errors import UserError
 from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter
@@ -198,24 +197,6 @@ def _normalise_gradients(
     # With the fp16 scaler an overflow is expected now and then: it skips the step and lowers its scale.
     if not scaler.is_enabled() and not bool(norm.isfinite()):
         raise UserError("the gradient is not finite though the loss is; the weights were not touched. Lower -lr")
-
-
-def evaluation_loader(
-    dataset: EvaluationDataset, *, batch_size: int, num_workers: int, precision: Precision
-) -> DataLoader:
-    """The batches of this process's share; every image belongs to exactly one process.
-
-    Whole batches are dealt out: one of other images would round differently, and a process's figures with it.
-    """
-    every = range(len(dataset))
-    batches = [list(every[i : i + batch_size]) for i in range(0, len(every), batch_size)]
-    return DataLoader(
-        dataset,
-        batch_sampler=batches[distributed.rank() :: distributed.world_size()],
-        num_workers=num_workers,
-        collate_fn=collate_evaluation,
-        pin_memory=precision.device.type == "cuda",
-    )
 
 
 def predictions_and_labels(

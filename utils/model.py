@@ -20,6 +20,7 @@ from segment_anything.modeling import Sam, SemanticDecoder
 from utils.bdd100k import NUM_CLASSES
 from utils.errors import UserError
 from utils.losses import class_weights, prompt_losses, semantic_losses
+from utils.reduction import Reduction
 
 Features = tuple[Tensor, ...]  # what the frozen encoder gives: image_embeddings, B x C x h x w, and perhaps more
 
@@ -31,6 +32,7 @@ class Segmenter(nn.Module):
     LOSSES: ClassVar[tuple[str, ...]]  # the parts that the loss is the sum of
     THRESHOLD: ClassVar[float]  # a pixel belongs to a mask where its logit is above this
 
+    feature_blocks: Sequence[int] = ()  # encoder blocks whose outputs are features, beside the embeddings
     image_pe: Tensor
 
     def __init__(self, sam: Sam) -> None:
@@ -40,6 +42,7 @@ class Segmenter(nn.Module):
         for frozen in (sam.image_encoder, sam.prompt_encoder):
             frozen.requires_grad_(False)
         self.register_buffer("image_pe", sam.prompt_encoder.get_dense_pe(), persistent=False)
+        self.reduction: Reduction | None = None  # that cached features have gone through
 
     @property
     def mask_decoder(self) -> nn.Module:
@@ -63,6 +66,10 @@ class Segmenter(nn.Module):
 
     def _encode(self, x: Tensor) -> Features:
         return (self.sam.image_encoder(x),)
+
+    def restore(self, stored: Features) -> Features:
+        """What a cache stores of features -> what `forward` takes, so that the decoder knows of no cache."""
+        return self.reduction.expand(stored) if self.reduction else tuple(feature.float() for feature in stored)
 
     def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`LOSSES` by name, each of the shape of the batch's "valid", float32.

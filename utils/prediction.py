@@ -64,7 +64,7 @@ def merge_masks(planes: Iterable[Tensor], class_ids: Tensor, threshold: float, s
 def features_of(model: Segmenter, batch: dict[str, Any], precision: Precision) -> Features:
     """What `model.forward` takes of a batch's images: encoded now, or as they come out of a cache."""
     if "features" in batch:
-        return tuple(precision.to_device(feature).float() for feature in batch["features"])
+        return model.restore(tuple(precision.to_device(feature) for feature in batch["features"]))
     return model.encode(precision.images(batch))
 
 

@@ -1,0 +1,93 @@
+"""Views of an image: mirrored, cropped, brighter or darker, its labels along with it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# --augment, and how many views of an image a cache holds unless the user says. "flip" has no more than two.
+AUGMENTATIONS = {"none": 1, "flip": 2, "full": 4}
+LEAST_AREA = 0.5  # of the frame, in a random crop; a cached view is seen again and again, and must not be a bad one
+MOST_STRETCH = 4 / 3  # of one side of a crop against the other
+MOST_CHANGE = 0.25  # of brightness and of contrast
+
+
+@dataclass(frozen=True)
+class View:
+    """What is done to an image and its labels together. The default shows the image as it is.
+
+    `window`, the part of the frame that is seen and enlarged to fill it, has its top, left, height and width as shares
+    of the side. It never reaches outside, so that there is nothing to be filled in, neither pixels nor labels.
+    """
+
+    mirrored: bool = False
+    window: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    brightness: float = 1.0
+    contrast: float = 1.0
+
+    def image(self, image: np.ndarray) -> Tensor:
+        """S x S x 3, in any type that images are stored in -> the view, of the same shape and type, contiguous."""
+        if (self.brightness, self.contrast) != (1, 1):
+            image = self._colored(image)
+        return torch.from_numpy(np.ascontiguousarray(self._placed(image)))
+
+    def labels(self, labels: np.ndarray) -> np.ndarray:
+        """S x S uint8 -> the view of it; no new labels come about."""
+        return np.ascontiguousarray(self._placed(labels))
+
+    def _placed(self, array: np.ndarray) -> np.ndarray:
+        if self.window != View.window:
+            from torchvision.transforms import v2  # here, as it takes seconds to import
+
+            side = len(array)
+            top, left = (round(share * side) for share in self.window[:2])
+            height, width = (max(1, round(share * side)) for share in self.window[2:])
+            place = (min(top, side - height), min(left, side - width), height, width, [side, side])
+            tensor = torch.from_numpy(array)
+            if tensor.ndim == 2:
+                # As a picture, for which pixels' centres count (`utils.geometry`), and not as tv_tensors.Mask, which
+                # takes the upper left of the candidates: up to half a pixel off from how the image is sampled.
+                nearest = v2.InterpolationMode.NEAREST_EXACT
+                array = v2.functional.resized_crop(tensor[None], *place, interpolation=nearest)[0].numpy()
+            else:
+                planes = tensor.permute(2, 0, 1)
+                planes = planes.float() if planes.dtype == torch.float16 else planes  # which CPUs do not interpolate
+                resized = v2.functional.resized_crop(planes, *place, antialias=True)
+                array = resized.to(tensor.dtype).permute(1, 2, 0).numpy()
+        return array[:, ::-1] if self.mirrored else array
+
+    def _colored(self, image: np.ndarray) -> np.ndarray:
+        from torchvision.transforms import v2
+
+        tensor = torch.from_numpy(image)
+        planes = tensor.permute(2, 0, 1)
+        planes = planes.float() if planes.dtype == torch.float16 else planes
+        planes = v2.functional.adjust_brightness(planes, self.brightness)
+        planes = v2.functional.adjust_contrast(planes, self.contrast)
+        return planes.to(tensor.dtype).permute(1, 2, 0).numpy()
+
+
+def draw_view(rng: np.random.Generator) -> View:
+    """A random view, of all that `--augment full` does."""
+    side, stretch = math.sqrt(rng.uniform(LEAST_AREA, 1)), math.sqrt(MOST_STRETCH) ** rng.uniform(-1, 1)
+    height, width = min(1.0, side * stretch), min(1.0, side / stretch)
+    return View(
+        mirrored=bool(rng.random() < 0.5),
+        window=(rng.uniform(0, 1 - height), rng.uniform(0, 1 - width), height, width),
+        brightness=rng.uniform(1 - MOST_CHANGE, 1 + MOST_CHANGE),
+        contrast=rng.uniform(1 - MOST_CHANGE, 1 + MOST_CHANGE),
+    )
+
+
+def fixed_view(name: str, number: int) -> View:
+    """The view of an image that a cache has under a number: 0 the image itself, 1 its mirror image, then random ones.
+
+    A function of the image's name and the number alone, not of the run's seed: a cache serves every run.
+    """
+    if number < 2:
+        return View(mirrored=number == 1)
+    return draw_view(np.random.default_rng([number, *name.encode()]))

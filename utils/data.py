@@ -1,0 +1,153 @@
+"""The data sets that the scripts train and score on: which samples, in which order, from pixels or from a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from utils import distributed
+from utils.augment import AUGMENTATIONS
+from utils.checkpoint import ModelInfo
+from utils.dataset import (
+    BoxPromptDataset,
+    EvaluationDataset,
+    NpyFolder,
+    SemanticDataset,
+    TrainingDataset,
+    TrainingSampler,
+    collate_evaluation,
+)
+from utils.embedding_cache import Binding, Request, prepare_caches
+from utils.errors import UserError
+from utils.model import Segmenter
+from utils.precision import Precision
+from utils.stopping import ignore_signals
+
+
+def training_dataset(
+    source: NpyFolder,
+    prompt_mode: str,
+    *,
+    classes_per_image: int,
+    bbox_shift: int,
+    augment: str,
+    num_views: int,
+    seed: int,
+) -> TrainingDataset:
+    """
+    Args:
+        num_views: as of `TrainingDataset`.
+
+    Raises:
+        UserError: the augmentation does not have so many views, or no image has a labelled pixel.
+    """
+    most = AUGMENTATIONS[augment]
+    if augment != "full" and num_views > most:
+        raise UserError(f"--cache_views {num_views}: --augment {augment} has no more than {most}; give --augment full")
+    if prompt_mode == "semantic":
+        return SemanticDataset(source, seed=seed, augment=augment, num_views=num_views)
+    return BoxPromptDataset(
+        source,
+        classes_per_image=classes_per_image,
+        bbox_shift=bbox_shift,
+        seed=seed,
+        augment=augment,
+        num_views=num_views,
+    )
+
+
+def validation_dataset(folder: Path, training: NpyFolder, prompt_mode: str) -> EvaluationDataset:
+    """
+    Raises:
+        UserError: the images are not like the training data, or without labels.
+    """
+    source = NpyFolder(folder)
+    for what in ("image_size", "resize_mode"):
+        theirs, ours = getattr(source, what), getattr(training, what)
+        if theirs != ours:
+            raise UserError(f"{folder}: has {what} {theirs}, but the training data {ours}; make them alike")
+    if not any(any(item.pixels) for item in source.items):
+        raise UserError(f"{folder}: no labelled pixel to measure mIoU on; give another --val_npy_path")
+    return EvaluationDataset(source, "oracle" if prompt_mode == "box" else None)
+
+
+def training_loader(
+    dataset: TrainingDataset, *, batch_size: int, num_workers: int, seed: int, precision: Precision
+) -> DataLoader:
+    """This process's batches of each epoch; its `batch_sampler` is a `TrainingSampler`."""
+    sampler = TrainingSampler(
+        len(dataset),
+        batch_size=batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        seed=seed,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=precision.device.type == "cuda",
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # else it draws from the RNG, at each start anew
+    )
+
+
+def evaluation_loader(
+    dataset: EvaluationDataset, *, batch_size: int, num_workers: int, precision: Precision
+) -> DataLoader:
+    """The batches of this process's share; every image belongs to exactly one process.
+
+    Whole batches are dealt out: one of other images would round differently, and a process's figures with it.
+    """
+    every = range(len(dataset))
+    batches = [list(every[i : i + batch_size]) for i in range(0, len(every), batch_size)]
+    return DataLoader(
+        dataset,
+        batch_sampler=batches[distributed.rank() :: distributed.world_size()],
+        num_workers=num_workers,
+        collate_fn=collate_evaluation,
+        pin_memory=precision.device.type == "cuda",
+    )
+
+
+def use_caches(
+    passes: dict[TrainingDataset | EvaluationDataset, int],
+    segmenter: Segmenter,
+    info: ModelInfo,
+    precision: Precision,
+    *,
+    where: str,
+    dtype: str,
+    batch_size: int,
+    num_workers: int,
+) -> None:
+    """Have the images of data sets encoded once, if that is wanted and worth it, and the data sets read the features.
+
+    Args:
+        passes: the data sets, the first of which decides where "auto" is, and how often each image would be encoded.
+        where, dtype: --cache_embeddings and --cache_dtype.
+        batch_size, num_workers: of the encoding.
+
+    Raises:
+        UserError: as of `prepare_caches`.
+    """
+    caches = prepare_caches(
+        where,
+        [Request(dataset.source, dataset.num_views, count) for dataset, count in passes.items()],
+        segmenter,
+        precision,
+        Binding.of(segmenter, info, precision, dtype),
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    for dataset, cache in zip(passes, caches):
+        dataset.cache = cache
+        if cache:
+            segmenter.reduction = cache.reduction
+            if distributed.is_main():
+                print(f"{dataset.source.folder}: features are read from {cache.folder}", flush=True)
+    segmenter.to(precision.device)  # the reduction
+    if all(caches):
+        segmenter.sam.image_encoder.cpu()  # which has done its work; a card has better use for the room
