@@ -40,9 +40,9 @@ def test_what_is_restored_is_the_normalised_output_of_the_blocks() -> None:
     assert [block.shape for block in restored[1:]] == [block.shape for block in features[1:]]
     for got, block in zip(restored[1:], features[1:]):
         expected = normalised(block)
-        assert (got - expected).square().mean() < 1e-3 * expected.square().mean()
+        assert (got - expected).square().mean() < 1e-2 * expected.square().mean()
         norm = LayerNorm2d(block.shape[1])  # as the decoder has it; to it, both are the same
-        assert (norm(got) - norm(block)).square().mean() < 1e-3 * norm(block).square().mean()
+        assert (norm(got) - norm(block)).square().mean() < 1e-2 * norm(block).square().mean()
 
 
 def test_each_image_has_its_own_ranges() -> None:
