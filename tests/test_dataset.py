@@ -161,6 +161,42 @@ def test_semantic_samples_are_mirrored_half_of_the_time_with_their_labels(npy: P
     assert not data[FILLER]["valid"]
 
 
+@pytest.mark.parametrize("augment", ["flip", "full"])
+def test_augmented_samples_depend_on_seed_epoch_and_index_alone(augment: str, npy: Path) -> None:
+    data, again = (dataset(npy, augment=augment, num_views=2, bbox_shift=0, classes_per_image=19) for _ in range(2))
+    samples = []
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        samples.append([data[i] for i in range(7)])
+        again.set_epoch(epoch)
+        assert all(equal(again[i], samples[-1][i]) for i in reversed(range(7)))
+        loader = DataLoader(data, batch_size=None, num_workers=2 if epoch == 0 else 0)
+        assert all(equal(a, b) for a, b in zip(samples[-1], loader))
+    assert not all(equal(a, b) for a, b in zip(samples[0], samples[1]))
+    for sample in (sample for epoch in samples for sample in epoch):  # prompts are of the view, not of the image
+        present, boxes = class_boxes(sample["labels"].numpy())
+        order = sample["class_ids"][sample["valid"]].argsort()
+        assert sample["class_ids"][sample["valid"]][order].tolist() == present.tolist()
+        assert np.array_equal(sample["boxes"][sample["valid"]][order], boxes)
+
+
+def test_without_augmentation_nothing_more_is_drawn(npy: Path) -> None:
+    assert all(equal(dataset(npy)[i], dataset(npy, augment="none", num_views=1)[i]) for i in range(7))
+    source = NpyFolder(npy / "train")
+    plain = SemanticDataset(source, seed=1, augment="none", num_views=1)
+    for index in range(7):
+        image, labels = source.read(index)
+        assert np.array_equal(plain[index]["image"], image) and np.array_equal(plain[index]["labels"], labels)
+
+
+def test_a_crop_that_leaves_no_label_has_no_prompt_that_counts(tmp_path: Path) -> None:
+    labels = np.full((32, 32), 255, np.uint8)
+    labels[0, 0] = 4
+    data = dataset(split_of(tmp_path, labels), augment="full", num_views=4)
+    counts = {int(sample["valid"].sum()) for sample in over_epochs(data, 20)}
+    assert counts == {0, 1}
+
+
 def test_evaluation_without_boxes_has_none(npy: Path) -> None:
     assert EvaluationDataset(NpyFolder(npy / "val"), None)[0].keys() == {"image", "labels", "name"}
 

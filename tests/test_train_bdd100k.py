@@ -296,6 +296,8 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "other batch size": (lambda f: resume(f, "-batch_size", 2), r"effective batch size .* is 8, but .* with 16;"),
     "other accumulation": (lambda f: resume(f, "--grad_acc_steps", 1), r"effective batch size .* is 4, .* with 16;"),
     "other number of classes": (lambda f: resume(f, "--classes_per_image", 2), r"--classes_per_image is 2, .* with 1;"),
+    "other augmentation": (lambda f: resume(f, "--augment", "flip"), r"--augment is flip, but .* began with none;"),
+    "more views than there are": (lambda f: ["--cache_views", 2], r"_views 2: --augment none has no more than 1"),
     "other jitter": (lambda f: resume(f, "--bbox_shift", 0), r"--bbox_shift is 0, but .* began with 20;"),
     "other seed": (lambda f: resume(f, "--seed", 1), r"--seed is 1, but .* began with 2024; give it so, or start"),
     "CUDA where there is none": (lambda f: ["--device", "cuda:0"], r"--device cuda:0: PyTorch finds no CUDA here"),
@@ -447,8 +449,11 @@ def test_a_poisoned_image_stops_the_run_with_its_name(
     items = {name: (np.full((*labels.shape, 3), value, np.float32), labels) for name, value in zip("ab", (0.5, np.nan))}
     write_split(tmp_path / "train", items)
     shutil.copy(sam_file, tmp_path / "sam.pth")
-    line = error_of(train_bdd100k, *good_flags(tmp_path))
+    line = error_of(train_bdd100k, *good_flags(tmp_path), "--cache_embeddings", "off")
     assert line.startswith("error: epoch 0, step 1: the loss is not finite for b;")
+    for mode in ("box", "semantic"):
+        line = error_of(train_bdd100k, *good_flags(tmp_path), "--prompt_mode", mode, "-num_epochs", 3)
+        assert line.startswith("error: b: its features are not finite in float16; check the image")
     assert not list(tmp_path.glob("work/*/*.pth"))
 
 
