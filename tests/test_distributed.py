@@ -115,6 +115,20 @@ def test_evaluation_in_two_processes_equals_one_exactly(
     assert several["val_miou"] == single["val_miou"] > 0
 
 
+def test_two_processes_write_the_cache_that_one_reads(
+    launch: Launch, train: Callable[..., Path], npy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    flags = ["--prompt_mode", "semantic", "-batch_size", 1, "-num_epochs", 2, "-lr", "5e-5", "--cache_embeddings", cache]
+    several = launch("torch.distributed.run", tmp_path / "2", *flags, "--grad_acc_steps", 2)
+    assert len(list(cache.glob("train/*.safetensors"))) == 7 and (cache / "projection.safetensors").exists()
+    single = train(tmp_path / "1", *flags, "--grad_acc_steps", 4)
+    printed = capsys.readouterr().out
+    assert "features are read from" in printed and "encoding" not in printed
+    states = [flat(checkpoint.load_checkpoint(folder / checkpoint.LATEST)["model"]) for folder in (several, single)]
+    assert (states[0] - states[1]).norm() < 1e-5 * states[1].norm()
+
+
 def test_buffers_are_broadcast_once_an_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)

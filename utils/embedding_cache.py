@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -41,7 +42,7 @@ from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries
 from utils.model import Features, Segmenter
 from utils.precision import Precision
-from utils.reduction import FIT_IMAGES, Reduction
+from utils.reduction import FIT_IMAGES, KEPT, Reduction
 from utils.stopping import ignore_signals
 
 FORMAT_VERSION = 2
@@ -111,7 +112,7 @@ class EmbeddingCache:
             with safe_open(path, "pt") as entry:
                 count = sum(key.startswith(f"{view}.") for key in entry.keys())  # noqa: SIM118 (it is no dict)
                 features = tuple(entry.get_tensor(f"{view}.{i}") for i in range(count))
-                if count and (entry.metadata() or {}).get("cache") == self.identity:
+                if count and (entry.metadata() or {}).get("binding") == self.identity:
                     return features
             raise UserError(f"{path}: was replaced while it was in use; start again, and it is made anew")
         except (OSError, SafetensorError) as error:
@@ -256,7 +257,30 @@ class _Writer:
         self.root, self.segmenter, self.precision, self.binding = root, segmenter, precision, binding
         self.batch_size, self.num_workers, self.is_auto = batch_size, num_workers, is_auto
         self.reduces = bool(segmenter.feature_blocks) and binding.stored_in != "float32"
-        self.reduction, self.identity = _read_reduction(root, binding) if self.reduces else (None, binding.digest)
+        self._read_reduction()
+
+    def _read_reduction(self) -> None:
+        """Set `reduction`, if there is to be one and the cache has it, and `identity`, what entries are bound to."""
+        self.reduction: Reduction | None = None
+        self.identity = self.binding.digest
+        path = self.root / "projection.safetensors"
+        if not self.reduces or not path.exists():
+            return
+        num_blocks = len(self.segmenter.feature_blocks)
+        channels = num_blocks * self.segmenter.sam.image_encoder.embed_dim
+        shapes = {"mean": (channels,), "basis": (math.floor(channels * KEPT), channels)}
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            known = {"binding": self.binding.digest, "sha256": _checksum(tensors)}
+            if metadata == known and {key: tuple(tensor.shape) for key, tensor in tensors.items()} == shapes:
+                self.reduction = Reduction(tensors["mean"].float(), tensors["basis"].float(), num_blocks)
+                self.identity = hashlib.sha256("{binding} {sha256}".format(**known).encode()).hexdigest()
+                return
+        except (OSError, SafetensorError, TypeError):
+            pass
+        _say(f"{path}: damaged, or of another cache; it is made anew, and so are the entries that went through it")
 
     def prepare(self, request: Request) -> EmbeddingCache | None:
         source = request.source
@@ -277,7 +301,7 @@ class _Writer:
                 refusal = _on_main(lambda: self._fit(source))
                 if refusal:
                     raise UserError(refusal)
-                self.reduction, self.identity = _read_reduction(self.root, self.binding)
+                self._read_reduction()
             self._write(folder, request, pending)
             distributed.all_gather(None)  # nobody reads before all have written
         return EmbeddingCache(folder, [item.name for item in source.items], self.identity, self.reduction)
@@ -339,7 +363,7 @@ class _Writer:
         progress = tqdm(indexes, desc="fitting the projection of encoder blocks", unit="image")
         reduction = Reduction.fit(map(features_of, progress))
         tensors = {"mean": reduction.mean, "basis": reduction.basis.contiguous()}
-        metadata = {"cache": self.binding.digest, "sha256": _checksum(tensors), "blocks": str(reduction.num_blocks)}
+        metadata = {"binding": self.binding.digest, "sha256": _checksum(tensors)}
         with atomic_write(self.root / "projection.safetensors") as file:
             file.write(save(tensors, metadata))
 
@@ -367,7 +391,7 @@ class _Writer:
 
     def _write_entry(self, folder: Path, name: str, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
         self._require_finite(name, tensors.values())
-        metadata = {"cache": self.identity, "sha256": _checksum(tensors), **about}
+        metadata = {"binding": self.identity, "sha256": _checksum(tensors), **about}
         with atomic_write(entry_path(folder, name)) as file:
             file.write(save(tensors, metadata))
 
@@ -376,25 +400,6 @@ class _Writer:
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             raise UserError(f"{name}: its features are not finite in {self.binding.stored_in}; check the image, or "
                             "give --cache_dtype float32, or --cache_embeddings off")
-
-
-def _read_reduction(root: Path, binding: Binding) -> tuple[Reduction | None, str]:
-    """The projection of a cache, if it has a whole one, and what its entries are bound to."""
-    path = root / "projection.safetensors"
-    if not path.exists():
-        return None, ""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        if metadata.get("cache") == binding.digest and metadata.get("sha256") == _checksum(tensors):
-            reduction = Reduction(tensors["mean"], tensors["basis"], int(metadata["blocks"]))
-            identity = hashlib.sha256(f"{binding.digest} {metadata['sha256']}".encode()).hexdigest()
-            return reduction, identity
-    except (OSError, SafetensorError):
-        pass
-    _say(f"{path}: damaged, or of another cache; it is made anew, and so are the entries that went through it")
-    return None, ""
 
 
 def _find_pending(folder: Path, request: Request, identity: str, share: range) -> list[int]:
@@ -416,6 +421,8 @@ def _fault(path: Path, request: Request, index: int, identity: str) -> str | Non
     """Why an entry cannot be used, or None."""
     if not path.exists():
         return "missing"
+    if not path.is_file():
+        return "no regular files"
     source = request.source
     try:
         with safe_open(path, "pt") as entry:
@@ -424,11 +431,12 @@ def _fault(path: Path, request: Request, index: int, identity: str) -> str | Non
         if metadata.get("sha256") != _checksum(tensors):
             return "damaged"
         views = json.loads(metadata.get("views_are", ""))
-    except (OSError, SafetensorError, ValueError):
+    except (OSError, SafetensorError, TypeError, ValueError):  # the last two: of a type unknown to NumPy, or no JSON
         return "damaged"
-    if metadata.get("cache") != identity:
+    if metadata.get("binding") != identity:
         return "of another cache"
-    if views[: request.num_views] != json.loads(_views(source.items[index].name, request.num_views)):
+    expected = json.loads(_views(source.items[index].name, request.num_views))
+    if not isinstance(views, list) or views[: len(expected)] != expected:
         return "without the views that are asked for"
     if metadata.get("image_file") != _signature(source.image_path(index)) and (
         metadata.get("image_sha256") != _digest(source.read_image(index))
