@@ -119,7 +119,7 @@ def test_two_processes_write_the_cache_that_one_reads(
     launch: Launch, train: Callable[..., Path], npy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = tmp_path / "cache"
-    flags = ["--prompt_mode", "semantic", "-batch_size", 1, "-num_epochs", 2, "-lr", "5e-5", "--cache_embeddings", cache]
+    flags = ["--prompt_mode", "semantic", "--cache_embeddings", cache, "-batch_size", 1, "-num_epochs", 2, "-lr", 5e-5]
     several = launch("torch.distributed.run", tmp_path / "2", *flags, "--grad_acc_steps", 2)
     assert len(list(cache.glob("train/*.safetensors"))) == 7 and (cache / "projection.safetensors").exists()
     single = train(tmp_path / "1", *flags, "--grad_acc_steps", 4)
