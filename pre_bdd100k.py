@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -29,6 +30,7 @@ from utils.geometry import resize_image, resize_mask
 from utils.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, read_manifest
 from utils.parallel import run_jobs, usable_cores
 
+UNIT_INTERVAL = np.arange(256, dtype=np.float32) / 255  # a byte's value in [0, 1]
 MAX_LISTED = 10  # files of one kind of trouble named one by one
 
 
@@ -109,7 +111,7 @@ def process(job: Job) -> ManifestItem | str:
     if not job.done:
         arrays = [resize_image(image, settings.image_size, settings.resize_mode)]
         if settings.image_dtype != "uint8":
-            arrays[0] = (arrays[0].astype(np.float32) / 255).astype(settings.image_dtype, copy=False)
+            arrays[0] = cv2.LUT(arrays[0], UNIT_INTERVAL).astype(settings.image_dtype, copy=False)
         if mask is not None:
             arrays.append(resize_mask(mask, settings.image_size, settings.resize_mode))
         for path, array in zip(job.outputs, arrays):
@@ -117,7 +119,8 @@ def process(job: Job) -> ManifestItem | str:
                 np.save(file, array, allow_pickle=False)
     if not item.mask:
         return ManifestItem(item.name, height, width, [], 0)
-    counts = np.bincount(np.load(job.outputs[1], allow_pickle=False).ravel(), minlength=256).tolist()
+    labels = np.load(job.outputs[1], allow_pickle=False) if job.done else arrays[1]
+    counts = np.bincount(labels.ravel(), minlength=256).tolist()
     return ManifestItem(item.name, height, width, counts[:NUM_CLASSES], counts[IGNORE_LABEL])
 
 

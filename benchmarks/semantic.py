@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.modeling import Sam
+from segment_anything.modeling.common import pixels_to_map
 from utils import cli
 from utils.bdd100k import NUM_CLASSES
 from utils.boxes import class_boxes, jitter_boxes
@@ -79,9 +80,9 @@ class PlainTokens(SemanticSegmenter):
             self.image_pe.flatten(2).transpose(1, 2),
             decoder.mask_tokens.expand(len(x), -1, -1),
         )
-        upscaled = decoder.output_upscaling(image_tokens.transpose(1, 2).unflatten(2, x.shape[-2:]))
-        masks = decoder.output_hypernetworks(tokens) @ upscaled.flatten(2)
-        return (masks.unflatten(2, upscaled.shape[-2:]),)
+        upscaled = decoder.output_upscaling(image_tokens)
+        masks = decoder.output_hypernetworks(tokens) @ upscaled.flatten(1, 3).transpose(1, 2)
+        return (pixels_to_map(masks.unflatten(2, (-1, 4, 4)), x.shape[-2:]),)
 
 
 class CoarseLoss(SemanticSegmenter):

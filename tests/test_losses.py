@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,12 @@ import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
 
-from utils.losses import MAX_CLASS_WEIGHT, class_weights, prompt_losses, semantic_losses
+from utils import losses as product
+from utils.losses import MAX_CLASS_WEIGHT, class_weights, compared, semantic_losses
+
+
+# Unless they say otherwise, these tests have logits at the labels' own size, and every pixel is compared.
+prompt_losses = partial(product.prompt_losses, stride=1)
 
 
 def oracle(logits: np.ndarray, predicted_iou: float, labels: np.ndarray, class_id: int) -> dict[str, float]:
@@ -132,6 +138,30 @@ def test_float32_whatever_the_model_computes_in() -> None:
     logits, ious, labels, class_ids = random_case(3)
     losses = prompt_losses(logits.half(), ious.half(), labels, class_ids)
     assert {value.dtype for value in losses.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_what_is_compared_is_the_upsampled_mask_at_every_nth_pixel(stride: int) -> None:
+    low_res = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(7))
+    labels = torch.arange(2 * 20 * 20).view(2, 20, 20)
+    logits, at = compared(low_res, labels, stride)
+    full = F.interpolate(low_res, (20, 20), mode="bilinear", align_corners=False)
+    first = stride // 2
+    torch.testing.assert_close(logits, full[..., first::stride, first::stride])
+    assert torch.equal(at, labels[:, first::stride, first::stride])
+
+
+def test_prompts_are_compared_at_every_second_pixel() -> None:
+    generator = torch.Generator().manual_seed(8)
+    low_res, ious = torch.randn(2, 3, 4, 4, generator=generator), torch.rand(2, 3, generator=generator)
+    labels = torch.randint(0, 4, (2, 16, 16), generator=generator, dtype=torch.uint8)
+    class_ids = torch.tensor([[0, 1, 2], [3, 0, 1]])
+    logits, at = compared(low_res, labels, 2)
+    for b in range(2):
+        for q in range(3):
+            expected = oracle(logits[b, q].numpy(), ious[b, q].item(), at[b].numpy(), int(class_ids[b, q]))
+            losses = product.prompt_losses(low_res, ious, labels, class_ids)
+            assert {key: losses[key][b, q].item() for key in expected} == pytest.approx(expected, abs=1e-5)
 
 
 def test_class_weights_by_hand() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from utils.errors import Interrupted, UserError
+from utils.memory import keep_freed_memory
 
 
 class Parser(argparse.ArgumentParser):
@@ -93,6 +94,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     So is Ctrl-C, with what to do next if `main` raises `KeyboardInterrupt` with a text, and `Interrupted`.
     """
+    keep_freed_memory()
     try:
         status = main() or 0
     except UserError as error:

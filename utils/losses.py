@@ -15,25 +15,58 @@ MAX_CLASS_WEIGHT = 20.0  # a class of a few pixels shall not outweigh all the ot
 _dice_loss = DiceLoss(sigmoid=False, squared_pred=True, reduction="none")
 
 
+def compared(low_res_masks: Tensor, labels: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Logits upsampled to the size of the labels, and the labels, where a loss compares them.
+
+    That is at every `stride`-th pixel of both axes. With 2 it is twice as fine as the decoder's logits, which have a
+    quarter of the labels' size, and a quarter of the work of all pixels. Only these pixels are interpolated.
+
+    Args:
+        low_res_masks: B x K x h x h; h divides S, and the stride S / h.
+        labels: B x S x S.
+
+    Returns:
+        B x K x S/stride x S/stride float32, as `F.interpolate` has them (bilinear, not aligned to corners), and
+        B x S/stride x S/stride.
+    """
+    scale = labels.shape[-1] // low_res_masks.shape[-1]  # pixels of a logit
+    first = stride // 2
+    # Where the compared pixels of each logit lie on an axis, in logits from the logit's centre.
+    offsets = [(pixel + 0.5) / scale - 0.5 for pixel in range(first, scale, stride)]
+    logits = low_res_masks.float()
+    for dim in (2, 3):
+        logits = _interpolate(logits, dim, offsets)
+    return logits, labels[:, first::stride, first::stride]
+
+
+def _interpolate(x: Tensor, dim: int, offsets: list[float]) -> Tensor:
+    """Linear interpolation of an axis at these offsets, -0.5 to 0.5, from each of its points; n -> n len(offsets)."""
+    n = x.shape[dim]
+    before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, n - 1)], dim)
+    after = torch.cat([x.narrow(dim, 1, n - 1), x.narrow(dim, n - 1, 1)], dim)
+    points = [torch.lerp(before, x, 1 + o) if o < 0 else torch.lerp(x, after, o) for o in offsets]
+    return torch.stack(points, dim + 1).flatten(dim, dim + 1)
+
+
 def prompt_losses(
-    low_res_masks: Tensor, iou_predictions: Tensor, labels: Tensor, class_ids: Tensor
+    low_res_masks: Tensor, iou_predictions: Tensor, labels: Tensor, class_ids: Tensor, *, stride: int = 2
 ) -> dict[str, Tensor]:
     """Dice and BCE of each prompt's mask against its class, and the squared error of the IoU predicted for it.
 
-    Logits are upsampled to the labels' size first, so that thin classes are learned at the size they are scored at.
-    Pixels of value 255 count in none of the three.
+    Compared at the pixels that `compared` takes. Pixels of value 255 count in none of the three.
 
     Args:
-        low_res_masks: B x Q x h x w logits.
+        low_res_masks: B x Q x h x h logits.
         iou_predictions: B x Q.
         labels: B x S x S uint8.
         class_ids: B x Q int64.
+        stride: see `compared`.
 
     Returns:
         "dice", "bce" and "iou", each B x Q float32.
     """
     b, q = class_ids.shape
-    logits = F.interpolate(low_res_masks.float(), labels.shape[-2:], mode="bilinear", align_corners=False)
+    logits, labels = compared(low_res_masks, labels, stride)
     target = labels[:, None] == class_ids[:, :, None, None]  # B x Q x S x S
     labelled = (labels != IGNORE_LABEL)[:, None].expand_as(target)
 
@@ -72,26 +105,18 @@ def semantic_losses(
 ) -> dict[str, Tensor]:
     """Weighted cross-entropy and Dice of a semantic map, the latter a mean over the classes that occur in the image.
 
-    Logits are upsampled to the labels' size, and compared with them at every second pixel of both axes, which is twice
-    as fine as the logits and a quarter of the work. Pixels of value 255 count in neither.
+    Compared at the pixels that `compared` takes. Pixels of value 255 count in neither.
 
     Args:
-        low_res_masks: B x C x h x w logits.
+        low_res_masks: B x C x h x h logits.
         labels: B x S x S uint8.
         weights: of the C classes in the cross-entropy.
-        stride: pixels from one that is compared to the next.
+        stride: see `compared`.
 
     Returns:
         "ce" and "dice", each B float32; 0 for an image without a labelled pixel.
     """
-    compared = slice(stride // 2, None, stride)
-    labels = labels[..., compared, compared]
-    # Bilinear interpolation is a product with one matrix for each axis, of which only the rows compared are needed.
-    low, high = low_res_masks.shape[-1], labels.shape[-1]
-    weights_1d = F.interpolate(
-        torch.eye(low, device=labels.device)[None], high * stride, mode="linear", align_corners=False
-    )[0, :, compared]  # h x S/stride
-    logits = weights_1d.T @ low_res_masks.float() @ weights_1d
+    logits, labels = compared(low_res_masks, labels, stride)
     labelled = labels != IGNORE_LABEL
     target = torch.where(labelled, labels, 0).long()
     log_probabilities = logits.log_softmax(dim=1)

@@ -103,7 +103,7 @@ class BoxSegmenter(Segmenter):
             image_embeddings=image_embeddings,
             image_pe=self.image_pe,
             sparse_prompt_embeddings=sparse.unflatten(0, boxes.shape[:2]),
-            dense_prompt_embeddings=dense.unflatten(0, boxes.shape[:2]),
+            dense_prompt_embeddings=dense.unflatten(0, boxes.shape[:2])[:, :1],  # no mask, for all boxes alike
             multimask_output=False,
         )
         return low_res_masks[:, :, 0], iou_predictions[:, :, 0]

@@ -14,6 +14,7 @@ from typing import TypeVar
 import cv2
 
 from utils.errors import UserError
+from utils.memory import keep_freed_memory
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -63,6 +64,7 @@ def run_jobs(
 
 
 def _start_worker() -> None:
+    keep_freed_memory()
     cv2.setNumThreads(0)  # the processes are the parallelism
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

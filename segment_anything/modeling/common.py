@@ -21,6 +21,33 @@ class LayerNorm2d(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
+class PixelUpscaling(nn.ConvTranspose2d):
+    """A transposed convolution of kernel and stride 2 on pixels that are rows: ... x C_in -> ... x 4 x C_out.
+
+    No two of its outputs share an input, so it is a linear layer that makes four pixels (upper left, upper right, lower
+    left, lower right) of each. Channels stay last, as the layers around it want them; `pixels_to_map` puts the pixels
+    in their places at the end, when there are few channels left.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (4 C_out) x C_in
+        assert self.bias is not None
+        return F.linear(x, weight, self.bias.repeat(4)).unflatten(-1, (4, -1))
+
+
+def pixels_to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """... x HW x 4 x 4 of pixels upscaled twice, HW being H x W = `size` -> ... x 4H x 4W."""
+    h, w = size
+    *leading, _, _, _ = x.shape
+    n = len(leading)
+    x = x.reshape(*leading, h, w, 2, 2, 2, 2)  # row and column, those within the first upscaling, and the second
+    x = x.permute(*range(n), n, n + 2, n + 4, n + 1, n + 3, n + 5)
+    return x.reshape(*leading, 4 * h, 4 * w)
+
+
 class MLPBlock(nn.Module):
     """The two-layer perceptron of a transformer block, ... x C -> ... x C."""
 

@@ -167,7 +167,13 @@ def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """PyTorch's attention on N x L x C; with the dimension of batches in front, its fused kernels take it."""
+    """Attention on N x L x C with the bias N x L x L', which is not needed any more afterwards."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # On a CPU PyTorch's fused kernel gains nothing from bf16; the products by themselves do.
+        out = None if torch.is_grad_enabled() else bias
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5, out=out)
+        return scores.softmax(dim=-1) @ v
+    # With the dimension of batches in front, PyTorch's fused kernels take it.
     return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias[None])[0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from segment_anything.modeling.common import MLP, LayerNorm2d
+from segment_anything.modeling.common import MLP, PixelUpscaling, pixels_to_map
 
 
 class MaskDecoder(nn.Module):
@@ -31,10 +31,10 @@ class MaskDecoder(nn.Module):
         self.iou_token = nn.Embedding(1, transformer_dim)
         self.mask_tokens = nn.Embedding(self.num_mask_tokens, transformer_dim)
         self.output_upscaling = nn.Sequential(
-            nn.ConvTranspose2d(transformer_dim, transformer_dim // 4, kernel_size=2, stride=2),
-            LayerNorm2d(transformer_dim // 4),
+            PixelUpscaling(transformer_dim, transformer_dim // 4),
+            nn.LayerNorm(transformer_dim // 4, eps=1e-6),
             nn.GELU(),
-            nn.ConvTranspose2d(transformer_dim // 4, transformer_dim // 8, kernel_size=2, stride=2),
+            PixelUpscaling(transformer_dim // 4, transformer_dim // 8),
             nn.GELU(),
         )
         self.output_hypernetworks_mlps = nn.ModuleList(
@@ -56,36 +56,31 @@ class MaskDecoder(nn.Module):
             image_embeddings: B x C x H x W.
             image_pe: 1 x C x H x W, from `PromptEncoder.get_dense_pe`.
             sparse_prompt_embeddings: B x Q x N x C.
-            dense_prompt_embeddings: B x Q x C x H x W (an expanded view is fine).
+            dense_prompt_embeddings: B x Q x C x H x W; or B x 1 x C x H x W, where all prompts of an image share
+                them, which spares work.
             multimask_output: three masks for each prompt, for an ambiguous one, or the single best.
 
         Returns:
             low_res_masks, B x Q x M x 4H x 4W logits, and iou_predictions, B x Q x M, with M = 3 or 1.
         """
-        masks, iou_predictions = self.predict_masks(
-            image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings
-        )
-        # Token 0 was trained for clear prompts, the others for ambiguous ones.
-        chosen = slice(1, None) if multimask_output else slice(0, 1)
-        return masks[:, :, chosen], iou_predictions[:, :, chosen]
-
-    def predict_masks(
-        self, image_embeddings: Tensor, image_pe: Tensor, sparse_prompts: Tensor, dense_prompts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As `forward`, for all the mask tokens."""
-        b, q = sparse_prompts.shape[:2]
-        h, w = image_embeddings.shape[-2:]
+        b, q = sparse_prompt_embeddings.shape[:2]
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (1 + M) x C
-        tokens = torch.cat([output_tokens.expand(b, q, -1, -1), sparse_prompts], dim=2).flatten(0, 1)
+        tokens = torch.cat([output_tokens.expand(b, q, -1, -1), sparse_prompt_embeddings], dim=2).flatten(0, 1)
 
-        # The image tokens are updated for each prompt, so each prompt has its own: BQ x HW x C.
-        image_tokens = (image_embeddings.unsqueeze(1) + dense_prompts).flatten(0, 1).flatten(2).transpose(1, 2)
-        tokens, image_tokens = self.transformer(image_tokens, image_pe.flatten(2).transpose(1, 2), tokens)
+        # The image tokens are updated for each prompt: they come out as BQ x HW x C.
+        image_tokens = (image_embeddings.unsqueeze(1) + dense_prompt_embeddings).flatten(0, 1).flatten(2)
+        tokens, image_tokens = self.transformer(
+            image_tokens.transpose(1, 2).contiguous(), image_pe.flatten(2).transpose(1, 2), tokens
+        )
         iou_token, mask_tokens = tokens[:, 0], tokens[:, 1 : 1 + self.num_mask_tokens]
 
-        upscaled = self.output_upscaling(image_tokens.transpose(1, 2).unflatten(2, (h, w)))  # BQ x C/8 x 4H x 4W
+        # Token 0 was trained for clear prompts, the others for ambiguous ones.
+        chosen = slice(1, None) if multimask_output else slice(0, 1)
         weights = torch.stack(
             [mlp(token) for mlp, token in zip(self.output_hypernetworks_mlps, mask_tokens.unbind(1))], dim=1
-        )  # BQ x M x C/8
-        masks = (weights @ upscaled.flatten(2)).unflatten(2, (4 * h, 4 * w))
-        return masks.unflatten(0, (b, q)), self.iou_prediction_head(iou_token).unflatten(0, (b, q))
+        )[:, chosen]  # BQ x M x C/8; all are made, though few are used: each parameter is to have a gradient
+        upscaled = self.output_upscaling(image_tokens)  # BQ x HW x 4 x 4 x C/8
+        masks = weights @ upscaled.flatten(1, 3).transpose(1, 2)  # BQ x M x 16HW
+        masks = pixels_to_map(masks.unflatten(2, (-1, 4, 4)), image_embeddings.shape[-2:])
+        iou_predictions = self.iou_prediction_head(iou_token)[:, chosen]
+        return masks.unflatten(0, (b, q)), iou_predictions.unflatten(0, (b, q))

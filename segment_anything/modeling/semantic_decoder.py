@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segment_anything.modeling.common import MLP, LayerNorm2d, MLPBlock
+from segment_anything.modeling.common import MLP, LayerNorm2d, MLPBlock, PixelUpscaling, pixels_to_map
 from segment_anything.modeling.mask_decoder import MaskDecoder
 
 
@@ -57,10 +57,10 @@ class SemanticDecoder(nn.Module):
             *(ConvBlock(dim) for _ in range(stem_blocks)),
         )
         self.detail_upscaling = nn.Sequential(
-            nn.ConvTranspose2d(dim, dim // 2, kernel_size=2, stride=2),
-            LayerNorm2d(dim // 2),
+            PixelUpscaling(dim, dim // 2),
+            nn.LayerNorm(dim // 2, eps=1e-6),
             nn.GELU(),
-            nn.ConvTranspose2d(dim // 2, detail_channels, kernel_size=2, stride=2),
+            PixelUpscaling(dim // 2, detail_channels),
             nn.GELU(),
         )
         # All classes start as SAM's token for clear prompts. Alike, they would learn alike: noise tells them apart.
@@ -86,12 +86,15 @@ class SemanticDecoder(nn.Module):
         stem = self.stem(torch.cat([image_embeddings, *normed], dim=1))  # B x C x H x W
         x = image_embeddings + self.no_mask_embedding + stem
         tokens, image_tokens = self.transformer(
-            x.flatten(2).transpose(1, 2), image_pe.flatten(2).transpose(1, 2), self.mask_tokens.expand(len(x), -1, -1)
+            x.flatten(2).transpose(1, 2).contiguous(),
+            image_pe.flatten(2).transpose(1, 2),
+            self.mask_tokens.expand(len(x), -1, -1),
         )
-        upscaled = self.output_upscaling(image_tokens.transpose(1, 2).unflatten(2, x.shape[-2:]))
-        upscaled = torch.cat([upscaled, self.detail_upscaling(stem)], dim=1)  # B x (C/8 + detail_channels) x 4H x 4W
+        details = self.detail_upscaling(stem.flatten(2).transpose(1, 2))
+        upscaled = torch.cat([self.output_upscaling(image_tokens), details], dim=-1)
         weights = self.output_hypernetworks(tokens)  # B x num_classes x (C/8 + detail_channels)
-        return (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        masks = weights @ upscaled.flatten(1, 3).transpose(1, 2)  # B x num_classes x 16HW
+        return pixels_to_map(masks.unflatten(2, (-1, 4, 4)), x.shape[-2:])
 
 
 class ConvBlock(nn.Module):
