@@ -34,7 +34,7 @@ from utils import distributed
 from utils.checkpoint import ModelInfo
 from utils.dataset import NpyFolder
 from utils.errors import UserError
-from utils.files import atomic_write, remove_temporaries
+from utils.files import atomic_write, read_json, remove_temporaries
 from utils.model import Segmenter
 from utils.precision import Precision
 
@@ -170,7 +170,7 @@ def _open_folder(folder: Path, binding: Binding) -> None:
     path = folder / "cache.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = json.loads(path.read_bytes()) if path.exists() else None
+        held = read_json(path) if path.exists() else None
     except OSError as error:
         raise UserError(f"{folder}: no cache can be kept there ({error.strerror}); give --cache_embeddings another "
                         "folder, or off") from None
@@ -207,13 +207,15 @@ def _fault(path: Path, source: NpyFolder, index: int, binding: Binding, num_view
     """Why an entry cannot be used, or None."""
     if not path.exists():
         return "missing"
+    if not path.is_file():
+        return "no regular files"
     try:
         with safe_open(path, "pt") as entry:
             metadata = entry.metadata() or {}
             tensors = {key: entry.get_tensor(key) for key in entry.keys()}  # noqa: SIM118
         if metadata.get("sha256") != _checksum(tensors):
             return "damaged"
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, TypeError):  # the last: of a type that NumPy does not know
         return "damaged"
     if metadata.get("binding") != binding.digest:
         return "of another cache"

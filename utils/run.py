@@ -128,7 +128,10 @@ def _is_run_state(state: Any) -> bool:
     return (
         _has(state, {"history": list, "best_score": float | int, "rng": list, "progress": dict})
         and bool(state["rng"])
-        and all(isinstance(record, dict) and record.get("epoch") == i for i, record in enumerate(state["history"]))
+        and all(
+            checkpoint.is_flat(record) and record.get("epoch") == i and isinstance(record.get("train_loss"), float)
+            for i, record in enumerate(state["history"])
+        )
         and _has(state["progress"], {"steps": int, "skipped_steps": int, "sums": Tensor | None, "seconds": float})
         and state["progress"]["steps"] >= 0
     )
