@@ -57,7 +57,7 @@ EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 60000, 10**9, 2**31 - 1, 2**
 NAMES = ["", ".", "..", "../../x", "/etc/x", "a/b", "a\0b", "x" * 300, "\ud800", "\x1b[2J\nerror: x", "\u202ex"]
 NUMBERS = [None, True, -1, 0, 1, 10**9, 2**63, 10**400, 0.5, -1e308, float("nan"), float("inf")]
 DEEP: list[Any] = []
-for _ in range(300):
+for _ in range(50):
     DEEP = [DEEP]
 
 

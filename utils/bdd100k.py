@@ -181,6 +181,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     """Open a JPEG or PNG without decoding it yet; whatever Pillow finds wrong, then or later, is a `UserError`."""
     if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would keep us waiting
         raise UserError(f"{path}: not a regular file; take it out of the folder")
+    if path.is_file() and path.stat().st_size > 4 * MAX_PIXELS:  # JPEGs are read whole, be it a terabyte of holes
+        raise UserError(f"{path}: has more bytes than the largest picture that is read (it is damaged: get it again)")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and the like, which says nothing of the pixels
@@ -196,7 +198,9 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                         "(the file is damaged: get it again)") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"{path}: neither a JPEG nor a PNG image (the file is damaged: get it again)") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes lead Pillow to almost any: a PNG without pixels, to an IndexError
         if isinstance(error, OSError) and error.errno is not None:  # the system's word: no such file, no permission
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         raise UserError(f"{path}: cannot be decoded: {error} (the file is damaged: get it again)") from None

@@ -16,6 +16,8 @@ import numpy as np
 
 from utils.errors import UserError
 
+MAX_JSON = 1 << 30  # bytes; the boxes of det_20's 70,000 training images have some hundred million
+
 
 @contextmanager
 def atomic_write(path: Path, *, keep: int = 0) -> Iterator[BinaryIO]:
@@ -68,6 +70,8 @@ def read_json(path: Path) -> Any:
     """
     if path.exists() and not path.is_file():  # a pipe would keep us waiting, a device would never end
         raise OSError(errno.EINVAL, "not a regular file")
+    if path.stat().st_size > MAX_JSON:
+        raise OSError(errno.EFBIG, f"larger than {MAX_JSON >> 20} MiB")
     try:
         return json.loads(path.read_bytes())
     except RecursionError:

@@ -1,8 +1,8 @@
 """Reading what `torch.save` wrote, though every byte of it may be meant to harm.
 
 `torch.load(weights_only=True)` runs no code that a file brings, and that is all it promises: it unpacks what is packed
-a thousandfold, makes a `bytearray` of any length that it is told, and tensors larger than their file. Here a file may
-name nothing but plain tensors, and give no more bytes than it has.
+a thousandfold, makes a `bytearray` of any length that it is told, and tensors that claim more than their file has.
+Here a file may name nothing but plain tensors, and give no more bytes than it has.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def _plain(value: Any, max_bytes: int, depth: int, done: dict[int, Any]) -> Any:
     """A copy in Python's own containers: an `OrderedDict` of a file may carry an `items` of its own.
 
     Args:
-        max_bytes: the most that a tensor may have: the length of the file. PyTorch makes tensors that repeat their
-            elements, and enlarges a storage that is too small for its tensor.
+        max_bytes: the most that a tensor may have: the length of the file. One that repeats an element may claim any
+            size, and takes it up when it is copied.
         done: copies by the id of their original; a few containers can hold each other a million times.
     """
     kind = type(value)
