@@ -85,7 +85,9 @@ def test_validation_cannot_be_left_out_midway(tmp_path: Path) -> None:
     "run_state",
     [
         *[{}, [], None, {"history": [], "best_score": 0.5}, {"rng": []}, {"progress": {}}],
-        *[{"history": [{"epoch": 0, **figures}]} for figures in ({}, {"train_loss": "a"}, {"train_loss": 0.5, "b": []})],
+        {"history": [{"epoch": 0}]},
+        {"history": [{"epoch": 0, "train_loss": "a"}]},
+        {"history": [{"epoch": 0, "train_loss": 0.5, "val_miou": []}]},
     ],
 )
 def test_a_foreign_run_state(tmp_path: Path, run_state: Any) -> None:
