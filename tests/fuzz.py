@@ -97,13 +97,14 @@ def replaced(draw: st.DrawFn, tree: Any, odd: list[Any]) -> Any:
     """A copy of nested dicts and lists in which one to three nodes are gone, twice there, or something odd."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
-        node, parent, key = tree, None, None
+        node, parent = tree, None
+        key: Any = None
         while isinstance(node, dict | list) and node and (parent is None or draw(st.integers(0, 4))):
             parent = node
             key = draw(st.sampled_from(list(node) if isinstance(node, dict) else range(len(node))))
             node = parent[key]
         if parent is None:
-            return draw(st.sampled_from(odd))
+            return copy.deepcopy(draw(st.sampled_from(odd)))
         kind = draw(st.sampled_from(["odd", "odd", "odd", "remove", "repeat", "rename"]))
         if kind == "remove":
             del parent[key]
@@ -112,7 +113,7 @@ def replaced(draw: st.DrawFn, tree: Any, odd: list[Any]) -> Any:
         elif kind == "rename" and isinstance(parent, dict):
             parent[draw(st.sampled_from(NAMES))] = parent.pop(key)
         else:
-            parent[key] = draw(st.sampled_from(odd))
+            parent[key] = copy.deepcopy(draw(st.sampled_from(odd)))  # the next edit may be inside it
     return tree
 
 

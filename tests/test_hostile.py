@@ -356,16 +356,17 @@ def edit(split: Path, item: dict[str, Any], **changes: Any) -> None:
     (split / "manifest.json").write_text(json.dumps({**manifest, **changes}))
 
 
-@pytest.mark.parametrize(
-    "item",
-    [
-        *[{"name": name} for name in (".", "..", "../../x", "/etc/x", "a/b", "a\0b", "", 3, None, ["a"])],
-        *[{key: value} for key in ("height", "width") for value in (10**9, 0, -1, 12.5, True, "9", None)],
-        {"height": 20_000, "width": 20_000},
-        *[{"pixels": value} for value in ("a" * 19, [2**70] * 19, [-1] * 19, [0.5] * 19, [None] * 19, {}, 3)],
-        {"ignored": 10**30},
-    ],
-)
+VALUES: list[Any] = ["a" * 19, [2**70] * 19, [-1] * 19, [0.5] * 19, [None] * 19, {}, 3]
+ITEMS: list[dict[str, Any]] = [
+    *[{"name": name} for name in (".", "..", "../../x", "/etc/x", "a/b", "a\0b", "", 3, None, ["a"])],
+    *[{key: value} for key in ("height", "width") for value in (10**9, 0, -1, 12.5, True, "9", None)],
+    {"height": 20_000, "width": 20_000},
+    *[{"pixels": value} for value in VALUES],
+    {"ignored": 10**30},
+]
+
+
+@pytest.mark.parametrize("item", ITEMS)
 def test_items_that_no_program_of_ours_wrote(item: dict[str, Any], split: Path) -> None:
     read_manifest(split)
     edit(split, item)

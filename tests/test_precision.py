@@ -207,10 +207,10 @@ def test_training_goes_through_with_deterministic_and_gives_the_same(
 ) -> None:
     """On a CPU the same figures as without; neither hangs on what Python's and NumPy's own generators hold."""
     figures = []
-    for number, flags in enumerate(([], ["--deterministic"])):
+    for number, switch in enumerate(([], ["--deterministic"])):
         random.seed(number)
         np.random.seed(number)  # noqa: NPY002
-        flags = [*flags, "--prompt_mode", mode, "-num_epochs", 1, "-batch_size", 4, "--grad_acc_steps", 1]
+        flags: list[object] = [*switch, "--prompt_mode", mode, "-num_epochs", 1, "-batch_size", 4, "--grad_acc_steps", 1]
         folder = train(tmp_path / str(number), *flags)
         record = json.loads((folder / "log.jsonl").read_text())
         figures.append({key: value for key, value in record.items() if key not in ("seconds", "images_per_second")})
