@@ -36,7 +36,7 @@ from utils.dataset import BoxesByName, EvaluationDataset, NpyFolder, detected_pr
 from utils.detections import read_detections
 from utils.embedding_cache import DTYPES
 from utils.engine import predictions_and_labels
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.geometry import resize_image, unframe
 from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter, build_model
@@ -187,7 +187,7 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     print(f"\nOverlays: {output}")
     print_folders(args)
     for failure in failures:
-        print(f"not segmented: {failure}")
+        print(printable(f"not segmented: {failure}"))
     return 1 if failures else 0
 
 
@@ -265,7 +265,7 @@ def choose_boxes(
             print(f"{args.boxes}: has {found} of {len(names)} images; those it lacks are taken to have no boxes")
     if detections.left_out and distributed.is_main():
         some = ", ".join(f"{name} ({count})" for name, count in detections.left_out.items())
-        print(f"{args.boxes}: boxes of categories that are no class here were left out: {some}")
+        print(printable(f"{args.boxes}: boxes of categories that are no class here were left out: {some}"))
     return detections.boxes
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from utils import cli
 from utils.bdd100k import CLASSES, IGNORE_LABEL, NUM_CLASSES, Item, Split, find_split, read_image, read_mask, read_size
-from utils.errors import UserError
+from utils.errors import UserError, printable
 from utils.files import atomic_write, check_npy, remove_temporaries
 from utils.geometry import resize_image, resize_mask
 from utils.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, read_manifest
@@ -274,7 +274,7 @@ def main(args: Namespace) -> int:
         print(f"\nNext:\n    {command}")
     sys.stdout.flush()  # before the errors, in whatever file the two may share
     for error in errors:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
     return 1 if errors else 0
 
 

@@ -26,6 +26,7 @@ setup(
             "mypy",
             "tensorboard",
             "wandb",
+            "hypothesis",  # damaged and hostile files by the thousand: tests/fuzz.py
             # Oracles: what the tests compare with.
             "segment-anything==1.0",
             "torchmetrics",

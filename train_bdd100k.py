@@ -44,7 +44,14 @@ from utils.engine import evaluate, train_one_epoch
 from utils.metrics import mean_iou
 from utils.model import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
 from utils.optim import SCHEDULES, build_optimizer, build_scheduler
-from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision, telling_out_of_memory
+from utils.precision import (
+    AMP_DTYPES,
+    AMP_HELP,
+    Precision,
+    make_deterministic,
+    resolve_precision,
+    telling_out_of_memory,
+)
 from utils.run import Latest, Run, find_latest, read_latest
 
 # What a resumed run must share with its beginning, by the names that the user knows.
@@ -106,6 +113,9 @@ def get_args_parser() -> cli.Parser:
          help="optimizer steps of an epoch from one medsam_model_latest.pth to the next, 0 for one an epoch")
     flag("keep_last", type=cli.non_negative_int, default=1, help="how many of those before the last are kept")
     flag("seed", type=cli.seed, default=2024, help="of everything that is random")
+    parser.add_switch("deterministic", help="CUDA kernels that give the same bits on each run of the same card and "
+                      "software, most of them slower; one that has no such form stops the run. Not measured on a GPU; "
+                      "a CPU needs none of it")
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
 
     # 修改点 3: 训练参数默认值适配 4x 2080Ti (11GB)
@@ -173,6 +183,8 @@ def _by_preset(name: str) -> str:
 
 def main(args: argparse.Namespace) -> None:
     apply_defaults(args)
+    if args.deterministic:
+        make_deterministic()
     # The device comes first: a card that is not there should be told in one line, not by NCCL.
     precision = resolve_precision(
         args.device,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.utils.plain_load import load_plain
 
 PATCH_SIZE = 16
 
@@ -134,11 +134,12 @@ def read_state_dict(path: Path, model_type: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint{fetch}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler goes where damaged bytes lead it, and raises almost anything there
+        state = load_plain(path)
+    except ValueError as error:
         raise CheckpointError(f"{path}: truncated, or not a PyTorch checkpoint of plain tensors{fetch}") from error
     if not isinstance(state, dict) or not state or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+        isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()
+        for key, value in state.items()
     ):
         raise CheckpointError(f"{path}: holds something else than a SAM state dict{fetch}")
     return state
@@ -206,8 +207,13 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
 
 
 def _resample_positions(value: Tensor, target: Tensor) -> Tensor:
-    """Bring a position table to another grid: `pos_embed` in two dimensions, relative positions in one."""
+    """Bring a position table to another grid: `pos_embed` in two dimensions, relative positions in one.
+
+    What is no such table is returned as it is: it will be refused for its shape.
+    """
     if value.shape == target.shape or value.ndim != target.ndim or value.shape[-1] != target.shape[-1]:
+        return value
+    if not value.numel() or (value.ndim == 4 and value.shape[0] != 1):
         return value
     if value.ndim == 4:
         grid = value.float().permute(0, 3, 1, 2)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from utils import distributed
 from utils.errors import UserError
-from utils.precision import Precision, resolve_precision
+from utils.precision import Precision, make_deterministic, resolve_precision
 
 TURING, AMPERE = (7, 5), (8, 0)
 CPU = torch.device("cpu")
@@ -161,3 +169,58 @@ def test_images_become_channels_first() -> None:
     images = Precision(CPU).images({"image": stored})
     assert images.shape == (2, 3, 4, 4)
     assert torch.equal(images[1, 2, 3, 0], stored[1, 3, 0, 2])
+
+
+@pytest.fixture
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `make_deterministic` sets is the whole process's: undone after the test."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    cudnn.deterministic, cudnn.benchmark = before[1:]
+
+
+@pytest.mark.usefixtures("restored")
+def test_deterministic_sets_all_there_is_to_set_before_cuda_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.backends.cudnn.benchmark = True
+    make_deterministic()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.cuda.is_initialized()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # the user's choice, as good
+    make_deterministic()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(UserError, match=r"--deterministic: CUBLAS_WORKSPACE_CONFIG is :0:0; unset it, or set it to"):
+        make_deterministic()
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("mode", ["box", "semantic"])
+def test_training_goes_through_with_deterministic_and_gives_the_same(
+    mode: str, train: Callable[..., Path], tmp_path: Path
+) -> None:
+    """On a CPU the same figures as without; neither hangs on what Python's and NumPy's own generators hold."""
+    figures = []
+    for number, switch in enumerate(([], ["--deterministic"])):
+        random.seed(number)
+        np.random.seed(number)  # noqa: NPY002
+        flags = ["--prompt_mode", mode, "-num_epochs", 1, "-batch_size", 4, "--grad_acc_steps", 1]
+        folder = train(tmp_path / str(number), *switch, *flags)
+        record = json.loads((folder / "log.jsonl").read_text())
+        figures.append({key: value for key, value in record.items() if key not in ("seconds", "images_per_second")})
+        assert torch.are_deterministic_algorithms_enabled() == bool(switch)
+    assert figures[0] == figures[1]
+
+
+def test_nothing_but_pytorch_and_seeded_generators_is_random() -> None:
+    """`--seed` reaches PyTorch and `numpy.random.default_rng` alone."""
+    root = Path(__file__).resolve().parents[1]
+    sources = [*root.glob("*.py"), *root.glob("utils/**/*.py"), *root.glob("segment_anything/**/*.py")]
+    unseeded = re.compile(r"^\s*(import random|from random )|np\.random\.(?!default_rng\(.|Generator)", re.MULTILINE)
+    assert [path.name for path in sources if unseeded.search(path.read_text())] == []

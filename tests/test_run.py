@@ -23,7 +23,7 @@ INFO = ModelInfo("vit_tiny", 64, "stretch", sam_sha256="ab" * 32)
 
 def start(work_dir: Path, *, latest: Latest | None = None, choose_by_miou: bool = False) -> Run:
     """A run of a model of one layer."""
-    model: Any = SimpleNamespace(mask_decoder=torch.nn.Linear(1, 1))
+    model: Any = SimpleNamespace(mask_decoder=torch.nn.Linear(1, 1), LOSSES=("dice",))
     return Run(
         work_dir=work_dir,
         task_name="Drawn",
@@ -81,7 +81,15 @@ def test_validation_cannot_be_left_out_midway(tmp_path: Path) -> None:
         read(run.folder)
 
 
-@pytest.mark.parametrize("run_state", [{}, [], None, {"history": [], "best_score": 0.5}, {"rng": []}, {"progress": {}}])
+@pytest.mark.parametrize(
+    "run_state",
+    [
+        *[{}, [], None, {"history": [], "best_score": 0.5}, {"rng": []}, {"progress": {}}],
+        {"history": [{"epoch": 0}]},
+        {"history": [{"epoch": 0, "train_loss": "a"}]},
+        {"history": [{"epoch": 0, "train_loss": 0.5, "val_miou": []}]},
+    ],
+)
 def test_a_foreign_run_state(tmp_path: Path, run_state: Any) -> None:
     run = start(tmp_path)
     run.finish_epoch(record(0, 1.0))
@@ -95,7 +103,13 @@ def test_a_foreign_run_state(tmp_path: Path, run_state: Any) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"optimizer": None}, {"optimizer": {"state": {}, "param_groups": []}}, {"rng": [{"cpu": torch.zeros(3)}]}],
+    [
+        {"optimizer": None},
+        {"optimizer": {"state": {}, "param_groups": []}},
+        {"rng": [{"cpu": torch.zeros(3)}]},
+        {"optimizer": {"state": {0: {"momentum_buffer": torch.zeros(7, 7)}}, "param_groups": [{"params": [0, 1]}]}},
+        {"progress": {"steps": 1, "skipped_steps": 0, "sums": torch.zeros(7), "seconds": 0.5}},
+    ],
 )
 def test_states_that_do_not_fit(tmp_path: Path, change: dict[str, Any]) -> None:
     run = start(tmp_path)

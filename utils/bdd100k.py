@@ -18,6 +18,8 @@ from PIL import ExifTags, Image
 from utils.errors import UserError
 
 IGNORE_LABEL = 255  # not labelled: in no loss, in no metric, never turned into a class
+MAX_PIXELS = (1 << 28) // 3  # 256 MiB of RGB, which is Pillow's own limit; a picture that claims more is not read
+MAX_JPEG_SCANS = 100  # a progressive JPEG has about ten; each is a pass over the whole picture, be it of a few bytes
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,10 @@ def _visible(folder: Path) -> list[Path]:
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open a JPEG or PNG without decoding it yet; whatever Pillow finds wrong, then or later, is a `UserError`."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would keep us waiting
+        raise UserError(f"{path}: not a regular file; take it out of the folder")
+    if path.is_file() and path.stat().st_size > 4 * MAX_PIXELS:  # JPEGs are read whole, be it a terabyte of holes
+        raise UserError(f"{path}: has more bytes than the largest picture that is read (it is damaged: get it again)")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and the like, which says nothing of the pixels
@@ -184,12 +190,17 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             with Image.open(path, formats=("JPEG", "PNG")) as image:
                 image.verify()  # a PNG's checksums, which decoding alone does not compare; nothing for a JPEG
             with Image.open(path, formats=("JPEG", "PNG")) as image:
+                if image.height * image.width > MAX_PIXELS:
+                    raise Image.DecompressionBombError
                 yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{path}: its header claims an absurd size (the file is damaged: get it again)") from None
+        raise UserError(f"{path}: its header claims an absurd size, above {MAX_PIXELS / 1e6:.0f} megapixels "
+                        "(the file is damaged: get it again)") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"{path}: neither a JPEG nor a PNG image (the file is damaged: get it again)") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes lead Pillow to almost any: a PNG without pixels, to an IndexError
         if isinstance(error, OSError) and error.errno is not None:  # the system's word: no such file, no permission
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         raise UserError(f"{path}: cannot be decoded: {error} (the file is damaged: get it again)") from None
@@ -217,8 +228,8 @@ def read_image(path: Path, *, upright: bool = False) -> np.ndarray:
     with _opened(path) as image:
         if image.mode.startswith(("I", "F")):
             raise UserError(f"{path}: not an 8-bit image (Pillow mode {image.mode}); convert it to 8 bits a channel")
-        if image.format != "PNG" and not _has_end(path):
-            raise UserError(f"{path}: truncated, the JPEG has no end (the file is damaged: get it again)")
+        if image.format != "PNG":
+            _check_jpeg(path)
         turn = _UPRIGHT.get(_orientation(image)) if upright else None
         return np.asarray((image if turn is None else image.transpose(turn)).convert("RGB"))
 
@@ -231,14 +242,18 @@ def _orientation(image: Image.Image) -> object:
         return None
 
 
-def _has_end(path: Path) -> bool:
-    """Whether a JPEG's last scan is followed by the end-of-image marker; neither can occur inside a scan.
+def _check_jpeg(path: Path) -> None:
+    """Check that a JPEG's last scan is followed by the end-of-image marker, and that it has not thousands of scans.
 
-    Pillow notices a file that is cut off, but takes one whose missing end was filled with zeros, which is what an
-    interrupted download or a full disk may leave, for an image with a flat lower part.
+    Neither marker can occur inside a scan. Pillow notices a file that is cut off, but takes one whose missing end was
+    filled with zeros, which is what an interrupted download or a full disk may leave, for an image with a flat lower
+    part.
     """
     data = path.read_bytes()
-    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
+    if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise UserError(f"{path}: truncated, the JPEG has no end (the file is damaged: get it again)")
+    if (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+        raise UserError(f"{path}: has {scans} scans, which would take hours to decode (save it anew, or leave it out)")
 
 
 def read_mask(path: Path, height: int, width: int) -> np.ndarray:

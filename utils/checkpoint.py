@@ -8,7 +8,6 @@ strings, lists and dicts, so that they load with `weights_only=True`.
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segment_anything.utils.plain_load import load_plain
 from utils.bdd100k import CLASS_NAMES
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.manifest import RESIZE_MODES, is_image_size
 from utils.model import SEGMENTERS, Segmenter
 
 FORMAT_VERSION = 1
@@ -88,9 +89,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint (train_bdd100k.py writes {BEST} and {LATEST})")
     try:
-        _check_archive(path)
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # the unpickler goes where damaged bytes lead it, and raises almost anything there
+        payload = load_plain(path, strict=True)
+    except ValueError:
         raise UserError(f"{path}: truncated, or not a checkpoint of train_bdd100k.py; take another one") from None
     if not _is_checkpoint(payload):
         hint = "give a SAM checkpoint as --sam_checkpoint and a fine-tuned one as --model_checkpoint"
@@ -103,20 +103,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if payload["info"].keys() != {field.name for field in fields(ModelInfo)}:
         raise UserError(f"{path}: does not say which model it belongs to; give a file that train_bdd100k.py wrote")
     payload["info"] = ModelInfo(**payload["info"])
+    if not (is_image_size(payload["info"].image_size) and payload["info"].resize_mode in RESIZE_MODES):
+        raise UserError(f"{path}: of image size {payload['info'].image_size}, resize mode "
+                        f"{payload['info'].resize_mode}: no model is of these; give a file that train_bdd100k.py wrote")
     if payload["info"].prompt_mode not in SEGMENTERS:
         raise UserError(f"{path}: of prompt mode {payload['info'].prompt_mode}, which this version does not know")
     return payload
-
-
-def _check_archive(path: Path) -> None:
-    """Raise an error unless the file is a zip archive as `torch.save` writes it: nothing packed, every sum right.
-
-    PyTorch does not look at the sums, so that a flipped bit would become a weight; and would unpack what a hostile
-    file has packed, a thousandfold.
-    """
-    with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()) or archive.testzip():
-            raise ValueError
 
 
 def _is_checkpoint(payload: Any) -> bool:
@@ -124,9 +116,20 @@ def _is_checkpoint(payload: Any) -> bool:
     kinds = {"format_version": int, "class_names": list, "info": dict, "model": dict}
     return (
         isinstance(payload, dict)
-        and all(isinstance(payload.get(key), kind) for key, kind in kinds.items())
-        and all(isinstance(value, int | str) for value in payload["info"].values())
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in payload["model"].items())
+        and all(type(payload.get(key)) is kind for key, kind in kinds.items())
+        and all(type(value) is (int if key == "image_size" else str) for key, value in payload["info"].items())
+        and all(is_flat(payload.get(key, {})) for key in ("args", "metrics"))
+        and all(
+            isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()
+            for key, value in payload["model"].items()
+        )
+    )
+
+
+def is_flat(record: Any) -> bool:
+    """Whether it is a dict of numbers, strings and None by name, as flags and figures are."""
+    return isinstance(record, dict) and all(
+        isinstance(key, str) and isinstance(value, int | float | str | None) for key, value in record.items()
     )
 
 

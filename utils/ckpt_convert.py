@@ -59,6 +59,8 @@ def join(model_checkpoint: Path, sam_checkpoint: Path) -> tuple[dict[str, Tensor
     except CheckpointError as error:
         raise UserError(str(error)) from None
     info.require_same(replace(info, sam_sha256=file_digest(sam_checkpoint)), model_checkpoint)
+    if getattr(sam.get("image_encoder.pos_embed"), "ndim", None) != 4:  # which says what size the file is of
+        raise UserError(f"{sam_checkpoint}: not a {info.model_type} SAM checkpoint: it has no table of positions")
     decoder: dict[str, Tensor] = trained["model"]
     untrained = {key: value for key, value in sam.items() if key.startswith(DECODER_PREFIX)}
     checkpoint.require_same_decoder(decoder, untrained, model_checkpoint)

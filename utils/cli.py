@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from utils.errors import Interrupted, UserError
+from utils.errors import Interrupted, UserError, printable
+from utils.manifest import MAX_IMAGE_SIZE
 from utils.memory import keep_freed_memory
 
 
@@ -79,8 +81,8 @@ non_negative_float = number(float, 0)
 
 
 def image_size(text: str) -> int:
-    """Parse a side length in pixels: a positive multiple of 16, the patch size of SAM's encoder."""
-    value = positive_int(text)
+    """Parse a side length in pixels: a positive multiple of 16, the patch size of SAM's encoder, up to 4096."""
+    value = number(int, 1, maximum=MAX_IMAGE_SIZE)(text)
     if value % 16:
         lower = max(16, value // 16 * 16)
         raise argparse.ArgumentTypeError(
@@ -95,10 +97,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     So is Ctrl-C, with what to do next if `main` raises `KeyboardInterrupt` with a text, and `Interrupted`.
     """
     keep_freed_memory()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name need not be text
     try:
         status = main() or 0
     except UserError as error:
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(f"error: {printable(_message(error))}", file=sys.stderr)
         status = 1
     except Interrupted as interrupt:
         if message := str(interrupt):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from utils import cli
 from utils.errors import UserError
+from utils.files import read_json
 
 
 def get_args_parser() -> cli.Parser:
@@ -30,13 +30,19 @@ def read_results(folder: Path) -> dict[str, Any]:
     """
     path = folder / "evaluation_results.json"
     try:
-        results = json.loads(path.read_bytes())
+        results = read_json(path)
         if not {"miou", "boxes", "per_class"} <= results.keys():
             raise ValueError("other keys")
         if not all({"id", "name", "iou", "gt_pixels"} <= entry.keys() for entry in results["per_class"]):
             raise ValueError("other keys of a class")
+        figures = [results["miou"], *(entry["iou"] for entry in results["per_class"])]
+        counts = [entry[key] for entry in results["per_class"] for key in ("id", "gt_pixels")]
+        if not all(isinstance(figure, float | int | None) for figure in figures):
+            raise ValueError("a figure that is none")
+        if not all(isinstance(count, int) for count in counts):
+            raise ValueError("a count that is none")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); infer_bdd100k.py writes it") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); infer_bdd100k.py writes it") from None
     except (ValueError, AttributeError, TypeError):
         raise UserError(f"{path}: not a result of infer_bdd100k.py") from None
     return results

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from utils.augment import draw_view, fixed_view
-from utils.bdd100k import IGNORE_LABEL
+from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
 from utils.boxes import class_boxes, jitter_boxes, to_frame
 from utils.errors import UserError
 from utils.files import check_npy
@@ -39,9 +39,10 @@ class NpyFolder:
         self.resize_mode = manifest.resize_mode
         self.items = manifest.items
         frame = (manifest.image_size, manifest.image_size)
+        self._form = {"imgs": ((*frame, 3), manifest.image_dtype), "gts": (frame, "uint8")}
         for item in self.items:
-            check_npy(self._path("imgs", item.name), (*frame, 3), manifest.image_dtype)
-            check_npy(self._path("gts", item.name), frame, "uint8")
+            for kind, (shape, dtype) in self._form.items():
+                check_npy(self._path(kind, item.name), shape, dtype)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """`read_image` and `read_labels`."""
@@ -49,37 +50,32 @@ class NpyFolder:
 
     def read_image(self, index: int) -> np.ndarray:
         """S x S x 3 of the stored dtype. Raises `UserError` if the file has gone or changed since it was checked."""
-        return self._load(self.image_path(index))
+        return self._load("imgs", index)
 
     def read_labels(self, index: int) -> np.ndarray:
-        """S x S uint8; raises as `read_image` does."""
-        return self._load(self._path("gts", self.items[index].name))
+        """S x S uint8 of 0-18 and 255; raises as `read_image` does, and a `UserError` of any other value."""
+        labels = self._load("gts", index)
+        foreign = labels[(labels >= NUM_CLASSES) & (labels != IGNORE_LABEL)]
+        if foreign.size:  # a class that is none would be an index out of bounds, in a loss or on a GPU
+            path = self._path("gts", self.items[index].name)
+            raise UserError(f"{path}: labels must be 0-{NUM_CLASSES - 1} or {IGNORE_LABEL}, got "
+                            f"{np.unique(foreign)[:8].tolist()}; run pre_bdd100k.py again with --overwrite")
+        return labels
+
+    def _load(self, kind: str, index: int) -> np.ndarray:
+        path = self._path(kind, self.items[index].name)
+        try:
+            check_npy(path, *self._form[kind])  # once more, as NumPy would make room for whatever a header claims
+            return np.load(path, allow_pickle=False)
+        except (UserError, OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path}: became unreadable while it was in use ({error})") from None
 
     def image_path(self, index: int) -> Path:
         return self._path("imgs", self.items[index].name)
 
-    @staticmethod
-    def _load(path: Path) -> np.ndarray:
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: became unreadable while it was in use ({error})") from None
-
     def class_pixels(self) -> torch.Tensor:
         """Labelled pixels of each class in the whole split, (NUM_CLASSES,) int64."""
         return torch.tensor([item.pixels for item in self.items]).sum(dim=0)
-
-    def class_boxes(self, index: int, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`utils.boxes.class_boxes` of what `read` gave.
-
-        Raises:
-            UserError: `labels` holds a value that is neither a class nor 255.
-        """
-        try:
-            return class_boxes(labels)
-        except ValueError as error:
-            path = self._path("gts", self.items[index].name)
-            raise UserError(f"{path}: {error}; run pre_bdd100k.py again with --overwrite") from None
 
     def _path(self, kind: str, name: str) -> Path:
         return self.folder / kind / f"{name}.npy"
@@ -174,7 +170,7 @@ class BoxPromptDataset(TrainingDataset):
 
     def _prompts(self, source_index: int, labels: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """class_ids: K int64; boxes: K x 4 float32 xyxy; valid: K bool, False where there are fewer classes."""
-        present, boxes = self.source.class_boxes(source_index, labels)
+        present, boxes = class_boxes(labels)
         k = self.classes_per_image
         count = min(k, len(present))
         chosen = rng.choice(len(present), size=count, replace=False)
@@ -230,7 +226,7 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
         else:
             sample["image"] = torch.from_numpy(self.source.read_image(index))
         if self.boxes == "oracle":
-            sample |= box_prompts(*self.source.class_boxes(index, labels))
+            sample |= box_prompts(*class_boxes(labels))
         elif self.boxes is not None:
             frame = (item.height, item.width, self.source.image_size, self.source.resize_mode)
             sample |= detected_prompts(self.boxes, item.name, *frame)

@@ -18,6 +18,7 @@ import numpy as np
 
 from utils.bdd100k import CLASS_NAMES
 from utils.errors import UserError
+from utils.files import read_json
 
 # Names of det_20 and of BDD100K's first release that differ from those of the 19 classes.
 _SYNONYMS = {"pedestrian": "person", "bike": "bicycle", "motor": "motorcycle"}
@@ -88,12 +89,12 @@ def _known() -> str:
 
 def _read_frames(path: Path) -> list[Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file ({_FORMAT_HINT})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:  # not JSON, not text, a number of thousands of digits, absurdly deep
+    except ValueError as error:  # not JSON, not text, a number of thousands of digits, absurdly deep
         raise UserError(f"{path}: not JSON ({error}); {_FORMAT_HINT}") from None
     frames = content.get("frames") if isinstance(content, dict) else content
     if not isinstance(frames, list) or not frames:
@@ -117,9 +118,16 @@ def _check_box(where: str, box: Any) -> list[float]:
     values: list[Any] = [box.get(key) for key in ("x1", "y1", "x2", "y2")] if isinstance(box, dict) else [None]
     # bool is an int to Python. A coordinate beyond a million is in no image; NaN compares as false.
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e6 for v in values):
-        raise UserError(f"{where}: box2d {json.dumps(box)[:100]} must hold x1, y1, x2, y2, "
+        raise UserError(f"{where}: box2d {_shown(box)} must hold x1, y1, x2, y2, "
                         "finite numbers of pixels (below a million)")
     x1, y1, x2, y2 = map(float, values)
     if x2 < x1 or y2 < y1:
-        raise UserError(f"{where}: box2d {json.dumps(box)[:100]} is empty; its corners must be x1 <= x2 and y1 <= y2")
+        raise UserError(f"{where}: box2d {_shown(box)} is empty; its corners must be x1 <= x2 and y1 <= y2")
     return [x1, y1, x2, y2]
+
+
+def _shown(box: Any) -> str:
+    try:
+        return json.dumps(box)[:100]
+    except RecursionError:
+        return "(deeply nested)"

@@ -39,7 +39,7 @@ from utils.augment import fixed_view
 from utils.checkpoint import ModelInfo
 from utils.dataset import NpyFolder
 from utils.errors import UserError
-from utils.files import atomic_write, remove_temporaries
+from utils.files import atomic_write, read_json, remove_temporaries
 from utils.model import Features, Segmenter
 from utils.precision import Precision
 from utils.reduction import FIT_IMAGES, KEPT, Reduction
@@ -195,7 +195,7 @@ def _open_folder(root: Path, binding: Binding, requests: list[Request]) -> None:
     path = root / "cache.json"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        held = json.loads(path.read_bytes()) if path.exists() else None
+        held = read_json(path) if path.exists() else None
         is_empty = not any(root.iterdir())
     except OSError as error:
         raise UserError(f"{root}: no cache can be kept there ({error.strerror}); give --cache_embeddings another "

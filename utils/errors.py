@@ -21,3 +21,10 @@ class Interrupted(KeyboardInterrupt):
         """
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def printable(text: str) -> str:
+    """The text on one line, as a message may quote a hostile file: what would move a terminal's cursor, break the line
+    or cannot be encoded is escaped, and the middle of what is absurdly long is left out."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= 2000 else f"{line[:1000]} ... {line[-900:]}"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import math
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from utils.errors import UserError
+
+MAX_JSON = 1 << 30  # bytes; the boxes of det_20's 70,000 training images have some hundred million
 
 
 @contextmanager
@@ -54,7 +58,24 @@ def earlier(path: Path, number: int) -> Path:
 def remove_temporaries(folder: Path) -> None:
     """Remove what runs that were killed inside `atomic_write` left anywhere below `folder`; no other may be at work."""
     for path in folder.rglob(".*.*.tmp"):
-        path.unlink(missing_ok=True)
+        if path.is_symlink() or not path.is_dir():  # a folder of such a name is nothing that we left
+            path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or absurdly deep.
+    """
+    if path.exists() and not path.is_file():  # a pipe would keep us waiting, a device would never end
+        raise OSError(errno.EINVAL, "not a regular file")
+    if path.stat().st_size > MAX_JSON:
+        raise OSError(errno.EFBIG, f"larger than {MAX_JSON >> 20} MiB")
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def check_npy(path: Path, shape: tuple[int, ...], dtype: str) -> None:
@@ -65,6 +86,8 @@ def check_npy(path: Path, shape: tuple[int, ...], dtype: str) -> None:
     """
     hint = "run pre_bdd100k.py again, which mends it"
     try:
+        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+            raise ValueError
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("error")  # of headers that are no Python, or Python 2's
             # np.save takes the later versions for headers above 64 KiB; in a damaged file they would be read first.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.files import atomic_write
 from utils.visualize import save_loss_curve
 
 CONFIG = "config.json"
@@ -32,8 +33,12 @@ class RunLogger:
         self.history = list(history)
         self._writer = _tensorboard_writer(folder, first_epoch=len(history)) if tensorboard else None
         self._wandb = _wandb_run(folder, config) if wandb else None
-        (folder / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
-        (folder / "log.jsonl").write_text("".join(map(_line, self.history)))
+        # Whole or not at all; and in a folder that came from elsewhere, a link is replaced, not written through.
+        outputs = {CONFIG: json.dumps(config, indent=1, ensure_ascii=False) + "\n",
+                   "log.jsonl": "".join(map(_line, self.history))}
+        for name, content in outputs.items():
+            with atomic_write(folder / name) as file:
+                file.write(content.encode(errors="backslashreplace"))
 
     def log_epoch(self, record: dict[str, Any]) -> None:
         """Record an epoch; `record["epoch"]` is its number, from 0."""

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from utils.bdd100k import CLASS_NAMES, NUM_CLASSES
+from utils.bdd100k import CLASS_NAMES, MAX_PIXELS, NUM_CLASSES
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, read_json
 
 FORMAT_VERSION = 1
 IMAGE_DTYPES = ("float32", "float16", "uint8")
 RESIZE_MODES = ("stretch", "pad")
+MAX_IMAGE_SIZE = 4096  # four times SAM's own; a file that claims more is not let to have that much memory
+
+
+def is_image_size(value: Any) -> bool:
+    """Whether it is a side S that memory is given for; a model wants a multiple of 16 besides."""
+    return type(value) is int and 0 < value <= MAX_IMAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (make it with pre_bdd100k.py)")
     try:
-        fields = json.loads(path.read_bytes())
+        fields = read_json(path)
         if fields.get("format_version") != FORMAT_VERSION:
             raise UserError(f"{path}: format {fields.get('format_version')!r}, this version reads {FORMAT_VERSION}; "
                             "run pre_bdd100k.py again with --overwrite")
@@ -62,6 +69,8 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
         _check(manifest)
     except FileNotFoundError:
         raise UserError(f"{path}: not found; {folder} was not written by pre_bdd100k.py") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path}: not a manifest of pre_bdd100k.py; run it again with --overwrite") from None
     if not (manifest.complete or allow_incomplete):
@@ -71,21 +80,32 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
 
 def _check(manifest: Manifest) -> None:
     """Raise ValueError unless every field is what this program would have written."""
-    counts = NUM_CLASSES if manifest.labelled else 0
     good = (
-        isinstance(manifest.image_size, int)
-        and manifest.image_size > 0
+        is_image_size(manifest.image_size)
         and manifest.image_dtype in IMAGE_DTYPES
         and manifest.resize_mode in RESIZE_MODES
+        and isinstance(manifest.labelled, bool)
+        and isinstance(manifest.complete, bool)
         and manifest.class_names == list(CLASS_NAMES)
-        and all(
-            # Names become file names: none may lead out of the folder.
-            Path(item.name).name == item.name not in ("", "..")
-            and item.height > 0
-            and item.width > 0
-            and len(item.pixels) == counts
-            for item in manifest.items
-        )
+        and all(_is_item(item, manifest) for item in manifest.items)
+        and len({item.name for item in manifest.items}) == len(manifest.items)
     )
     if not good:
         raise ValueError("a field has a value that pre_bdd100k.py does not write")
+
+
+def _is_item(item: ManifestItem, manifest: Manifest) -> bool:
+    sizes = (item.height, item.width, item.ignored, *item.pixels)
+    return (
+        # Names become file names: none may lead out of the folder.
+        isinstance(item.name, str)
+        and Path(item.name).name == item.name not in ("", "..")
+        and "\0" not in item.name
+        and isinstance(item.pixels, list)
+        and len(item.pixels) == (NUM_CLASSES if manifest.labelled else 0)
+        and all(type(size) is int for size in sizes)
+        and item.height > 0
+        and item.width > 0
+        and item.height * item.width <= MAX_PIXELS
+        and all(0 <= count <= manifest.image_size**2 for count in (item.ignored, *item.pixels))
+    )

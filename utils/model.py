@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from segment_anything import CheckpointError, build_sam
+from segment_anything.build_sam import PATCH_SIZE
 from segment_anything.modeling import Sam, SemanticDecoder
 from utils.bdd100k import NUM_CLASSES
 from utils.errors import UserError
@@ -168,8 +169,10 @@ def build_model(
     """Build the segmenter of a prompt mode on a SAM file.
 
     Raises:
-        UserError: the file is missing, damaged, or of another model.
+        UserError: the file is missing, damaged, or of another model; or no model takes images of that size.
     """
+    if image_size % PATCH_SIZE:
+        raise UserError(f"image size {image_size}: no model takes it; preprocess at a multiple of {PATCH_SIZE}")
     try:
         sam = build_sam(model_type, sam_checkpoint, image_size=image_size, check_hash=check_hash)
     except CheckpointError as error:

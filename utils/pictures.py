@@ -29,7 +29,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from utils.bdd100k import IMAGE_SUFFIXES, read_image, read_size
+from utils.bdd100k import IMAGE_SUFFIXES, MAX_PIXELS, read_image, read_size
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.visualize import overlay
@@ -187,6 +187,8 @@ def _video(path: Path) -> Video:
     capture = _open_video(path)
     try:
         count, fps = (capture.get(key) for key in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
+        if capture.get(cv2.CAP_PROP_FRAME_WIDTH) * capture.get(cv2.CAP_PROP_FRAME_HEIGHT) > MAX_PIXELS:
+            raise UserError(f"{path}: its header claims frames of an absurd size (damaged: convert it again)")
         first = _next_frame(capture)
         if first is None or (path.suffix.lower() not in VIDEO_SUFFIXES and _next_frame(capture) is None):
             raise UserError(f"{path}: {kind}")

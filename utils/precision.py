@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from utils.errors import UserError
 
 AMP_DTYPES = ("auto", "fp16", "bf16")
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # those with which it is deterministic; the first costs some 24 MiB of a GPU
 AMP_HELP = "auto: bf16 where the hardware has it, else fp16 on a GPU and float32 on a CPU"
 
 
@@ -39,6 +41,26 @@ class Precision:
 
     def to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
+
+
+def make_deterministic() -> None:
+    """Have PyTorch take kernels that give the same bits on each run; call it before the first work on a GPU.
+
+    cuBLAS reads its workspace setting when its handle is made, with the first matrix product. An operation that has no
+    deterministic kernel raises an error from now on. With PyTorch 2.14 the training step has none of those: bilinear
+    interpolation, whose backward kernel is one, is replaced by indexing, and `gather`, convolutions, attention and
+    indexing have deterministic forms.
+
+    Raises:
+        UserError: the environment asks cuBLAS for a workspace with which it is not deterministic.
+    """
+    asked = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])
+    if asked not in CUBLAS_WORKSPACES:
+        raise UserError(f"--deterministic: CUBLAS_WORKSPACE_CONFIG is {asked}; unset it, or set it to "
+                        f"{' or '.join(CUBLAS_WORKSPACES)}")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False  # which takes the kernel that was fastest this time
 
 
 @contextmanager

@@ -32,6 +32,6 @@ def write_report(
     outputs = {"evaluation_results.txt": text, "evaluation_results.json": results + "\n"}
     for name, content in outputs.items():
         with atomic_write(output_dir / name) as file:
-            file.write(content.encode())
+            file.write(content.encode(errors="backslashreplace"))  # a path need not be text; as JSON has it
     save_confusion_matrix(output_dir / "confusion_matrix.png", matrix.numpy())
     print(f"Results: {', '.join(str(output_dir / name) for name in [*outputs, 'confusion_matrix.png'])}")

@@ -128,7 +128,10 @@ def _is_run_state(state: Any) -> bool:
     return (
         _has(state, {"history": list, "best_score": float | int, "rng": list, "progress": dict})
         and bool(state["rng"])
-        and all(isinstance(record, dict) and record.get("epoch") == i for i, record in enumerate(state["history"]))
+        and all(
+            checkpoint.is_flat(record) and record.get("epoch") == i and isinstance(record.get("train_loss"), float)
+            for i, record in enumerate(state["history"])
+        )
         and _has(state["progress"], {"steps": int, "skipped_steps": int, "sums": Tensor | None, "seconds": float})
         and state["progress"]["steps"] >= 0
     )
@@ -203,6 +206,7 @@ class Run:
             for name, part in self.stateful.items():
                 if run_state[name]:  # that of a scaler is empty without fp16, which -use_amp may since have turned on
                     part.load_state_dict(run_state[name])
+            _check_shapes(self.stateful["optimizer"], run_state["progress"]["sums"], len(self.model.LOSSES) + 1)
             rngs = run_state["rng"]
             # With another number of processes there is nothing to equal: what is drawn matters to no result.
             self._set_rng(rngs[distributed.rank() if len(rngs) == distributed.world_size() else 0])
@@ -329,6 +333,15 @@ class Run:
         epochs = len(self.history)
         print(f"To train longer: the same command with a larger -num_epochs (now {epochs}) and --resume {self.folder}")
         print(f"Log and curve: {self.folder / 'log.jsonl'}, {self.folder / 'loss_curve.png'}")
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer, sums: Tensor | None, num_sums: int) -> None:
+    """Raise ValueError unless what was loaded fits: PyTorch looks at neither before the first step stumbles over it."""
+    moments = [(p.shape, value) for p, state in optimizer.state.items() for value in state.values()]
+    if any(isinstance(value, Tensor) and value.shape not in ((), shape) for shape, value in moments):
+        raise ValueError("moments of other parameters")
+    if sums is not None and sums.shape != (num_sums,):
+        raise ValueError("sums of other losses")
 
 
 def _new_folder(work_dir: Path, task_name: str) -> Path:

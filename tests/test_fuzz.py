@@ -1,0 +1,28 @@
+"""A short run of `tests/fuzz.py`, the same inputs each time. At length: python -m tests.fuzz --examples 2000"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from segment_anything.build_sam import CONFIGS
+from tests.fuzz import Target, fuzz, make_targets
+
+EXAMPLES = 40
+KINDS = ["PNG", "JPEG", "npy", "manifest", "Scalabel", "evaluation", "checkpoint", "SAM file", "cache entry"]
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target]]:
+    yield make_targets(tmp_path_factory.mktemp("fuzz"))
+    del CONFIGS["small"]
+
+
+def test_every_kind_is_here(targets: dict[str, Target]) -> None:
+    assert list(targets) == KINDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_read_or_refused(kind: str, targets: dict[str, Target]) -> None:
+    fuzz(targets[kind], EXAMPLES)
