@@ -38,7 +38,7 @@ from utils import checkpoint, cli, distributed
 from utils.augment import AUGMENTATIONS
 from utils.checkpoint import ModelInfo
 from utils.data import evaluation_loader, training_dataset, training_loader, use_caches, validation_dataset
-from utils.dataset import NpyFolder
+from utils.dataset import EvaluationDataset, NpyFolder, TrainingDataset
 from utils.embedding_cache import DTYPES
 from utils.engine import evaluate, train_one_epoch
 from utils.metrics import mean_iou
@@ -212,29 +212,8 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     effective_batch_size = args.batch_size * args.grad_acc_steps * distributed.world_size()
     config = {**vars(args), "effective_batch_size": effective_batch_size}
     latest = latest_of(args, config)  # first, as it is the smallest file
-    source = NpyFolder(args.tr_npy_path)
-    dataset = training_dataset(
-        source,
-        args.prompt_mode,
-        classes_per_image=args.classes_per_image,
-        bbox_shift=args.bbox_shift,
-        augment=args.augment,
-        num_views=args.cache_views,
-        seed=args.seed,
-    )
-    val_dataset = args.val_npy_path and validation_dataset(args.val_npy_path, source, args.prompt_mode)
-    segmenter = build_model(
-        args.model_type,
-        args.checkpoint,
-        image_size=source.image_size,
-        prompt_mode=args.prompt_mode,
-        check_hash=args.verify_checkpoint,
-    ).to(precision.device)
-    if isinstance(segmenter, SemanticSegmenter):
-        segmenter.balance_classes(source.class_pixels())
-    info = ModelInfo(
-        args.model_type, source.image_size, source.resize_mode, file_digest(args.checkpoint), args.prompt_mode
-    )
+    dataset, val_dataset = load_data(args)
+    segmenter, info = load_model(args, dataset.source, precision)
     model = distributed.wrap(segmenter, precision.device)
     loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     passes = {dataset: args.num_epochs} | (
@@ -288,6 +267,34 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     run.finish()
     if distributed.is_main():
         print(f"\nNext:\n  {next_command(args, run)}")
+
+
+def load_data(args: argparse.Namespace) -> tuple[TrainingDataset, EvaluationDataset | None]:
+    source = NpyFolder(args.tr_npy_path)
+    dataset = training_dataset(
+        source,
+        args.prompt_mode,
+        classes_per_image=args.classes_per_image,
+        bbox_shift=args.bbox_shift,
+        augment=args.augment,
+        num_views=args.cache_views,
+        seed=args.seed,
+    )
+    return dataset, args.val_npy_path and validation_dataset(args.val_npy_path, source, args.prompt_mode)
+
+
+def load_model(args: argparse.Namespace, source: NpyFolder, precision: Precision) -> tuple[Segmenter, ModelInfo]:
+    segmenter = build_model(
+        args.model_type,
+        args.checkpoint,
+        image_size=source.image_size,
+        prompt_mode=args.prompt_mode,
+        check_hash=args.verify_checkpoint,
+    ).to(precision.device)
+    if isinstance(segmenter, SemanticSegmenter):
+        segmenter.balance_classes(source.class_pixels())
+    digest = file_digest(args.checkpoint)
+    return segmenter, ModelInfo(args.model_type, source.image_size, source.resize_mode, digest, args.prompt_mode)
 
 
 def next_command(args: argparse.Namespace, run: Run) -> str:

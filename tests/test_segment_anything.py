@@ -432,6 +432,12 @@ def test_the_hash_in_the_name_is_checked_on_request(
 # --- Another image size than the checkpoint's
 
 
+def test_at_its_own_image_size_the_weights_are_those_of_the_file(tmp_path: Path, tiny_state: dict[str, Tensor]) -> None:
+    loaded = load_tiny(save(tiny_state, tmp_path / "sam.pth"), image_size=64).state_dict()
+    assert loaded.keys() == tiny_state.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in tiny_state.items())
+
+
 def test_positions_are_resampled_to_another_image_size(tmp_path: Path, tiny_state: dict[str, Tensor]) -> None:
     path = save(tiny_state, tmp_path / "sam.pth")
     larger = load_tiny(path, image_size=128)

@@ -61,6 +61,23 @@ def test_resumed_equals_straight_bit_for_bit(train: Train, run: Path, npy: Path,
         assert torch.equal(resumed[key], value), key
 
 
+@pytest.mark.parametrize("prompt_mode", ["semantic", "box"])
+def test_another_image_size_than_the_sam_files(prompt_mode: str, train: Train, sam_file: Path, tmp_path: Path) -> None:
+    side = IMAGE_SIZE + 32
+    rng = np.random.default_rng(0)
+    items = {
+        name: (rng.integers(0, 256, (side, side, 3), dtype=np.uint8), rng.integers(0, 3, (side, side), dtype=np.uint8))
+        for name in "abc"
+    }
+    data = write_split(tmp_path / "npy" / "val", items)
+    flags = ["-i", data, "--val_npy_path", data, "--prompt_mode", prompt_mode, "-num_epochs", 3]
+    folder = train(tmp_path / "work", *flags, "--augment", "full", "--cache_views", 2)
+    assert (tmp_path / "npy" / "embeddings").is_dir()  # sizes of what is cached follow the manifest too
+    flags = ["--model_checkpoint", folder / checkpoint.LATEST]
+    run_script(infer_bdd100k, *good_flags(sam_file, tmp_path / "npy", tmp_path), *flags)
+    assert read_results(tmp_path / "out")["miou"] == log_of(folder)[-1]["val_miou"]
+
+
 def test_resuming_without_the_mode_names_it(
     run: Path, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
