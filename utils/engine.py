@@ -77,7 +77,7 @@ def train_one_epoch(
     """
     parts: tuple[str, ...] = distributed.unwrap(model).LOSSES  # type: ignore[assignment]
     model.train()
-    totals = _StepSums(parts, precision.device).sums if progress.sums is None else progress.sums.to(precision.device)
+    totals = torch.zeros(len(parts) + 1, dtype=torch.float64) if progress.sums is None else progress.sums.cpu()
     done, epoch = progress.steps * grad_acc_steps, progress.epoch
     end = done + len(loader)
     bar = tqdm(loader, f"epoch {epoch}", end, leave=False, disable=not distributed.is_main(), unit="step", initial=done)
@@ -149,7 +149,8 @@ class _StepSums:
 
     def reduce(self, where: str, *, stop: bool) -> bool:
         """Sum over the processes; whether any of them gave `stop`. All of them fail where a loss is not finite."""
-        reduced = distributed.all_reduce_sum(torch.cat([self.sums, self.sums.new_tensor([stop])]))
+        # To the host once: all else that is asked of the sums in this step does not wait for a card.
+        reduced = distributed.all_reduce_sum(torch.cat([self.sums, self.sums.new_tensor([stop])])).cpu()
         self.sums, stops = reduced[:-1], reduced[-1]
         if not bool(self.sums.isfinite().all()):
             bad = [name for name, finite in zip(self.names, torch.cat(self.finite).tolist()) if not finite]
