@@ -3,8 +3,8 @@
     python -m benchmarks.gpu    # vit_b at 1024, batch 4, fp16, within 11 GB
 
 Prints a line for training with the encoder in each step, one for training on stored encodings, and one for the
-encoder, each with the peak memory of the card; the cap is on what PyTorch reserves, to which the card's driver adds some
-hundred MB. Training is the product's loop. Loading data is left out: images, encodings and labels are on the card.
+encoder, each with the peak memory of the card; the cap is on what PyTorch reserves, to which the card's driver adds
+some hundred MB. Training is the product's loop. Loading data is left out: images, encodings and labels are on the card.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ On drawn scenes of BDD100K's size, 1280 x 720; of 32 of them there are as many c
 script itself; `ratio` counts everything, starting Python and the processes included, and `steady_ratio` only the images
 beyond a quarter of them, as the start is paid once however many there are. The limit is the decoding of the images and
 masks shared by two processes, plus the bytes of the output at the rate that one large file is written and synced at in
-the same run. The default writes 3.5 GB to the folder for temporary files, three times for each repeat, and removes them.
+the same run. The default writes 3.5 GB to the folder for temporary files, three times for each repeat, and removes
+them.
 """
 
 from __future__ import annotations
