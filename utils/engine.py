@@ -193,7 +193,8 @@ def _normalise_gradients(
     scaler.unscale_(optimizer)
     parameters = [p for p in model.parameters() if p.grad is not None]
     # DDP has averaged over the processes; the sum is wanted.
-    torch._foreach_mul_([p.grad for p in parameters], distributed.world_size() / max(num_samples, 1))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, distributed.world_size() / max(num_samples, 1))
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm or float("inf"))
     # With the fp16 scaler an overflow is expected now and then: it skips the step and lowers its scale.
     if not scaler.is_enabled() and not bool(norm.isfinite()):
