@@ -22,6 +22,7 @@ from segment_anything.build_sam import CONFIGS, PATCH_SIZE
 from segment_anything.modeling import Sam
 from tests.oracles import public_sam
 from utils import cli
+from utils.memory import M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory, mallopt
 
 
 def get_args_parser(doc: str | None) -> cli.Parser:
@@ -57,6 +58,16 @@ def build_pair(model_type: str, image_size: int) -> tuple[Sam, nn.Module]:
 
 def bf16(enabled: bool = True) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if enabled else nullcontext()
+
+
+def with_default_memory(function: Callable[[], Any]) -> Any:
+    """Call it with memory as glibc handles it by itself once large tensors have been freed: those above 32 MB are
+    mapped, and more than 64 MB of free memory are given back."""
+    mallopt({M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26})
+    try:
+        return function()
+    finally:
+        keep_freed_memory()
 
 
 def measure(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -3,11 +3,13 @@
     python -m benchmarks.training
     python -m benchmarks.training --model_type vit_tiny --image_size 256 --repeats 1 --images 4    # a few seconds
 
-"The straightforward loop" is, in each step, the public package's encoder in float32 and then this project's decoder,
-loss and optimizer. A cached step reads the encodings instead, one float16 file for each image, memory-mapped. Their
-values are random, which changes no time; images are not read in either. The line on 100 epochs is computed from the
-measured parts: one encoding and 100 cached steps an image, against 100 straightforward steps. Peak memory is that of
-the process after a cached epoch of N images and after one of 8 N, before any encoder has run.
+Both loops are the product's own: data set, loader, `train_one_epoch`. "The straightforward loop" has no cache, and the
+public package's encoder in float32 in place of ours; it is measured with memory as the C library handles it by itself,
+and again (`ratio_memory_kept`) with memory as this project's scripts have it. The cached epoch reads a cache as
+`--cache_embeddings` makes it, in float32 or, as with -use_amp, in bf16 autocast; only the values in it are random,
+which changes no time. No loader process is started. The lines on 100 epochs are computed from the measured parts: one
+encoding and 100 cached steps an image, against 100 straightforward steps. Peak memory is that of the process after a
+cached epoch of N images and after one of 8 N, before any encoder has run.
 """
 
 from __future__ import annotations
@@ -15,23 +17,35 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from benchmarks import common
+from segment_anything.modeling import Sam
 from utils import cli
-from utils.boxes import class_boxes, jitter_boxes
+from utils.bdd100k import NUM_CLASSES
+from utils.checkpoint import ModelInfo
+from utils.dataset import BoxPromptDataset, NpyFolder, TrainingSampler
+from utils.embedding_cache import Binding, prepare_cache
+from utils.engine import Progress, train_one_epoch
+from utils.manifest import Manifest, ManifestItem
 from utils.model import BoxSegmenter, Features
-from utils.optim import build_optimizer
+from utils.optim import build_optimizer, build_scheduler
+from utils.precision import Precision
+from utils.prediction import features_of
 
 EPOCHS = 100
 BLOCK = 16  # the labels are squares of this side
+PRECISIONS = {
+    "float32": Precision(torch.device("cpu")),
+    "bf16": Precision(torch.device("cpu"), torch.bfloat16),
+}
 
 
 def get_args_parser() -> cli.Parser:
@@ -41,86 +55,130 @@ def get_args_parser() -> cli.Parser:
     return parser
 
 
-class Encodings:
-    """Images' encodings and labels in a folder, as a cache has them, read one sample at a time."""
+class RandomEncoder(nn.Module):
+    """Takes no time, so that a cache of many images can be made."""
 
-    def __init__(self, folder: Path, count: int, shape: tuple[int, ...], image_size: int) -> None:
-        self.folder, self.image_size = folder, image_size
-        rng = np.random.default_rng(0)
-        for i in range(count):
-            labels = rng.integers(11, size=(image_size // BLOCK, image_size // BLOCK), dtype=np.uint8)
-            np.save(folder / f"labels_{i}.npy", np.kron(labels, np.ones((BLOCK, BLOCK), np.uint8)))
-            np.save(folder / f"features_{i}.npy", rng.standard_normal(shape, dtype=np.float32).astype(np.float16))
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
 
-    def batch(self, indexes: range) -> tuple[Features, dict[str, Tensor]]:
-        """Features, and one random class of each image with its jittered box."""
-        features = [np.load(self.folder / f"features_{i}.npy", mmap_mode="c") for i in indexes]
-        return (torch.stack([torch.from_numpy(array) for array in features]).float(),), self.prompts(indexes)
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.randn(len(images), *self.shape)
 
-    def prompts(self, indexes: range) -> dict[str, Tensor]:
-        rng = np.random.default_rng(indexes.start)
-        labels = [np.load(self.folder / f"labels_{i}.npy") for i in indexes]
-        class_ids, boxes = [], []
-        for label in labels:
-            present, tight = class_boxes(label)
-            chosen = rng.integers(len(present), size=1)
-            class_ids.append(torch.from_numpy(present[chosen]))
-            boxes.append(torch.from_numpy(jitter_boxes(tight[chosen], self.image_size, 20, rng)).float())
-        return {
-            "labels": torch.from_numpy(np.stack(labels)),
-            "class_ids": torch.stack(class_ids),
-            "boxes": torch.stack(boxes),
-        }
+
+class WithEncoder(BoxSegmenter):
+    """The model with another encoder in the place of its own."""
+
+    def __init__(self, sam: Sam, encoder: nn.Module) -> None:
+        super().__init__(sam)
+        self.encoder = encoder
+
+    def _encode(self, x: Tensor) -> Features:
+        return (self.encoder(x),)
+
+
+def write_split(folder: Path, count: int, image_size: int) -> NpyFolder:
+    """A preprocessed split of black images, and of labels of random squares."""
+    rng = np.random.default_rng(0)
+    items = []
+    for kind in ("imgs", "gts"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(count):
+        labels = rng.integers(11, size=(image_size // BLOCK, image_size // BLOCK), dtype=np.uint8)
+        labels = np.kron(labels, np.ones((BLOCK, BLOCK), np.uint8))
+        np.save(folder / "gts" / f"{i}.npy", labels)
+        # Nothing is written to it, so it takes no disk.
+        np.lib.format.open_memmap(folder / "imgs" / f"{i}.npy", "w+", np.float32, (image_size, image_size, 3))
+        counts = np.bincount(labels.ravel(), minlength=NUM_CLASSES).tolist()
+        items.append(ManifestItem(str(i), image_size, image_size, counts, 0))
+    Manifest(image_size, "float32", "stretch", labelled=True, complete=True, items=items).write(folder)
+    return NpyFolder(folder)
 
 
 class Loop:
-    """Steps of this project's decoder, loss and optimizer; `seconds` adds up where they spend their time."""
+    """Epochs of the product's loop over the first images of a data set."""
 
-    def __init__(self, segmenter: BoxSegmenter) -> None:
-        self.segmenter = segmenter.train()
+    def __init__(self, segmenter: BoxSegmenter, dataset: BoxPromptDataset, precision: Precision, batch: int) -> None:
+        self.segmenter, self.dataset, self.precision, self.batch_size = segmenter, dataset, precision, batch
         self.optimizer = build_optimizer(segmenter, lr=5e-5, weight_decay=0.01)
-        self.seconds: defaultdict[str, float] = defaultdict(float)
 
-    def step(self, batch: Callable[[], tuple[Features, dict[str, Tensor]]], part: str) -> None:
-        """Train on what `batch` gives, whose time is counted as `part`."""
-        times = [time.perf_counter()]
-        features, inputs = batch()
-        times.append(time.perf_counter())
-        outputs = self.segmenter(features, inputs["boxes"])
-        times.append(time.perf_counter())
-        loss = torch.stack(list(self.segmenter.losses(outputs, inputs).values())).sum(0).mean()
-        times.append(time.perf_counter())
-        loss.backward()
-        times.append(time.perf_counter())
-        torch.nn.utils.clip_grad_norm_(self.segmenter.mask_decoder.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        times.append(time.perf_counter())
-        for name, start, end in zip((part, "decoder", "loss", "backward", "optimizer"), times, times[1:]):
-            self.seconds[name] += end - start
+    def loader(self, count: int) -> DataLoader:
+        sampler = TrainingSampler(count, batch_size=self.batch_size, rank=0, world_size=1, seed=0)
+        return DataLoader(Subset(self.dataset, range(count)), batch_sampler=sampler)
 
-    def split(self, steps: int) -> dict[str, float]:
-        """Seconds of each part of a step, a mean over the `steps` since the last call."""
-        mean = {name: seconds / steps for name, seconds in self.seconds.items()}
-        self.seconds.clear()
-        return mean
+    def epoch(self, count: int) -> None:
+        train_one_epoch(
+            self.segmenter,
+            self.loader(count),
+            optimizer=self.optimizer,
+            scheduler=build_scheduler(self.optimizer, "constant", total_steps=1, warmup_steps=0),
+            scaler=self.precision.grad_scaler(),
+            precision=self.precision,
+            grad_acc_steps=1,
+            clip_grad_norm=1.0,
+            progress=Progress(epoch=0),
+        )
+
+    def split(self, count: int) -> dict[str, float]:
+        """Mean seconds of each part of a step. The parts are the loop's, one after another, but for its sums."""
+        parts = ("data", "encoder", "decoder", "loss", "backward", "optimizer")
+        total = dict.fromkeys(parts, 0.0)
+        self.segmenter.train()
+        started = time.perf_counter()
+        steps = 0
+        for batch in self.loader(count):
+            times = [started, time.perf_counter()]
+            with self.precision.autocast():
+                features = features_of(self.segmenter, batch, self.precision)
+                times.append(time.perf_counter())
+                outputs = self.segmenter(features, batch["boxes"])
+            times.append(time.perf_counter())
+            loss = torch.stack(list(self.segmenter.losses(outputs, batch).values())).sum(0).mean()
+            times.append(time.perf_counter())
+            loss.backward()
+            times.append(time.perf_counter())
+            torch.nn.utils.clip_grad_norm_(self.segmenter.mask_decoder.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            times.append(time.perf_counter())
+            for name, start, end in zip(parts, times, times[1:]):
+                total[name] += end - start
+            started, steps = times[-1], steps + 1
+        return {name: seconds / steps for name, seconds in total.items()}
+
+
+def cached_dataset(folder: Path, source: NpyFolder, sam: Sam) -> BoxPromptDataset:
+    """A data set whose cache is made as a run makes it, in float16."""
+    grid = sam.image_encoder.image_size // 16
+    segmenter = WithEncoder(sam, RandomEncoder((sam.prompt_encoder.embed_dim, grid, grid)))
+    info = ModelInfo("random", source.image_size, source.resize_mode, "0" * 64, "box")
+    precision = PRECISIONS["float32"]
+    dataset = BoxPromptDataset(source, classes_per_image=1, bbox_shift=20, seed=0)
+    dataset.cache = prepare_cache(
+        str(folder / "cache"),
+        source,
+        segmenter,
+        precision,
+        Binding.of(segmenter, info, precision, "float16"),
+        num_views=1,
+        batch_size=4,
+        num_workers=0,
+    )
+    return dataset
 
 
 def main(args: argparse.Namespace) -> None:
     sam, public = common.build_pair(args.model_type, args.image_size)
-    loop = Loop(BoxSegmenter(sam))
-    grid = args.image_size // 16
-    shape = (sam.prompt_encoder.embed_dim, grid, grid)
-    with tempfile.TemporaryDirectory() as folder:
-        data = Encodings(Path(folder), 8 * args.images, shape, args.image_size)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = write_split(folder / "npy", 8 * args.images, args.image_size)
+        dataset = cached_dataset(folder, source, sam)
+        loops = {kind: Loop(BoxSegmenter(sam), dataset, p, args.batch_size) for kind, p in PRECISIONS.items()}
 
-        def cached_epoch(count: int) -> None:
-            for start in range(0, count, args.batch_size):
-                loop.step(partial(data.batch, range(start, min(start + args.batch_size, count))), "data")
-
-        cached_epoch(args.images)
+        for loop in loops.values():
+            loop.epoch(args.images)
         peaks = [common.peak_memory_mb()]
-        cached_epoch(8 * args.images)
+        loops["float32"].epoch(8 * args.images)
         peaks.append(common.peak_memory_mb())
         common.report(
             f"peak memory of cached training, {args.model_type} at {args.image_size}, batch {args.batch_size}",
@@ -128,64 +186,54 @@ def main(args: argparse.Namespace) -> None:
             images=[args.images, 8 * args.images],
             peaks_mb=peaks,
         )
-        compare(args, loop, data, public, cached_epoch)
+        uncached = BoxPromptDataset(source, classes_per_image=1, bbox_shift=20, seed=0)
+        reference = Loop(WithEncoder(sam, public), uncached, PRECISIONS["float32"], args.batch_size)
+        compare(args, loops, reference)
 
 
-def compare(
-    args: argparse.Namespace,
-    loop: Loop,
-    data: Encodings,
-    public: torch.nn.Module,
-    cached_epoch: Callable[[int], None],
-) -> None:
-    """Time an epoch from the cache, a straightforward step, and our encoder; print both ratios."""
-    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
-    encoder = loop.segmenter.sam.image_encoder
-
-    def encode(module: torch.nn.Module, bf16: bool = False) -> Features:
-        with torch.no_grad(), common.bf16(bf16):
-            return (module(images),)
-
-    splits: dict[str, dict[str, float]] = {}
-    steps = -(-args.images // args.batch_size)
-    loop.seconds.clear()
-
-    def cached() -> None:
-        cached_epoch(args.images)
-        splits["cached"] = loop.split(steps)
+def compare(args: argparse.Namespace, loops: dict[str, Loop], reference: Loop) -> None:
+    """Time epochs from the cache, a straightforward step, and our encoder; print the ratios."""
+    images = torch.rand(args.batch_size, 3, args.image_size, args.image_size)
 
     def straightforward() -> None:
-        loop.step(lambda: (encode(public), data.prompts(range(args.batch_size))), "encoder and data")
-        splits["straightforward"] = loop.split(1)
+        reference.epoch(args.batch_size)
 
-    seconds = common.measure(
-        {
-            "cached": cached,
-            "straightforward": straightforward,
-            "float32": lambda: encode(encoder),
-            "bf16": lambda: encode(encoder, bf16=True),
-        },
-        args.repeats,
-    )
-    step, reference = seconds["cached"] / steps, seconds["straightforward"]
+    def encode(precision: Precision) -> Features:
+        with precision.autocast():
+            return loops["float32"].segmenter.encode(images)
+
+    functions: dict[str, Callable[[], Any]] = {
+        "straightforward": lambda: common.with_default_memory(straightforward),
+        "straightforward, memory kept": straightforward,
+    }
+    for kind, precision in PRECISIONS.items():
+        functions[kind] = lambda kind=kind: loops[kind].epoch(args.images)  # type: ignore[misc]
+        functions[f"encoder {kind}"] = lambda precision=precision: encode(precision)  # type: ignore[misc]
+    seconds = common.measure(functions, args.repeats)
+    steps = -(-args.images // args.batch_size)
     where = f"{args.model_type} at {args.image_size}, batch {args.batch_size}"
-    common.report(
-        f"a cached epoch, {where}",
-        ratio=reference / step,
-        cached_images_per_s=args.batch_size / step,
-        straightforward_images_per_s=args.batch_size / reference,
-        cached_step_s=step,
-        straightforward_step_s=reference,
-        split_s=splits,
-    )
-    for name in ("float32", "bf16"):
-        ours = seconds[name] + EPOCHS * step
+    theirs, theirs_kept = seconds["straightforward"], seconds["straightforward, memory kept"]
+    reference_split = reference.split(args.batch_size)
+    for kind, loop in loops.items():
+        step = seconds[kind] / steps
         common.report(
-            f"{EPOCHS} epochs, computed, encoded once in {name}, {where}",
-            ratio=EPOCHS * reference / ours,
+            f"a cached epoch in {kind}, {where}",
+            ratio=theirs / step,
+            ratio_memory_kept=theirs_kept / step,
+            cached_images_per_s=args.batch_size / step,
+            straightforward_images_per_s=args.batch_size / theirs,
+            cached_step_s=step,
+            straightforward_step_s=theirs,
+            split_s={"cached": loop.split(args.images), "straightforward, memory kept": reference_split},
+        )
+        ours = seconds[f"encoder {kind}"] + EPOCHS * step
+        common.report(
+            f"{EPOCHS} epochs in {kind}, computed, {where}",
+            ratio=EPOCHS * theirs / ours,
+            ratio_memory_kept=EPOCHS * theirs_kept / ours,
             ours_s_an_image=ours / args.batch_size,
-            straightforward_s_an_image=EPOCHS * reference / args.batch_size,
-            encoder_s=seconds[name],
+            straightforward_s_an_image=EPOCHS * theirs / args.batch_size,
+            encoder_s=seconds[f"encoder {kind}"],
         )
 
 

@@ -122,7 +122,7 @@ class SamPredictor:
             image_embeddings=features,
             image_pe=self.model.prompt_encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse[None],
-            dense_prompt_embeddings=dense[None],
+            dense_prompt_embeddings=dense[None] if mask_input is not None else dense[None, :1],  # else all alike
             multimask_output=multimask_output,
         )
         masks = self.model.postprocess_masks(low_res_masks[0], self.input_size, self.original_size)

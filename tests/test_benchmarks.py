@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from benchmarks import common, encoder, gpu, inference, preprocessing, training
 from tests.conftest import run_script
+from utils.bdd100k import find_split
 
 TINY = ("--model_type", "vit_tiny", "--image_size", 64, "--repeats", 1)
 
@@ -43,13 +45,25 @@ def test_inference(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_training(capsys: pytest.CaptureFixture[str]) -> None:
-    memory, epoch, *many = lines_of(capsys, training, *TINY, "--images", 2, "--batch_size", 2)
+    memory, *lines = lines_of(capsys, training, *TINY, "--images", 2, "--batch_size", 2)
     assert memory["images"] == [2, 16] and memory["peaks_mb"][0] <= memory["peaks_mb"][1]
-    assert epoch["split_s"]["cached"].keys() == {"data", "decoder", "loss", "backward", "optimizer"}
-    assert len(many) == 2
-    for line in many:  # the sum that the ratio is computed from
-        ours = 2 * line["ours_s_an_image"]
-        assert ours == pytest.approx(line["encoder_s"] + 100 * epoch["cached_step_s"], rel=0.01)
+    assert len(lines) == 4  # an epoch and many of them, in float32 and in bf16
+    for epoch, many in (lines[:2], lines[2:]):
+        parts = epoch["split_s"]["cached"]
+        assert list(parts) == ["data", "encoder", "decoder", "loss", "backward", "optimizer"]
+        assert epoch["straightforward_step_s"] == lines[0]["straightforward_step_s"]
+        # The sum that the ratio is computed from.
+        ours = 2 * many["ours_s_an_image"]
+        assert ours == pytest.approx(many["encoder_s"] + 100 * epoch["cached_step_s"], rel=0.01)
+
+
+def test_copies_make_up_the_number_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = preprocessing.write_dataset
+    small = {"height": 144, "width": 256, "num_workers": 1}
+    monkeypatch.setattr(preprocessing, "write_dataset", lambda root, counts, seed: scenes(root, counts, seed, **small))
+    monkeypatch.setattr(preprocessing, "DRAWN", 2)
+    preprocessing.write_copies(tmp_path, {"train": 5, "val": 1})
+    assert [len(find_split(tmp_path, name).items) for name in ("train", "val")] == [5, 1]
 
 
 def test_preprocessing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

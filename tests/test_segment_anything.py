@@ -265,6 +265,39 @@ def test_preprocess_and_postprocess(vit_b: tuple[Sam, Any], compare: Compare) ->
 # --- B images x Q prompts
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("limit", [3000, 2**26])
+def test_the_encoder_in_bf16(monkeypatch: pytest.MonkeyPatch, limit: int, grad: bool) -> None:
+    """Its attention is made of other operations there."""
+    encoder = random_tiny().image_encoder
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = encoder(images)
+    monkeypatch.setitem(image_encoder.MAX_ELEMENTS, "cpu", limit)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(encoder(images).detach().float(), expected) < 0.02
+
+
+@torch.no_grad()
+def test_a_dense_prompt_that_prompts_share_is_given_once() -> None:
+    sam, b, q = random_tiny(), 2, 3
+    sparse, dense = sam.prompt_encoder(boxes=64 * torch.rand(b * q, 4))
+    dense = dense.unflatten(0, (b, q))
+    image_embeddings = torch.randn(b, 128, 4, 4)
+    shared, repeated = (
+        sam.mask_decoder(
+            image_embeddings=image_embeddings,
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse.unflatten(0, (b, q)),
+            dense_prompt_embeddings=some,
+            multimask_output=True,
+        )
+        for some in (dense[:, :1], dense)
+    )
+    for ours, expected in zip(shared, repeated):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("multimask_output", [False, True], ids=["single", "multi"])
 @pytest.mark.parametrize("with_masks", [False, True], ids=["boxes", "boxes+masks"])
 @torch.no_grad()

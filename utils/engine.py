@@ -76,7 +76,7 @@ def train_one_epoch(
     """
     parts: tuple[str, ...] = distributed.unwrap(model).LOSSES  # type: ignore[assignment]
     model.train()
-    totals = _StepSums(parts, precision.device).sums if progress.sums is None else progress.sums.to(precision.device)
+    totals = torch.zeros(len(parts) + 1, dtype=torch.float64) if progress.sums is None else progress.sums.cpu()
     done, epoch = progress.steps * grad_acc_steps, progress.epoch
     end = done + len(loader)
     bar = tqdm(loader, f"epoch {epoch}", end, leave=False, disable=not distributed.is_main(), unit="step", initial=done)
@@ -148,7 +148,8 @@ class _StepSums:
 
     def reduce(self, where: str, *, stop: bool) -> bool:
         """Sum over the processes; whether any of them gave `stop`. All of them fail where a loss is not finite."""
-        reduced = distributed.all_reduce_sum(torch.cat([self.sums, self.sums.new_tensor([stop])]))
+        # To the host once: all else that is asked of the sums in this step does not wait for a card.
+        reduced = distributed.all_reduce_sum(torch.cat([self.sums, self.sums.new_tensor([stop])])).cpu()
         self.sums, stops = reduced[:-1], reduced[-1]
         if not bool(self.sums.isfinite().all()):
             bad = [name for name, finite in zip(self.names, torch.cat(self.finite).tolist()) if not finite]
@@ -191,7 +192,8 @@ def _normalise_gradients(
     scaler.unscale_(optimizer)
     parameters = [p for p in model.parameters() if p.grad is not None]
     # DDP has averaged over the processes; the sum is wanted.
-    torch._foreach_mul_([p.grad for p in parameters], distributed.world_size() / max(num_samples, 1))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, distributed.world_size() / max(num_samples, 1))
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm or float("inf"))
     # With the fp16 scaler an overflow is expected now and then: it skips the step and lowers its scale.
     if not scaler.is_enabled() and not bool(norm.isfinite()):

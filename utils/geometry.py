@@ -45,11 +45,9 @@ def resize_image(image: np.ndarray, image_size: int, resize_mode: str) -> np.nda
     # Area averaging keeps thin things (poles, lane marks) when shrinking, but is no interpolation when a side grows.
     shrinks = height <= image.shape[0] and width <= image.shape[1]
     resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    if resized.shape == (image_size, image_size, 3):  # no padding: painting it would take longer than all the rest
-        return resized
     frame = np.empty((image_size, image_size, 3), dtype=np.uint8)
-    frame[:] = PAD_COLOR
     frame[:height, :width] = resized
+    frame[height:] = frame[:, width:] = PAD_COLOR  # painting all of it would take longer than all the rest
     return frame
 
 

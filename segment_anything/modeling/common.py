@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class PixelUpscaling(nn.ConvTranspose2d):
         return F.linear(x, weight, self.bias.repeat(4)).unflatten(-1, (4, -1))
 
 
-def pixels_to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
+def pixels_to_map(x: Tensor, size: Sequence[int]) -> Tensor:
     """... x HW x 4 x 4 of pixels upscaled twice, HW being H x W = `size` -> ... x 4H x 4W."""
     h, w = size
     *leading, _, _, _ = x.shape
