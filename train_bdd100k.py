@@ -46,7 +46,7 @@ from utils.dataset import (
     TrainingSampler,
 )
 from utils.embedding_cache import DTYPES, Binding, prepare_cache
-from utils.engine import evaluate, evaluation_loader, train_one_epoch
+from utils.engine import evaluate, evaluation_loader, settle_gradient_order, train_one_epoch
 from utils.errors import UserError
 from utils.metrics import mean_iou
 from utils.model import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
@@ -221,6 +221,7 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     use_caches(args, segmenter, info, precision, [dataset, *([val_loader.dataset] if val_loader else [])])
     loader = training_loader(args, dataset, precision)
     steps_per_epoch = math.ceil(len(loader) / args.grad_acc_steps)
+    settle_gradient_order(model, dataset, precision)
     stepping = build_stepping(args, segmenter, precision, steps_per_epoch)
     run = Run(
         work_dir=args.work_dir,

@@ -197,11 +197,14 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
 
 
 def fill(disk: Path, *, leave: int) -> Path:
-    """Write a file that leaves so many bytes of the disk free."""
+    """Write a file until the disk is full, and then give back so many bytes."""
     path = disk / "filler"
-    stat = os.statvfs(disk)
-    with open(path, "wb") as file:
-        file.write(bytes(stat.f_bavail * stat.f_frsize - leave))
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(2**14)):
+                pass
+        except OSError:
+            file.truncate(max(file.tell() - leave, 0))
     return path
 
 
@@ -279,36 +282,40 @@ def assert_same_end(work_dir: Path, other: Path) -> None:
 
 
 def survive_kills(
-    make: Callable[[], Job], work_dir: Path, *, kills: int, rng: random.Random, longest: float
+    make: Callable[[], Job], work_dir: Path, *, kills: int, rng: random.Random, start: float, window: float
 ) -> dict[str, Any]:
     """Start a job, kill it at a random moment, and again, until it has been killed so often; then let it end.
 
-    Every third kill waits from its moment on until a `latest` is being written, and hits inside of it.
+    By turns, the moment is drawn from a start, from training, and from training and then put off until a `latest` is
+    being written.
 
     Args:
-        longest: seconds from a start of which the moments are drawn.
+        start: seconds that a start takes, and
+        window: of training, to draw from. As many of these as there are kills must not be all of the training.
 
     Returns:
-        Figures: kills, and of them those inside checkpoint writing and before the first step; reads of checkpoints;
-        the optimizer steps done when it was killed.
+        Figures: kills, and of them those before training and inside checkpoint writing; reads of checkpoints meanwhile;
+        the optimizer steps saved at each kill.
     """
-    figures: dict[str, Any] = {"kills": 0, "while_writing": 0, "while_starting": 0, "steps": []}
+    figures: dict[str, Any] = {"kills": 0, "before_training": 0, "while_writing": 0, "saved_steps": []}
     reader = Reader(work_dir)
     reader.start()
     while figures["kills"] < kills:
-        job = make()
+        job, begun, turn = make(), time.monotonic(), figures["kills"] % 3
         with running(job):
-            begun, moment = time.monotonic(), rng.uniform(0, longest)
-            job.wait_until(partial(_has_come, begun + moment))
-            if figures["kills"] % 3 == 2:
+            if turn:
+                job.wait_until(lambda job=job: "run folder:" in job.said)  # type: ignore[misc]
+                begun = time.monotonic()
+            job.wait_until(partial(_has_come, begun + rng.uniform(0, window if turn else start)))
+            if turn == 2:
                 job.wait_until(lambda: is_writing(work_dir))
                 time.sleep(rng.uniform(0, 0.02))
             job.kill()
         figures["kills"] += 1
         figures["while_writing"] += is_writing(work_dir)
-        figures["while_starting"] += "run folder:" not in job.said
+        figures["before_training"] += "run folder:" not in job.said
         reader.read_all()
-        figures["steps"].append(steps_of(work_dir))
+        figures["saved_steps"].append(steps_of(work_dir))
     make().succeed()
     reader.read_all()
     reader.end()
@@ -346,18 +353,22 @@ def main() -> None:
             return Job([*prefix, *training(folder, folder / work_dir, *flags, *more)], folder / f"{work_dir}.log")
 
         begun = time.monotonic()
-        run("undisturbed").succeed()
-        undisturbed = time.monotonic() - begun
+        undisturbed = run("undisturbed")
+        undisturbed.wait_until(lambda: "run folder:" in undisturbed.said)
+        start = time.monotonic() - begun
+        undisturbed.succeed()
+        training_seconds = time.monotonic() - begun - start
         figures = survive_kills(
             lambda: run("killed", "--save_every_steps", 1, "--resume", "auto"),
             folder / "killed",
             kills=args.kills,
             rng=rng,
-            longest=undisturbed / 3,
+            start=start,
+            window=training_seconds / args.kills,
         )
         assert_same_end(folder / "killed", folder / "undisturbed")
         total = steps_of(folder / "undisturbed")
-        seconds = {"undisturbed_seconds": round(undisturbed), "seconds": round(time.monotonic() - begun)}
+        seconds = {"undisturbed_seconds": round(start + training_seconds), "seconds": round(time.monotonic() - begun)}
         figures |= {"all_steps": total, "bitwise_equal": True, "processes": args.processes, **seconds}
         print(json.dumps(figures))
 

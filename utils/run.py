@@ -266,8 +266,8 @@ class Run:
             if "DataLoader worker" not in str(error):
                 raise
             # It is raised in a signal's handler, so that a step may be half done.
-            raise UserError(f"{' '.join(str(error).split())} If it was for lack of memory, lower -num_workers"
-                            f"{self._after_failing()}") from error
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"{reason}: if it was for lack of memory, lower -num_workers{self._after_failing()}") from error
 
     def _how_to_go_on(self) -> str:
         if distributed.local_rank() != 0:  # one for each machine
