@@ -78,7 +78,7 @@ def launcher(processes: int, *flags: object) -> list[str]:
 
 # Importing PyTorch is most of a start: jobs are forked from a process that has done so, which has no threads yet.
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["train_bdd100k", "torch.distributed.run"])
+_forks.set_forkserver_preload(["train_bdd100k", "torch.distributed.launcher.api"])
 
 
 def _be(words: list[str], log: Path, environment: dict[str, str]) -> None:

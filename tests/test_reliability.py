@@ -32,6 +32,7 @@ from utils import checkpoint
 
 # Seven images in groups of two: four optimizer steps an epoch, the last of a single image.
 FLAGS = ["-num_epochs", 3, "-lr", "1e-3"]
+PAIR = [*FLAGS, "--grad_acc_steps", 1]  # of two processes
 SINGLE = [*FLAGS, "--grad_acc_steps", 2]
 SAVING = ["--save_every_steps", 1, "--resume", "auto"]
 
@@ -53,7 +54,7 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed_pair(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of two processes."""
     folder = tmp_path_factory.mktemp("pair")
-    Job([*launcher(2), *training(inputs, folder / "work", *FLAGS)], folder / "log").succeed()
+    Job([*launcher(2), *training(inputs, folder / "work", *PAIR)], folder / "log").succeed()
     return folder / "work"
 
 
@@ -182,7 +183,7 @@ def test_a_loader_process_that_is_killed(inputs: Path, tmp_path: Path) -> None:
 
 def test_killed_workers_are_replaced_by_the_launcher(inputs: Path, undisturbed_pair: Path, tmp_path: Path) -> None:
     job = Job(
-        [*launcher(2, "--max_restarts=2"), *training(inputs, tmp_path / "work", *FLAGS, *SAVING)], tmp_path / "log"
+        [*launcher(2, "--max_restarts=2"), *training(inputs, tmp_path / "work", *PAIR, *SAVING)], tmp_path / "log"
     )
     with running(job):
         for rank in (0, 1):
@@ -199,7 +200,7 @@ def test_a_data_file_that_goes_is_told_by_one_of_two_processes(
     inputs: Path, undisturbed_pair: Path, tmp_path: Path
 ) -> None:
     """And the main process saves the state, though it was another one that failed."""
-    job = Job([*launcher(2), *training(inputs, tmp_path / "work", *FLAGS)], tmp_path / "log")
+    job = Job([*launcher(2), *training(inputs, tmp_path / "work", *PAIR)], tmp_path / "log")
     moved = {}
     try:
         with running(job):
@@ -219,7 +220,7 @@ def test_a_lost_machine(inputs: Path, undisturbed_pair: Path, tmp_path: Path) ->
 
     def start(attempt: int) -> list[Job]:
         flags = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-        words = training(inputs, tmp_path / "work", *FLAGS, *SAVING)
+        words = training(inputs, tmp_path / "work", *PAIR, *SAVING)
         return [
             Job([*launcher(1, *flags, f"--node_rank={node}"), *words], tmp_path / f"log{attempt}{node}")
             for node in (0, 1)

@@ -118,12 +118,12 @@ def _wait_for_turn(error: UserError | None) -> None:
     """Under a launcher, let the process speak alone that knows most: once it ends, the launcher ends the others.
 
     That is the first of a machine where all of them met the same, and whoever met the cause where others only lost it.
-    The times are what a launcher needs to notice (a tenth of a second) many times over.
+    What it needs to notice is a tenth of a second, and a process some to end; on a machine with much other work, more.
     """
     if "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(3)
+        time.sleep(10)
     if isinstance(error, LostPeerError):
-        time.sleep(6)
+        time.sleep(10)
 
 
 def _message(error: UserError) -> str:

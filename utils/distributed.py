@@ -52,7 +52,12 @@ def setup(
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, init_method=init_method, rank=int(os.environ["RANK"]), world_size=actual)
+        store, number, size = next(dist.rendezvous(init_method, int(os.environ["RANK"]), actual))
+        # On a single machine torchrun keeps its store when it starts workers again: they would find the addresses of
+        # those that are gone. Launchers of several machines do not count alike, and make a new one if told to (c10d).
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size)
     except (ValueError, RuntimeError) as error:  # a variable is missing, no such method, nobody answers
         reason = " ".join(str(error).split())
         raise UserError(f"the processes cannot meet by --init_method {init_method} ({reason}); leave that flag out and "

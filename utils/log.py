@@ -37,9 +37,6 @@ class RunLogger:
         self.folder = folder
         self.history = list(history)
         self._warned = False
-        with atomic_write(folder / CONFIG) as file:
-            file.write((json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode())
-        self._write_log()
         self._writer = _tensorboard_writer(folder, first_epoch=len(history)) if tensorboard else None
         try:
             self._wandb = _wandb_run(folder, config) if wandb else None
@@ -48,6 +45,9 @@ class RunLogger:
                 raise
             self._warn(str(error))  # a resumed run has begun with it, and must not end for want of it
             self._wandb = None
+        with atomic_write(folder / CONFIG) as file:
+            file.write((json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode())
+        self._write_log()
 
     def log_epoch(self, record: dict[str, Any]) -> None:
         """Record an epoch; `record["epoch"]` is its number, from 0. TensorBoard and W&B may fail, with a warning.

@@ -267,7 +267,8 @@ class Run:
                 raise
             # It is raised in a signal's handler, so that a step may be half done.
             reason = " ".join(str(error).split()).rstrip(".")
-            raise UserError(f"{reason}: if it was for lack of memory, lower -num_workers{self._after_failing()}") from error
+            advice = "if it was for lack of memory, lower -num_workers"
+            raise UserError(f"{reason}: {advice}{self._after_failing()}") from error
 
     def _how_to_go_on(self) -> str:
         if distributed.local_rank() != 0:  # one for each machine
