@@ -144,7 +144,7 @@ def test_gradients_are_communicated_once_an_optimizer_step(
 
     def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
         events.append((bucket.index(), [id(parameter) for parameter in bucket.parameters()]))
-        return default_hooks.allreduce_hook(None, bucket)
+        return default_hooks.allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
     def wrap(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
         wrapped: Any = real_wrap(model, device)
