@@ -1,11 +1,12 @@
 """What each part of the semantic mode is worth: the rows of docs/RESULTS.md, one row a run.
 
     python -m benchmarks.semantic --data data/camvid_npy --sam_checkpoint work_dir/SAM/sam_vit_tiny_camvid.pth \\
-        --row default --seed 0
+        --row default probe --seed 0 1 2
 
 A row is the product's own decoder, loss and optimizer with one thing changed. As the encoder is frozen, each image and
-its mirror image are encoded once, and rows train on these features in memory; `everything` alone runs the encoder in
-each step. The last epoch is scored on the split `val`, in the S x S frame. The result is one line of JSON.
+its mirror image are encoded once, and all rows and seeds train on these features in memory; `everything` alone runs the
+encoder in each step. The last epoch is scored on the split `val`, in the S x S frame. Each row and seed gives one line
+of JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ class LinearProbe(SemanticSegmenter):
 
     def __init__(self, sam: Sam) -> None:
         dim = sam.prompt_encoder.embed_dim
-        super().__init__(sam)
+        super().__init__(sam, feature_blocks=[])
         sam.mask_decoder = nn.Conv2d(dim, NUM_CLASSES, kernel_size=1)  # type: ignore[assignment]
 
     def forward(self, features: Features) -> tuple[Tensor]:
@@ -60,7 +62,7 @@ class PlainTokens(SemanticSegmenter):
     """SAM's decoder with a token and a hypernetwork for each class, and nothing else added."""
 
     def __init__(self, sam: Sam) -> None:
-        super().__init__(sam)
+        super().__init__(sam, feature_blocks=[])
         decoder: Any = self.mask_decoder
         for name in ("stem", "detail_upscaling", "feature_norms"):
             delattr(decoder, name)
@@ -163,30 +165,37 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Split:
-    """N images in V views each, as [view * N + image]; features in float16."""
+    """N images, each followed after N places by its mirror image; features in float16."""
 
-    images: Tensor  # VN x 3 x S x S uint8
-    labels: Tensor  # VN x S x S uint8
-    features: list[Tensor]  # each VN x C x H x W
+    images: Tensor  # 2N x 3 x S x S uint8
+    labels: Tensor  # 2N x S x S uint8
+    features: list[Tensor]  # 2N x C x H x W each: image_embeddings, and the outputs of all of the encoder's blocks
     num_images: int
 
-    def batch(self, indexes: Tensor) -> Features:
-        return tuple(feature[indexes].float() for feature in self.features)
+    def batch(self, indexes: Tensor, segmenter: Segmenter) -> Features:
+        """What `segmenter` takes of some images."""
+        maps = [0, *(1 + block for block in getattr(segmenter, "feature_blocks", []))]
+        return tuple(self.features[i][indexes].float() for i in maps)
 
 
-def load_split(source: NpyFolder, segmenter: Segmenter, *, mirror: bool, encode: bool) -> Split:
+def load_split(source: NpyFolder, sam: Sam) -> Split:
     arrays = [source.read(i) for i in range(len(source.items))]
     images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in arrays])
     labels = torch.stack([torch.from_numpy(label) for _, label in arrays])
     if images.dtype != torch.uint8:
         raise UserError(f"{source.folder}: preprocess with --image_dtype uint8 for this benchmark")
-    if mirror:
-        images, labels = torch.cat([images, images.flip(-1)]), torch.cat([labels, labels.flip(-1)])
+    images, labels = torch.cat([images, images.flip(-1)]), torch.cat([labels, labels.flip(-1)])
+    return Split(images, labels, encode(images, sam, desc=f"encoding {source.folder.name}"), len(arrays))
+
+
+@torch.no_grad()
+def encode(images: Tensor, sam: Sam, desc: str) -> list[Tensor]:
+    blocks = range(len(sam.image_encoder.blocks))
     pieces = []
-    if encode:
-        for some in tqdm(images.split(8), desc=f"encoding {source.folder.name}", unit="batch", leave=False):
-            pieces.append([feature.half() for feature in segmenter.encode(some)])
-    return Split(images, labels, [torch.cat(feature) for feature in zip(*pieces)], len(arrays))
+    for some in tqdm(images.split(8), desc=desc, unit="batch", leave=False):
+        embeddings, features = sam.image_encoder.forward_features(sam.preprocess(some.float()), blocks)
+        pieces.append([feature.half() for feature in (embeddings, *features)])
+    return [torch.cat(feature) for feature in zip(*pieces)]
 
 
 def box_prompts(labels: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -213,7 +222,7 @@ def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_siz
     total = steps_per_epoch * epochs
     scheduler = build_scheduler(optimizer, "cosine", total_steps=total, warmup_steps=steps_per_epoch)
     parameters = [p for group in groups for p in group["params"]]
-    num_views = len(data.labels) // data.num_images
+    num_views = 2 if row.mirror else 1
     segmenter.train()
     mean = 0.0
     progress = tqdm(range(epochs), desc=row.change, unit="epoch")
@@ -228,7 +237,7 @@ def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_siz
             if row.encoder_lr:
                 features = segmenter._encode(segmenter.sam.preprocess(data.images[indexes].float()))
             else:
-                features = data.batch(indexes)
+                features = data.batch(indexes, segmenter)
             outputs = segmenter(features, *(batch[key] for key in segmenter.PROMPTS))
             parts = segmenter.losses(outputs, batch)
             loss = (torch.stack(list(parts.values())).sum(dim=0) * batch["valid"]).sum() / batch["valid"].sum()
@@ -245,11 +254,11 @@ def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_siz
 
 @torch.no_grad()
 def score(segmenter: Segmenter, data: Split) -> Tensor:
-    """The confusion matrix over a split, with oracle boxes in boxed mode."""
+    """The confusion matrix over a split's images, with oracle boxes in boxed mode."""
     segmenter.eval()
     confusion = ConfusionMatrix()
-    for i, label in enumerate(data.labels):
-        features = data.batch(torch.tensor([i]))
+    for i, label in enumerate(data.labels[: data.num_images]):
+        features = data.batch(torch.tensor([i]), segmenter)
         class_ids, prompts = torch.arange(NUM_CLASSES), []
         if segmenter.PROMPTS:
             present, boxes = class_boxes(label.numpy())
@@ -265,44 +274,57 @@ def get_args_parser() -> cli.Parser:
     flag("data", type=Path, required=True, help="output of pre_bdd100k.py with train and val, as uint8")
     flag("sam_checkpoint", type=Path, required=True, help="a vit_tiny SAM")
     rows = "; ".join(f"{name}: {row.change}" for name, row in ROWS.items())
-    flag("row", choices=list(ROWS), default="default", help=rows)
+    rows = "; ".join(f"{name}: {row.change}" for name, row in ROWS.items())
+    flag("row", choices=list(ROWS), nargs="+", default=["default"], help=rows)
     flag("epochs", type=cli.positive_int, default=30, help="passes over the data")
     flag("batch_size", type=cli.positive_int, default=8, help="images a step")
-    flag("seed", type=cli.non_negative_int, default=0, help="of weights and order")
+    flag("seed", type=cli.non_negative_int, nargs="+", default=[0], help="of weights and order")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    row = ROWS[args.row]
-    train_source, val_source = NpyFolder(args.data / "train"), NpyFolder(args.data / "val")
-    torch.manual_seed(args.seed)
-    try:
-        sam = build_sam_vit_tiny(args.sam_checkpoint, image_size=train_source.image_size)
-    except CheckpointError as error:
-        raise UserError(str(error)) from None
-    segmenter = row.build(sam)
+    sources = {name: NpyFolder(args.data / name) for name in ("train", "val")}
+
+    def build_sam() -> Sam:
+        try:
+            return build_sam_vit_tiny(args.sam_checkpoint, image_size=sources["train"].image_size)
+        except CheckpointError as error:
+            raise UserError(str(error)) from None
+
+    splits = {name: load_split(source, build_sam()) for name, source in sources.items()}
+    pixels = sources["train"].class_pixels()
+    for seed, name in product(args.seed, args.row):
+        torch.manual_seed(seed)
+        segmenter = ROWS[name].build(build_sam())
+        result = measure(segmenter, ROWS[name], splits, pixels, args.epochs, args.batch_size, seed)
+        about = {"data": args.data.name, "threads": torch.get_num_threads()}
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        print(json.dumps({"row": name, **result, **about, "versions": versions}), flush=True)
+
+
+def measure(
+    segmenter: Segmenter, row: Row, splits: dict[str, Split], pixels: Tensor, epochs: int, batch_size: int, seed: int
+) -> dict[str, Any]:
+    """Train and score one row with one seed."""
     if isinstance(segmenter, SemanticSegmenter) and row.balanced:
-        segmenter.balance_classes(train_source.class_pixels())
-    data = load_split(train_source, segmenter, mirror=row.mirror, encode=not row.encoder_lr)
+        segmenter.balance_classes(pixels)
     started = time.monotonic()
-    loss = train(segmenter, data, row, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
+    loss = train(segmenter, splits["train"], row, epochs=epochs, batch_size=batch_size, seed=seed)
     seconds = time.monotonic() - started
-    matrix = score(segmenter, load_split(val_source, segmenter, mirror=False, encode=True))
-    result: dict[str, Any] = {
-        "row": args.row,
+    val = splits["val"]
+    if row.encoder_lr:
+        val = replace(val, features=encode(val.images, segmenter.sam, desc="encoding anew"))
+    matrix = score(segmenter, val)
+    return {
         "change": row.change,
-        "seed": args.seed,
-        "epochs": args.epochs,
+        "seed": seed,
+        "epochs": epochs,
         "miou": round(mean_iou(matrix), 4),
         "train_loss": round(loss, 4),
         "trained_parameters": sum(p.numel() for p in segmenter.parameters() if p.requires_grad),
         "seconds": round(seconds),
         "iou": [None if iou != iou else round(iou, 4) for iou in iou_per_class(matrix).tolist()],
-        "data": args.data.name,
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -89,6 +89,18 @@ def test_predict_gives_the_same_maps_for_any_batch_size(mode: str, sam_file: Pat
         assert not any((labels == IGNORE_LABEL).any() for labels in one)  # every pixel is some class
 
 
+def test_many_boxes_are_decoded_as_each_by_itself(sam_file: Path, npy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
+    image = torch.from_numpy(NpyFolder(npy / "val").read_image(0))[None]
+    boxes = torch.tensor([[i, i, i + 20, i + 30] for i in range(7)], dtype=torch.float32)
+    batch = {"image": image, "class_ids": [torch.arange(7)], "boxes": [boxes]}
+    (together,) = predict(model, batch, CPU)
+    monkeypatch.setattr("utils.prediction.MAX_PROMPTS", 3)
+    (in_turn,) = predict(model, batch, CPU)
+    assert together.low_res_masks.shape == in_turn.low_res_masks.shape == (7, IMAGE_SIZE // 4, IMAGE_SIZE // 4)
+    assert torch.allclose(in_turn.low_res_masks, together.low_res_masks, rtol=1e-4, atol=1e-4)
+
+
 def test_an_image_without_labelled_pixels_is_no_class_and_counts_nowhere(sam_file: Path, tmp_path: Path) -> None:
     model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
     rng = np.random.default_rng(0)

@@ -68,10 +68,13 @@ def features_of(model: Segmenter, batch: dict[str, Any], precision: Precision) -
     return model.encode(precision.images(batch))
 
 
+MAX_PROMPTS = 64  # boxes decoded at once; a detector's hundreds would take GBs at 1024 x 1024
+
+
 @torch.no_grad()
 def predict(model: Segmenter, batch: dict[str, Any], precision: Precision) -> list[Prediction]:
     """Segment the images of a batch: encoded together; then decoded together, or, as images differ in their number of
-    boxes, all boxes of an image in one call.
+    boxes, each image's boxes by themselves, up to MAX_PROMPTS in one call.
 
     Args:
         batch: "image", B x S x S x 3, or "features" in its place, and in box mode lists of B "class_ids" (K int64) and
@@ -85,11 +88,10 @@ def predict(model: Segmenter, batch: dict[str, Any], precision: Precision) -> li
             return [Prediction(masks, class_ids, model.THRESHOLD) for masks in model(features)[0]]
     predictions = []
     for i in range(len(features[0])):
-        prompts = [precision.to_device(batch[key][i])[None].float() for key in model.PROMPTS]
+        feature = tuple(feature[i : i + 1] for feature in features)
+        prompts = [precision.to_device(batch[key][i])[None].float().split(MAX_PROMPTS, dim=1) for key in model.PROMPTS]
         class_ids = precision.to_device(batch["class_ids"][i])
-        low_res_masks = features[0].new_empty(0)
-        if len(class_ids):
-            with precision.autocast():
-                low_res_masks = model(tuple(feature[i : i + 1] for feature in features), *prompts)[0][0]
-        predictions.append(Prediction(low_res_masks, class_ids, model.THRESHOLD))
+        with precision.autocast():
+            masks = [model(feature, *some)[0][0] for some in zip(*prompts)] if len(class_ids) else [features[0][:0]]
+        predictions.append(Prediction(torch.cat(masks), class_ids, model.THRESHOLD))
     return predictions

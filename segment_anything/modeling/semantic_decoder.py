@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segment_anything.modeling.common import MLP, LayerNorm2d
+from segment_anything.modeling.common import MLP, LayerNorm2d, MLPBlock
 from segment_anything.modeling.mask_decoder import MaskDecoder
 
 
@@ -100,12 +100,13 @@ class ConvBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.spatial = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
-        self.norm = LayerNorm2d(channels)
-        self.lin1 = nn.Conv2d(channels, 4 * channels, kernel_size=1)
-        self.lin2 = nn.Conv2d(4 * channels, channels, kernel_size=1)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.mlp = MLPBlock(channels, 4 * channels, nn.GELU)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.lin2(F.gelu(self.lin1(self.norm(self.spatial(x)))))
+        # Channels last, as linear layers are faster than convolutions of one pixel.
+        y = self.mlp(self.norm(self.spatial(x).permute(0, 2, 3, 1)))
+        return x + y.permute(0, 3, 1, 2)
 
 
 class ClassMLPs(nn.Module):
