@@ -123,7 +123,7 @@ def _wait_for_turn(error: UserError | None) -> None:
     if "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
     if isinstance(error, LostPeerError):
-        time.sleep(10)
+        time.sleep(5)
 
 
 def _message(error: UserError) -> str:

@@ -90,7 +90,7 @@ def telling_lost_peers() -> Iterator[None]:
         if world_size() == 1 or not (isinstance(error, dist.DistError) or _LOST.search(reason)):
             raise
         raise LostPeerError(f"process {rank()} of {world_size()} lost the connection to another one, which has ended: "
-                            "see what that one or its machine says") from error
+                            f"see what that one or its machine says ({reason.split('. ')[0]})") from error
 
 
 # How gloo words it, and the name that errors of NCCL have in their text.
