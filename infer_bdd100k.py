@@ -86,11 +86,11 @@ def main(args: argparse.Namespace) -> int:
         amp_dtype=args.amp_dtype,
     )
     distributed.setup(requested=False, world_size=None, node_rank=None, init_method="env://", device=precision.device)
-    try:
-        with telling_out_of_memory("lower --batch_size, add -use_amp, or preprocess at a smaller --image_size"):
-            return evaluate_split(args, precision) if args.images is None else segment_pictures(args, precision)
-    finally:
-        distributed.cleanup()
+    advice = "lower --batch_size, add -use_amp, or preprocess at a smaller --image_size"
+    with distributed.telling_lost_peers(), telling_out_of_memory(advice):
+        status = evaluate_split(args, precision) if args.images is None else segment_pictures(args, precision)
+    distributed.cleanup()
+    return status
 
 
 def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:

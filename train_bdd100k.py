@@ -40,7 +40,7 @@ from utils.checkpoint import ModelInfo
 from utils.data import evaluation_loader, training_dataset, training_loader, use_caches, validation_dataset
 from utils.dataset import EvaluationDataset, NpyFolder, TrainingDataset
 from utils.embedding_cache import DTYPES
-from utils.engine import evaluate, train_one_epoch
+from utils.engine import evaluate, settle_gradient_order, train_one_epoch
 from utils.metrics import mean_iou
 from utils.model import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
 from utils.optim import SCHEDULES, build_optimizer, build_scheduler
@@ -52,7 +52,7 @@ from utils.precision import (
     resolve_precision,
     telling_out_of_memory,
 )
-from utils.run import Latest, Run, find_latest, read_latest
+from utils.run import AUTO, FinishedError, Latest, Run, find_latest, read_latest
 
 # What a resumed run must share with its beginning, by the names that the user knows.
 KEPT_ON_RESUME = {
@@ -200,18 +200,25 @@ def main(args: argparse.Namespace) -> None:
         init_method=args.init_method,
         device=precision.device,
     )
-    try:
-        with telling_out_of_memory(MEMORY_ADVICE):
-            train(args, precision)
-    finally:
-        distributed.cleanup()
+    with distributed.telling_lost_peers(), telling_out_of_memory(MEMORY_ADVICE):
+        train(args, precision)
+    distributed.cleanup()
 
 
 def train(args: argparse.Namespace, precision: Precision) -> None:
     torch.manual_seed(args.seed)
     effective_batch_size = args.batch_size * args.grad_acc_steps * distributed.world_size()
     config = {**vars(args), "effective_batch_size": effective_batch_size}
-    latest = latest_of(args, config)  # first, as it is the smallest file
+    try:
+        # First, as it is the smallest file. Other machines need not have it.
+        latest = distributed.on_main(lambda: latest_of(args, config))
+    except FinishedError as finished:
+        if args.resume != AUTO:
+            raise
+        # Who starts a job again without knowing how far it came is told, and not that it failed.
+        if distributed.is_main():
+            print(finished)
+        return
     dataset, val_dataset = load_data(args)
     segmenter, info = load_model(args, dataset.source, precision)
     model = distributed.wrap(segmenter, precision.device)
@@ -223,6 +230,7 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     loader = training_loader(dataset, **loading, seed=args.seed, precision=precision)
     val_loader = val_dataset and evaluation_loader(val_dataset, **loading, precision=precision)
     steps_per_epoch = math.ceil(len(loader) / args.grad_acc_steps)
+    settle_gradient_order(model, dataset, precision)
     stepping = build_stepping(args, segmenter, precision, steps_per_epoch)
     run = Run(
         work_dir=args.work_dir,
@@ -241,7 +249,7 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     if distributed.is_main():
         announce(args, segmenter, precision, run, num_images=len(dataset), steps_per_epoch=steps_per_epoch)
 
-    with run.stop.deferred():
+    with run.stop.deferred(), run.saving_on_failure():
         for epoch in range(len(run.history), args.num_epochs):
             progress = run.progress  # of a run that was stopped inside an epoch, not at its beginning
             dataset.set_epoch(epoch)

@@ -32,7 +32,7 @@ from utils import cli
 from utils.bdd100k import NUM_CLASSES
 from utils.checkpoint import ModelInfo
 from utils.dataset import BoxPromptDataset, NpyFolder, TrainingSampler
-from utils.embedding_cache import Binding, prepare_cache
+from utils.embedding_cache import Binding, Request, prepare_caches
 from utils.engine import Progress, train_one_epoch
 from utils.manifest import Manifest, ManifestItem
 from utils.model import BoxSegmenter, Features
@@ -154,13 +154,12 @@ def cached_dataset(folder: Path, source: NpyFolder, sam: Sam) -> BoxPromptDatase
     info = ModelInfo("random", source.image_size, source.resize_mode, "0" * 64, "box")
     precision = PRECISIONS["float32"]
     dataset = BoxPromptDataset(source, classes_per_image=1, bbox_shift=20, seed=0)
-    dataset.cache = prepare_cache(
+    (dataset.cache,) = prepare_caches(
         str(folder / "cache"),
-        source,
+        [Request(source, num_views=1, passes=EPOCHS)],
         segmenter,
         precision,
         Binding.of(segmenter, info, precision, "float16"),
-        num_views=1,
         batch_size=4,
         num_workers=0,
     )

@@ -42,7 +42,7 @@ from utils.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_late
 from utils.compare import format_comparison, read_results
 from utils.dataset import NpyFolder
 from utils.detections import read_detections
-from utils.embedding_cache import Binding, prepare_cache
+from utils.embedding_cache import Binding, Request, prepare_caches
 from utils.errors import UserError, printable
 from utils.manifest import Manifest, ManifestItem
 from utils.model import BoxSegmenter
@@ -315,8 +315,9 @@ def _model_targets(folder: Path, split: Path, model: BoxSegmenter) -> dict[str, 
     binding = Binding.of(model, info, precision, "float16")
 
     def prepare() -> None:
-        cache = prepare_cache(str(folder / "cache"), source, model, precision, binding, num_views=1, batch_size=1,
-                              num_workers=0)  # fmt: skip
+        requests = [Request(source, 1, 1)]
+        (cache,) = prepare_caches(str(folder / "cache"), requests, model, precision, binding, batch_size=1,
+                                  num_workers=0)  # fmt: skip
         assert cache is not None and cache.read(0)[0].shape == (16, SIZE // 16, SIZE // 16)
 
     with contextlib.redirect_stdout(io.StringIO()):

@@ -17,7 +17,7 @@ import pre_bdd100k
 import train_bdd100k
 from utils import cli
 from utils.dataset import BoxPromptDataset, NpyFolder
-from utils.errors import UserError
+from utils.errors import LostPeerError, UserError
 
 REQUIRED: dict[ModuleType, list[str]] = {
     pre_bdd100k: ["--bdd100k_root", "data"],
@@ -279,6 +279,34 @@ def test_run_says_what_to_do_after_ctrl_c(
         raise interrupt
 
     assert exit_of(main, capfd) == (130, said)
+
+
+@pytest.mark.parametrize(
+    ("environment", "error", "waits"),
+    [
+        ({}, UserError, 0),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, UserError, 0),
+        ({"RANK": "3", "LOCAL_RANK": "1"}, UserError, 1),  # the first of the machine may have met it too
+        ({"RANK": "0", "LOCAL_RANK": "0"}, LostPeerError, 1),  # the launcher knows about the other one, or nobody does
+        ({"RANK": "1", "LOCAL_RANK": "1"}, LostPeerError, 2),
+    ],
+)
+def test_of_several_processes_the_one_speaks_that_knows_most(
+    environment: dict[str, str], error: type[UserError], waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+
+    def fail() -> None:
+        raise error("gone")
+
+    with pytest.raises(SystemExit):
+        cli.run(fail)  # type: ignore[arg-type]
+    assert len(slept) == waits
 
 
 def test_run_keeps_the_traceback_of_a_bug() -> None:

@@ -1,6 +1,6 @@
 """Several processes on the CPU, by either launcher, against one process that saw the same images.
 
-Starting a process costs seconds, so that two launches serve all the tests here.
+Starting a process costs seconds, so that few launches serve all the tests here.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import train_bdd100k
-from utils import checkpoint, distributed
+from utils import checkpoint, distributed, engine
+from utils.errors import UserError
 
 REPOSITORY = Path(train_bdd100k.__file__).parent
 
@@ -34,15 +36,15 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def launch(sam_file: Path, npy: Path) -> Launch:
-    """A function that trains in `work_dir` in two processes of a launcher module, and returns the run's folder."""
+    """A function that trains in `work_dir` in processes of a launcher module, and returns the run's folder."""
 
-    def launch(launcher: str, work_dir: Path, *flags: object) -> Path:
-        command = [sys.executable, "-m", launcher, "--nproc_per_node=2", f"--master_port={free_port()}"]
+    def launch(launcher: str, work_dir: Path, *flags: object, processes: int = 2) -> Path:
+        command = [sys.executable, "-m", launcher, f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
         data = ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", work_dir]
         words = [*command, REPOSITORY / "train_bdd100k.py", *data, "--device", "cpu", "-num_workers", 0, *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests" / "quick_start")}
         done = subprocess.run(
-            [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=240
+            [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Best model:") == 1  # only the first process speaks
@@ -61,8 +63,8 @@ def flat(state: dict[str, Tensor]) -> Tensor:
     return torch.cat([value.flatten().double() for value in state.values()])
 
 
-# Seven images in batches of one divide by none of this: each epoch's second step is three images and a filler.
-COMMON = ["-batch_size", 1, "-num_epochs", 2, "--classes_per_image", 2, "-lr", "5e-5"]
+# 20 steps. Seven images in batches of one divide by none of this: each epoch's second step is three and a filler.
+COMMON = ["-batch_size", 1, "-num_epochs", 10, "--classes_per_image", 2, "-lr", "5e-5"]
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +75,23 @@ def two_by_two(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
+def four_by_one(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work_dir = tmp_path_factory.mktemp("4x1")
+    return launch("torch.distributed.run", work_dir, *COMMON, "--grad_acc_steps", 1, processes=4)
+
+
+@pytest.fixture(scope="module")
 def one_by_four(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("1x4"), *COMMON, "--grad_acc_steps", 4)
 
 
-def test_two_processes_give_the_weights_of_one(two_by_two: Path, one_by_four: Path, sam_file: Path) -> None:
+@pytest.mark.parametrize("layout", ["two_by_two", "four_by_one"])
+def test_several_processes_give_the_weights_of_one(
+    layout: str, one_by_four: Path, sam_file: Path, request: pytest.FixtureRequest
+) -> None:
     several, single = (
-        flat(checkpoint.load_checkpoint(folder / checkpoint.LATEST)["model"]) for folder in (two_by_two, one_by_four)
+        flat(checkpoint.load_checkpoint(folder / checkpoint.LATEST)["model"])
+        for folder in (request.getfixturevalue(layout), one_by_four)
     )
     start = torch.load(sam_file, weights_only=True)
     before = flat({key: value for key, value in start.items() if key.startswith("mask_decoder.")})
@@ -87,12 +99,12 @@ def test_two_processes_give_the_weights_of_one(two_by_two: Path, one_by_four: Pa
     print(f"relative to the weights {difference / single.norm().item():.1e}, to their change {difference / change:.1e}")
     assert difference < 1e-5 * single.norm().item()
     # Adam turns the rounding of vanishing gradients into steps, so that of the change it is a larger part.
-    assert difference < 1e-3 * change
+    assert difference < 1e-2 * change
 
 
 def test_two_processes_log_what_one_does(two_by_two: Path, one_by_four: Path) -> None:
     several, single = log_of(two_by_two), log_of(one_by_four)
-    assert [record["epoch"] for record in several] == [0, 1]  # each line once
+    assert [record["epoch"] for record in several] == list(range(10))  # each line once
     for ours, theirs in zip(several, single):
         assert ours["optimizer_steps"] == theirs["optimizer_steps"] == 2
         for key in ("train_loss", "dice", "bce", "iou"):
@@ -129,23 +141,75 @@ def test_two_processes_write_the_cache_that_one_reads(
     assert (states[0] - states[1]).norm() < 1e-5 * states[1].norm()
 
 
-def test_buffers_are_broadcast_once_an_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def group_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a launcher of a single process says; DDP is then at work as in any group."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    yield
+    distributed.cleanup()
+
+
+def test_gradients_are_communicated_once_an_optimizer_step(
+    group_of_one: None, train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Any] = []
+
+    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+        events.append((bucket.index(), [id(parameter) for parameter in bucket.parameters()]))
+        return default_hooks.allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+    def wrap(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        wrapped: Any = real_wrap(model, device)
+        wrapped.register_comm_hook(None, hook)
+        return wrapped
+
+    def step(*args: Any) -> bool:
+        events.append("step")
+        return real_step(*args)
+
+    real_wrap, real_step = distributed.wrap, engine._step
+    monkeypatch.setattr(distributed, "wrap", wrap)
+    monkeypatch.setattr(engine, "_step", step)
+    train(tmp_path, "-batch_size", 1, "--grad_acc_steps", 3, "-num_epochs", 2)  # groups of 3, 3 and 1 images
+
+    buckets: list[list[Any]] = [[]]
+    for event in events:
+        if event == "step":
+            buckets.append([])
+        else:
+            buckets[-1].append(event)
+    assert len(buckets) == 7 and not buckets[-1]
+    settled = buckets[1]  # before the first step there was the pass that settles their layout too
+    assert sorted(index for index, _ in settled) == list(range(len(settled)))
+    parameters = [parameter for _, some in settled for parameter in some]
+    assert len(parameters) == len(set(parameters)) > 100
+    assert buckets[0][-len(settled):] == settled  # so that a run that is resumed sums in the same order
+    assert all(group == settled for group in buckets[1:-1])
+
+
+def test_buffers_are_broadcast_once_an_optimizer_step(group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     distributed.setup(requested=True, world_size=1, node_rank=None, init_method="env://", device=cpu)
-    try:
-        module = torch.nn.Linear(2, 1)
-        module.register_buffer("constant", torch.ones(1))
-        model = distributed.wrap(module, cpu)
-        steps: list[int] = []
-        broadcasts: list[int] = []
-        monkeypatch.setattr(model, "_sync_buffers", lambda: broadcasts.append(steps[-1]))
-        for step in range(6):
-            steps.append(step)
-            with distributed.sync_gradients(model, enabled=step % 3 == 2):
-                model(torch.ones(1, 2)).sum().backward()
-    finally:
-        distributed.cleanup()
+    module = torch.nn.Linear(2, 1)
+    module.register_buffer("constant", torch.ones(1))
+    model = distributed.wrap(module, cpu)
+    steps: list[int] = []
+    broadcasts: list[int] = []
+    monkeypatch.setattr(model, "_sync_buffers", lambda: broadcasts.append(steps[-1]))
+    for step in range(6):
+        steps.append(step)
+        with distributed.sync_gradients(model, enabled=step % 3 == 2):
+            model(torch.ones(1, 2)).sum().backward()
     assert broadcasts == [0, 3]
+
+
+def test_what_fails_in_the_main_process_fails_everywhere(group_of_one: None) -> None:
+    def fail() -> None:
+        raise UserError("no room")
+
+    distributed.setup(requested=True, world_size=1, node_rank=None, init_method="env://", device=torch.device("cpu"))
+    assert distributed.on_main(lambda: {"a": torch.ones(2)})["a"].sum() == 2
+    with pytest.raises(UserError, match="no room"):
+        distributed.on_main(fail)

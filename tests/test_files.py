@@ -1,5 +1,6 @@
 """Files that are whole or absent."""
 
+import os
 import tracemalloc
 import warnings
 
@@ -28,6 +29,39 @@ def test_atomic_write_leaves_no_trace_of_a_failure(tmp_path, error):
         file.write(b"half of the n")
         raise error
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_earlier_versions_stay(tmp_path, monkeypatch, hard_links):
+    path = tmp_path / "a.pth"
+    was_there = []
+    replace = os.replace
+
+    def replace_and_look(source, target):
+        replace(source, target)
+        was_there.append(path.exists())
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr("os.replace", replace_and_look)
+    if not hard_links:
+        monkeypatch.setattr("os.link", refuse)
+    for version in range(4):
+        with atomic_write(path, keep=2) as file:
+            file.write(b"%d" % version)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert kept == {"a.pth": b"3", "a.1.pth": b"2", "a.2.pth": b"1"}
+    assert all(was_there) == hard_links  # with them, there is a file of that name at all times
+
+
+def test_a_kill_between_two_renames_leaves_no_trace_in_the_next_version(tmp_path):
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"old")
+    os.link(path, tmp_path / "a.1.pth")  # the new one was not yet given its name
+    with atomic_write(path, keep=1) as file:
+        file.write(b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.pth": b"new", "a.1.pth": b"old"}
 
 
 def test_what_cannot_be_written_is_told_in_one_line(tmp_path):

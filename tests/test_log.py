@@ -144,3 +144,38 @@ def test_a_package_that_is_not_installed(
         logger(tmp_path, tensorboard=asked == "tensorboard", wandb=asked == "wandb")
     assert str(error.value) == said
     assert not list(tmp_path.iterdir())
+
+
+def test_what_wandb_or_tensorboard_cannot_take_is_told_once_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Lost(FakeWandb):
+        def log(self, scalars: dict[str, float], step: int) -> None:
+            raise BrokenPipeError("the service\nis gone")
+
+        def finish(self) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setitem(sys.modules, "wandb", Lost())
+    log = logger(tmp_path, wandb=True, tensorboard=True)
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(log._writer, "add_scalar", full)
+    for epoch in range(2):
+        log.log_epoch(record(epoch))
+    log.close()
+    assert lines(tmp_path) == [record(0), record(1)]
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1 and "failed (No space left on device); training goes on" in said
+
+
+def test_a_resumed_run_goes_on_without_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(refusal="no network"))
+    log = logger(tmp_path, [record(0)], wandb=True)
+    assert "no network" in capsys.readouterr().err
+    log.log_epoch(record(1))
+    assert lines(tmp_path) == [record(0), record(1)]

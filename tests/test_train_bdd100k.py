@@ -202,6 +202,16 @@ def test_going_on_inside_an_epoch_with_the_batch_cut_otherwise(
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
 
 
+def test_a_finished_run_is_no_error_to_who_starts_it_again(
+    train: Train, run_copy: Path, npy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in run_copy.iterdir()}
+    flags = ["-task_name", "Drawn", "--val_npy_path", npy / "val", "-lr", "1e-3", "--resume", "auto"]
+    assert train(run_copy.parent, "-num_epochs", 2, *flags) == run_copy
+    assert "latest.pth: already trained for 2 epochs; raise -num_epochs to go on" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in run_copy.iterdir()} == before
+
+
 def test_resuming_with_the_scaler_newly_enabled(train: Train, run_copy: Path, npy: Path) -> None:
     # As someone would whose memory ran out without -use_amp.
     flags = ["--val_npy_path", npy / "val", "-lr", "1e-3", "-use_amp", "--amp_dtype", "fp16"]

@@ -7,10 +7,11 @@ import io
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from utils.errors import Interrupted, UserError, printable
+from utils.errors import Interrupted, LostPeerError, UserError, printable
 from utils.manifest import MAX_IMAGE_SIZE
 from utils.memory import keep_freed_memory
 
@@ -36,6 +37,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         # One line, without the usage block that would push it off the screen.
+        _wait_for_turn(None)
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
@@ -102,6 +104,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     try:
         status = main() or 0
     except UserError as error:
+        _wait_for_turn(error)
         print(f"error: {printable(_message(error))}", file=sys.stderr)
         status = 1
     except Interrupted as interrupt:
@@ -115,6 +118,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     sys.exit(status)
+
+
+def _wait_for_turn(error: UserError | None) -> None:
+    """Under a launcher, let the process speak alone that knows most: once it ends, the launcher ends the others.
+
+    That is the first of a machine where all of them met the same, and whoever met the cause where others only lost it.
+    What it needs to notice is a tenth of a second, and a process some to end; on a machine with much other work, more.
+    """
+    if "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)
+    if isinstance(error, LostPeerError):
+        time.sleep(5)
 
 
 def _message(error: UserError) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import UserError
+from utils.errors import LostPeerError, UserError
+
+Result = TypeVar("Result")
 
 LAUNCH_HINT = "python -m torch.distributed.launch --nproc_per_node=4 train_bdd100k.py ... --world_size 4 --distributed"
 
@@ -48,7 +52,12 @@ def setup(
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, init_method=init_method, rank=int(os.environ["RANK"]), world_size=actual)
+        store, number, size = next(dist.rendezvous(init_method, int(os.environ["RANK"]), actual))
+        # On a single machine torchrun keeps its store when it starts workers again: they would find the addresses of
+        # those that are gone. Launchers of several machines do not count alike, and make a new one if told to (c10d).
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size)
     except (ValueError, RuntimeError) as error:  # a variable is missing, no such method, nobody answers
         reason = " ".join(str(error).split())
         raise UserError(f"the processes cannot meet by --init_method {init_method} ({reason}); leave that flag out and "
@@ -60,8 +69,32 @@ def _launched() -> bool:
 
 
 def cleanup() -> None:
+    """Leave the group, at the end of what went well: after a failure, NCCL might wait for processes that are gone."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def telling_lost_peers() -> Iterator[None]:
+    """A context in which the end of another process, which a collective meets, is one line and no traceback.
+
+    gloo meets it at once. NCCL may raise an error, end this process by its watchdog, or wait for the launcher's signal.
+
+    Raises:
+        LostPeerError: another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # a DDP backward pass raises no narrower type
+        reason = " ".join(str(error).split())
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or _LOST.search(reason)):
+            raise
+        raise LostPeerError(f"process {rank()} of {world_size()} lost the connection to another one, which has ended: "
+                            f"see what that one or its machine says ({reason.split('. ')[0]})") from error
+
+
+# How gloo words it, and the name that errors of NCCL have in their text.
+_LOST = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed|gloo|NCCL")
 
 
 def rank() -> int:
@@ -104,8 +137,32 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any) -> Any:
-    """The main process's value, everywhere."""
-    return all_gather(value)[0]
+    """The main process's value (a picklable object), everywhere."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def on_main(function: Callable[[], Result]) -> Result:
+    """What `function`, called in the main process alone, returns (a picklable object), everywhere.
+
+    Raises:
+        UserError: that of the main process, everywhere, so that nobody waits for a process that has stopped.
+    """
+    if not dist.is_initialized():
+        return function()
+    outcome: Any = None
+    if is_main():
+        try:
+            outcome = function()
+        except UserError as error:
+            outcome = error
+    outcome = broadcast(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 # 修改点 10: 使用 DDP 包装模型（只同步可训练的 Mask Decoder 参数）

@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -157,11 +157,12 @@ def prepare_caches(
     # All processes must come to the same end, so that the main one looks.
     if distributed.broadcast(is_auto and not root.exists()) and all(r.passes <= r.num_views for r in requests):
         return nothing
-    message = _on_main(lambda: _open_folder(root, binding, requests))
-    if message and not is_auto:
-        raise UserError(message)
-    if message:
-        _say(f"{message}; going on without a cache")
+    try:
+        distributed.on_main(lambda: _open_folder(root, binding, requests))
+    except UserError as error:
+        if not is_auto:
+            raise
+        _say(f"{error}; going on without a cache")
         return nothing
     with _alone(root):
         writer = _Writer(root, segmenter, precision, binding, batch_size, num_workers, is_auto)
@@ -171,17 +172,6 @@ def prepare_caches(
 def _say(message: str) -> None:
     if distributed.is_main():
         print(message, flush=True)
-
-
-def _on_main(action: Callable[[], None]) -> str | None:
-    """Run on the main process; its `UserError`'s message, everywhere, so that nobody waits for who has stopped."""
-    message = None
-    if distributed.is_main():
-        try:
-            action()
-        except UserError as error:
-            message = str(error)
-    return distributed.broadcast(message)
 
 
 def _open_folder(root: Path, binding: Binding, requests: list[Request]) -> None:
@@ -291,16 +281,15 @@ class _Writer:
         if num_pending and self.is_auto and num_pending * request.num_views >= len(source.items) * request.passes:
             return None
         if num_pending:
-            refusal = _on_main(lambda: self._announce(folder, request, num_pending))
-            if refusal and not self.is_auto:
-                raise UserError(refusal)
-            if refusal:
-                _say(f"{refusal}; going on without a cache")
+            try:
+                distributed.on_main(lambda: self._announce(folder, request, num_pending))
+            except UserError as error:
+                if not self.is_auto:
+                    raise
+                _say(f"{error}; going on without a cache")
                 return None
             if self.reduces and self.reduction is None:
-                refusal = _on_main(lambda: self._fit(source))
-                if refusal:
-                    raise UserError(refusal)
+                distributed.on_main(lambda: self._fit(source))
                 self._read_reduction()
             self._write(folder, request, pending)
             distributed.all_gather(None)  # nobody reads before all have written

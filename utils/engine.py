@@ -9,10 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from utils import distributed
+from utils.dataset import FILLER, TrainingDataset
 from utils.errors import UserError
 from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter
@@ -109,6 +110,21 @@ def train_one_epoch(
         "optimizer_steps": progress.steps - progress.skipped_steps,
         "skipped_steps": progress.skipped_steps,
     }
+
+
+def settle_gradient_order(model: nn.Module, dataset: TrainingDataset, precision: Precision) -> None:
+    """Where there are several processes, a pass over no image, which changes nothing that is trained.
+
+    DDP lays its gradients out anew after its first pass, and of three processes or more, the layout decides how a sum
+    is rounded: a resumed run would differ from one that went on.
+    """
+    if distributed.unwrap(model) is model:
+        return
+    model.train()
+    batch = default_collate([dataset[FILLER]])
+    nothing = _StepSums(distributed.unwrap(model).LOSSES, precision.device)  # type: ignore[arg-type]
+    _forward_backward(model, batch, nothing, precision.grad_scaler(), precision)
+    model.zero_grad(set_to_none=True)
 
 
 def _forward_backward(

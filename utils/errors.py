@@ -11,6 +11,14 @@ class UserError(Exception):
     """
 
 
+class LostPeerError(UserError):
+    """Another process of the job has ended, which cut off a collective; that process knows the reason."""
+
+
+class NotSavedError(UserError):
+    """A file of the run cannot be written."""
+
+
 class Interrupted(KeyboardInterrupt):
     """The process was asked to stop and has saved its work; the exit status is 128 + `signal_number`."""
 

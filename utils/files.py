@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,8 +28,8 @@ def atomic_write(path: Path, *, keep: int = 0) -> Iterator[BinaryIO]:
     exception the temporary file is removed and `path` is left as it was.
 
     Args:
-        keep: so many earlier versions stay, `<stem>.1<suffix>` the last of them. Who is killed between the two renames
-            leaves no file of the name itself, and the versions before it whole.
+        keep: so many earlier versions stay, `<stem>.1<suffix>` the last of them. On a file system without hard links,
+            who is killed between the two renames leaves no file of the name itself, and the versions before it whole.
 
     Raises:
         UserError: the file cannot be written (disk full, no permission, no such folder).
@@ -41,13 +42,35 @@ def atomic_write(path: Path, *, keep: int = 0) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         for number in range(keep, 0, -1):
             with suppress(FileNotFoundError):
-                os.replace(earlier(path, number - 1), earlier(path, number))
+                _give_up_name(earlier(path, number - 1), earlier(path, number))
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}{_room(path, error)})") from error
     finally:
         with suppress(OSError):  # it was renamed, or never made
             temporary.unlink()
+
+
+def _give_up_name(path: Path, name: Path) -> None:
+    """Rename, but for that `path` stays until it is replaced, if there are hard links."""
+    link = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    try:
+        os.link(path, link)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        os.replace(path, name)
+    else:
+        os.replace(link, name)
+        link.unlink(missing_ok=True)  # which is still there where both were one file, as after a kill
+
+
+def _room(path: Path, error: OSError) -> str:
+    """Which disk it is that has no room, if that is the error."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    disk = next((folder for folder in path.absolute().parents if folder.is_mount()), path.parent)
+    return f": the disk at {disk} has {shutil.disk_usage(disk).free / 2**20:.1f} MiB free; make room there"
 
 
 def earlier(path: Path, number: int) -> Path:

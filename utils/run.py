@@ -19,13 +19,17 @@ from torch import Tensor
 from utils import checkpoint, distributed
 from utils.checkpoint import BEST, LATEST, ModelInfo
 from utils.engine import Progress
-from utils.errors import UserError
+from utils.errors import LostPeerError, NotSavedError, UserError
 from utils.files import remove_temporaries
 from utils.log import CONFIG, RunLogger
 from utils.model import Segmenter
 from utils.stopping import StopSignals
 
 AUTO = Path("auto")  # as --resume
+
+
+class FinishedError(UserError):
+    """The run that is to be gone on with has its epochs already."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Latest:
 
 
 def find_latest(resume: Path, work_dir: Path, task_name: str) -> Path | None:
-    """The file that `--resume` means, the same in all processes.
+    """The file that `--resume` means.
 
     Args:
         resume: a run's folder, of which it is the newest `latest` that can be read, with a warning if that is an
@@ -51,10 +55,6 @@ def find_latest(resume: Path, work_dir: Path, task_name: str) -> Path | None:
     Raises:
         UserError: there is a `latest`, or a run's folder, but none that can be read.
     """
-    return distributed.broadcast(_find_latest(resume, work_dir, task_name) if distributed.is_main() else None)
-
-
-def _find_latest(resume: Path, work_dir: Path, task_name: str) -> Path | None:
     if resume != AUTO:
         return _newest_good(resume) if resume.is_dir() else resume
     pattern = re.compile(re.escape(task_name) + r"-\d{8}-\d{4}(-\d+)?")
@@ -104,7 +104,8 @@ def read_latest(
         choose_by_miou: as of `Run`.
 
     Raises:
-        UserError: `path` is nothing, of a run that began with other settings, or of one that has its epochs already.
+        UserError: `path` is nothing, or of a run that began with other settings; a `FinishedError`, of one that has its
+            epochs already.
     """
     state = checkpoint.load_checkpoint(path)
     if "run_state" not in state:
@@ -117,7 +118,7 @@ def read_latest(
             raise UserError(f"{name} is {now}, but {path} began with {then}; give it so, or start a new run")
     latest = Latest(path, state)
     if len(latest.history) >= num_epochs:
-        raise UserError(f"{path}: already trained for {len(latest.history)} epochs; raise -num_epochs to go on")
+        raise FinishedError(f"{path}: already trained for {len(latest.history)} epochs; raise -num_epochs to go on")
     if any("val_miou" in record for record in latest.history) and not choose_by_miou:
         raise UserError(f"{path}: its best model was chosen by mIoU; give --val_npy_path again, or start a new run")
     return latest
@@ -191,12 +192,14 @@ class Run:
             if distributed.is_main():
                 remove_temporaries(self.folder)
         else:
-            self.folder = distributed.broadcast(_new_folder(work_dir, task_name) if distributed.is_main() else None)
+            self.folder = distributed.on_main(lambda: _new_folder(work_dir, task_name))
         self.logger = (
             RunLogger(self.folder, history=self.history, config=self.config, tensorboard=tensorboard, wandb=wandb)
             if distributed.is_main()
             else None
         )
+        self._rngs = distributed.all_gather(self._rng())
+        self._saved = self._position if latest else None  # what is in `latest`
 
     def _resume(self, latest: Latest) -> None:
         state, run_state = latest.state, latest.state["run_state"]
@@ -241,24 +244,61 @@ class Run:
         with self.stop.at_once(self._how_to_go_on()):
             yield
 
+    @contextmanager
+    def saving_on_failure(self) -> Iterator[None]:
+        """A context of training in which a failure costs no more than the step that it came in.
+
+        All that raises a `UserError` there leaves weights, moments and progress as the last step left them. Another
+        process that ends is no exception, as its part of the state, an RNG that no step draws from, is at hand.
+
+        Raises:
+            UserError: the failure, with the way to go on.
+            Interrupted: another process ended, and the launcher, which knows about it, wants this one to end too.
+        """
+        try:
+            with distributed.telling_lost_peers():
+                yield
+        except NotSavedError:
+            raise
+        except UserError as error:
+            if self.logger and self._position != (self._saved or (0, 0)):
+                self._write_latest()
+            if isinstance(error, LostPeerError) and self.stop.signalled:
+                raise self.stop.interrupt("") from None
+            raise type(error)(f"{str(error).rstrip()}{self._after_failing()}") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            # It is raised in a signal's handler, so that a step may be half done.
+            reason = " ".join(str(error).split()).rstrip(".")
+            advice = "if it was for lack of memory, lower -num_workers"
+            raise UserError(f"{reason}: {advice}{self._after_failing()}") from error
+
     def _how_to_go_on(self) -> str:
-        if not distributed.is_main():
+        if distributed.local_rank() != 0:  # one for each machine
             return ""
+        cause = "" if self.stop.requested else "another process was asked to stop, or its launcher has ended; "
         where = f"epoch {self.progress.epoch}, after {self.progress.steps} optimizer steps"
-        return f"run the same command with --resume {self.folder} to go on in {where}"
+        return f"{cause}run the same command with --resume {self.folder} to go on in {where}"
 
     def _save_latest(self) -> None:
         """Write `latest`; all processes take part, as each has an RNG."""
-        rngs = distributed.all_gather(self._rng())
-        if self.logger is None:
-            return
+        self._rngs = distributed.all_gather(self._rng())
+        distributed.on_main(self._write_latest)
+        self._saved = self._position
+
+    @property
+    def _position(self) -> tuple[int, int]:
+        return self.progress.epoch, self.progress.steps
+
+    def _write_latest(self) -> None:
         progress = self.progress
         state = {name: part.state_dict() for name, part in self.stateful.items()}
-        state |= {"rng": rngs, "history": self.history, "best_score": self.best_score}
+        state |= {"rng": self._rngs, "history": self.history, "best_score": self.best_score}
         sums = None if progress.sums is None else progress.sums.cpu()
         counts = {"steps": progress.steps, "skipped_steps": progress.skipped_steps}
         state["progress"] = {**counts, "sums": sums, "seconds": progress.seconds}
-        try:
+        with self._telling_what_is_saved():
             checkpoint.save_latest(
                 self.folder / LATEST,
                 self.model,
@@ -269,11 +309,17 @@ class Run:
                 run_state=state,
                 keep=self.keep_last,
             )
+        self._saved = self._position
+
+    @contextmanager
+    def _telling_what_is_saved(self) -> Iterator[None]:
+        try:
+            yield
         except UserError as error:
-            raise UserError(f"{error}{self._after_failing()}") from error
+            raise NotSavedError(f"{error}{self._after_failing()}") from error
 
     def _after_failing(self) -> str:
-        if not _versions(self.folder):
+        if not self._saved:
             return "; nothing was saved yet"
         return f"; what was saved before it is whole: mend that, and go on with --resume {self.folder}"
 
@@ -301,12 +347,11 @@ class Run:
         is_best = score > self.best_score
         if is_best:
             self.best_score = score
-            self._save_best(record)
         self.progress = Progress(record["epoch"] + 1)
-        self._save_latest()
+        distributed.on_main(lambda: self._write_epoch(record, is_best))
+        self._save_latest()  # last, as it says that the epoch is over: who is killed before it makes all of this again
         if self.logger is None:
             return
-        self.logger.log_epoch(record)
         miou = f", val mIoU {record['val_miou']:.4f}" if "val_miou" in record else ""
         skipped = f", {record['skipped_steps']} steps skipped (fp16 overflow)" if record.get("skipped_steps") else ""
         print(
@@ -315,14 +360,14 @@ class Run:
             flush=True,
         )
 
-    def _save_best(self, record: dict[str, Any]) -> None:
-        if self.logger is None:
-            return
-        metadata = {"epoch": record["epoch"], "metrics": record, "args": self.config}
-        try:
-            checkpoint.save_best(self.folder / BEST, self.model, self.info, **metadata)
-        except UserError as error:
-            raise UserError(f"{error}{self._after_failing()}") from error
+    def _write_epoch(self, record: dict[str, Any], is_best: bool) -> None:
+        """Write `best`, if this is it, and the logs."""
+        assert self.logger is not None, "the main process has one"
+        with self._telling_what_is_saved():
+            if is_best:
+                metadata = {"epoch": record["epoch"], "metrics": record, "args": self.config}
+                checkpoint.save_best(self.folder / BEST, self.model, self.info, **metadata)
+            self.logger.log_epoch(record)
 
     def finish(self) -> None:
         """Close the logs and say where everything is."""

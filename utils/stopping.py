@@ -32,6 +32,11 @@ class StopSignals:
     def requested(self) -> bool:
         return self._received is not None or (self._launcher is not None and os.getppid() != self._launcher)
 
+    @property
+    def signalled(self) -> bool:
+        """Whether it was by a signal."""
+        return self._received is not None
+
     def interrupt(self, message: str) -> Interrupted:
         """The exception to end with; SIGTERM where it was another process that was asked."""
         return Interrupted(message, self._received or signal.SIGTERM)

@@ -1,0 +1,377 @@
+"""Faults on purpose, through the real scripts: processes killed, machines lost, disks full, files damaged or gone.
+
+`tests/test_reliability.py` uses what is here for its short form. The long form is a command, of some minutes: one
+training run, killed with `kill -9` again and again, which must end with the weights of an undisturbed one, bit for bit:
+
+    python -m tests.faults --kills 20 [--seed 0] [--processes 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from segment_anything import build_sam_vit_tiny
+from tests.conftest import write_split
+from utils import checkpoint
+from utils.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SIZE = 64  # side of an image
+TIMEOUT = 240.0  # seconds after which a job counts as hung; the machine may have other work
+
+
+def write_inputs(folder: Path, *, num_images: int = 7, seed: int = 0) -> Path:
+    """Write "train", preprocessed images of noise with some classes each, and "sam.pth", a random `vit_tiny`."""
+    rng = np.random.default_rng(seed)
+    items = {}
+    for i in range(num_images):
+        labels = np.full((SIZE, SIZE), 255, dtype=np.uint8)
+        for class_id in rng.choice(19, size=3, replace=False):
+            y, x = rng.integers(0, SIZE - 16, size=2)
+            labels[y : y + 16, x : x + 16] = class_id
+        items[f"image{i}"] = (rng.integers(0, 256, size=(SIZE, SIZE, 3), dtype=np.uint8), labels)
+    write_split(folder / "train", items)
+    torch.manual_seed(seed)
+    torch.save(build_sam_vit_tiny(image_size=SIZE).state_dict(), folder / "sam.pth")
+    return folder
+
+
+def training(inputs: Path, work_dir: Path, *flags: object) -> list[str]:
+    """The words of a training run over `write_inputs`, after the interpreter's."""
+    words = [REPOSITORY / "train_bdd100k.py", "-i", inputs / "train", "-model_type", "vit_tiny", "-checkpoint",
+             inputs / "sam.pth", "-work_dir", work_dir, "-task_name", "Fault", "--device", "cpu", "-batch_size", 1,
+             "-num_workers", 0, *flags]  # fmt: skip
+    return [str(word) for word in words]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launcher(processes: int, *flags: object) -> list[str]:
+    """The words of torchrun, after the interpreter's, on a port of its own unless `flags` have one."""
+    port = [] if any("master_port" in str(flag) for flag in flags) else [f"--master_port={free_port()}"]
+    return ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *port, *(str(flag) for flag in flags)]
+
+
+# Importing PyTorch is most of a start: jobs are forked from a process that has done so, which has no threads yet.
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["train_bdd100k", "torch.distributed.launcher.api"])
+
+
+def _be(words: list[str], log: Path, environment: dict[str, str]) -> None:
+    """Become what `python <words>` would be, with stdout and stderr in a file."""
+    with open(log, "wb", buffering=0) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.environ |= environment
+    torch.set_num_threads(1)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+class Job:
+    """A script that runs, alone or under a launcher, and what it says."""
+
+    def __init__(self, words: list[str], log: Path, **environment: str) -> None:
+        """
+        Args:
+            words: after the interpreter's name.
+            log: where stdout and stderr go.
+        """
+        self.log = log
+        log.touch()
+        fast = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests" / "quick_start")}
+        self._process = _forks.Process(target=_be, args=(words, log, {**fast, **environment}))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid
+        return self._process.pid
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    @property
+    def is_over(self) -> bool:
+        return not self._process.is_alive()
+
+    def workers(self) -> list[int]:
+        """The processes that a launcher has started, in the order of ranks."""
+        return sorted(int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split())
+
+    def wait_until(self, is_so: Callable[[], Any], *, timeout: float = TIMEOUT) -> None:
+        """Wait for something that happens while the job runs."""
+        end = time.monotonic() + timeout
+        while not is_so():
+            assert not self.is_over, f"ended too soon: {self.said}"
+            assert time.monotonic() < end, f"waited in vain: {self.said}"
+            time.sleep(0.002)
+
+    def wait(self, timeout: float = TIMEOUT) -> int:
+        """Wait for the end; the exit status."""
+        self._process.join(timeout)
+        if not self.is_over:
+            self.kill()
+            raise AssertionError(f"hung: {self.said}")
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    def succeed(self, timeout: float = TIMEOUT) -> str:
+        """Wait for an end without error; what was said."""
+        status = self.wait(timeout)
+        assert status == 0, self.said
+        return self.said
+
+    def kill(self) -> None:
+        """`kill -9` of the process and, as when the power fails, of all that it has started."""
+        victims = [] if self.is_over else [self.pid, *self.workers()]
+        for pid in victims:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self._process.join()
+
+    def kill_alone(self) -> None:
+        """`kill -9` of the process only."""
+        self._process.kill()
+        self._process.join()
+
+
+@contextmanager
+def running(*jobs: Job) -> Iterator[None]:
+    """A context at the end of which nothing runs any more, whatever happened."""
+    try:
+        yield
+    finally:
+        for job in jobs:
+            job.kill()
+
+
+@contextmanager
+def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
+    """A file system of that size in memory, at `folder`.
+
+    Raises:
+        PermissionError: this user may not mount any.
+    """
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        raise PermissionError(f"no small disk can be mounted: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, *, leave: int) -> Path:
+    """Write a file until the disk is full, and then give back so many bytes."""
+    path = disk / "filler"
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(2**14)):
+                pass
+        except OSError:
+            file.truncate(max(file.tell() - leave, 0))
+    return path
+
+
+def checkpoints(work_dir: Path) -> list[Path]:
+    return sorted(work_dir.glob("*/medsam_model_*.pth"))
+
+
+def latest_of(work_dir: Path) -> Path | None:
+    """The newest `latest` of all runs."""
+    found = list(work_dir.glob("*/" + checkpoint.LATEST))
+    return max(found, key=lambda path: path.stat().st_mtime) if found else None
+
+
+def is_writing(work_dir: Path) -> bool:
+    """Whether a `latest` is just being written."""
+    return any(work_dir.glob(f"*/.{checkpoint.LATEST}.*.tmp"))
+
+
+class Reader(threading.Thread):
+    """Reads every checkpoint again and again, as someone would who evaluates a run while it trains."""
+
+    def __init__(self, work_dir: Path) -> None:
+        super().__init__(daemon=True)
+        self.work_dir = work_dir
+        self.reads = 0
+        self.failures: list[str] = []
+        self._ended = threading.Event()
+        self._seen: set[Path] = set()
+
+    def run(self) -> None:
+        while not self._ended.is_set():
+            self.read_all()
+            time.sleep(0.05)
+
+    def read_all(self) -> None:
+        self._seen |= {path for path in checkpoints(self.work_dir) if path.name == checkpoint.LATEST}
+        for path in {*checkpoints(self.work_dir), *self._seen}:  # `latest`, once there, must never be missing
+            try:
+                checkpoint.load_checkpoint(path)
+            except UserError as error:
+                self.failures.append(str(error))
+            self.reads += 1
+
+    def end(self) -> None:
+        self._ended.set()
+        self.join()
+
+
+def state_of(path: Path) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    """Weights, moments and RNGs of a `latest`; and the figures of its epochs, timings aside."""
+    payload = checkpoint.load_checkpoint(path)
+    state = payload["run_state"]
+    moments = [value for moment in state["optimizer"]["state"].values() for value in moment.values()]
+    rngs = [value for rng in state["rng"] for value in rng.values()]
+    return [*payload["model"].values(), *moments, *rngs], [without_times(record) for record in state["history"]]
+
+
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in ("seconds", "images_per_second")}
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """The figures of `log.jsonl`, timings aside."""
+    return [without_times(json.loads(line)) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_end(work_dir: Path, other: Path) -> None:
+    """The last runs of both ended with the same weights, moments, RNGs and figures, bit for bit."""
+    ours, theirs = latest_of(work_dir), latest_of(other)
+    assert ours and theirs
+    (tensors, figures), (expected, expected_figures) = state_of(ours), state_of(theirs)
+    assert len(tensors) == len(expected) and all(map(torch.equal, tensors, expected))
+    assert figures == expected_figures
+    assert log_of(ours.parent) == log_of(theirs.parent) == figures
+
+
+def survive_kills(
+    make: Callable[[], Job], work_dir: Path, *, kills: int, rng: random.Random, start: float, window: float
+) -> dict[str, Any]:
+    """Start a job, kill it at a random moment, and again, until it has been killed so often; then let it end.
+
+    By turns, the moment is drawn from a start, from training, and from training and then put off until a `latest` is
+    being written.
+
+    Args:
+        start: seconds that a start takes, and
+        window: of training, to draw from. As many of these as there are kills must not be all of the training.
+
+    Returns:
+        Figures: kills, and of them those before training and inside checkpoint writing; reads of checkpoints meanwhile;
+        the optimizer steps saved at each kill.
+    """
+    figures: dict[str, Any] = {"kills": 0, "before_training": 0, "while_writing": 0, "saved_steps": []}
+    reader = Reader(work_dir)
+    reader.start()
+    while figures["kills"] < kills:
+        job, begun, turn = make(), time.monotonic(), figures["kills"] % 3
+        with running(job):
+            if turn:
+                job.wait_until(lambda job=job: "run folder:" in job.said)  # type: ignore[misc]
+                begun = time.monotonic()
+            job.wait_until(partial(_has_come, begun + rng.uniform(0, window if turn else start)))
+            if turn == 2:
+                job.wait_until(lambda: is_writing(work_dir))
+                time.sleep(rng.uniform(0, 0.02))
+            job.kill()
+        figures["kills"] += 1
+        figures["while_writing"] += is_writing(work_dir)
+        figures["before_training"] += "run folder:" not in job.said
+        reader.read_all()
+        figures["saved_steps"].append(steps_of(work_dir))
+    make().succeed()
+    reader.read_all()
+    reader.end()
+    assert not reader.failures, reader.failures
+    return {**figures, "checkpoint_reads": reader.reads}
+
+
+def _has_come(moment: float) -> bool:
+    return time.monotonic() > moment
+
+
+def steps_of(work_dir: Path) -> int:
+    """Optimizer steps in the newest `latest`."""
+    path = latest_of(work_dir)
+    if path is None:
+        return 0
+    state = checkpoint.load_checkpoint(path)["run_state"]
+    return sum(record["optimizer_steps"] for record in state["history"]) + state["progress"]["steps"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=30)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_inputs(Path(name))
+        prefix = launcher(args.processes) if args.processes > 1 else []
+        flags = ["--grad_acc_steps", 2, "-num_epochs", args.epochs, "-lr", "1e-3"]
+
+        def run(work_dir: str, *more: object) -> Job:
+            return Job([*prefix, *training(folder, folder / work_dir, *flags, *more)], folder / f"{work_dir}.log")
+
+        begun = time.monotonic()
+        undisturbed = run("undisturbed")
+        undisturbed.wait_until(lambda: "run folder:" in undisturbed.said)
+        start = time.monotonic() - begun
+        undisturbed.succeed()
+        training_seconds = time.monotonic() - begun - start
+        figures = survive_kills(
+            lambda: run("killed", "--save_every_steps", 1, "--resume", "auto"),
+            folder / "killed",
+            kills=args.kills,
+            rng=rng,
+            start=start,
+            window=training_seconds / args.kills,
+        )
+        assert_same_end(folder / "killed", folder / "undisturbed")
+        total = steps_of(folder / "undisturbed")
+        seconds = {"undisturbed_seconds": round(start + training_seconds), "seconds": round(time.monotonic() - begun)}
+        figures |= {"all_steps": total, "bitwise_equal": True, "processes": args.processes, **seconds}
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

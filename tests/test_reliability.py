@@ -1,0 +1,240 @@
+"""Faults on purpose, through the real scripts: see `tests/faults.py`, and docs/RELIABILITY.md for what is promised."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.faults import (
+    Job,
+    assert_same_end,
+    checkpoints,
+    fill,
+    free_port,
+    is_writing,
+    latest_of,
+    launcher,
+    log_of,
+    running,
+    small_disk,
+    steps_of,
+    survive_kills,
+    training,
+    write_inputs,
+)
+from utils import checkpoint
+
+# Seven images in groups of two: four optimizer steps an epoch, the last of a single image.
+FLAGS = ["-num_epochs", 3, "-lr", "1e-3"]
+PAIR = [*FLAGS, "--grad_acc_steps", 1]  # of two processes
+SINGLE = [*FLAGS, "--grad_acc_steps", 2]
+SAVING = ["--save_every_steps", 1, "--resume", "auto"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `work_dir` of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    Job(training(inputs, folder / "work", *SINGLE), folder / "log").succeed()
+    return folder / "work"
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of two processes."""
+    folder = tmp_path_factory.mktemp("pair")
+    Job([*launcher(2), *training(inputs, folder / "work", *PAIR)], folder / "log").succeed()
+    return folder / "work"
+
+
+def error_in(said: str) -> str:
+    """The one line of what a job said that tells the user what went wrong; a launcher's own report is left out."""
+    said = said.split("torch/distributed/elastic")[0]
+    assert "Traceback" not in said, said
+    (line,) = [line for line in re.split(r"[\r\n]", said) if line.startswith(("error: ", "interrupted: "))]
+    return line
+
+
+def test_kills_at_random_moments(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    figures = survive_kills(
+        lambda: Job(training(inputs, tmp_path / "work", *SINGLE, *SAVING), tmp_path / "log"),
+        tmp_path / "work",
+        kills=6,
+        rng=random.Random(0),
+        start=0.5,
+        window=0.1,
+    )
+    assert figures["checkpoint_reads"] > 0 and figures["saved_steps"][-1] < 12
+    assert_same_end(tmp_path / "work", undisturbed)
+
+
+def test_the_same_seed_gives_the_same_figures(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    (run,) = undisturbed.iterdir()
+    for name, flags in {"again": ["-num_workers", 2], "other": ["--seed", 1]}.items():
+        Job(training(inputs, tmp_path / name, *SINGLE, *flags), tmp_path / "log").succeed()
+    (again,), (other,) = (list((tmp_path / name).iterdir()) for name in ("again", "other"))
+    assert log_of(again) == log_of(run) != log_of(other)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
+def test_a_damaged_latest_costs_what_came_after_the_one_before(
+    damage: str, inputs: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    words = training(inputs, tmp_path / "work", *SINGLE, *SAVING)
+    job = Job(words, tmp_path / "log")
+    with running(job):
+        job.wait_until(lambda: steps_of(tmp_path / "work") >= 2)
+    latest = latest_of(tmp_path / "work")
+    assert latest
+    content = bytearray(latest.read_bytes())
+    if damage == "gone":
+        latest.unlink()
+    elif damage == "truncated":
+        latest.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        latest.write_bytes(content)
+    said = Job(words, tmp_path / "log").succeed()
+    assert re.search(r"warning: .*latest\.pth.* going on from medsam_model_latest\.1\.pth", said)
+    assert_same_end(tmp_path / "work", undisturbed)
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_disk_that_takes_no_more(fault: str, inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    try:
+        with small_disk(tmp_path / "disk", 64) as disk:
+            words = training(inputs, disk / "work", *SINGLE, *SAVING)
+            job = Job(words, tmp_path / "log")
+            with running(job):
+                job.wait_until(lambda: steps_of(disk / "work") >= 1)
+                if fault == "full":
+                    filler = fill(disk, leave=2**20)
+                else:  # which the system refuses while a file is open for writing
+                    remount = ["mount", "-o", "remount,ro", str(disk)]
+                    job.wait_until(lambda: subprocess.run(remount, capture_output=True).returncode == 0)
+                assert job.wait() == 1
+            line = error_in(job.said)
+            assert f"{disk}/work/Fault-" in line and "--resume" in line and "saved before it is whole" in line
+            for path in checkpoints(disk / "work"):
+                checkpoint.load_checkpoint(path)
+            assert not is_writing(disk / "work")  # nothing half-written takes up the room
+            if fault == "full":
+                assert re.search(rf"No space left on device: the disk at {disk} has .* MiB free; make room there", line)
+                filler.unlink()
+            else:
+                assert "Read-only file system" in line
+                subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+            Job(words, tmp_path / "log").succeed()
+            assert_same_end(disk / "work", undisturbed)
+    except PermissionError as error:
+        pytest.skip(str(error))
+
+
+def test_a_full_disk_at_the_start(inputs: Path, tmp_path: Path) -> None:
+    try:
+        with small_disk(tmp_path / "disk", 1) as disk:
+            (disk / "work").mkdir()
+            fill(disk, leave=0)
+            job = Job(training(inputs, disk / "work", *SINGLE), tmp_path / "log")
+            assert job.wait() == 1
+            assert f"the disk at {disk} has 0.0 MiB free" in error_in(job.said)
+    except PermissionError as error:
+        pytest.skip(str(error))
+
+
+def test_a_data_file_that_goes_during_training(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    words = training(inputs, tmp_path / "work", *SINGLE)
+    victim, aside = inputs / "train" / "imgs" / "image3.npy", tmp_path / "aside.npy"
+    job = Job(words, tmp_path / "log")
+    try:
+        with running(job):
+            job.wait_until(lambda: "loss=" in job.said)
+            victim.rename(aside)
+            assert job.wait() == 1
+    finally:
+        aside.rename(victim)
+    line = error_in(job.said)
+    assert f"{victim}: became unreadable" in line and "--resume" in line
+    assert steps_of(tmp_path / "work") % 4 != 0  # saved inside an epoch, though nobody asked for that
+    Job([*words, "--resume", "auto"], tmp_path / "log").succeed()
+    assert_same_end(tmp_path / "work", undisturbed)
+
+
+def test_a_loader_process_that_is_killed(inputs: Path, tmp_path: Path) -> None:
+    job = Job(training(inputs, tmp_path / "work", *SINGLE, "-num_workers", 1), tmp_path / "log")
+    with running(job):
+        job.wait_until(lambda: "loss=" in job.said)
+        job.wait_until(job.workers)
+        os.kill(job.workers()[0], signal.SIGKILL)
+        assert job.wait() == 1
+    assert re.search(r"DataLoader worker .*: if it was for lack of memory, lower -num_workers", error_in(job.said))
+
+
+def test_killed_workers_are_replaced_by_the_launcher(inputs: Path, undisturbed_pair: Path, tmp_path: Path) -> None:
+    job = Job(
+        [*launcher(2, "--max_restarts=2"), *training(inputs, tmp_path / "work", *PAIR, *SAVING)], tmp_path / "log"
+    )
+    with running(job):
+        for rank in (0, 1):
+            before = steps_of(tmp_path / "work")
+            job.wait_until(lambda before=before: steps_of(tmp_path / "work") > before)  # type: ignore[misc]
+            os.kill(job.workers()[rank], signal.SIGKILL)
+        said = job.succeed()
+    assert said.count("going on at epoch") == 2 and "error: " not in said
+    assert len(list((tmp_path / "work").iterdir())) == 1
+    assert_same_end(tmp_path / "work", undisturbed_pair)
+
+
+def test_a_data_file_that_goes_is_told_by_one_of_two_processes(
+    inputs: Path, undisturbed_pair: Path, tmp_path: Path
+) -> None:
+    """And the main process saves the state, though it was another one that failed."""
+    job = Job([*launcher(2), *training(inputs, tmp_path / "work", *PAIR)], tmp_path / "log")
+    moved = {}
+    try:
+        with running(job):
+            job.wait_until(lambda: "loss=" in job.said)
+            for path in sorted((inputs / "train" / "imgs").iterdir()):
+                moved[path] = path.rename(tmp_path / path.name)
+            assert job.wait() == 1
+    finally:
+        for path, aside in moved.items():
+            aside.rename(path)
+    assert "became unreadable" in error_in(job.said)
+    assert steps_of(tmp_path / "work") > 0
+
+
+def test_a_lost_machine(inputs: Path, undisturbed_pair: Path, tmp_path: Path) -> None:
+    """Two launchers train together; one goes with all it started; the other ends; started again, both finish."""
+
+    def start(attempt: int) -> list[Job]:
+        flags = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+        words = training(inputs, tmp_path / "work", *PAIR, *SAVING)
+        return [
+            Job([*launcher(1, *flags, f"--node_rank={node}"), *words], tmp_path / f"log{attempt}{node}")
+            for node in (0, 1)
+        ]
+
+    here, other = start(0)
+    with running(here, other):
+        here.wait_until(lambda: steps_of(tmp_path / "work") >= 2)
+        other.kill()
+        assert here.wait() != 0
+    line = error_in(here.said)
+    assert "process 0 of 2 lost the connection to another one" in line and "--resume" in line
+    again = start(1)
+    with running(*again):
+        said = [job.succeed() for job in again]
+    assert "going on at epoch" in said[0]
+    assert_same_end(tmp_path / "work", undisturbed_pair)
