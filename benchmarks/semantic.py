@@ -3,10 +3,10 @@
     python -m benchmarks.semantic --data data/camvid_npy --sam_checkpoint work_dir/SAM/sam_vit_tiny_camvid.pth \\
         --row default probe --seed 0 1 2
 
-A row is the product's own decoder, loss and optimizer with one thing changed. As the encoder is frozen, each image and
-its mirror image are encoded once, and all rows and seeds train on these features in memory; `everything` alone runs the
-encoder in each step. The last epoch is scored on the split `val`, in the S x S frame. Each row and seed gives one line
-of JSON.
+A row is the product's own decoder, loss, augmentation and optimizer with one thing changed. As the encoder is frozen,
+each view of an image is encoded once, and all rows and seeds train on these features in memory; `everything` alone runs
+the encoder in each step. The last epoch is scored on the split `val`, in the S x S frame. Each row and seed gives one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -30,6 +30,7 @@ from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.modeling import Sam
 from segment_anything.modeling.common import pixels_to_map
 from utils import cli
+from utils.augment import AUGMENTATIONS, fixed_view
 from utils.bdd100k import NUM_CLASSES
 from utils.boxes import class_boxes, jitter_boxes
 from utils.dataset import NpyFolder
@@ -57,6 +58,13 @@ class LinearProbe(SemanticSegmenter):
     def forward(self, features: Features) -> tuple[Tensor]:
         probe: Any = self.mask_decoder
         return (probe(features[0]),)
+
+
+class PlainProbe(LinearProbe):
+    """The probe as probes are trained elsewhere: by cross-entropy alone."""
+
+    def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"ce": super().losses(outputs, batch)["ce"]}
 
 
 class PlainTokens(SemanticSegmenter):
@@ -133,7 +141,7 @@ class Row:
     change: str
     build: Callable[[Sam], Segmenter] = SemanticSegmenter
     lr: float = 1e-3
-    mirror: bool = True
+    num_views: int = AUGMENTATIONS["full"]  # of each image; see `utils.augment.fixed_view`
     balanced: bool = True
     encoder_lr: float = 0  # above 0, the encoder is trained too
 
@@ -141,6 +149,7 @@ class Row:
 ROWS = {
     "default": Row("as train_bdd100k.py --prompt_mode semantic trains it"),
     "probe": Row("baseline: a linear probe on the frozen embedding", LinearProbe, lr=1e-2),
+    "plain-probe": Row("baseline: the probe by unweighted cross-entropy alone", PlainProbe, lr=1e-2, balanced=False),
     "box": Row("baseline: the boxed mode, with oracle boxes", BoxSegmenter),
     "everything": Row("ceiling: the encoder is trained too, end to end", encoder_lr=3e-4),
     "plain-tokens": Row("no stem, no encoder blocks, no detail channels", PlainTokens),
@@ -153,7 +162,9 @@ ROWS = {
     "alike": Row("tokens start as SAM's, without noise", alike),
     "from-nothing": Row("tokens and hypernetworks start random", from_nothing),
     "unbalanced": Row("no class weights", balanced=False),
-    "no-mirror": Row("no mirror images", mirror=False),
+    "flip": Row("images and mirror images alone", num_views=2),
+    "no-augment": Row("images alone", num_views=1),
+    "more-views": Row("twice as many views", num_views=2 * AUGMENTATIONS["full"]),
     "lr-3e-4": Row("learning rate 3e-4", lr=3e-4),
     "lr-3e-3": Row("learning rate 3e-3", lr=3e-3),
     "coarse-loss": Row("the loss at every fourth pixel", CoarseLoss),
@@ -166,32 +177,41 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Split:
-    """N images, each followed after N places by its mirror image; features in float16."""
+    """N images in V views each, as [view * N + image]; features in float16."""
 
-    images: Tensor  # 2N x 3 x S x S uint8
-    labels: Tensor  # 2N x S x S uint8
-    features: list[Tensor]  # 2N x C x H x W each: image_embeddings, and the outputs of all of the encoder's blocks
+    images: Tensor  # VN x 3 x S x S uint8
+    labels: Tensor  # VN x S x S uint8
+    features: list[Tensor]  # VN x C x H x W each: image_embeddings, and the outputs of
+    blocks: list[int]
     num_images: int
 
     def batch(self, indexes: Tensor, segmenter: Segmenter) -> Features:
         """What `segmenter` takes of some images."""
-        maps = [0, *(1 + block for block in getattr(segmenter, "feature_blocks", []))]
+        maps = [0, *(1 + self.blocks.index(block) for block in blocks_of(segmenter))]
         return tuple(self.features[i][indexes].float() for i in maps)
 
 
-def load_split(source: NpyFolder, sam: Sam) -> Split:
-    arrays = [source.read(i) for i in range(len(source.items))]
-    images = torch.stack([torch.from_numpy(image).permute(2, 0, 1) for image, _ in arrays])
-    labels = torch.stack([torch.from_numpy(label) for _, label in arrays])
-    if images.dtype != torch.uint8:
-        raise UserError(f"{source.folder}: preprocess with --image_dtype uint8 for this benchmark")
-    images, labels = torch.cat([images, images.flip(-1)]), torch.cat([labels, labels.flip(-1)])
-    return Split(images, labels, encode(images, sam, desc=f"encoding {source.folder.name}"), len(arrays))
+def blocks_of(segmenter: Segmenter) -> Sequence[int]:
+    return getattr(segmenter, "feature_blocks", [])
+
+
+def load_split(source: NpyFolder, sam: Sam, blocks: list[int], num_views: int) -> Split:
+    images, labels = [], []
+    for view in range(num_views):
+        for i, item in enumerate(source.items):
+            image, label = source.read(i)
+            if image.dtype != np.uint8:
+                raise UserError(f"{source.folder}: preprocess with --image_dtype uint8 for this benchmark")
+            seen = fixed_view(item.name, view)
+            images.append(seen.image(image).permute(2, 0, 1))
+            labels.append(torch.from_numpy(seen.labels(label)))
+    stacked = torch.stack(images)
+    features = encode(stacked, sam, blocks, desc=f"encoding {source.folder.name}")
+    return Split(stacked, torch.stack(labels), features, blocks, len(source.items))
 
 
 @torch.no_grad()
-def encode(images: Tensor, sam: Sam, desc: str) -> list[Tensor]:
-    blocks = range(len(sam.image_encoder.blocks))
+def encode(images: Tensor, sam: Sam, blocks: list[int], desc: str) -> list[Tensor]:
     pieces = []
     for some in tqdm(images.split(8), desc=desc, unit="batch", leave=False):
         embeddings, features = sam.image_encoder.forward_features(sam.preprocess(some.float()), blocks)
@@ -223,14 +243,13 @@ def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_siz
     total = steps_per_epoch * epochs
     scheduler = build_scheduler(optimizer, "cosine", total_steps=total, warmup_steps=steps_per_epoch)
     parameters = [p for group in groups for p in group["params"]]
-    num_views = 2 if row.mirror else 1
     segmenter.train()
     mean = 0.0
     progress = tqdm(range(epochs), desc=row.change, unit="epoch")
     for _ in progress:
         losses = []
         for chosen in torch.from_numpy(rng.permutation(data.num_images)).split(batch_size):
-            view = torch.from_numpy(rng.integers(num_views, size=len(chosen)))
+            view = torch.from_numpy(rng.integers(row.num_views, size=len(chosen)))
             indexes = view * data.num_images + chosen
             batch = {"labels": data.labels[indexes], "valid": torch.ones(len(chosen), dtype=torch.bool)}
             if isinstance(segmenter, BoxSegmenter):
@@ -255,10 +274,10 @@ def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_siz
 
 @torch.no_grad()
 def score(segmenter: Segmenter, data: Split) -> Tensor:
-    """The confusion matrix over a split's images, with oracle boxes in boxed mode."""
+    """The confusion matrix over a split of one view, with oracle boxes in boxed mode."""
     segmenter.eval()
     confusion = ConfusionMatrix()
-    for i, label in enumerate(data.labels[: data.num_images]):
+    for i, label in enumerate(data.labels):
         features = data.batch(torch.tensor([i]), segmenter)
         class_ids, prompts = torch.arange(NUM_CLASSES), []
         if segmenter.PROMPTS:
@@ -292,7 +311,9 @@ def main(args: argparse.Namespace) -> None:
         except CheckpointError as error:
             raise UserError(str(error)) from None
 
-    splits = {name: load_split(source, build_sam()) for name, source in sources.items()}
+    blocks = sorted({block for name in args.row for block in blocks_of(ROWS[name].build(build_sam()))})
+    views = {"train": max(ROWS[name].num_views for name in args.row), "val": 1}
+    splits = {name: load_split(source, build_sam(), blocks, views[name]) for name, source in sources.items()}
     pixels = sources["train"].class_pixels()
     for seed, name in product(args.seed, args.row):
         torch.manual_seed(seed)
@@ -314,7 +335,7 @@ def measure(
     seconds = time.monotonic() - started
     val = splits["val"]
     if row.encoder_lr:
-        val = replace(val, features=encode(val.images, segmenter.sam, desc="encoding anew"))
+        val = replace(val, features=encode(val.images, segmenter.sam, val.blocks, desc="encoding anew"))
     matrix = score(segmenter, val)
     return {
         "change": row.change,
