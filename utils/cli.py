@@ -128,6 +128,7 @@ def _wait_for_turn(error: UserError | None) -> None:
     """
     if "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
+        print(file=sys.stderr)  # the first one's progress bar may stand there
     if isinstance(error, LostPeerError):
         time.sleep(5)
 

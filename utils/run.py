@@ -235,7 +235,10 @@ class Run:
         if stop or (self.save_every_steps and progress.steps % self.save_every_steps == 0):
             self._save_latest()
         if stop:
-            raise self.stop.interrupt(self._how_to_go_on())
+            message = self._how_to_go_on()
+            if message and not self.stop.requested:
+                message = f"another process was asked to stop, or its launcher has ended; {message}"
+            raise self.stop.interrupt(message)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -277,9 +280,8 @@ class Run:
     def _how_to_go_on(self) -> str:
         if distributed.local_rank() != 0:  # one for each machine
             return ""
-        cause = "" if self.stop.requested else "another process was asked to stop, or its launcher has ended; "
         where = f"epoch {self.progress.epoch}, after {self.progress.steps} optimizer steps"
-        return f"{cause}run the same command with --resume {self.folder} to go on in {where}"
+        return f"run the same command with --resume {self.folder} to go on in {where}"
 
     def _save_latest(self) -> None:
         """Write `latest`; all processes take part, as each has an RNG."""
