@@ -37,7 +37,7 @@ from utils.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZE = 64  # side of an image
-TIMEOUT = 240.0  # seconds after which a job counts as hung; the machine may have other work
+TIMEOUT = 900.0  # seconds after which a job counts as hung; the machine may have other work
 
 
 def write_inputs(folder: Path, *, num_images: int = 7, seed: int = 0) -> Path:

@@ -264,8 +264,10 @@ class Run:
         except NotSavedError:
             raise
         except UserError as error:
-            if self.logger and self._position != (self._saved or (0, 0)):
-                self._write_latest()
+            if self._position != (self._saved or (0, 0)):
+                if self.logger:
+                    self._write_latest()
+                self._saved = self._position  # if not by this process, by the main one, which loses it now
             if isinstance(error, LostPeerError) and self.stop.signalled:
                 raise self.stop.interrupt("") from None
             raise type(error)(f"{str(error).rstrip()}{self._after_failing()}") from error
