@@ -40,6 +40,7 @@ from utils.metrics import ConfusionMatrix, iou_per_class, mean_iou
 from utils.model import BoxSegmenter, Features, Segmenter, SemanticSegmenter
 from utils.optim import build_scheduler
 from utils.prediction import Prediction
+from utils.reduction import FIT_IMAGES, Reduction
 
 BOXES_PER_IMAGE = 6
 
@@ -144,6 +145,7 @@ class Row:
     num_views: int = AUGMENTATIONS["full"]  # of each image; see `utils.augment.fixed_view`
     balanced: bool = True
     encoder_lr: float = 0  # above 0, the encoder is trained too
+    reduced: bool = False  # features to train on as a cache has them
 
 
 ROWS = {
@@ -152,6 +154,7 @@ ROWS = {
     "plain-probe": Row("baseline: the probe by unweighted cross-entropy alone", PlainProbe, lr=1e-2, balanced=False),
     "box": Row("baseline: the boxed mode, with oracle boxes", BoxSegmenter),
     "everything": Row("ceiling: the encoder is trained too, end to end", encoder_lr=3e-4),
+    "cached": Row("trained on features as a cache has them: reduced to 4 MiB an image of vit_b", reduced=True),
     "plain-tokens": Row("no stem, no encoder blocks, no detail channels", PlainTokens),
     "no-blocks": Row("the stem sees the embedding alone", with_blocks([])),
     "last-block": Row("one block joined in: the last", with_blocks([7])),
@@ -217,6 +220,21 @@ def encode(images: Tensor, sam: Sam, blocks: list[int], desc: str) -> list[Tenso
         embeddings, features = sam.image_encoder.forward_features(sam.preprocess(some.float()), blocks)
         pieces.append([feature.half() for feature in (embeddings, *features)])
     return [torch.cat(feature) for feature in zip(*pieces)]
+
+
+@torch.no_grad()
+def reduced(split: Split) -> Split:
+    """The split with its features as they come out of a cache."""
+    def features_of(images: slice) -> list[Tensor]:
+        return [feature[images].float() for feature in split.features]
+
+    apart = max(1, split.num_images // FIT_IMAGES)
+    reduction = Reduction.fit([features_of(slice(0, split.num_images, apart))])
+    pieces = []
+    for start in range(0, len(split.labels), 8):
+        stored = reduction.reduce(features_of(slice(start, start + 8)))
+        pieces.append([feature.half() for feature in reduction.expand(stored)])
+    return replace(split, features=[torch.cat(feature) for feature in zip(*pieces)])
 
 
 def box_prompts(labels: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -331,7 +349,8 @@ def measure(
     if isinstance(segmenter, SemanticSegmenter) and row.balanced:
         segmenter.balance_classes(pixels)
     started = time.monotonic()
-    loss = train(segmenter, splits["train"], row, epochs=epochs, batch_size=batch_size, seed=seed)
+    data = reduced(splits["train"]) if row.reduced else splits["train"]
+    loss = train(segmenter, data, row, epochs=epochs, batch_size=batch_size, seed=seed)
     seconds = time.monotonic() - started
     val = splits["val"]
     if row.encoder_lr:
