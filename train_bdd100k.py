@@ -75,15 +75,15 @@ MEMORY_ADVICE = ("lower -batch_size and raise --grad_acc_steps by the same facto
 
 # What a card has room and arithmetic for; without --preset, what the specification has. All make optimizer steps of 16
 # images per process, so that a run means the same on each. The memory that they take has not been measured.
-_PRESET_NAMES = ("batch_size", "grad_acc_steps", "use_amp", "amp_dtype", "num_workers", "cache_embeddings")
+_PRESET_NAMES = ("batch_size", "grad_acc_steps", "use_amp", "amp_dtype", "num_workers")
 PRESETS: dict[str | None, dict[str, Any]] = {
     preset: dict(zip(_PRESET_NAMES, values))
     for preset, values in {
-        None: (4, 4, False, "auto", 4, "auto"),
-        "2080ti": (4, 4, True, "fp16", 4, "auto"),
-        "3090": (8, 2, True, "bf16", 8, "auto"),
-        "a100": (16, 1, True, "bf16", 8, "auto"),
-        "cpu": (2, 8, True, "auto", 1, "auto"),
+        None: (4, 4, False, "auto", 4),
+        "2080ti": (4, 4, True, "fp16", 4),
+        "3090": (8, 2, True, "bf16", 8),
+        "a100": (16, 1, True, "bf16", 8),
+        "cpu": (2, 8, True, "auto", 1),
     }.items()
 }
 
@@ -136,9 +136,9 @@ def get_args_parser() -> cli.Parser:
     flag("augment", choices=list(AUGMENTATIONS),
          help="flip: mirrored half of the time; full: cropped, brighter or darker, of other contrast too "
          f"{_by_mode('augment')}")
-    flag("cache_embeddings",
+    flag("cache_embeddings", default="auto",
          help="encode each image once and keep the features: in a folder; auto, beside the images if that spares work "
-         f"and the disk has room; or off {_by_preset('cache_embeddings')}")
+         "and the disk has room; or off")
     flag("cache_dtype", choices=list(DTYPES), default="float16", help="what cached features are stored in")
     flag("cache_views", type=cli.positive_int,
          help="views of each image in the cache: itself, its mirror image, then random ones (default: "

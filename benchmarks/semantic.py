@@ -15,7 +15,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -190,12 +190,8 @@ class Split:
 
     def batch(self, indexes: Tensor, segmenter: Segmenter) -> Features:
         """What `segmenter` takes of some images."""
-        maps = [0, *(1 + self.blocks.index(block) for block in blocks_of(segmenter))]
+        maps = [0, *(1 + self.blocks.index(block) for block in segmenter.feature_blocks)]
         return tuple(self.features[i][indexes].float() for i in maps)
-
-
-def blocks_of(segmenter: Segmenter) -> Sequence[int]:
-    return getattr(segmenter, "feature_blocks", [])
 
 
 def load_split(source: NpyFolder, sam: Sam, blocks: list[int], num_views: int) -> Split:
@@ -237,7 +233,7 @@ def reduced(split: Split) -> Split:
     return replace(split, features=[torch.cat(feature) for feature in zip(*pieces)])
 
 
-def box_prompts(labels: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
+def random_boxes(labels: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
     """Jittered boxes of random classes of each image, as `BoxPromptDataset` draws them."""
     b, size = labels.shape[:2]
     boxes, class_ids = torch.zeros(b, BOXES_PER_IMAGE, 4), torch.full((b, BOXES_PER_IMAGE), 255)
@@ -257,7 +253,7 @@ def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_siz
     if row.encoder_lr:
         segmenter.sam.image_encoder.requires_grad_(True)
         groups.append({"params": list(segmenter.sam.image_encoder.parameters()), "lr": row.encoder_lr})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     total = steps_per_epoch * epochs
     scheduler = build_scheduler(optimizer, "cosine", total_steps=total, warmup_steps=steps_per_epoch)
     parameters = [p for group in groups for p in group["params"]]
@@ -271,7 +267,7 @@ def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_siz
             indexes = view * data.num_images + chosen
             batch = {"labels": data.labels[indexes], "valid": torch.ones(len(chosen), dtype=torch.bool)}
             if isinstance(segmenter, BoxSegmenter):
-                batch |= box_prompts(batch["labels"], rng)
+                batch |= random_boxes(batch["labels"], rng)
             if row.encoder_lr:
                 features = segmenter._encode(segmenter.sam.preprocess(data.images[indexes].float()))
             else:
@@ -312,7 +308,6 @@ def get_args_parser() -> cli.Parser:
     flag("data", type=Path, required=True, help="output of pre_bdd100k.py with train and val, as uint8")
     flag("sam_checkpoint", type=Path, required=True, help="a vit_tiny SAM")
     rows = "; ".join(f"{name}: {row.change}" for name, row in ROWS.items())
-    rows = "; ".join(f"{name}: {row.change}" for name, row in ROWS.items())
     flag("row", choices=list(ROWS), nargs="+", default=["default"], help=rows)
     flag("epochs", type=cli.positive_int, default=30, help="passes over the data")
     flag("batch_size", type=cli.positive_int, default=8, help="images a step")
@@ -329,7 +324,7 @@ def main(args: argparse.Namespace) -> None:
         except CheckpointError as error:
             raise UserError(str(error)) from None
 
-    blocks = sorted({block for name in args.row for block in blocks_of(ROWS[name].build(build_sam()))})
+    blocks = sorted({block for name in args.row for block in ROWS[name].build(build_sam()).feature_blocks})
     views = {"train": max(ROWS[name].num_views for name in args.row), "val": 1}
     splits = {name: load_split(source, build_sam(), blocks, views[name]) for name, source in sources.items()}
     pixels = sources["train"].class_pixels()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,3 +103,12 @@ def write_split(folder: Path, items: Mapping[str, tuple[np.ndarray, np.ndarray]]
         entries.append(ManifestItem(name, height, width, counts[:NUM_CLASSES], counts[IGNORE_LABEL]))
     Manifest(len(labels), str(image.dtype), "stretch", labelled=True, complete=True, items=entries).write(folder)
     return folder
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """`log.jsonl`, read as strict JSON: NaN and Infinity are errors."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"log.jsonl holds {constant}")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "log.jsonl").read_text().splitlines()]

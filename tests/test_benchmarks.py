@@ -46,7 +46,8 @@ def test_inference(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_training(capsys: pytest.CaptureFixture[str]) -> None:
     memory, *lines = lines_of(capsys, training, *TINY, "--images", 2, "--batch_size", 2)
-    assert memory["images"] == [2, 16] and memory["peaks_mb"][0] <= memory["peaks_mb"][1]
+    assert memory["images"] == [2, 16]
+    assert memory["ratio"] == pytest.approx(memory["peaks_mb"][1] / memory["peaks_mb"][0], rel=1e-3)
     assert len(lines) == 4  # an epoch and many of them, in float32 and in bf16
     for epoch, many in (lines[:2], lines[2:]):
         parts = epoch["split_s"]["cached"]

@@ -22,6 +22,7 @@ from utils.dataset import (
     EvaluationDataset,
     NpyFolder,
     SemanticDataset,
+    TrainingDataset,
     TrainingSampler,
     collate_evaluation,
 )
@@ -76,7 +77,7 @@ def labels_of(*class_ids: int) -> np.ndarray:
     return labels
 
 
-def over_epochs(data: BoxPromptDataset, count: int) -> list[dict[str, Any]]:
+def over_epochs(data: TrainingDataset, count: int) -> list[dict[str, Any]]:
     samples = []
     for epoch in range(count):
         data.set_epoch(epoch)
@@ -195,6 +196,8 @@ def test_a_crop_that_leaves_no_label_has_no_prompt_that_counts(tmp_path: Path) -
     data = dataset(split_of(tmp_path, labels), augment="full", num_views=4)
     counts = {int(sample["valid"].sum()) for sample in over_epochs(data, 20)}
     assert counts == {0, 1}
+    semantic = SemanticDataset(data.source, seed=1, augment="full", num_views=4)
+    assert {bool(sample["valid"]) for sample in over_epochs(semantic, 20)} == {False, True}
 
 
 def test_evaluation_without_boxes_has_none(npy: Path) -> None:

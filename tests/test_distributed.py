@@ -5,9 +5,7 @@ Starting a process costs seconds, so that few launches serve all the tests here.
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,18 +18,14 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import train_bdd100k
+from tests.conftest import log_of
+from tests.faults import free_port
 from utils import checkpoint, distributed, engine
 from utils.errors import UserError
 
 REPOSITORY = Path(train_bdd100k.__file__).parent
 
 Launch = Callable[..., Path]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +47,6 @@ def launch(sam_file: Path, npy: Path) -> Launch:
         return folder
 
     return launch
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def flat(state: dict[str, Tensor]) -> Tensor:
@@ -131,7 +121,8 @@ def test_two_processes_write_the_cache_that_one_reads(
     launch: Launch, train: Callable[..., Path], npy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = tmp_path / "cache"
-    flags = ["--prompt_mode", "semantic", "--cache_embeddings", cache, "-batch_size", 1, "-num_epochs", 2, "-lr", 5e-5]
+    flags = ["--prompt_mode", "semantic", "--augment", "flip", "--cache_embeddings", cache]
+    flags += ["-batch_size", 1, "-num_epochs", 2, "-lr", 5e-5]
     several = launch("torch.distributed.run", tmp_path / "2", *flags, "--grad_acc_steps", 2)
     assert len(list(cache.glob("train/*.safetensors"))) == 7 and (cache / "projection.safetensors").exists()
     single = train(tmp_path / "1", *flags, "--grad_acc_steps", 4)

@@ -155,7 +155,7 @@ def test_a_full_disk_at_the_start(inputs: Path, tmp_path: Path) -> None:
 
 def test_a_data_file_that_goes_during_training(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     words = training(inputs, tmp_path / "work", *SINGLE)
-    victim, aside = inputs / "train" / "imgs" / "image3.npy", tmp_path / "aside.npy"
+    victim, aside = inputs / "train" / "gts" / "image3.npy", tmp_path / "aside.npy"
     job = Job(words, tmp_path / "log")
     try:
         with running(job):
@@ -201,7 +201,7 @@ def test_a_data_file_that_goes_is_told_by_one_of_two_processes(
 ) -> None:
     """And the main process saves the state, though it was another one that failed."""
     job = Job([*launcher(2), *training(inputs, tmp_path / "work", *PAIR)], tmp_path / "log")
-    victim, aside = inputs / "train" / "imgs" / "image3.npy", tmp_path / "aside.npy"
+    victim, aside = inputs / "train" / "gts" / "image3.npy", tmp_path / "aside.npy"
     try:
         with running(job):
             job.wait_until(lambda: "loss=" in job.said)

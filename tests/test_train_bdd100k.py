@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_bdd100k
 from segment_anything import build_sam_vit_tiny
-from tests.conftest import IMAGE_SIZE, write_split
+from tests.conftest import IMAGE_SIZE, log_of, write_split
 from utils import checkpoint, cli
 from utils.bdd100k import IGNORE_LABEL
 from utils.run import Run
@@ -37,15 +37,6 @@ def run(train: Train, npy: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def run_copy(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "work" / run.name))
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    """`log.jsonl`, read as strict JSON: NaN and Infinity are errors."""
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"log.jsonl holds {constant}")
-
-    return [json.loads(line, parse_constant=refuse) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -308,6 +299,7 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "other number of classes": (lambda f: resume(f, "--classes_per_image", 2), r"--classes_per_image is 2, .* with 1;"),
     "other augmentation": (lambda f: resume(f, "--augment", "flip"), r"--augment is flip, but .* began with none;"),
     "more views than there are": (lambda f: ["--cache_views", 2], r"_views 2: --augment none has no more than 1"),
+    "one view to augment": (lambda f: ["--augment", "full", "--cache_views", 1], r"_views 1: .* give --augment none"),
     "other jitter": (lambda f: resume(f, "--bbox_shift", 0), r"--bbox_shift is 0, but .* began with 20;"),
     "other seed": (lambda f: resume(f, "--seed", 1), r"--seed is 1, but .* began with 2024; give it so, or start"),
     "CUDA where there is none": (lambda f: ["--device", "cuda:0"], r"--device cuda:0: PyTorch finds no CUDA here"),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from torch.utils.data import default_collate
 
 import infer_bdd100k
 import train_bdd100k
-from tests.conftest import IMAGE_SIZE, run_script, write_split
+from tests.conftest import IMAGE_SIZE, log_of, run_script, write_split
 from tests.test_engine import train as train_epoch
 from tests.test_infer_bdd100k import good_flags, read_results
 from utils import checkpoint
@@ -22,10 +20,6 @@ from utils.dataset import FILLER, NpyFolder, SemanticDataset
 from utils.model import Segmenter, build_model
 
 Train = Callable[..., Path]
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

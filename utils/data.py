@@ -41,11 +41,13 @@ def training_dataset(
         num_views: as of `TrainingDataset`.
 
     Raises:
-        UserError: the augmentation does not have so many views, or no image has a labelled pixel.
+        UserError: the augmentation does not have so many views or so few, or no image has a labelled pixel.
     """
     most = AUGMENTATIONS[augment]
     if augment != "full" and num_views > most:
         raise UserError(f"--cache_views {num_views}: --augment {augment} has no more than {most}; give --augment full")
+    if augment != "none" and num_views < 2:
+        raise UserError(f"--cache_views {num_views}: the image itself alone is no augmentation; give --augment none")
     if prompt_mode == "semantic":
         return SemanticDataset(source, seed=seed, augment=augment, num_views=num_views)
     return BoxPromptDataset(

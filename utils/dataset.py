@@ -192,7 +192,7 @@ class SemanticDataset(TrainingDataset):
         super().__init__(source, seed=seed, augment=augment, num_views=num_views)
 
     def _prompts(self, source_index: int, labels: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        return {"valid": torch.tensor(True)}
+        return {"valid": torch.tensor(bool((labels != IGNORE_LABEL).any()))}  # a crop may have nothing to teach
 
 
 BoxesByName = Mapping[str, tuple[np.ndarray, np.ndarray]]  # class ids, (K,), and boxes, (K, 4), of an original image

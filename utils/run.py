@@ -113,7 +113,9 @@ def read_latest(
     if not (isinstance(state.get("args"), dict) and _is_run_state(state["run_state"])):
         raise UserError(f"{path}: its state is not one that train_bdd100k.py wrote; start a new run")
     for key, name in kept.items():
-        now, then = config[key], state["args"].get(key, config[key])
+        if key not in state["args"]:
+            raise UserError(f"{path}: was begun by a version that knew no {name}; start a new run")
+        now, then = config[key], state["args"][key]
         if now != then:
             raise UserError(f"{name} is {now}, but {path} began with {then}; give it so, or start a new run")
     latest = Latest(path, state)
