@@ -224,7 +224,8 @@ def train(split: Path, sam_file: Path, tmp_path: Path, *flags: object) -> dict[s
 def test_training_from_the_cache_gives_the_weights_of_training_without(
     prompt_mode: str, split: Path, sam_file: Path, tmp_path: Path
 ) -> None:
-    flags = ["--prompt_mode", prompt_mode, "-num_epochs", 2, "-batch_size", 4, "--grad_acc_steps", 1]
+    flags = ["--prompt_mode", prompt_mode, "--augment", "flip", "--cache_views", 2]
+    flags += ["-num_epochs", 2, "-batch_size", 4, "--grad_acc_steps", 1]
     plain, exact, half = (
         train(split, sam_file, tmp_path, *flags, "--cache_embeddings", tmp_path / f"{dtype}" if dtype else "off",
               "--cache_dtype", dtype or "float16")

@@ -69,7 +69,8 @@ def test_another_image_size_than_the_sam_files(prompt_mode: str, train: Train, s
     assert (tmp_path / "npy" / "embeddings").is_dir()  # sizes of what is cached follow the manifest too
     flags = ["--model_checkpoint", folder / checkpoint.LATEST]
     run_script(infer_bdd100k, *good_flags(sam_file, tmp_path / "npy", tmp_path), *flags)
-    assert read_results(tmp_path / "out")["miou"] == log_of(folder)[-1]["val_miou"]
+    # Not to the bit: what validation read from the cache was reduced.
+    assert read_results(tmp_path / "out")["miou"] == pytest.approx(log_of(folder)[-1]["val_miou"], abs=1e-3)
 
 
 def test_resuming_without_the_mode_names_it(
@@ -94,7 +95,7 @@ def test_it_learns_two_scenes_by_heart(train: Train, sam_file: Path, tmp_path: P
         colors = rng.integers(0, 256, (256, 3), dtype=np.uint8)
         items[name] = (colors[labels], labels)
     data = write_split(tmp_path / "data", items)
-    flags = ["-i", data, "--val_npy_path", data, "--val_every", 60, "-num_epochs", 60, "-lr", "2e-3"]
+    flags = ["-i", data, "--val_npy_path", data, "--val_every", 60, "-num_epochs", 60, "-lr", "2e-3", "--augment", "flip"]
     folder = train(tmp_path / "work", "--prompt_mode", "semantic", *flags, "--warmup_epochs", 2, "-weight_decay", 0)
     assert log_of(folder)[-1]["val_miou"] > 0.85
 
