@@ -95,8 +95,9 @@ def test_it_learns_two_scenes_by_heart(train: Train, sam_file: Path, tmp_path: P
         colors = rng.integers(0, 256, (256, 3), dtype=np.uint8)
         items[name] = (colors[labels], labels)
     data = write_split(tmp_path / "data", items)
-    flags = ["-i", data, "--val_npy_path", data, "--val_every", 60, "-num_epochs", 60, "-lr", "2e-3", "--augment", "flip"]
-    folder = train(tmp_path / "work", "--prompt_mode", "semantic", *flags, "--warmup_epochs", 2, "-weight_decay", 0)
+    flags = ["-i", data, "--val_npy_path", data, "--val_every", 60, "-num_epochs", 60, "-lr", "2e-3"]
+    flags += ["--augment", "flip", "--warmup_epochs", 2, "-weight_decay", 0]
+    folder = train(tmp_path / "work", "--prompt_mode", "semantic", *flags)
     assert log_of(folder)[-1]["val_miou"] > 0.85
 
 
