@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from utils.stopping import ignore_signals
 FORMAT_VERSION = 2
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 ROOM_TO_LEAVE = 1 << 30  # a disk that is filled to the brim takes no checkpoint any more
+LOCK = ".lock"
 SECONDS_TO_LOOK_AGAIN = 2.0  # for whether another run has finished
 
 
@@ -159,14 +160,15 @@ def prepare_caches(
         return nothing
     try:
         distributed.on_main(lambda: _open_folder(root, binding, requests))
+        with _alone(root) as is_alone:
+            distributed.on_main(lambda: _claim(root, binding))
+            writer = _Writer(root, segmenter, precision, binding, batch_size, num_workers, is_auto, is_alone)
+            return [writer.prepare(request) for request in requests]
     except UserError as error:
         if not is_auto:
             raise
         _say(f"{error}; going on without a cache")
         return nothing
-    with _alone(root):
-        writer = _Writer(root, segmenter, precision, binding, batch_size, num_workers, is_auto)
-        return [writer.prepare(request) for request in requests]
 
 
 def _say(message: str) -> None:
@@ -182,52 +184,86 @@ def _open_folder(root: Path, binding: Binding, requests: list[Request]) -> None:
         if splits.setdefault(folder.name, folder) != folder:
             raise UserError(f"{folder}: has the name of {splits[folder.name]}, and one cache cannot hold both; rename "
                             "one, or give --cache_embeddings off")
-    path = root / "cache.json"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        held = read_json(path) if path.exists() else None
-        is_empty = not any(root.iterdir())
     except OSError as error:
-        raise UserError(f"{root}: no cache can be kept there ({error.strerror}); give --cache_embeddings another "
-                        "folder, or off") from None
+        raise _no_place(root, error) from None
+    _is_claimed(root, binding)
+
+
+def _no_place(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: no cache can be kept there ({error.strerror}); give --cache_embeddings another "
+                     "folder, or off")
+
+
+def _is_claimed(root: Path, binding: Binding) -> bool:
+    """Whether the folder is a cache of this binding, and not empty.
+
+    Raises:
+        UserError: it is something else.
+    """
+    path = root / "cache.json"
+    try:
+        # What a run that was killed left, and another's lock, are nothing that anybody put there.
+        found = [name.name for name in root.iterdir() if name.name != LOCK and not name.match(".*.tmp")]
+        held = read_json(path) if path.name in found else None
+    except OSError as error:
+        raise _no_place(root, error) from None
     except ValueError:
         raise UserError(f"{path}: damaged; remove {root}, and the cache is made anew") from None
-    if held is None:
-        if not is_empty:
+    if path.name not in found:
+        if found:
             raise UserError(f"{root}: is not empty and no cache; give --cache_embeddings another folder")
-        with atomic_write(path) as file:
-            file.write(json.dumps(asdict(binding), indent=1).encode())
-    elif held != (here := asdict(binding)):
+        return False
+    if held != (here := asdict(binding)):
         differ = [key for key in here if not isinstance(held, dict) or held.get(key) != here[key]]
         raise UserError(f"{root}: a cache of other features ({', '.join(differ)} differ); give --cache_embeddings "
                         "another folder, or remove this one")
+    return True
+
+
+def _claim(root: Path, binding: Binding) -> None:
+    """Say in the folder what it is a cache of; only who is alone there may."""
+    if not _is_claimed(root, binding):
+        with atomic_write(root / "cache.json") as file:
+            file.write(json.dumps(asdict(binding), indent=1).encode())
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """A context in which no other run writes into the cache: who comes second waits, and finds it whole."""
-    handle = os.open(root, os.O_RDONLY) if distributed.is_main() else None
+def _alone(root: Path) -> Iterator[bool]:
+    """A context in which no other run writes into the cache: who comes second waits, and finds it whole.
+
+    Its value is whether that is certain, in the main process: not where files cannot be written or locked.
+    """
+    handle = None
+    if distributed.is_main():
+        with suppress(OSError):  # a cache that may only be read is written by nobody
+            # A file, opened for writing: over NFS, there is no exclusive lock of anything else.
+            handle = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         waiting = False
         # Asked again and again, as no process may wait for another longer than the process group's timeout.
-        while not distributed.broadcast(handle is not None and _lock(handle)):
+        while (has_lock := distributed.broadcast(_lock(handle))) is None:
             if not waiting:
                 _say(f"{root}: another run is writing this cache; waiting for it")
             waiting = True
             time.sleep(SECONDS_TO_LOOK_AGAIN)
-        yield
+        yield has_lock
     finally:
         if handle is not None:
             os.close(handle)  # and with it goes the lock, as it does with the process
 
 
-def _lock(handle: int) -> bool:
+def _lock(handle: int | None) -> bool | None:
+    """Whether the lock is held now; None if another process holds it, False if there can be none."""
+    if handle is None:
+        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return None
     except OSError:
-        pass  # a file system without locks: nothing is lost but the second run's time
+        return False  # a file system without locks: nothing is lost but the second run's time
     return True
 
 
@@ -243,9 +279,11 @@ class _Writer:
         batch_size: int,
         num_workers: int,
         is_auto: bool,
+        is_alone: bool,
     ) -> None:
         self.root, self.segmenter, self.precision, self.binding = root, segmenter, precision, binding
-        self.batch_size, self.num_workers, self.is_auto = batch_size, num_workers, is_auto
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.is_auto, self.is_alone = is_auto, is_alone
         self.reduces = bool(segmenter.feature_blocks) and binding.stored_in != "float32"
         self._read_reduction()
 
@@ -304,9 +342,9 @@ class _Writer:
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"{folder}: no cache can be kept there ({error.strerror}); give --cache_embeddings another "
-                            "folder, or off") from None
-        remove_temporaries(self.root)
+            raise _no_place(folder, error) from None
+        if self.is_alone:
+            remove_temporaries(self.root)
         size = self.binding.image_size
         started = time.monotonic()
         features = self._encode(torch.zeros(1, size, size, 3, dtype=torch.uint8))
@@ -383,7 +421,6 @@ class _Writer:
         metadata = {"binding": self.identity, "sha256": _checksum(tensors), **about}
         with atomic_write(entry_path(folder, name)) as file:
             file.write(save(tensors, metadata))
-
 
     def _require_finite(self, name: str, tensors: Iterable[Tensor]) -> None:
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
