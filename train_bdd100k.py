@@ -52,7 +52,7 @@ from utils.precision import (
     resolve_precision,
     telling_out_of_memory,
 )
-from utils.run import AUTO, FinishedError, Latest, Run, find_latest, read_latest
+from utils.run import AUTO, FinishedError, Latest, Run, cache_to_use, find_latest, read_latest, require_same_cache
 
 # What a resumed run must share with its beginning, by the names that the user knows.
 KEPT_ON_RESUME = {
@@ -226,7 +226,10 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     passes = {dataset: args.num_epochs} | (
         {val_dataset: math.ceil(args.num_epochs / args.val_every)} if val_dataset else {}
     )
-    use_caches(passes, segmenter, info, precision, where=args.cache_embeddings, dtype=args.cache_dtype, **loading)
+    where = cache_to_use(args.cache_embeddings, latest)
+    stored_in = use_caches(passes, segmenter, info, precision, where=where, dtype=args.cache_dtype, **loading)
+    require_same_cache(stored_in, latest)
+    config["train_cache"] = stored_in
     loader = training_loader(dataset, **loading, seed=args.seed, precision=precision)
     val_loader = val_dataset and evaluation_loader(val_dataset, **loading, precision=precision)
     steps_per_epoch = math.ceil(len(loader) / args.grad_acc_steps)

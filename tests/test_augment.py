@@ -33,7 +33,7 @@ def test_the_first_two_views_are_the_image_and_its_mirror_image() -> None:
 
 def test_further_views_are_a_function_of_name_and_number() -> None:
     assert fixed_view("a", 2) == fixed_view("a", 2)
-    assert len({fixed_view(name, number) for name in ("a", "b", "路") for number in (2, 3, 4)}) == 9
+    assert len({fixed_view(name, number) for name in ("a", "b", "路", "\udcff") for number in (2, 3, 4)}) == 12
 
 
 def test_image_and_labels_are_cropped_alike_and_no_label_is_invented() -> None:

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load
 
 import infer_bdd100k
 import train_bdd100k
@@ -28,7 +29,7 @@ from utils.augment import fixed_view
 from utils.checkpoint import ModelInfo
 from utils.dataset import EvaluationDataset, NpyFolder, SemanticDataset, collate_evaluation
 from utils.embedding_cache import Binding, EmbeddingCache, Request, entry_path, prepare_caches
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.model import Features, Segmenter, build_model
 from utils.precision import Precision
 
@@ -69,14 +70,26 @@ def prepare(
     dtype: str = "float32",
     **changed: str,
 ) -> EmbeddingCache:
-    source = NpyFolder(split)
+    requests = [Request(NpyFolder(split), num_views, passes=100)]
+    (cache,) = prepare_requests(requests, segmenter, sam_file, where, dtype=dtype, **changed)
+    assert cache is not None
+    return cache
+
+
+def prepare_requests(
+    requests: list[Request],
+    segmenter: Segmenter,
+    sam_file: Path,
+    where: str,
+    *,
+    dtype: str = "float16",
+    **changed: str,
+) -> list[EmbeddingCache | None]:
+    source = requests[0].source
     info = ModelInfo("vit_tiny", source.image_size, source.resize_mode, file_digest(sam_file), "semantic")
     binding = Binding.of(segmenter, info, CPU, dtype)
     binding = dataclasses.replace(binding, **changed)  # type: ignore[arg-type]
-    requests = [Request(source, num_views, passes=100)]
-    (cache,) = prepare_caches(where, requests, segmenter, CPU, binding, batch_size=4, num_workers=0)
-    assert cache is not None
-    return cache
+    return prepare_caches(where, requests, segmenter, CPU, binding, batch_size=4, num_workers=0)
 
 
 def test_it_holds_what_the_encoder_gives(split: Path, segmenter: Segmenter, sam_file: Path) -> None:
@@ -112,7 +125,7 @@ def test_what_is_there_is_not_encoded_again(
     prepare(split, segmenter, sam_file)
     assert encoded == []
     assert capsys.readouterr().out == ""
-    entry_path(cache.folder, cache.names[3]).unlink()
+    entry_path(cache.folder, cache.entries[3][0]).unlink()
     prepare(split, segmenter, sam_file)
     assert encoded == [1, 1]  # an empty image, to tell the time by, and the one that lacked
     prepare(split, segmenter, sam_file, num_views=2)
@@ -137,7 +150,7 @@ def test_damage_is_found_and_mended(
 ) -> None:
     cache = prepare(split, segmenter, sam_file)
     before = [tensor.clone() for tensor in cache.read(5)]
-    damage(entry_path(cache.folder, cache.names[5]))
+    damage(entry_path(cache.folder, cache.entries[5][0]))
     capsys.readouterr()
     prepare(split, segmenter, sam_file)
     assert "1 entries are damaged; these images are encoded again" in capsys.readouterr().out
@@ -157,9 +170,11 @@ def test_an_image_that_changed_is_encoded_again(
     np.save(path, np.load(path)[::-1].copy())
     os.utime(path, ns=(1, 1))
     before = cache.read(2)[0].clone()
-    prepare(split, segmenter, sam_file)
+    changed = prepare(split, segmenter, sam_file)
     assert "1 entries are of images that have changed since" in capsys.readouterr().out
-    assert not torch.allclose(cache.read(2)[0], before, atol=1e-2)
+    assert not torch.allclose(changed.read(2)[0], before, atol=1e-2)
+    with pytest.raises(UserError, match="was replaced while it was in use"):
+        cache.read(2)  # as a run would that goes on with the old picture
 
 
 @pytest.mark.parametrize("key, value", [("sam_sha256", "0" * 64), ("resize_mode", "pad"), ("stored_in", "float16")])
@@ -179,7 +194,7 @@ def test_an_entry_of_another_cache_is_noticed(
 ) -> None:
     mine = prepare(split, segmenter, sam_file)
     theirs = prepare(split, segmenter, sam_file, str(tmp_path / "cache"), sam_sha256="0" * 64)
-    shutil.copy(entry_path(theirs.folder, theirs.names[0]), entry_path(mine.folder, mine.names[0]))
+    shutil.copy(entry_path(theirs.folder, theirs.entries[0][0]), entry_path(mine.folder, mine.entries[0][0]))
     capsys.readouterr()
     prepare(split, segmenter, sam_file)
     assert "1 entries are of another cache" in capsys.readouterr().out
@@ -202,12 +217,138 @@ def test_folders_that_cannot_be_a_cache(
     assert not list((tmp_path / "new" / "train").glob("*.safetensors"))
 
 
+def test_what_a_killed_run_left_does_not_count(split: Path, segmenter: Segmenter, sam_file: Path) -> None:
+    root = split.parent / "cache"
+    root.mkdir()
+    (root / ".cache.json.123.tmp").touch()
+    (root / embedding_cache.LOCK).touch()
+    prepare(split, segmenter, sam_file, str(root))
+    assert {path.name for path in root.iterdir()} == {"cache.json", "train", embedding_cache.LOCK}
+
+
+def test_without_a_lock_temporaries_stay(
+    split: Path, segmenter: Segmenter, sam_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(embedding_cache.fcntl, "flock", refuse)
+    root = split.parent / "cache"
+    root.mkdir()
+    (root / ".cache.json.123.tmp").touch()  # which may be that of a run at work
+    prepare(split, segmenter, sam_file, str(root))
+    assert (root / ".cache.json.123.tmp").exists()
+
+
 def test_auto_goes_on_without_where_the_disk_has_no_room(
     split: Path, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(embedding_cache, "ROOM_TO_LEAVE", 1 << 60)
     train(split, sam_file, tmp_path, "--cache_embeddings", "auto", "-num_epochs", 2)
     assert "going on without a cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["auto", "folder"])
+def test_what_cannot_be_written_stops_only_who_asked_for_it(
+    where: str, split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = segmenter.encode
+    monkeypatch.setattr(segmenter, "encode", lambda images: tuple(feature * 1e9 for feature in encode(images)))
+    requests = [Request(NpyFolder(split), num_views=1, passes=100)] * 2
+    if where == "auto":
+        assert prepare_requests(requests, segmenter, sam_file, "auto") == [None, None]
+    else:
+        with pytest.raises(UserError, match="its features are not finite in float16"):
+            prepare_requests(requests, segmenter, sam_file, str(tmp_path / "cache"))
+
+
+def test_the_projection_is_fitted_to_the_first_split_or_not_at_all(
+    npy: Path, split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int]
+) -> None:
+    source, val = NpyFolder(split), NpyFolder(shutil.copytree(npy / "val", split.parent / "val"))
+    root = split.parent / "embeddings"
+    requests = [Request(source, num_views=4, passes=4), Request(val, num_views=1, passes=100)]
+    assert prepare_requests(requests, segmenter, sam_file, "auto") == [None, None]
+    assert not root.exists()
+    fitted = embedding_cache._Writer._fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embedding_cache._Writer, "_fit", lambda writer: seen.append(writer.fitted_to) or fitted(writer))
+        seen: list[NpyFolder] = []
+        requests[0] = Request(source, num_views=4, passes=5)
+        assert all(prepare_requests(requests, segmenter, sam_file, "auto"))
+    assert seen == [source]
+
+
+def test_auto_reads_for_one_pass_only_what_is_whole(
+    split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int]
+) -> None:
+    cache = prepare(split, segmenter, sam_file, dtype="float16")
+    once = [Request(NpyFolder(split), num_views=1, passes=1)]
+    assert all(prepare_requests(once, segmenter, sam_file, "auto"))
+    missing = entry_path(cache.folder, cache.entries[3][0])
+    missing.unlink()
+    encoded.clear()
+    assert prepare_requests(once, segmenter, sam_file, "auto") == [None]
+    assert encoded == [] and not missing.exists()
+
+
+def test_machines_without_a_common_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The second process is played: it sees what the first one wrote, or does not.
+    monkeypatch.setattr(embedding_cache.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(embedding_cache.distributed, "all_gather", lambda value: [value, True])
+    embedding_cache._require_one_disk(tmp_path)
+    monkeypatch.setattr(embedding_cache.distributed, "all_gather", lambda value: [value, False])
+    with pytest.raises(UserError, match="process 1 of 2 does not see what process 0 writes there"):
+        embedding_cache._require_one_disk(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_wait_for_each_other_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding_cache, "SECONDS_OF_A_ROUND", -1.0)
+    done: list[int] = []
+    gathered: list[object] = []
+
+    def work(fails: bool) -> Generator[None, None, None]:
+        for number in range(3):
+            done.append(number)
+            yield
+        if fails:
+            raise UserError("no room")
+
+    monkeypatch.setattr(embedding_cache.distributed, "all_gather", lambda value: gathered.append(value) or [value])
+    embedding_cache._in_rounds(work(False))
+    assert done == [0, 1, 2] and gathered == [False, False, False, True]
+    with pytest.raises(UserError, match="no room"):
+        embedding_cache._in_rounds(work(True))
+    monkeypatch.setattr(embedding_cache.distributed, "all_gather", lambda value: [value, UserError("theirs")])
+    with pytest.raises(UserError, match="theirs"):
+        embedding_cache._in_rounds(work(False))
+    monkeypatch.setattr(embedding_cache.distributed, "launcher_has_ended", lambda: True)
+    with pytest.raises(Interrupted, match="the launcher has ended"):
+        embedding_cache._in_rounds(work(False))
+
+
+def test_whether_there_is_a_cache_is_part_of_the_run(
+    split: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["-i", split, "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", tmp_path / "work",
+              "-num_workers", 0]  # fmt: skip
+    run_script(train_bdd100k, *common, "-num_epochs", 1, "-task_name", "plain")
+    (plain,) = (tmp_path / "work").glob("plain*")
+    run_script(train_bdd100k, *common, "-num_epochs", 2, "--resume", plain)  # where a new run would write a cache
+    assert "features are read" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="began without a cache; give --cache_embeddings off"):
+        run_script(train_bdd100k, *common, "-num_epochs", 3, "--resume", plain, "--cache_embeddings", tmp_path / "c")
+    run_script(train_bdd100k, *common, "-num_epochs", 2, "-task_name", "cached")
+    (cached,) = (tmp_path / "work").glob("cached*")
+    shutil.rmtree(split.parent / "embeddings")  # it is made again
+    run_script(train_bdd100k, *common, "-num_epochs", 3, "--resume", cached)
+    for flags, message in (
+        (["--cache_embeddings", "off"], "began with features from a cache; give --cache_embeddings as it began"),
+        (["--cache_dtype", "float32"], "--cache_dtype is float32, but .* began with float16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_script(train_bdd100k, *common, "-num_epochs", 4, "--resume", cached, *flags)
 
 
 def train(split: Path, sam_file: Path, tmp_path: Path, *flags: object) -> dict[str, Any]:
@@ -224,8 +365,9 @@ def train(split: Path, sam_file: Path, tmp_path: Path, *flags: object) -> dict[s
 def test_training_from_the_cache_gives_the_weights_of_training_without(
     prompt_mode: str, split: Path, sam_file: Path, tmp_path: Path
 ) -> None:
-    flags = ["--prompt_mode", prompt_mode, "--augment", "flip", "--cache_views", 2]
-    flags += ["-num_epochs", 2, "-batch_size", 4, "--grad_acc_steps", 1]
+    # As --augment full draws from fixed views with a cache, and anew without.
+    flags = ["--prompt_mode", prompt_mode, "-num_epochs", 2, "-batch_size", 4, "--grad_acc_steps", 1]
+    flags += ["--augment", "flip"]
     plain, exact, half = (
         train(split, sam_file, tmp_path, *flags, "--cache_embeddings", tmp_path / f"{dtype}" if dtype else "off",
               "--cache_dtype", dtype or "float16")
@@ -297,21 +439,22 @@ def test_a_damaged_projection_is_noticed(
     reduced: EmbeddingCache, split: Path, segmenter: Segmenter, sam_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     projection = reduced.folder.parent / "projection.safetensors"
-    before = projection.read_bytes()
+    before = load(projection.read_bytes())  # the order of the metadata is left to chance
     flip_byte(projection)
     capsys.readouterr()
     prepare(split, segmenter, sam_file, dtype="float16", num_views=2)
     printed = capsys.readouterr().out
     assert "projection.safetensors: damaged, or of another cache" in printed
     assert "7 entries are of another cache" in printed
-    assert projection.read_bytes() == before  # fitted to the same images, it is the same
+    after = load(projection.read_bytes())  # fitted to the same images, it is the same
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 
 
 def test_an_entry_that_is_replaced_in_use_is_not_read(
     reduced: EmbeddingCache, split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path
 ) -> None:
     foreign = prepare(split, segmenter, sam_file, str(tmp_path / "cache"), dtype="float16", resize_mode="pad")
-    shutil.copy(entry_path(foreign.folder, foreign.names[0]), entry_path(reduced.folder, reduced.names[0]))
+    shutil.copy(entry_path(foreign.folder, foreign.entries[0][0]), entry_path(reduced.folder, reduced.entries[0][0]))
     with pytest.raises(UserError, match="was replaced while it was in use"):
         reduced.read(0)
 
@@ -366,7 +509,7 @@ def test_a_second_run_waits_for_the_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     root = reduced.folder.parent
-    handle = os.open(root, os.O_RDONLY)
+    handle = os.open(root / embedding_cache.LOCK, os.O_RDWR)
     fcntl.flock(handle, fcntl.LOCK_EX)
     monkeypatch.setattr(embedding_cache.time, "sleep", lambda _: os.close(handle))
     prepare(split, segmenter, sam_file, dtype="float16", num_views=2)
@@ -395,9 +538,9 @@ def test_a_killed_caching_run_goes_on_where_it_was(
     assert list(folder.glob(f"*/{until}"))
     projection = [path.read_bytes() for path in folder.glob("*/projection.*")]
     cache = prepare(split, segmenter, sam_file, dtype="float16")
-    left = len(cache.names) - written
+    left = len(cache.entries) - written
     assert sum(encoded) == (1 if left else 0) + (0 if fitted else 7) + left  # an empty image first
     if fitted:
         assert [path.read_bytes() for path in folder.glob("*/projection.*")] == projection
     assert not list(split.parent.rglob(".*.tmp"))
-    assert [len(cache.read(i)) for i in range(len(cache.names))] == [3] * 7
+    assert [len(cache.read(i)) for i in range(len(cache.entries))] == [3] * 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,4 +91,4 @@ def fixed_view(name: str, number: int) -> View:
     """
     if number < 2:
         return View(mirrored=number == 1)
-    return draw_view(np.random.default_rng([number, *name.encode()]))
+    return draw_view(np.random.default_rng([number, *os.fsencode(name)]))

@@ -124,13 +124,16 @@ def use_caches(
     dtype: str,
     batch_size: int,
     num_workers: int,
-) -> None:
+) -> str | None:
     """Have the images of data sets encoded once, if that is wanted and worth it, and the data sets read the features.
 
     Args:
         passes: the data sets, the first of which decides where "auto" is, and how often each image would be encoded.
         where, dtype: --cache_embeddings and --cache_dtype.
         batch_size, num_workers: of the encoding.
+
+    Returns:
+        What the features of the first data set are stored in; None if it reads images.
 
     Raises:
         UserError: as of `prepare_caches`.
@@ -153,3 +156,4 @@ def use_caches(
     segmenter.to(precision.device)  # the reduction
     if all(caches):
         segmenter.sam.image_encoder.cpu()  # which has done its work; a card has better use for the room
+    return dtype if caches[0] else None

@@ -48,6 +48,8 @@ def setup(
     actual_node = int(os.environ.get("GROUP_RANK", "0"))
     if node_rank is not None and node_rank != actual_node:
         raise UserError(f"--node_rank {node_rank}, but the launcher calls this node {actual_node}; make them agree")
+    global _launcher
+    _launcher = os.getppid() if actual > 1 else None  # a single process may be of a shell, which may end before it
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -62,6 +64,14 @@ def setup(
         reason = " ".join(str(error).split())
         raise UserError(f"the processes cannot meet by --init_method {init_method} ({reason}); leave that flag out and "
                         "start with torchrun, or unset RANK and WORLD_SIZE to run a single process") from None
+
+
+_launcher: int | None = None  # its process, as `setup` found it
+
+
+def launcher_has_ended() -> bool:
+    """Whether the launcher of several processes is gone, and they with nobody to start them again."""
+    return _launcher is not None and os.getppid() != _launcher
 
 
 def _launched() -> bool:

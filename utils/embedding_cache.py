@@ -18,10 +18,12 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
+import signal
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from utils import distributed
 from utils.augment import fixed_view
 from utils.checkpoint import ModelInfo
 from utils.dataset import NpyFolder
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.files import atomic_write, read_json, remove_temporaries
 from utils.model import Features, Segmenter
 from utils.precision import Precision
@@ -48,6 +50,8 @@ from utils.stopping import ignore_signals
 FORMAT_VERSION = 2
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 ROOM_TO_LEAVE = 1 << 30  # a disk that is filled to the brim takes no checkpoint any more
+SECONDS_OF_A_ROUND = 60.0  # that processes work between two looks at each other
+LOCK = ".lock"
 SECONDS_TO_LOOK_AGAIN = 2.0  # for whether another run has finished
 
 
@@ -91,13 +95,24 @@ class Request:
     num_views: int  # of each image: 1 for the image itself; see `utils.augment.fixed_view`
     passes: int  # how often each image would be encoded without a cache
 
+    @property
+    def is_cheap(self) -> bool:
+        """Whether a cache would spare no encoding."""
+        return self.passes <= self.num_views
+
 
 class EmbeddingCache:
     """A split's entries, which were found whole when the cache was prepared."""
 
-    def __init__(self, folder: Path, names: list[str], identity: str, reduction: Reduction | None) -> None:
+    def __init__(
+        self, folder: Path, entries: list[tuple[str, str]], identity: str, reduction: Reduction | None
+    ) -> None:
+        """
+        Args:
+            entries: name and SHA-256 of each image.
+        """
         self.folder = folder
-        self.names = names
+        self.entries = entries
         self.identity = identity
         self.reduction = reduction  # that the entries went through
 
@@ -107,12 +122,15 @@ class EmbeddingCache:
         Raises:
             UserError: the entry has gone or changed since it was checked.
         """
-        path = entry_path(self.folder, self.names[index])
+        name, picture = self.entries[index]
+        path = entry_path(self.folder, name)
         try:
             with safe_open(path, "pt") as entry:
                 count = sum(key.startswith(f"{view}.") for key in entry.keys())  # noqa: SIM118 (it is no dict)
                 features = tuple(entry.get_tensor(f"{view}.{i}") for i in range(count))
-                if count and (entry.metadata() or {}).get("binding") == self.identity:
+                metadata = entry.metadata() or {}
+                # Of the picture too: another data set may have images of the same names.
+                if count and (metadata.get("binding"), metadata.get("image_sha256")) == (self.identity, picture):
                     return features
             raise UserError(f"{path}: was replaced while it was in use; start again, and it is made anew")
         except (OSError, SafetensorError) as error:
@@ -137,9 +155,9 @@ def prepare_caches(
     """Make the splits' caches whole: check what is there and encode what is missing, shared among all processes.
 
     Args:
-        where: "off"; "auto", beside the first split, if the disk has room and if fewer images are to be encoded than
-            without; or a folder, which must have room.
-        requests: of these, the first is what a projection is fitted to.
+        where: "off"; "auto", beside the first split, where a cache that is whole is read, and one written if fewer
+            images are to be encoded than without and the disk has room; or a folder, which must have room.
+        requests: of these, the first is what a projection is fitted to. Without a cache of it there is none at all.
         batch_size: images encoded at once.
 
     Returns:
@@ -154,19 +172,54 @@ def prepare_caches(
         return nothing
     first = requests[0].source.folder.resolve()
     root = first.parent / "embeddings" / binding.digest[:16] if is_auto else Path(where)
-    # All processes must come to the same end, so that the main one looks.
-    if distributed.broadcast(is_auto and not root.exists()) and all(r.passes <= r.num_views for r in requests):
+    # All processes must come to the same end, so that the main one looks. Nor should another machine ask for what is
+    # not yet there: over NFS, it would for some time be answered out of its own memory.
+    if is_auto and requests[0].is_cheap and distributed.on_main(lambda: not root.exists()):
         return nothing
     try:
         distributed.on_main(lambda: _open_folder(root, binding, requests))
+        _require_one_disk(root)
+        with _alone(root) as is_alone:
+            distributed.on_main(lambda: _claim(root, binding))
+            writer = _Writer(
+                root, requests[0].source, segmenter, precision, binding, batch_size, num_workers, is_auto, is_alone
+            )
+            caches = [writer.prepare(requests[0])]
+            # Without the first, all images are encoded on and on: the others' would spare little.
+            return caches + [writer.prepare(request) if caches[0] else None for request in requests[1:]]
     except UserError as error:
         if not is_auto:
             raise
         _say(f"{error}; going on without a cache")
         return nothing
-    with _alone(root):
-        writer = _Writer(root, segmenter, precision, binding, batch_size, num_workers, is_auto)
-        return [writer.prepare(request) for request in requests]
+
+
+def _require_one_disk(root: Path) -> None:
+    """
+    Raises:
+        UserError: not every process sees what the main one writes, as they are on machines without a common disk.
+    """
+    token = f".{secrets.token_hex(8)}.tmp"  # never seen before, so that no machine remembers that it is not there
+
+    def leave() -> str:
+        try:
+            (root / token).touch()
+        except OSError as error:  # a cache that may only be read can be whole on each machine
+            if not (root / "cache.json").exists():
+                raise _no_place(root, error) from None
+            return "cache.json"
+        return token
+
+    if distributed.world_size() == 1:
+        return
+    name = distributed.on_main(leave)
+    seen = distributed.all_gather((root / name).exists())
+    if name == token:
+        with suppress(OSError):
+            (root / token).unlink()
+    if not all(seen):
+        raise UserError(f"{root}: process {seen.index(False)} of {len(seen)} does not see what process 0 writes there; "
+                        "give --cache_embeddings a folder on a disk that all machines share, or off")
 
 
 def _say(message: str) -> None:
@@ -182,52 +235,86 @@ def _open_folder(root: Path, binding: Binding, requests: list[Request]) -> None:
         if splits.setdefault(folder.name, folder) != folder:
             raise UserError(f"{folder}: has the name of {splits[folder.name]}, and one cache cannot hold both; rename "
                             "one, or give --cache_embeddings off")
-    path = root / "cache.json"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        held = read_json(path) if path.exists() else None
-        is_empty = not any(root.iterdir())
     except OSError as error:
-        raise UserError(f"{root}: no cache can be kept there ({error.strerror}); give --cache_embeddings another "
-                        "folder, or off") from None
+        raise _no_place(root, error) from None
+    _is_claimed(root, binding)
+
+
+def _no_place(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: no cache can be kept there ({error.strerror}); give --cache_embeddings another "
+                     "folder, or off")
+
+
+def _is_claimed(root: Path, binding: Binding) -> bool:
+    """Whether the folder is a cache of this binding, and not empty.
+
+    Raises:
+        UserError: it is something else.
+    """
+    path = root / "cache.json"
+    try:
+        # What a run that was killed left, and another's lock, are nothing that anybody put there.
+        found = [name.name for name in root.iterdir() if name.name != LOCK and not name.match(".*.tmp")]
+        held = read_json(path) if path.name in found else None
+    except OSError as error:
+        raise _no_place(root, error) from None
     except ValueError:
         raise UserError(f"{path}: damaged; remove {root}, and the cache is made anew") from None
-    if held is None:
-        if not is_empty:
+    if path.name not in found:
+        if found:
             raise UserError(f"{root}: is not empty and no cache; give --cache_embeddings another folder")
-        with atomic_write(path) as file:
-            file.write(json.dumps(asdict(binding), indent=1).encode())
-    elif held != (here := asdict(binding)):
+        return False
+    if held != (here := asdict(binding)):
         differ = [key for key in here if not isinstance(held, dict) or held.get(key) != here[key]]
         raise UserError(f"{root}: a cache of other features ({', '.join(differ)} differ); give --cache_embeddings "
                         "another folder, or remove this one")
+    return True
+
+
+def _claim(root: Path, binding: Binding) -> None:
+    """Say in the folder what it is a cache of; only who is alone there may."""
+    if not _is_claimed(root, binding):
+        with atomic_write(root / "cache.json") as file:
+            file.write(json.dumps(asdict(binding), indent=1).encode())
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """A context in which no other run writes into the cache: who comes second waits, and finds it whole."""
-    handle = os.open(root, os.O_RDONLY) if distributed.is_main() else None
+def _alone(root: Path) -> Iterator[bool]:
+    """A context in which no other run writes into the cache: who comes second waits, and finds it whole.
+
+    Its value is whether that is certain, in the main process: not where files cannot be written or locked.
+    """
+    handle = None
+    if distributed.is_main():
+        with suppress(OSError):  # a cache that may only be read is written by nobody
+            # A file, opened for writing: over NFS, there is no exclusive lock of anything else.
+            handle = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         waiting = False
         # Asked again and again, as no process may wait for another longer than the process group's timeout.
-        while not distributed.broadcast(handle is not None and _lock(handle)):
+        while (has_lock := distributed.broadcast(_lock(handle))) is None:
             if not waiting:
                 _say(f"{root}: another run is writing this cache; waiting for it")
             waiting = True
             time.sleep(SECONDS_TO_LOOK_AGAIN)
-        yield
+        yield has_lock
     finally:
         if handle is not None:
             os.close(handle)  # and with it goes the lock, as it does with the process
 
 
-def _lock(handle: int) -> bool:
+def _lock(handle: int | None) -> bool | None:
+    """Whether the lock is held now; None if another process holds it, False if there can be none."""
+    if handle is None:
+        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return None
     except OSError:
-        pass  # a file system without locks: nothing is lost but the second run's time
+        return False  # a file system without locks: nothing is lost but the second run's time
     return True
 
 
@@ -237,25 +324,28 @@ class _Writer:
     def __init__(
         self,
         root: Path,
+        fitted_to: NpyFolder,
         segmenter: Segmenter,
         precision: Precision,
         binding: Binding,
         batch_size: int,
         num_workers: int,
         is_auto: bool,
+        is_alone: bool,
     ) -> None:
         self.root, self.segmenter, self.precision, self.binding = root, segmenter, precision, binding
-        self.batch_size, self.num_workers, self.is_auto = batch_size, num_workers, is_auto
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.is_auto, self.is_alone = is_auto, is_alone
         self.reduces = bool(segmenter.feature_blocks) and binding.stored_in != "float32"
-        self._read_reduction()
+        self.fitted_to = fitted_to
+        # Entries are bound to the identity.
+        self.reduction, self.identity = distributed.on_main(self._read_reduction)
 
-    def _read_reduction(self) -> None:
-        """Set `reduction`, if there is to be one and the cache has it, and `identity`, what entries are bound to."""
-        self.reduction: Reduction | None = None
-        self.identity = self.binding.digest
+    def _read_reduction(self) -> tuple[Reduction | None, str]:
+        """The projection, if there is to be one and the cache has it, and the identity of a cache that has it."""
         path = self.root / "projection.safetensors"
         if not self.reduces or not path.exists():
-            return
+            return None, self.binding.digest
         num_blocks = len(self.segmenter.feature_blocks)
         channels = num_blocks * self.segmenter.sam.image_encoder.embed_dim
         shapes = {"mean": (channels,), "basis": (math.floor(channels * KEPT), channels)}
@@ -265,35 +355,38 @@ class _Writer:
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             known = {"binding": self.binding.digest, "sha256": _checksum(tensors)}
             if metadata == known and {key: tuple(tensor.shape) for key, tensor in tensors.items()} == shapes:
-                self.reduction = Reduction(tensors["mean"].float(), tensors["basis"].float(), num_blocks)
-                self.identity = hashlib.sha256("{binding} {sha256}".format(**known).encode()).hexdigest()
-                return
+                reduction = Reduction(tensors["mean"].float(), tensors["basis"].float(), num_blocks)
+                return reduction, hashlib.sha256("{binding} {sha256}".format(**known).encode()).hexdigest()
         except (OSError, SafetensorError, TypeError):
             pass
         _say(f"{path}: damaged, or of another cache; it is made anew, and so are the entries that went through it")
+        return None, self.binding.digest
 
     def prepare(self, request: Request) -> EmbeddingCache | None:
         source = request.source
         folder = self.root / source.folder.resolve().name
         share = range(distributed.rank(), len(source.items), distributed.world_size())
-        pending = _find_pending(folder, request, self.identity, share)
-        num_pending = sum(map(len, distributed.all_gather(pending)))
-        if num_pending and self.is_auto and num_pending * request.num_views >= len(source.items) * request.passes:
+        pending: list[int] = []
+        pictures: dict[int, str] = {}
+        _in_rounds(_find_pending(folder, request, self.identity, share, pending, pictures))
+        num_pending = sum(distributed.all_gather(len(pending)))
+        if num_pending and self.is_auto and request.is_cheap:
             return None
-        if num_pending:
-            try:
+        try:
+            if num_pending:
                 distributed.on_main(lambda: self._announce(folder, request, num_pending))
-            except UserError as error:
-                if not self.is_auto:
-                    raise
-                _say(f"{error}; going on without a cache")
-                return None
-            if self.reduces and self.reduction is None:
-                distributed.on_main(lambda: self._fit(source))
-                self._read_reduction()
-            self._write(folder, request, pending)
-            distributed.all_gather(None)  # nobody reads before all have written
-        return EmbeddingCache(folder, [item.name for item in source.items], self.identity, self.reduction)
+                if self.reduces and self.reduction is None:
+                    distributed.on_main(self._fit)
+                    self.reduction, self.identity = distributed.on_main(self._read_reduction)
+                _in_rounds(self._write(folder, request, pending, pictures))  # nobody reads before all have written
+        except UserError as error:
+            if not self.is_auto:
+                raise
+            _say(f"{error}; going on without a cache")
+            return None
+        everywhere = {index: sha for share in distributed.all_gather(pictures) for index, sha in share.items()}
+        entries = [(item.name, everywhere[index]) for index, item in enumerate(source.items)]
+        return EmbeddingCache(folder, entries, self.identity, self.reduction)
 
     def _announce(self, folder: Path, request: Request, num_images: int) -> None:
         """Say what is about to be made, by encoding one empty image.
@@ -304,9 +397,9 @@ class _Writer:
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(f"{folder}: no cache can be kept there ({error.strerror}); give --cache_embeddings another "
-                            "folder, or off") from None
-        remove_temporaries(self.root)
+            raise _no_place(folder, error) from None
+        if self.is_alone:
+            remove_temporaries(self.root)
         size = self.binding.image_size
         started = time.monotonic()
         features = self._encode(torch.zeros(1, size, size, 3, dtype=torch.uint8))
@@ -339,9 +432,10 @@ class _Writer:
         embeddings, *reduced = reduction.to(features[0].device).reduce(features)
         return [embeddings.to("cpu", dtype), *(part.cpu() for part in reduced)]
 
-    def _fit(self, source: NpyFolder) -> None:
-        """Fit the projection to some images of a split, evenly spaced, and keep it. One process alone does so, image by
-        image, so that all have the same; who is stopped after it finds it there."""
+    def _fit(self) -> None:
+        """Fit the projection to some images of the first split, evenly spaced, and keep it. One process alone does so,
+        image by image, so that all have the same; who is stopped after it finds it there."""
+        source = self.fitted_to
         indexes = np.unique(np.linspace(0, len(source.items) - 1, FIT_IMAGES).round().astype(int)).tolist()
 
         def features_of(index: int) -> Features:
@@ -356,10 +450,17 @@ class _Writer:
         with atomic_write(self.root / "projection.safetensors") as file:
             file.write(save(tensors, metadata))
 
-    def _write(self, folder: Path, request: Request, pending: list[int]) -> None:
+    def _write(
+        self, folder: Path, request: Request, pending: list[int], pictures: dict[int, str]
+    ) -> Generator[None, None, None]:
+        """Write entries, batch after batch, and the SHA-256 of their images into `pictures`."""
+        try:
+            folder.mkdir(exist_ok=True)  # it is there, which other machines may not know yet
+        except OSError as error:
+            raise _no_place(folder, error) from None
         loader = DataLoader(
             _PendingImages(request, pending),
-            batch_size=self.batch_size,
+            batch_size=max(1, self.batch_size // request.num_views),  # images of which all views are held
             num_workers=self.num_workers,
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # else it draws from the RNG, which a resumed run must find as it was
@@ -376,7 +477,9 @@ class _Writer:
                                for v, stored in enumerate(views) for k, tensor in enumerate(stored)}  # fmt: skip
                     about = {key: batch[key][i] for key in ("image_file", "image_sha256", "views_are")}
                     self._write_entry(folder, name, tensors, about)
+                    pictures[int(batch["index"][i])] = about["image_sha256"]
                     progress.update()
+                yield
 
     def _write_entry(self, folder: Path, name: str, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
         self._require_finite(name, tensors.values())
@@ -384,54 +487,91 @@ class _Writer:
         with atomic_write(entry_path(folder, name)) as file:
             file.write(save(tensors, metadata))
 
-
     def _require_finite(self, name: str, tensors: Iterable[Tensor]) -> None:
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             raise UserError(f"{name}: its features are not finite in {self.binding.stored_in}; check the image, or "
                             "give --cache_dtype float32, or --cache_embeddings off")
 
 
-def _find_pending(folder: Path, request: Request, identity: str, share: range) -> list[int]:
-    """The images of `share` that have no good entry."""
-    pending = []
+def _in_rounds(work: Generator[None, None, None]) -> None:
+    """Do a process's work, of many pieces, while the others do theirs: who has done all of it waits for the slowest,
+    but never longer than for a round, which is far below the process group's timeout.
+
+    Raises:
+        UserError: what the work of one process raised, in all of them.
+    """
+    while True:
+        outcomes = distributed.all_gather(_round(work))
+        for outcome in outcomes:
+            if isinstance(outcome, UserError):
+                work.close()
+                raise outcome
+        if all(outcomes):
+            return
+
+
+def _round(work: Generator[None, None, None]) -> bool | UserError:
+    """Go on for a while; whether all is done, or why it cannot be.
+
+    Raises:
+        Interrupted: the launcher has ended.
+    """
+    started = time.monotonic()
+    try:
+        for _ in work:
+            if distributed.launcher_has_ended():
+                raise Interrupted("the launcher has ended; start again, and the cache is gone on with", signal.SIGTERM)
+            if time.monotonic() - started > SECONDS_OF_A_ROUND:
+                return False
+    except UserError as error:
+        return error
+    return True
+
+
+def _find_pending(
+    folder: Path, request: Request, identity: str, share: range, pending: list[int], pictures: dict[int, str]
+) -> Generator[None, None, None]:
+    """Put the images of `share` without a good entry into `pending`, the SHA-256 of the others into `pictures`."""
     reasons: dict[str, int] = {}
     for index in tqdm(share, desc="checking the cache", unit="image", leave=False, disable=not distributed.is_main()):
-        reason = _fault(entry_path(folder, request.source.items[index].name), request, index, identity)
-        if reason:
+        reason, picture = _check(entry_path(folder, request.source.items[index].name), request, index, identity)
+        if picture:
+            pictures[index] = picture
+        else:
             pending.append(index)
             reasons[reason] = reasons.get(reason, 0) + 1
+        yield
     reasons.pop("missing", None)
     for reason, count in reasons.items():
         print(f"{folder}: {count} entries are {reason}; these images are encoded again")
-    return pending
 
 
-def _fault(path: Path, request: Request, index: int, identity: str) -> str | None:
-    """Why an entry cannot be used, or None."""
+def _check(path: Path, request: Request, index: int, identity: str) -> tuple[str, str]:
+    """Why an entry cannot be used, or the SHA-256 of its image; the other is empty."""
     if not path.exists():
-        return "missing"
+        return "missing", ""
     if not path.is_file():
-        return "no regular files"
+        return "no regular files", ""
     source = request.source
     try:
         with safe_open(path, "pt") as entry:
             metadata = entry.metadata() or {}
             tensors = {key: entry.get_tensor(key) for key in entry.keys()}  # noqa: SIM118
         if metadata.get("sha256") != _checksum(tensors):
-            return "damaged"
+            return "damaged", ""
         views = json.loads(metadata.get("views_are", ""))
     except (OSError, SafetensorError, TypeError, ValueError):  # the last two: of a type unknown to NumPy, or no JSON
-        return "damaged"
+        return "damaged", ""
     if metadata.get("binding") != identity:
-        return "of another cache"
+        return "of another cache", ""
     expected = json.loads(_views(source.items[index].name, request.num_views))
     if not isinstance(views, list) or views[: len(expected)] != expected:
-        return "without the views that are asked for"
-    if metadata.get("image_file") != _signature(source.image_path(index)) and (
-        metadata.get("image_sha256") != _digest(source.read_image(index))
-    ):
-        return "of images that have changed since"
-    return None
+        return "without the views that are asked for", ""
+    picture = metadata.get("image_sha256", "")
+    is_same_file = metadata.get("image_file") == _signature(source.image_path(index))
+    if not picture or not (is_same_file or picture == _digest(source.read_image(index))):
+        return "of images that have changed since", ""
+    return "", picture
 
 
 def _views(name: str, num_views: int) -> str:
@@ -448,7 +588,10 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def _signature(path: Path) -> str:
-    stat = path.stat()
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path}: became unreadable while it was in use ({error.strerror})") from None
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
@@ -472,6 +615,7 @@ class _PendingImages(Dataset[dict[str, Any]]):
         image, name = source.read_image(index), source.items[index].name
         return {
             "views": torch.stack([fixed_view(name, number).image(image) for number in range(num_views)]),
+            "index": index,
             "name": name,
             "image_file": signature,
             "image_sha256": _digest(image),

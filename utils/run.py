@@ -126,6 +126,34 @@ def read_latest(
     return latest
 
 
+def cache_to_use(where: str, latest: Latest | None) -> str:
+    """--cache_embeddings, but that `auto` puts no cache under a run that began without."""
+    began_without = latest is not None and latest.state["args"].get("train_cache", "unknown") is None
+    return "off" if began_without and where == "auto" else where
+
+
+def require_same_cache(stored_in: str | None, latest: Latest | None) -> None:
+    """
+    Args:
+        stored_in: the type of the cached features that are trained on, None without a cache. A run with the one is not
+            the run with the other: features are rounded and reduced, and views drawn from fewer.
+
+    Raises:
+        UserError: the run began otherwise.
+    """
+    then = latest.state["args"].get("train_cache", stored_in) if latest else stored_in
+    if stored_in == then:
+        return
+    assert latest is not None
+    if then is None:
+        raise UserError(f"{latest.path}: began without a cache; give --cache_embeddings off, or start a new run")
+    if stored_in is None:
+        raise UserError(f"{latest.path}: began with features from a cache; give --cache_embeddings as it began, "
+                        "and the disk room for it, or start a new run")
+    raise UserError(f"--cache_dtype is {stored_in}, but {latest.path} began with {then}; give it so, or start a new "
+                    "run")
+
+
 def _is_run_state(state: Any) -> bool:
     """Whether all that is looked at, but for the states that the optimizer and the like check themselves, is there."""
     return (
@@ -184,7 +212,7 @@ class Run:
         # Checkpoints load with weights_only, which knows no Path.
         self.config = {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}
         self.save_every_steps, self.keep_last = save_every_steps, keep_last
-        self.stop = StopSignals(launched=distributed.world_size() > 1)
+        self.stop = StopSignals()
         self.history: list[dict[str, Any]] = []
         self.best_score = -math.inf
         self.progress = Progress(epoch=0)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from utils import distributed
 from utils.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -19,18 +19,13 @@ class StopSignals:
     Workers that outlive their launcher would go on in a folder that the restarted job takes up as well.
     """
 
-    def __init__(self, *, launched: bool) -> None:
-        """
-        Args:
-            launched: the parent process is a launcher. A shell may well end before what was started in it.
-        """
-        self._launcher = os.getppid() if launched else None
+    def __init__(self) -> None:
         self._received: signal.Signals | None = None
         self._at_once = False
 
     @property
     def requested(self) -> bool:
-        return self._received is not None or (self._launcher is not None and os.getppid() != self._launcher)
+        return self._received is not None or distributed.launcher_has_ended()
 
     @property
     def signalled(self) -> bool:
