@@ -272,7 +272,7 @@ def test_the_projection_is_fitted_to_the_first_split_or_not_at_all(
     assert not root.exists()
     fitted = embedding_cache._Writer._fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding_cache._Writer, "_fit", lambda writer: seen.append(writer.fitted_to) or fitted(writer))
+        patch.setattr(embedding_cache._Writer, "_fit", lambda writer: (seen.append(writer.fitted_to), fitted(writer))[1])
         seen: list[NpyFolder] = []
         requests[0] = Request(source, num_views=4, passes=5)
         assert all(prepare_requests(requests, segmenter, sam_file, "auto"))
@@ -315,7 +315,7 @@ def test_processes_wait_for_each_other_in_rounds(monkeypatch: pytest.MonkeyPatch
         if fails:
             raise UserError("no room")
 
-    monkeypatch.setattr(embedding_cache.distributed, "all_gather", lambda value: gathered.append(value) or [value])
+    monkeypatch.setattr(embedding_cache.distributed, "all_gather", lambda value: (gathered.append(value), [value])[1])
     embedding_cache._in_rounds(work(False))
     assert done == [0, 1, 2] and gathered == [False, False, False, True]
     with pytest.raises(UserError, match="no room"):
