@@ -272,8 +272,13 @@ def test_the_projection_is_fitted_to_the_first_split_or_not_at_all(
     assert not root.exists()
     fitted = embedding_cache._Writer._fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedding_cache._Writer, "_fit", lambda writer: (seen.append(writer.fitted_to), fitted(writer))[1])
         seen: list[NpyFolder] = []
+
+        def fit(writer: Any) -> None:
+            seen.append(writer.fitted_to)
+            fitted(writer)
+
+        patch.setattr(embedding_cache._Writer, "_fit", fit)
         requests[0] = Request(source, num_views=4, passes=5)
         assert all(prepare_requests(requests, segmenter, sam_file, "auto"))
     assert seen == [source]
@@ -315,7 +320,11 @@ def test_processes_wait_for_each_other_in_rounds(monkeypatch: pytest.MonkeyPatch
         if fails:
             raise UserError("no room")
 
-    monkeypatch.setattr(embedding_cache.distributed, "all_gather", lambda value: (gathered.append(value), [value])[1])
+    def gather(value: object) -> list[object]:
+        gathered.append(value)
+        return [value]
+
+    monkeypatch.setattr(embedding_cache.distributed, "all_gather", gather)
     embedding_cache._in_rounds(work(False))
     assert done == [0, 1, 2] and gathered == [False, False, False, True]
     with pytest.raises(UserError, match="no room"):
