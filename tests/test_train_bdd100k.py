@@ -451,10 +451,12 @@ def test_a_poisoned_image_stops_the_run_with_its_name(
     items = {name: (np.full((*labels.shape, 3), value, np.float32), labels) for name, value in zip("ab", (0.5, np.nan))}
     write_split(tmp_path / "train", items)
     shutil.copy(sam_file, tmp_path / "sam.pth")
-    line = error_of(train_bdd100k, *good_flags(tmp_path), "--cache_embeddings", "off")
-    assert line.startswith("error: epoch 0, step 1: the loss is not finite for b;")
+    flags = [*good_flags(tmp_path), "-num_epochs", 5, "--cache_embeddings"]
+    for cache in ("off", "auto"):  # auto goes on without one
+        line = error_of(train_bdd100k, *flags, cache)
+        assert line.startswith("error: epoch 0, step 1: the loss is not finite for b;")
     for mode in ("box", "semantic"):
-        line = error_of(train_bdd100k, *good_flags(tmp_path), "--prompt_mode", mode, "-num_epochs", 5)
+        line = error_of(train_bdd100k, *flags, tmp_path / mode, "--prompt_mode", mode)
         assert line.startswith("error: b: its features are not finite in float16; check the image")
     assert not list(tmp_path.glob("work/*/*.pth"))
 
