@@ -443,8 +443,8 @@ class _Writer:
             self._require_finite(source.items[index].name, features)
             return features
 
-        progress = tqdm(indexes, desc="fitting the projection of encoder blocks", unit="image")
-        reduction = Reduction.fit(map(features_of, progress))
+        with tqdm(indexes, desc="fitting the projection of encoder blocks", unit="image") as progress:
+            reduction = Reduction.fit(map(features_of, progress))
         tensors = {"mean": reduction.mean, "basis": reduction.basis.contiguous()}
         metadata = {"binding": self.binding.digest, "sha256": _checksum(tensors)}
         with atomic_write(self.root / "projection.safetensors") as file:
