@@ -231,7 +231,7 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     require_same_cache(stored_in, latest)
     config["train_cache"] = stored_in
     loader = training_loader(dataset, **loading, seed=args.seed, precision=precision)
-    val_loader = val_dataset and evaluation_loader(val_dataset, **loading, precision=precision)
+    val_loader = evaluation_loader(val_dataset, **loading, precision=precision) if val_dataset else None
     steps_per_epoch = math.ceil(len(loader) / args.grad_acc_steps)
     settle_gradient_order(model, dataset, precision)
     stepping = build_stepping(args, segmenter, precision, steps_per_epoch)
@@ -271,7 +271,8 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
             )
             seconds = progress.seconds
             record = {"epoch": epoch, "train_loss": figures.pop("loss"), **figures}
-            if val_loader and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.num_epochs):
+            # Not its truth: a process without a batch of its own has to take part as well.
+            if val_loader is not None and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.num_epochs):
                 with run.interruptible():
                     record["val_miou"] = mean_iou(evaluate(segmenter, val_loader, precision).matrix)
             run.finish_epoch({**record, "seconds": seconds, "images_per_second": len(dataset) / seconds})
