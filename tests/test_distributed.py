@@ -107,11 +107,12 @@ def test_only_the_first_process_writes(two_by_two: Path, one_by_four: Path) -> N
     assert all(key.startswith("mask_decoder.") for key in best["model"])  # nothing of the wrapper in the names
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])  # three images: batches of two and one process, or one batch for both
 def test_evaluation_in_two_processes_equals_one_exactly(
-    launch: Launch, train: Callable[..., Path], npy: Path, tmp_path: Path
+    batch_size: int, launch: Launch, train: Callable[..., Path], npy: Path, tmp_path: Path
 ) -> None:
-    # At this learning rate no weight moves, so that both score the same decoder; three images over two processes.
-    flags = ["-batch_size", 1, "-num_epochs", 1, "-lr", "1e-30", "--val_npy_path", npy / "val"]
+    # At this learning rate no weight moves, so that both score the same decoder.
+    flags = ["-batch_size", batch_size, "-num_epochs", 1, "-lr", "1e-30", "--val_npy_path", npy / "val"]
     (several,) = log_of(launch("torch.distributed.run", tmp_path / "2", *flags))
     (single,) = log_of(train(tmp_path / "1", *flags))
     assert several["val_miou"] == single["val_miou"] > 0
