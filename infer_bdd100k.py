@@ -11,7 +11,7 @@ Without --model_checkpoint the SAM file is evaluated as it is: the figure to com
 
 Your own pictures, without labels: a file, a folder, a quoted pattern, or a video.
 
-    python infer_bdd100k.py --images drive.mp4 --model_checkpoint ... --sam_checkpoint ... --output_dir overlays
+    python infer_bdd100k.py --images drive.mp4 --model_checkpoint ... --sam_checkpoint ... --output_dir results
 
 Several processes share an evaluation: torchrun --nproc_per_node=4 infer_bdd100k.py ...
 """
