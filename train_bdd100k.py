@@ -75,16 +75,12 @@ MEMORY_ADVICE = ("lower -batch_size and raise --grad_acc_steps by the same facto
 
 # What a card has room and arithmetic for; without --preset, what the specification has. All make optimizer steps of 16
 # images per process, so that a run means the same on each. The memory that they take has not been measured.
-_PRESET_NAMES = ("batch_size", "grad_acc_steps", "use_amp", "amp_dtype", "num_workers")
 PRESETS: dict[str | None, dict[str, Any]] = {
-    preset: dict(zip(_PRESET_NAMES, values))
-    for preset, values in {
-        None: (4, 4, False, "auto", 4),
-        "2080ti": (4, 4, True, "fp16", 4),
-        "3090": (8, 2, True, "bf16", 8),
-        "a100": (16, 1, True, "bf16", 8),
-        "cpu": (2, 8, True, "auto", 1),
-    }.items()
+    None: {"batch_size": 4, "grad_acc_steps": 4, "use_amp": False, "amp_dtype": "auto", "num_workers": 4},
+    "2080ti": {"batch_size": 4, "grad_acc_steps": 4, "use_amp": True, "amp_dtype": "fp16", "num_workers": 4},
+    "3090": {"batch_size": 8, "grad_acc_steps": 2, "use_amp": True, "amp_dtype": "bf16", "num_workers": 8},
+    "a100": {"batch_size": 16, "grad_acc_steps": 1, "use_amp": True, "amp_dtype": "bf16", "num_workers": 8},
+    "cpu": {"batch_size": 2, "grad_acc_steps": 8, "use_amp": True, "amp_dtype": "auto", "num_workers": 1},
 }
 
 # A decoder that starts with new parts has more to learn than SAM's own.

@@ -153,10 +153,9 @@ def test_a_full_disk_at_the_start(inputs: Path, tmp_path: Path) -> None:
         pytest.skip(str(error))
 
 
-def test_a_data_file_that_goes_during_training(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
-    words = training(inputs, tmp_path / "work", *SINGLE)
+def losing_a_data_file(job: Job, inputs: Path, tmp_path: Path) -> Path:
+    """Take a file away from a job that trains, which must fail for it; the file, which is then back again."""
     victim, aside = inputs / "train" / "gts" / "image3.npy", tmp_path / "aside.npy"
-    job = Job(words, tmp_path / "log")
     try:
         with running(job):
             job.wait_until(lambda: "loss=" in job.said)
@@ -164,6 +163,13 @@ def test_a_data_file_that_goes_during_training(inputs: Path, undisturbed: Path, 
             assert job.wait() == 1
     finally:
         aside.rename(victim)
+    return victim
+
+
+def test_a_data_file_that_goes_during_training(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    words = training(inputs, tmp_path / "work", *SINGLE)
+    job = Job(words, tmp_path / "log")
+    victim = losing_a_data_file(job, inputs, tmp_path)
     line = error_in(job.said)
     assert f"{victim}: became unreadable" in line and "--resume" in line
     assert steps_of(tmp_path / "work") % 4 != 0  # saved inside an epoch, though nobody asked for that
@@ -201,14 +207,7 @@ def test_a_data_file_that_goes_is_told_by_one_of_two_processes(
 ) -> None:
     """And the main process saves the state, though it was another one that failed."""
     job = Job([*launcher(2), *training(inputs, tmp_path / "work", *PAIR)], tmp_path / "log")
-    victim, aside = inputs / "train" / "gts" / "image3.npy", tmp_path / "aside.npy"
-    try:
-        with running(job):
-            job.wait_until(lambda: "loss=" in job.said)
-            victim.rename(aside)
-            assert job.wait() == 1
-    finally:
-        aside.rename(victim)
+    losing_a_data_file(job, inputs, tmp_path)
     assert "became unreadable" in error_in(job.said)
     assert steps_of(tmp_path / "work") > 0
 

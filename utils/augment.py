@@ -55,9 +55,7 @@ class View:
                 nearest = v2.InterpolationMode.NEAREST_EXACT
                 array = v2.functional.resized_crop(tensor[None], *place, interpolation=nearest)[0].numpy()
             else:
-                planes = tensor.permute(2, 0, 1)
-                planes = planes.float() if planes.dtype == torch.float16 else planes  # which CPUs do not interpolate
-                resized = v2.functional.resized_crop(planes, *place, antialias=True)
+                resized = v2.functional.resized_crop(_planes(tensor), *place, antialias=True)
                 array = resized.to(tensor.dtype).permute(1, 2, 0).numpy()
         return array[:, ::-1] if self.mirrored else array
 
@@ -65,11 +63,15 @@ class View:
         from torchvision.transforms import v2
 
         tensor = torch.from_numpy(image)
-        planes = tensor.permute(2, 0, 1)
-        planes = planes.float() if planes.dtype == torch.float16 else planes
-        planes = v2.functional.adjust_brightness(planes, self.brightness)
+        planes = v2.functional.adjust_brightness(_planes(tensor), self.brightness)
         planes = v2.functional.adjust_contrast(planes, self.contrast)
         return planes.to(tensor.dtype).permute(1, 2, 0).numpy()
+
+
+def _planes(image: Tensor) -> Tensor:
+    """S x S x 3 -> 3 x S x S, as torchvision takes it; float16, which CPUs do not interpolate, becomes float32."""
+    planes = image.permute(2, 0, 1)
+    return planes.float() if planes.dtype == torch.float16 else planes
 
 
 def draw_view(rng: np.random.Generator) -> View:
