@@ -98,41 +98,44 @@ class Block(nn.Module):
         super().__init__()
         self.window_size = window_size
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim=dim, num_heads=num_heads, input_size=window_size or grid_size)
+        self.attn = Attention(dim=dim, num_heads=num_heads, window_size=window_size, grid_size=grid_size)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLPBlock(dim, 4 * dim, nn.GELU)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[1:3]
-        attended = self.norm1(x)
-        if self.window_size:
-            attended = window_unpartition(self.attn(window_partition(attended, self.window_size)), (h, w))
-        else:
-            attended = self.attn(attended)
-        x = x + attended
-        tokens = x.flatten(0, 2)
-        pieces = tokens.split(max(1, MAX_ELEMENTS[x.device.type] // self.mlp.lin1.out_features))
-        return x + torch.cat([self.mlp(self.norm2(piece)) for piece in pieces]).view_as(x)
+        tokens = (x + self.attn(self.norm1(x))).flatten(0, 2)
+        pieces = tokens.chunk(-(-len(tokens) * self.mlp.lin1.out_features // MAX_ELEMENTS[x.device.type]))
+        return torch.cat([piece + self.mlp(self.norm2(piece)) for piece in pieces]).view_as(x)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over a B x H x W x C map, with decomposed relative position."""
+    """Multi-head self-attention with decomposed relative position on a B x H x W x C map.
 
-    def __init__(self, *, dim: int, num_heads: int, input_size: int) -> None:
+    Within windows of `window_size`, or over the whole map if that is 0.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, window_size: int, grid_size: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.window_size = window_size
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.rel_pos_h = nn.Parameter(torch.zeros(2 * input_size - 1, dim // num_heads))
-        self.rel_pos_w = nn.Parameter(torch.zeros(2 * input_size - 1, dim // num_heads))
+        distances = 2 * (window_size or grid_size) - 1
+        self.rel_pos_h = nn.Parameter(torch.zeros(distances, dim // num_heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(distances, dim // num_heads))
 
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
-        qkv = self.qkv(x).view(b, h * w, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0)  # each (B * heads) x HW x C/heads
-        bias_h, bias_w = relative_position_bias(q, self.rel_pos_h, self.rel_pos_w, (h, w))
-        x = attention_in_pieces(q, k, v, bias_h, bias_w)
-        return self.proj(x.view(b, self.num_heads, h * w, -1).transpose(1, 2).reshape(b, h, w, c))
+        window = (self.window_size, self.window_size) if self.window_size else (h, w)
+        tokens = window_order((h, w), window, x.device)
+        # SAM pads the last windows with zeros. All project alike, so one is enough: it stands behind the image's tokens.
+        qkv = self.qkv(F.pad(x.flatten(1, 2), (0, 0, 0, 1))).index_select(1, tokens)
+        qkv = qkv.view(-1, window[0] * window[1], 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.contiguous().flatten(1, 2)  # each (B * windows * heads) x tokens of a window x C/heads
+        bias_h, bias_w = relative_position_bias(q, self.rel_pos_h, self.rel_pos_w, window)
+        attended = attention_in_pieces(q, k, v, bias_h, bias_w).unflatten(0, (-1, self.num_heads))
+        places = tokens.argsort()[: h * w]
+        return self.proj(attended.transpose(1, 2).reshape(b, -1, c).index_select(1, places)).view_as(x)
 
 
 def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor) -> Tensor:
@@ -203,18 +206,10 @@ def _by_distance(rel_pos: Tensor, size: int) -> Tensor:
     return rel_pos[positions[:, None] - positions[None, :] + size - 1]
 
 
-def window_partition(x: Tensor, window_size: int) -> Tensor:
-    """B x H x W x C -> (B * windows) x window_size x window_size x C, zero-padded at the bottom and right."""
-    h, w, c = x.shape[1:]
-    x = F.pad(x, (0, 0, 0, -w % window_size, 0, -h % window_size))
-    x = x.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size))  # B x nH x ws x nW x ws x C
-    return x.transpose(2, 3).reshape(-1, window_size, window_size, c)
-
-
-def window_unpartition(windows: Tensor, size: tuple[int, int]) -> Tensor:
-    """The inverse of `window_partition`: windows -> B x H x W x C for the `size` (H, W) before padding."""
+def window_order(size: tuple[int, int], window: tuple[int, int], device: torch.device) -> Tensor:
+    """The token at each place of each window, counted by rows in all three; H * W where a window exceeds the map."""
     h, w = size
-    window_size, c = windows.shape[2:]
-    rows, columns = -(-h // window_size), -(-w // window_size)
-    x = windows.view(-1, rows, columns, window_size, window_size, c).transpose(2, 3)
-    return x.reshape(-1, rows * window_size, columns * window_size, c)[:, :h, :w]
+    window_h, window_w = window
+    tokens = torch.arange(h * w, device=device).view(h, w)
+    tokens = F.pad(tokens, (0, -w % window_w, 0, -h % window_h), value=h * w)
+    return tokens.unflatten(1, (-1, window_w)).unflatten(0, (-1, window_h)).transpose(1, 2).flatten()
