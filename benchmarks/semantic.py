@@ -201,9 +201,9 @@ def load_split(source: NpyFolder, sam: Sam, blocks: list[int], num_views: int) -
             image, label = source.read(i)
             if image.dtype != np.uint8:
                 raise UserError(f"{source.folder}: preprocess with --image_dtype uint8 for this benchmark")
-            seen = fixed_view(item.name, view)
-            images.append(seen.image(image).permute(2, 0, 1))
-            labels.append(torch.from_numpy(seen.labels(label)))
+            seen, size = fixed_view(item.name, view), source.fitted_size(i)
+            images.append(seen.image(image, size).permute(2, 0, 1))
+            labels.append(torch.from_numpy(seen.labels(label, size)))
     stacked = torch.stack(images)
     features = encode(stacked, sam, blocks, desc=f"encoding {source.folder.name}")
     return Split(stacked, torch.stack(labels), features, blocks, len(source.items))

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from utils.augment import LEAST_AREA, View, draw_view, fixed_view
+from utils.geometry import PAD_COLOR
 
 SIDE = 48
+FRAME = (SIDE, SIDE)
 
 
 def scene() -> tuple[np.ndarray, np.ndarray]:
@@ -25,10 +27,10 @@ def scene() -> tuple[np.ndarray, np.ndarray]:
 def test_the_first_two_views_are_the_image_and_its_mirror_image() -> None:
     image, labels = scene()
     assert fixed_view("a", 0) == View()
-    assert np.array_equal(fixed_view("a", 0).image(image), image)
-    assert np.array_equal(fixed_view("a", 0).labels(labels), labels)
-    assert np.array_equal(fixed_view("a", 1).image(image), image[:, ::-1])
-    assert np.array_equal(fixed_view("a", 1).labels(labels), labels[:, ::-1])
+    assert np.array_equal(fixed_view("a", 0).image(image, FRAME), image)
+    assert np.array_equal(fixed_view("a", 0).labels(labels, FRAME), labels)
+    assert np.array_equal(fixed_view("a", 1).image(image, FRAME), image[:, ::-1])
+    assert np.array_equal(fixed_view("a", 1).labels(labels, FRAME), labels[:, ::-1])
 
 
 def test_further_views_are_a_function_of_name_and_number() -> None:
@@ -42,13 +44,28 @@ def test_image_and_labels_are_cropped_alike_and_no_label_is_invented() -> None:
     for _ in range(30):
         drawn = draw_view(rng)
         view = View(drawn.mirrored, drawn.window)
-        seen, found = view.image(image).numpy().astype(int), view.labels(labels)
+        seen, found = view.image(image, FRAME).numpy().astype(int), view.labels(labels, FRAME)
         assert seen.shape == image.shape and found.shape == labels.shape and found.dtype == np.uint8
         assert set(np.unique(found)) <= {0, 7, 13, 255}
         # Only where two labels meet is the colour in between.
         assert (np.abs(seen[..., 0] - found) < 1).mean() > 0.85
         inside = cv2.erode(found, np.ones((3, 3))) == cv2.dilate(found, np.ones((3, 3)))
         assert (np.abs(seen[..., 0] - found)[inside] < 1).all()
+
+
+def test_padding_stays_what_and_where_it_is() -> None:
+    image, labels = scene()
+    image[30:], labels[30:] = PAD_COLOR, 255
+    rng = np.random.default_rng(0)
+    for view in (View(mirrored=True), View(window=(0, 0, 0.5, 0.5)), View(brightness=0.5), draw_view(rng)):
+        for size, picture in (((30, SIDE), np.s_[:30]), ((SIDE, 30), np.s_[:, :30])):
+            frame = image if size[0] == 30 else image.swapaxes(0, 1)
+            marks = labels if size[0] == 30 else labels.T
+            seen, found = view.image(frame, size).numpy(), view.labels(marks, size)
+            alone = np.ascontiguousarray(frame[picture])
+            assert np.array_equal(seen[picture], view.image(alone, alone.shape[:2]).numpy())
+            seen[picture], found[picture] = PAD_COLOR, 255
+            assert (seen == PAD_COLOR).all() and (found == 255).all()
 
 
 def test_windows_stay_inside_and_reach_their_bounds() -> None:
@@ -68,9 +85,9 @@ def test_windows_stay_inside_and_reach_their_bounds() -> None:
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32])
 def test_every_type_that_images_are_stored_in(dtype: Any) -> None:
     image, _ = scene()
-    reference = View(True, (0.1, 0.2, 0.7, 0.75), 1.2, 0.8).image(image).numpy() / 255
+    reference = View(True, (0.1, 0.2, 0.7, 0.75), 1.2, 0.8).image(image, FRAME).numpy() / 255
     stored = image if dtype == np.uint8 else (image / 255).astype(dtype)
-    view = View(True, (0.1, 0.2, 0.7, 0.75), 1.2, 0.8).image(stored).numpy()
+    view = View(True, (0.1, 0.2, 0.7, 0.75), 1.2, 0.8).image(stored, FRAME).numpy()
     assert view.dtype == dtype and view.flags.c_contiguous
     scale = 255 if dtype == np.uint8 else 1
     assert np.abs(view.astype(np.float64) / scale - reference).max() < 0.02
@@ -79,8 +96,8 @@ def test_every_type_that_images_are_stored_in(dtype: Any) -> None:
 
 def test_brightness_and_contrast_leave_labels_alone() -> None:
     image, labels = scene()
-    assert np.array_equal(View(brightness=1.2, contrast=0.8).labels(labels), labels)
-    darker = View(brightness=0.5).image(image).numpy()
+    assert np.array_equal(View(brightness=1.2, contrast=0.8).labels(labels, FRAME), labels)
+    darker = View(brightness=0.5).image(image, FRAME).numpy()
     assert np.abs(darker.astype(int) - image // 2).max() <= 1
-    flat = View(contrast=0.5).image(image).numpy()
+    flat = View(contrast=0.5).image(image, FRAME).numpy()
     assert flat.std() < 0.6 * image.std()

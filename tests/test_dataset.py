@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.conftest import IMAGE_SIZE, write_split
+import pre_bdd100k
+from tests.conftest import IMAGE_SIZE, run_script, write_split
 from tests.oracles import Payload
 from utils.boxes import class_boxes
 from utils.dataset import (
@@ -27,6 +28,7 @@ from utils.dataset import (
     collate_evaluation,
 )
 from utils.errors import UserError
+from utils.geometry import PAD_COLOR
 
 
 def dataset(npy: Path, **changes: Any) -> BoxPromptDataset:
@@ -179,6 +181,17 @@ def test_augmented_samples_depend_on_seed_epoch_and_index_alone(augment: str, np
         order = sample["class_ids"][sample["valid"]].argsort()
         assert sample["class_ids"][sample["valid"]][order].tolist() == present.tolist()
         assert np.array_equal(sample["boxes"][sample["valid"]][order], boxes)
+
+
+def test_augmentation_leaves_the_padding_alone(scenes: Path, tmp_path: Path) -> None:
+    flags = ["--bdd100k_root", scenes, "--output_path", tmp_path, "--image_size", IMAGE_SIZE, "--resize_mode", "pad"]
+    assert not run_script(pre_bdd100k, *flags, "--image_dtype", "uint8", "--splits", "train", "--num_workers", 1)
+    data = SemanticDataset(NpyFolder(tmp_path / "train"), seed=0, augment="full", num_views=4)
+    for sample in over_epochs(data, 5):
+        below = 9 * IMAGE_SIZE // 16  # where scenes of 144 x 256 end
+        assert (sample["image"][below:] == torch.tensor(PAD_COLOR)).all()
+        assert (sample["labels"][below:] == 255).all()
+        assert (sample["labels"][:below] != 255).float().mean() > 0.5
 
 
 def test_without_augmentation_nothing_more_is_drawn(npy: Path) -> None:

@@ -471,8 +471,9 @@ def test_random_views_are_those_that_the_labels_say(split: Path, segmenter: Segm
             numbers = [n for n in range(4) if torch.equal(sample["features"][0], data.cache.read(index, n)[0])]
             assert len(numbers) == 1
             view = fixed_view(sample["name"], numbers[0])
-            assert np.array_equal(sample["labels"], view.labels(source.read_labels(index)))
-            encoded = segmenter.encode(view.image(source.read_image(index)).permute(2, 0, 1)[None])
+            size = source.fitted_size(index)
+            assert np.array_equal(sample["labels"], view.labels(source.read_labels(index), size))
+            encoded = segmenter.encode(view.image(source.read_image(index), size).permute(2, 0, 1)[None])
             torch.testing.assert_close(sample["features"][0], encoded[0][0], rtol=1e-4, atol=1e-4)
             seen.add(numbers[0])
     assert seen == {0, 1, 2, 3}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # --augment, and how many views of an image a cache holds unless the user says. "flip" has no more than two.
 AUGMENTATIONS = {"none": 1, "flip": 2, "full": 4}
-LEAST_AREA = 0.35  # of the frame, in a random crop; a cached view is seen again and again, and must not be a bad one
+LEAST_AREA = 0.35  # of the picture, in a random crop; a cached view is seen again and again, and must not be a bad one
 MOST_STRETCH = 4 / 3  # of one side of a crop against the other
 MOST_CHANGE = 0.25  # of brightness and of contrast
 
@@ -21,8 +21,9 @@ MOST_CHANGE = 0.25  # of brightness and of contrast
 class View:
     """What is done to an image and its labels together. The default shows the image as it is.
 
-    `window`, the part of the frame that is seen and enlarged to fill it, has its top, left, height and width as shares
-    of the side. It never reaches outside, so that there is nothing to be filled in, neither pixels nor labels.
+    `window`, the part of the picture that is seen and enlarged to fill its place, has its top, left, height and width
+    as shares of the picture's. It never reaches outside, so that there is nothing to be filled in, neither pixels nor
+    labels. The frame's padding, beside the picture, stays what and where it is.
     """
 
     mirrored: bool = False
@@ -30,46 +31,57 @@ class View:
     brightness: float = 1.0
     contrast: float = 1.0
 
-    def image(self, image: np.ndarray) -> Tensor:
-        """S x S x 3, in any type that images are stored in -> the view, of the same shape and type, contiguous."""
-        if (self.brightness, self.contrast) != (1, 1):
-            image = self._colored(image)
-        return torch.from_numpy(np.ascontiguousarray(self._placed(image)))
+    def image(self, frame: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """The view of an image, of the same shape and type, contiguous.
 
-    def labels(self, labels: np.ndarray) -> np.ndarray:
-        """S x S uint8 -> the view of it; no new labels come about."""
-        return np.ascontiguousarray(self._placed(labels))
+        Args:
+            frame: S x S x 3, in any type that images are stored in.
+            size: height and width of the picture in the upper left of the frame (`utils.geometry.fitted_size`).
+        """
+        view = frame.copy()
+        height, width = size
+        view[:height, :width] = self._placed(self._colored(frame[:height, :width]))
+        return torch.from_numpy(view)
 
-    def _placed(self, array: np.ndarray) -> np.ndarray:
+    def labels(self, frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """The same for labels, S x S uint8; no new ones come about."""
+        view = frame.copy()
+        height, width = size
+        view[:height, :width] = self._placed(frame[:height, :width])
+        return view
+
+    def _placed(self, picture: np.ndarray) -> np.ndarray:
         if self.window != View.window:
             from torchvision.transforms import v2  # here, as it takes seconds to import
 
-            side = len(array)
-            top, left = (round(share * side) for share in self.window[:2])
-            height, width = (max(1, round(share * side)) for share in self.window[2:])
-            place = (min(top, side - height), min(left, side - width), height, width, [side, side])
-            tensor = torch.from_numpy(array)
+            sides = picture.shape[:2]
+            top, left, *seen = (round(share * side) for share, side in zip(self.window, sides * 2))
+            height, width = (max(1, side) for side in seen)
+            place = (min(top, sides[0] - height), min(left, sides[1] - width), height, width, list(sides))
+            tensor = torch.from_numpy(picture)
             if tensor.ndim == 2:
                 # As a picture, for which pixels' centres count (`utils.geometry`), and not as tv_tensors.Mask, which
                 # takes the upper left of the candidates: up to half a pixel off from how the image is sampled.
                 nearest = v2.InterpolationMode.NEAREST_EXACT
-                array = v2.functional.resized_crop(tensor[None], *place, interpolation=nearest)[0].numpy()
+                picture = v2.functional.resized_crop(tensor[None], *place, interpolation=nearest)[0].numpy()
             else:
                 resized = v2.functional.resized_crop(_planes(tensor), *place, antialias=True)
-                array = resized.to(tensor.dtype).permute(1, 2, 0).numpy()
-        return array[:, ::-1] if self.mirrored else array
+                picture = resized.to(tensor.dtype).permute(1, 2, 0).numpy()
+        return picture[:, ::-1] if self.mirrored else picture
 
-    def _colored(self, image: np.ndarray) -> np.ndarray:
+    def _colored(self, picture: np.ndarray) -> np.ndarray:
+        if (self.brightness, self.contrast) == (1, 1):
+            return picture
         from torchvision.transforms import v2
 
-        tensor = torch.from_numpy(image)
+        tensor = torch.from_numpy(picture)
         planes = v2.functional.adjust_brightness(_planes(tensor), self.brightness)
         planes = v2.functional.adjust_contrast(planes, self.contrast)
         return planes.to(tensor.dtype).permute(1, 2, 0).numpy()
 
 
 def _planes(image: Tensor) -> Tensor:
-    """S x S x 3 -> 3 x S x S, as torchvision takes it; float16, which CPUs do not interpolate, becomes float32."""
+    """H x W x 3 -> 3 x H x W, as torchvision takes it; float16, which CPUs do not interpolate, becomes float32."""
     planes = image.permute(2, 0, 1)
     return planes.float() if planes.dtype == torch.float16 else planes
 

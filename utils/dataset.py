@@ -15,6 +15,7 @@ from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
 from utils.boxes import class_boxes, jitter_boxes, to_frame
 from utils.errors import UserError
 from utils.files import check_npy
+from utils.geometry import fitted_size
 from utils.manifest import read_manifest
 
 FILLER = -1  # an index that stands for no image; see `TrainingSampler`
@@ -72,6 +73,11 @@ class NpyFolder:
 
     def image_path(self, index: int) -> Path:
         return self._path("imgs", self.items[index].name)
+
+    def fitted_size(self, index: int) -> tuple[int, int]:
+        """Height and width of the picture in its frame."""
+        item = self.items[index]
+        return fitted_size(item.height, item.width, self.image_size, self.resize_mode)
 
     def class_pixels(self) -> torch.Tensor:
         """Labelled pixels of each class in the whole split, (NUM_CLASSES,) int64."""
@@ -133,12 +139,13 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         else:  # without augmentation nothing is drawn
             number = int(rng.integers(self.num_views)) if self.num_views > 1 else 0
             view = fixed_view(name, number)
-        labels = view.labels(self.source.read_labels(source_index))
+        size = self.source.fitted_size(source_index)
+        labels = view.labels(self.source.read_labels(source_index), size)
         sample: dict[str, Any] = {"labels": torch.from_numpy(labels), **self._prompts(source_index, labels, rng)}
         if self.cache:
             sample["features"] = self.cache.read(source_index, number)
         else:
-            sample["image"] = view.image(self.source.read_image(source_index))
+            sample["image"] = view.image(self.source.read_image(source_index), size)
         return {**sample, "valid": sample["valid"] & (index != FILLER), "name": name}
 
     def _prompts(self, source_index: int, labels: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:

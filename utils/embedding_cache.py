@@ -47,7 +47,7 @@ from utils.precision import Precision
 from utils.reduction import FIT_IMAGES, KEPT, Reduction
 from utils.stopping import ignore_signals
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 ROOM_TO_LEAVE = 1 << 30  # a disk that is filled to the brim takes no checkpoint any more
 SECONDS_OF_A_ROUND = 60.0  # that processes work between two looks at each other
@@ -612,9 +612,9 @@ class _PendingImages(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         index, source, num_views = self.indexes[i], self.request.source, self.request.num_views
         signature = _signature(source.image_path(index))  # before reading: a change meanwhile is a change after
-        image, name = source.read_image(index), source.items[index].name
+        image, name, size = source.read_image(index), source.items[index].name, source.fitted_size(index)
         return {
-            "views": torch.stack([fixed_view(name, number).image(image) for number in range(num_views)]),
+            "views": torch.stack([fixed_view(name, number).image(image, size) for number in range(num_views)]),
             "index": index,
             "name": name,
             "image_file": signature,

@@ -128,7 +128,7 @@ class Attention(nn.Module):
         b, h, w, c = x.shape
         window = (self.window_size, self.window_size) if self.window_size else (h, w)
         tokens = window_order((h, w), window, x.device)
-        # SAM pads the last windows with zeros. All project alike, so one is enough: it stands behind the image's tokens.
+        # SAM pads the last windows with zeros. All project alike, so one is enough: it is put behind the tokens.
         qkv = self.qkv(F.pad(x.flatten(1, 2), (0, 0, 0, 1))).index_select(1, tokens)
         qkv = qkv.view(-1, window[0] * window[1], 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.contiguous().flatten(1, 2)  # each (B * windows * heads) x tokens of a window x C/heads
