@@ -99,6 +99,15 @@ def test_the_true_iou_moves_the_iou_head_and_not_the_mask() -> None:
     assert iou_gradient.all()
 
 
+def test_a_class_that_is_on_no_compared_pixel_teaches_nothing() -> None:
+    """Its target would be an empty mask, and there is something in the box."""
+    labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    labels[0, 2, 4] = 5  # rows and columns 1, 3, 5 and 7 are compared
+    logits, class_ids = torch.randn(1, 2, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([[0, 5]])
+    for loss in product.prompt_losses(logits, torch.full((1, 2), 0.5), labels, class_ids).values():
+        assert loss[0, 0] > 0 and loss[0, 1] == 0
+
+
 def test_extreme_logits_and_prompts_that_pad_a_batch_stay_finite() -> None:
     """A padding prompt's class id is 255. The loop multiplies its losses by 0, which would not mend a nan."""
     logits, ious, labels, class_ids = random_case(6)

@@ -63,7 +63,7 @@ def prompt_losses(
         stride: see `compared`.
 
     Returns:
-        "dice", "bce" and "iou", each B x Q float32.
+        "dice", "bce" and "iou", each B x Q float32; 0 for a class that is on no compared pixel: its mask is not empty.
     """
     b, q = class_ids.shape
     logits, labels = compared(low_res_masks, labels, stride)
@@ -79,11 +79,13 @@ def prompt_losses(
         claimed = (logits > 0) & labelled
         intersection = (claimed & target).flatten(2).sum(-1)
         true_iou = intersection / (claimed | target).flatten(2).sum(-1).clamp(min=1)
-    return {
+    losses = {
         "dice": dice.view(b, q),
         "bce": bce.flatten(2).sum(-1) / num_labelled,
         "iou": (iou_predictions.float() - true_iou).square(),
     }
+    occurs = target.flatten(2).any(-1)
+    return {name: loss * occurs for name, loss in losses.items()}
 
 
 def class_weights(pixels: Tensor) -> Tensor:
