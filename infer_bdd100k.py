@@ -188,6 +188,8 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     print_folders(args)
     for failure in failures:
         print(printable(f"not segmented: {failure}"))
+    for video in source.videos if isinstance(source, ImageFolder) else ():
+        print(printable(f"not segmented: {video}: a video; give it to --images by itself"))
     return 1 if failures else 0
 
 

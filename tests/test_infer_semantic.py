@@ -116,6 +116,17 @@ def test_a_damaged_picture_is_told_and_the_others_are_segmented(
     assert len(list((tmp_path / "out" / "overlays").iterdir())) == len(sizes)
 
 
+def test_a_video_among_pictures_is_told(
+    infer: Callable[..., int | None], semantic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    pictures(folder)
+    write_video(folder / "drive.mp4")
+    for images in (folder, folder / "*"):
+        assert not infer("--model_checkpoint", semantic, "--images", images)
+        assert f"{folder / 'drive.mp4'}: a video; give it to --images by itself" in capsys.readouterr().out
+
+
 def test_saved_predictions_never_replace_the_pictures(
     semantic: Path, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:

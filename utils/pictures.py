@@ -48,6 +48,7 @@ class ImageFolder:
     """Pictures, each read when its turn comes, turned upright as their EXIF orientation says."""
 
     pictures: dict[str, Path]  # by names that are unique, also where a file system takes upper case for lower
+    videos: Sequence[Path] = ()  # that lie among them, and are sources by themselves only
 
     @property
     def count(self) -> int:
@@ -115,7 +116,7 @@ def find_source(spec: str) -> ImageFolder | Video:
         pictures = _pictures(map(Path, matches))
         if not pictures:
             raise UserError(f"{spec}: the pattern matches no .jpg, .jpeg or .png picture ({_TAKES})")
-        return ImageFolder(pictures)
+        return ImageFolder(pictures, _of_kind(VIDEO_SUFFIXES, map(Path, matches)))
     raise UserError(f"{spec or repr(spec)}: no such file or folder ({_TAKES})")
 
 
@@ -141,13 +142,17 @@ def _folder(path: Path) -> ImageFolder:
     if not pictures:
         raise UserError(f"{path}: no .jpg, .jpeg or .png picture directly in this folder (for those in folders below, "
                         f"give a quoted pattern such as '{path / '**' / '*.jpg'}'; videos one at a time)")
-    return ImageFolder(pictures)
+    return ImageFolder(pictures, _of_kind(VIDEO_SUFFIXES, entries))
 
 
 def _pictures(paths: Iterable[Path]) -> dict[str, Path]:
     """Those of the paths that are picture files, sorted, by unique names."""
-    found = sorted({path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(path)})
+    found = _of_kind(IMAGE_SUFFIXES, paths)
     return dict(zip(_unique_names(found), found))
+
+
+def _of_kind(suffixes: Sequence[str], paths: Iterable[Path]) -> list[Path]:
+    return sorted({path for path in paths if path.suffix.lower() in suffixes and os.path.isfile(path)})
 
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:
