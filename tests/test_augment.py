@@ -38,15 +38,17 @@ def test_further_views_are_a_function_of_name_and_number() -> None:
     assert len({fixed_view(name, number) for name in ("a", "b", "路", "\udcff") for number in (2, 3, 4)}) == 12
 
 
-def test_image_and_labels_are_cropped_alike_and_no_label_is_invented() -> None:
+@pytest.mark.parametrize("size", [FRAME, (30, SIDE), (SIDE, 30)])
+def test_image_and_labels_are_cropped_alike_and_no_label_is_invented(size: tuple[int, int]) -> None:
     image, labels = scene()
     rng = np.random.default_rng(0)
     for _ in range(30):
         drawn = draw_view(rng)
         view = View(drawn.mirrored, drawn.window)
-        seen, found = view.image(image, FRAME).numpy().astype(int), view.labels(labels, FRAME)
+        seen, found = view.image(image, size).numpy().astype(int), view.labels(labels, size)
         assert seen.shape == image.shape and found.shape == labels.shape and found.dtype == np.uint8
         assert set(np.unique(found)) <= {0, 7, 13, 255}
+        seen, found = seen[: size[0], : size[1]], found[: size[0], : size[1]]
         # Only where two labels meet is the colour in between.
         assert (np.abs(seen[..., 0] - found) < 1).mean() > 0.85
         inside = cv2.erode(found, np.ones((3, 3))) == cv2.dilate(found, np.ones((3, 3)))
@@ -54,18 +56,29 @@ def test_image_and_labels_are_cropped_alike_and_no_label_is_invented() -> None:
 
 
 def test_padding_stays_what_and_where_it_is() -> None:
+    """And the picture beside it, 30 x 48 or 48 x 30, is seen as by itself."""
     image, labels = scene()
-    image[30:], labels[30:] = PAD_COLOR, 255
     rng = np.random.default_rng(0)
     for view in (View(mirrored=True), View(window=(0, 0, 0.5, 0.5)), View(brightness=0.5), draw_view(rng)):
-        for size, picture in (((30, SIDE), np.s_[:30]), ((SIDE, 30), np.s_[:, :30])):
-            frame = image if size[0] == 30 else image.swapaxes(0, 1)
-            marks = labels if size[0] == 30 else labels.T
+        for size in ((30, SIDE), (SIDE, 30)):
+            picture = np.s_[: size[0], : size[1]]
+            frame, marks = np.full_like(image, PAD_COLOR), np.full_like(labels, 255)
+            frame[picture], marks[picture] = image[picture], labels[picture]
             seen, found = view.image(frame, size).numpy(), view.labels(marks, size)
-            alone = np.ascontiguousarray(frame[picture])
-            assert np.array_equal(seen[picture], view.image(alone, alone.shape[:2]).numpy())
+            alone, marks_alone = np.ascontiguousarray(frame[picture]), np.ascontiguousarray(marks[picture])
+            assert np.array_equal(seen[picture], view.image(alone, size).numpy())
+            assert np.array_equal(found[picture], view.labels(marks_alone, size))
             seen[picture], found[picture] = PAD_COLOR, 255
             assert (seen == PAD_COLOR).all() and (found == 255).all()
+
+
+def test_a_window_is_in_shares_of_the_pictures_own_sides() -> None:
+    """The right half of a picture of 30 x 48 has columns 24 to 47, each twice; the lower half rows 15 to 29."""
+    columns = np.tile(np.arange(SIDE, dtype=np.uint8), (SIDE, 1))
+    seen = View(window=(0, 0.5, 1, 0.5)).labels(columns, (30, SIDE))
+    assert np.array_equal(seen[:30], np.tile(np.repeat(np.arange(24, 48, dtype=np.uint8), 2), (30, 1)))
+    seen = View(window=(0.5, 0, 0.5, 1)).labels(np.ascontiguousarray(columns.T), (30, SIDE))
+    assert np.array_equal(seen[:30], np.tile(np.repeat(np.arange(15, 30, dtype=np.uint8), 2)[:, None], (1, SIDE)))
 
 
 def test_windows_stay_inside_and_reach_their_bounds() -> None:

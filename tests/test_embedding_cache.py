@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load
 
 import infer_bdd100k
+import pre_bdd100k
 import train_bdd100k
 from segment_anything.build_sam import file_digest
 from tests.conftest import IMAGE_SIZE, run_script
@@ -68,7 +69,7 @@ def prepare(
     *,
     num_views: int = 1,
     dtype: str = "float32",
-    **changed: str,
+    **changed: Any,
 ) -> EmbeddingCache:
     requests = [Request(NpyFolder(split), num_views, passes=100)]
     (cache,) = prepare_requests(requests, segmenter, sam_file, where, dtype=dtype, **changed)
@@ -83,7 +84,7 @@ def prepare_requests(
     where: str,
     *,
     dtype: str = "float16",
-    **changed: str,
+    **changed: Any,
 ) -> list[EmbeddingCache | None]:
     source = requests[0].source
     info = ModelInfo("vit_tiny", source.image_size, source.resize_mode, file_digest(sam_file), "semantic")
@@ -177,9 +178,12 @@ def test_an_image_that_changed_is_encoded_again(
         cache.read(2)  # as a run would that goes on with the old picture
 
 
-@pytest.mark.parametrize("key, value", [("sam_sha256", "0" * 64), ("resize_mode", "pad"), ("stored_in", "float16")])
+@pytest.mark.parametrize(
+    "key, value",
+    [("sam_sha256", "0" * 64), ("resize_mode", "pad"), ("stored_in", "float16"), ("format_version", 1)],
+)
 def test_a_cache_of_something_else_is_refused_with_the_reason(
-    key: str, value: str, split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, encoded: list[int]
+    key: str, value: Any, split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, encoded: list[int]
 ) -> None:
     prepare(split, segmenter, sam_file, str(tmp_path / "cache"))
     encoded.clear()
@@ -459,10 +463,15 @@ def test_an_entry_that_is_replaced_in_use_is_not_read(
         reduced.read(0)
 
 
-def test_random_views_are_those_that_the_labels_say(split: Path, segmenter: Segmenter, sam_file: Path) -> None:
-    source = NpyFolder(split)
+@pytest.mark.parametrize("resize_mode", ["stretch", "pad"])
+def test_random_views_are_those_that_the_labels_say(
+    resize_mode: str, scenes: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--bdd100k_root", scenes, "--output_path", tmp_path, "--image_size", IMAGE_SIZE, "--splits", "train"]
+    run_script(pre_bdd100k, *flags, "--resize_mode", resize_mode, "--image_dtype", "uint8", "--num_workers", 1)
+    source = NpyFolder(tmp_path / "train")
     data = SemanticDataset(source, seed=3, augment="full", num_views=4)
-    data.cache = prepare(split, segmenter, sam_file, num_views=4)
+    data.cache = prepare(source.folder, segmenter, sam_file, num_views=4)
     seen = set()
     for epoch in range(3):
         data.set_epoch(epoch)

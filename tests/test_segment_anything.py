@@ -10,6 +10,7 @@ import io
 import pickle
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,38 @@ def test_encoder_blocks_of_the_larger_models(compare: Compare, model_type: str, 
     # The tables alone depend on the grid, which is the public model's 64 x 64 there.
     public_block.attn.rel_pos_h, public_block.attn.rel_pos_w = block.attn.rel_pos_h, block.attn.rel_pos_w
     public_block.load_state_dict(block.state_dict(), strict=True)
-    x = torch.randn(1, grid_size, grid_size, block.norm1.weight.numel())
+    height = grid_size if kind == "global" else grid_size - 3  # over the whole map, SAM knows squares only
+    x = torch.randn(2, height, grid_size, block.norm1.weight.numel())
     compare(f"{model_type} {kind} block", block(x), public_block(x))
+
+
+def test_gradients_of_a_block_with_windows(compare: Compare) -> None:
+    """The encoder can be trained too, and its padding is one token that many windows share."""
+    torch.manual_seed(0)
+    ours = image_encoder.Block(dim=24, num_heads=3, window_size=5, grid_size=12)
+    randomise(ours)
+    modules = public_sam().modeling.image_encoder
+    norm = partial(nn.LayerNorm, eps=1e-6)
+    theirs = modules.Block(dim=24, num_heads=3, window_size=5, use_rel_pos=True, norm_layer=norm)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x, weights = torch.randn(2, 7, 12, 24), torch.randn(2, 7, 12, 24)
+    gradients = []
+    for block in (ours, theirs):
+        inputs = [x.clone().requires_grad_(), *block.parameters()]
+        gradients.append(torch.autograd.grad((block(inputs[0]) * weights).sum(), inputs))
+    for name, actual, expected in zip(["x", *dict(ours.named_parameters())], *gradients):
+        compare(f"gradient of {name}", actual, expected)
+
+
+@torch.no_grad()
+def test_images_of_a_batch_are_encoded_each_by_itself() -> None:
+    encoder = random_tiny().image_encoder
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    together, features = encoder.forward_features(images, [0, 3])
+    for i, image in enumerate(images):
+        alone, features_alone = encoder.forward_features(image[None], [0, 3])
+        for batch, single in zip([together, *features], [alone, *features_alone]):
+            assert relative_error(batch[i], single[0]) < 1e-5
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -38,26 +38,24 @@ class View:
             frame: S x S x 3, in any type that images are stored in.
             size: height and width of the picture in the upper left of the frame (`utils.geometry.fitted_size`).
         """
-        view = frame.copy()
         height, width = size
-        view[:height, :width] = self._placed(self._colored(frame[:height, :width]))
-        return torch.from_numpy(view)
+        return torch.from_numpy(_framed(self._placed(self._colored(frame[:height, :width])), frame))
 
     def labels(self, frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """The same for labels, S x S uint8; no new ones come about."""
-        view = frame.copy()
         height, width = size
-        view[:height, :width] = self._placed(frame[:height, :width])
-        return view
+        return _framed(self._placed(frame[:height, :width]), frame)
 
     def _placed(self, picture: np.ndarray) -> np.ndarray:
         if self.window != View.window:
             from torchvision.transforms import v2  # here, as it takes seconds to import
 
-            sides = picture.shape[:2]
-            top, left, *seen = (round(share * side) for share, side in zip(self.window, sides * 2))
-            height, width = (max(1, side) for side in seen)
-            place = (min(top, sides[0] - height), min(left, sides[1] - width), height, width, list(sides))
+            rows, columns = picture.shape[:2]
+            top, left, height, width = (
+                round(share * side) for share, side in zip(self.window, (rows, columns, rows, columns))
+            )
+            height, width = max(1, height), max(1, width)
+            place = (min(top, rows - height), min(left, columns - width), height, width, [rows, columns])
             tensor = torch.from_numpy(picture)
             if tensor.ndim == 2:
                 # As a picture, for which pixels' centres count (`utils.geometry`), and not as tv_tensors.Mask, which
@@ -78,6 +76,15 @@ class View:
         planes = v2.functional.adjust_brightness(_planes(tensor), self.brightness)
         planes = v2.functional.adjust_contrast(planes, self.contrast)
         return planes.to(tensor.dtype).permute(1, 2, 0).numpy()
+
+
+def _framed(picture: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """The frame with another picture in its upper left, contiguous."""
+    if picture.shape == frame.shape:
+        return np.ascontiguousarray(picture)
+    framed = frame.copy()
+    framed[: len(picture), : picture.shape[1]] = picture
+    return framed
 
 
 def _planes(image: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ from utils.precision import Precision
 from utils.reduction import FIT_IMAGES, KEPT, Reduction
 from utils.stopping import ignore_signals
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 2
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 ROOM_TO_LEAVE = 1 << 30  # a disk that is filled to the brim takes no checkpoint any more
 SECONDS_OF_A_ROUND = 60.0  # that processes work between two looks at each other
@@ -564,7 +564,7 @@ def _check(path: Path, request: Request, index: int, identity: str) -> tuple[str
         return "damaged", ""
     if metadata.get("binding") != identity:
         return "of another cache", ""
-    expected = json.loads(_views(source.items[index].name, request.num_views))
+    expected = json.loads(_views(request, index))
     if not isinstance(views, list) or views[: len(expected)] != expected:
         return "without the views that are asked for", ""
     picture = metadata.get("image_sha256", "")
@@ -574,9 +574,13 @@ def _check(path: Path, request: Request, index: int, identity: str) -> tuple[str
     return "", picture
 
 
-def _views(name: str, num_views: int) -> str:
+def _views(request: Request, index: int) -> str:
     """What an entry says of its views, so that none is taken for another one after the way of drawing has changed."""
-    return json.dumps([asdict(fixed_view(name, number)) for number in range(num_views)])
+    name, size = request.source.items[index].name, request.source.fitted_size(index)
+    views = [asdict(fixed_view(name, number)) for number in range(request.num_views)]
+    if size != (request.source.image_size, request.source.image_size):
+        views = [{**view, "size": list(size)} for view in views]
+    return json.dumps(views)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
@@ -619,5 +623,5 @@ class _PendingImages(Dataset[dict[str, Any]]):
             "name": name,
             "image_file": signature,
             "image_sha256": _digest(image),
-            "views_are": _views(name, num_views),
+            "views_are": _views(self.request, index),
         }

@@ -63,12 +63,13 @@ def prompt_losses(
         stride: see `compared`.
 
     Returns:
-        "dice", "bce" and "iou", each B x Q float32; 0 for a class that is on no compared pixel: its mask is not empty.
+        "dice", "bce" and "iou", each B x Q float32. All are 0 where the class is on no compared pixel: it is in its
+        box all the same, and an empty mask would be a wrong target.
     """
     b, q = class_ids.shape
     logits, labels = compared(low_res_masks, labels, stride)
-    target = labels[:, None] == class_ids[:, :, None, None]  # B x Q x S x S
-    labelled = (labels != IGNORE_LABEL)[:, None].expand_as(target)
+    labelled = (labels != IGNORE_LABEL)[:, None].expand(b, q, -1, -1)
+    target = (labels[:, None] == class_ids[:, :, None, None]) & labelled  # B x Q x S/stride x S/stride
 
     bce = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none") * labelled
     num_labelled = labelled.flatten(2).sum(-1).clamp(min=1)

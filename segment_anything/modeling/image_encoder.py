@@ -96,11 +96,14 @@ class Block(nn.Module):
 
     def __init__(self, *, dim: int, num_heads: int, window_size: int, grid_size: int) -> None:
         super().__init__()
-        self.window_size = window_size
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim=dim, num_heads=num_heads, window_size=window_size, grid_size=grid_size)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLPBlock(dim, 4 * dim, nn.GELU)
+
+    @property
+    def window_size(self) -> int:
+        return self.attn.window_size
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = (x + self.attn(self.norm1(x))).flatten(0, 2)
@@ -127,23 +130,23 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
         window = (self.window_size, self.window_size) if self.window_size else (h, w)
-        tokens = window_order((h, w), window, x.device)
+        sources = window_order((h, w), window, x.device)
+        places = sources.argsort()[: h * w]
         # SAM pads the last windows with zeros. All project alike, so one is enough: it is put behind the tokens.
-        qkv = self.qkv(F.pad(x.flatten(1, 2), (0, 0, 0, 1))).index_select(1, tokens)
-        qkv = qkv.view(-1, window[0] * window[1], 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.contiguous().flatten(1, 2)  # each (B * windows * heads) x tokens of a window x C/heads
+        qkv = self.qkv(F.pad(x.flatten(1, 2), (0, 0, 0, 1))).unflatten(2, (3, self.num_heads, -1))
+        qkv = qkv.permute(2, 0, 3, 1, 4).index_select(3, sources)  # 3 x B x heads x places x C/heads
+        q, k, v = qkv.view(3, -1, window[0] * window[1], c // self.num_heads)  # each N x HW x C/heads of a window
         bias_h, bias_w = relative_position_bias(q, self.rel_pos_h, self.rel_pos_w, window)
-        attended = attention_in_pieces(q, k, v, bias_h, bias_w).unflatten(0, (-1, self.num_heads))
-        places = tokens.argsort()[: h * w]
-        return self.proj(attended.transpose(1, 2).reshape(b, -1, c).index_select(1, places)).view_as(x)
+        attended = attention_in_pieces(q, k, v, bias_h, bias_w).view(b, self.num_heads, -1, c // self.num_heads)
+        return self.proj(attended.transpose(1, 2).index_select(1, places).view_as(x))
 
 
 def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor) -> Tensor:
     """Attention whose additive bias is `bias_h` of the key's row plus `bias_w` of its column.
 
-    That sum is the one tensor of quadratic size, and no kernel adds it up by itself. It is made for a few heads, and
-    where a head alone is too large for a few queries, at a time: at 1024 pixels, the whole of it would be 0.8 GB for
-    each image and block, and on a CPU to have such pages mapped takes as long as the attention itself.
+    That sum is the one tensor of quadratic size, and no kernel adds it up by itself. It is made for some windows and
+    heads, and where one of them is too large for some queries, at a time: at 1024 pixels, the whole of it would be 0.8
+    GB for each image and block, and on a CPU to have such pages mapped takes as long as the attention itself.
 
     Args:
         q, k, v: N x HW x C.
@@ -207,7 +210,12 @@ def _by_distance(rel_pos: Tensor, size: int) -> Tensor:
 
 
 def window_order(size: tuple[int, int], window: tuple[int, int], device: torch.device) -> Tensor:
-    """The token at each place of each window, counted by rows in all three; H * W where a window exceeds the map."""
+    """Which token of an H x W map is at each place of the windows that cover it.
+
+    Returns:
+        (windows * window H * window W,) int64, windows by rows and the places in each by rows: the index of the token
+        in the flattened map, or H * W where the window exceeds the map.
+    """
     h, w = size
     window_h, window_w = window
     tokens = torch.arange(h * w, device=device).view(h, w)
