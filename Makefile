@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 		--classes_per_image 4
 	$(PY) infer_bdd100k.py $(ON_VAL) --model_checkpoint demo/work_dir/box-*/medsam_model_best.pth \
 		--output_dir demo/after --visualize
-	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name semantic -num_epochs 15 --prompt_mode semantic
+	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name semantic -num_epochs 30 --prompt_mode semantic
 	$(PY) infer_bdd100k.py $(ON_VAL) --model_checkpoint demo/work_dir/semantic-*/medsam_model_best.pth \
 		--output_dir demo/semantic --visualize
 	$(PY) -m utils.compare demo/before demo/after demo/semantic
