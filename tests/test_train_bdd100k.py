@@ -363,6 +363,15 @@ def test_resuming_from_a_truncated_checkpoint(inputs: Path, error_of: Callable[.
     assert f"{checkpoint.LATEST}: truncated" in line
 
 
+def test_resuming_a_run_of_a_version_that_knew_less(inputs: Path, error_of: Callable[..., str]) -> None:
+    path = inputs / "run" / checkpoint.LATEST
+    state = torch.load(path, weights_only=True)
+    del state["args"]["augment"]
+    torch.save(state, path)
+    line = error_of(train_bdd100k, *good_flags(inputs), "--resume", inputs / "run")
+    assert f"{checkpoint.LATEST}: was begun by a version that knew no --augment; start a new run" in line
+
+
 def test_checkpoint_of_another_model_type(inputs: Path, error_of: Callable[..., str]) -> None:
     torch.save({"image_encoder.pos_embed": torch.zeros(1, 64, 64, 768)}, inputs / "sam.pth")
     assert "a checkpoint of vit_b, not of vit_tiny" in error_of(train_bdd100k, *good_flags(inputs))
