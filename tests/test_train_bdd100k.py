@@ -368,7 +368,7 @@ def test_resuming_a_run_of_a_version_that_knew_less(inputs: Path, error_of: Call
     state = torch.load(path, weights_only=True)
     del state["args"]["augment"]
     torch.save(state, path)
-    line = error_of(train_bdd100k, *good_flags(inputs), "--resume", inputs / "run")
+    line = error_of(train_bdd100k, *good_flags(inputs), *resume(inputs))
     assert f"{checkpoint.LATEST}: was begun by a version that knew no --augment; start a new run" in line
 
 
