@@ -175,6 +175,9 @@ def prepare_caches(
     # All processes must come to the same end, so that the main one looks. Nor should another machine ask for what is
     # not yet there: over NFS, it would for some time be answered out of its own memory.
     if is_auto and requests[0].is_cheap and distributed.on_main(lambda: not root.exists()):
+        if requests[0].passes > 1:
+            _say(f"no cache of features: its {requests[0].num_views} views of an image take as many encodings as "
+                 f"{requests[0].passes} epochs, or more")
         return nothing
     try:
         distributed.on_main(lambda: _open_folder(root, binding, requests))
@@ -414,8 +417,9 @@ class _Writer:
             raise UserError(f"{folder}: the cache needs {needed / 2**30:.1f} GiB of disk, and {free / 2**30:.1f} are "
                             "free")
         views = f", {request.num_views} views each" if request.num_views > 1 else ""
-        _say(f"encoding {num_images} images once{views}, into {folder}: {needed / 2**30:.2f} GiB, {free / 2**30:.0f} "
-             f"are free; roughly {max(seconds / 60, 1):.0f} minutes. It may be stopped, and goes on there")
+        _say(f"encoding {num_images} images once{views}, into {folder}: {needed / 2**20:,.0f} MiB of "
+             f"{free / 2**30:,.0f} GiB that are free; roughly {max(seconds / 60, 1):.0f} min. It may be stopped, and "
+             "goes on there")
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Features:

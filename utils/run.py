@@ -128,8 +128,11 @@ def read_latest(
 
 def cache_to_use(where: str, latest: Latest | None) -> str:
     """--cache_embeddings, but that `auto` puts no cache under a run that began without."""
-    began_without = latest is not None and latest.state["args"].get("train_cache", "unknown") is None
-    return "off" if began_without and where == "auto" else where
+    if where == "auto" and latest is not None and latest.state["args"].get("train_cache", "unknown") is None:
+        if distributed.is_main():
+            print(f"{latest.path}: began without a cache of features, and goes on so")
+        return "off"
+    return where
 
 
 def require_same_cache(stored_in: str | None, latest: Latest | None) -> None:
