@@ -267,13 +267,14 @@ def test_what_cannot_be_written_stops_only_who_asked_for_it(
 
 
 def test_the_projection_is_fitted_to_the_first_split_or_not_at_all(
-    npy: Path, split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int]
+    npy: Path, split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, val = NpyFolder(split), NpyFolder(shutil.copytree(npy / "val", split.parent / "val"))
     root = split.parent / "embeddings"
     requests = [Request(source, num_views=4, passes=4), Request(val, num_views=1, passes=100)]
     assert prepare_requests(requests, segmenter, sam_file, "auto") == [None, None]
     assert not root.exists()
+    assert "no cache of features: its 4 views of an image take as many encodings as 4 epochs" in capsys.readouterr().out
     requests[0] = Request(source, num_views=4, passes=5)
     assert all(prepare_requests(requests, segmenter, sam_file, "auto"))
     assert sum(encoded) == (1 + 7 + 4 * 7) + (1 + 3)  # an empty image first; fitted to the first split, once
@@ -340,7 +341,8 @@ def test_whether_there_is_a_cache_is_part_of_the_run(
     run_script(train_bdd100k, *common, "-num_epochs", 1, "-task_name", "plain")
     (plain,) = (tmp_path / "work").glob("plain*")
     run_script(train_bdd100k, *common, "-num_epochs", 2, "--resume", plain)  # where a new run would write a cache
-    assert "features are read" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "began without a cache of features, and goes on so" in said and "features are read" not in said
     with pytest.raises(UserError, match="began without a cache; give --cache_embeddings off"):
         run_script(train_bdd100k, *common, "-num_epochs", 3, "--resume", plain, "--cache_embeddings", tmp_path / "c")
     run_script(train_bdd100k, *common, "-num_epochs", 2, "-task_name", "cached")
