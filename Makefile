@@ -1,4 +1,4 @@
-# make demo: the whole pipeline on drawn scenes, about 5 minutes on 2 CPU cores. make test: lint, types, all tests.
+# make demo: the whole pipeline on drawn scenes, about 3 minutes on 2 CPU cores. make test: lint, types, all tests.
 # Either sets up everything it needs in .venv first.
 
 PYTHON ?= python3
