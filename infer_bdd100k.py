@@ -263,11 +263,10 @@ def choose_boxes(
         found = sum(name in detections.boxes for name in names)
         if not found:
             raise UserError(f"{args.boxes}: has none of the images (such as {names[0]}); give the file of this split")
-        if distributed.is_main():
-            print(f"{args.boxes}: has {found} of {len(names)} images; those it lacks are taken to have no boxes")
-    if detections.left_out and distributed.is_main():
+        distributed.say(f"{args.boxes}: has {found} of {len(names)} images; those it lacks are taken to have no boxes")
+    if detections.left_out:
         some = ", ".join(f"{name} ({count})" for name, count in detections.left_out.items())
-        print(printable(f"{args.boxes}: boxes of categories that are no class here were left out: {some}"))
+        distributed.say(printable(f"{args.boxes}: boxes of categories that are no class here were left out: {some}"))
     return detections.boxes
 
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +213,7 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
         if args.resume != AUTO:
             raise
         # Who starts a job again without knowing how far it came is told, and not that it failed.
-        if distributed.is_main():
-            print(finished)
+        distributed.say(str(finished))
         return
     dataset, val_dataset = load_data(args)
     segmenter, info = load_model(args, dataset.source, precision)
@@ -273,8 +273,7 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
                     record["val_miou"] = mean_iou(evaluate(segmenter, val_loader, precision).matrix)
             run.finish_epoch({**record, "seconds": seconds, "images_per_second": len(dataset) / seconds})
     run.finish()
-    if distributed.is_main():
-        print(f"\nNext:\n  {next_command(args, run)}")
+    distributed.say(f"\nNext:\n  {next_command(args, run)}")
 
 
 def load_data(args: argparse.Namespace) -> tuple[TrainingDataset, EvaluationDataset | None]:
@@ -307,10 +306,12 @@ def load_model(args: argparse.Namespace, source: NpyFolder, precision: Precision
 
 def next_command(args: argparse.Namespace, run: Run) -> str:
     """The command that evaluates the run's best model."""
+    paths = (args.val_npy_path or "data/bdd100k_npy/val", run.folder / checkpoint.BEST, args.checkpoint)
+    data, best, sam = (shlex.quote(str(path)) for path in paths)
     return (
-        f"python infer_bdd100k.py --val_npy_path {args.val_npy_path or 'data/bdd100k_npy/val'} \\\n"
-        f"      --model_checkpoint {run.folder / checkpoint.BEST} \\\n"
-        f"      --sam_checkpoint {args.checkpoint} --model_type {args.model_type} --visualize"
+        f"python infer_bdd100k.py --val_npy_path {data} \\\n"
+        f"      --model_checkpoint {best} \\\n"
+        f"      --sam_checkpoint {sam} --model_type {args.model_type} --visualize"
     )
 
 

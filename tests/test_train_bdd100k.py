@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import infer_bdd100k
 import train_bdd100k
 from segment_anything import build_sam_vit_tiny
 from tests.conftest import IMAGE_SIZE, log_of, write_split
@@ -59,6 +61,13 @@ def test_a_run_leaves_checkpoints_log_configuration_and_curve(run: Path, npy: Pa
     config = json.loads((run / "config.json").read_text())
     assert config["tr_npy_path"] == str(npy / "train") and config["num_epochs"] == 2
     assert config["weight_decay"] == 0.01  # a default, so that the file says all
+
+
+def test_the_next_command_can_be_pasted(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train(tmp_path / "my runs", "-num_epochs", 1)
+    command = capsys.readouterr().out.partition("Next:\n")[2].replace("\\\n", " ")
+    flags = infer_bdd100k.get_args_parser().parse_args(shlex.split(command)[2:])
+    assert flags.model_checkpoint == folder / checkpoint.BEST
 
 
 def test_best_holds_what_was_trained_and_latest_the_state_beside_it(run: Path) -> None:

@@ -151,8 +151,7 @@ def use_caches(
         dataset.cache = cache
         if cache:
             segmenter.reduction = cache.reduction
-            if distributed.is_main():
-                print(f"{dataset.source.folder}: features are read from {cache.folder}", flush=True)
+            distributed.say(f"{dataset.source.folder}: features are read from {cache.folder}")
     segmenter.to(precision.device)  # the reduction
     if all(caches):
         segmenter.sam.image_encoder.cpu()  # which has done its work; a card has better use for the room

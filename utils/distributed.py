@@ -130,6 +130,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def say(message: str) -> None:
+    """Print it once, however many processes have it to say."""
+    if is_main():
+        print(message, flush=True)
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over all processes, in place."""
     if dist.is_initialized():

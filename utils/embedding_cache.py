@@ -176,8 +176,8 @@ def prepare_caches(
     # not yet there: over NFS, it would for some time be answered out of its own memory.
     if is_auto and requests[0].is_cheap and distributed.on_main(lambda: not root.exists()):
         if requests[0].passes > 1:
-            _say(f"no cache of features: its {requests[0].num_views} views of an image take as many encodings as "
-                 f"{requests[0].passes} epochs, or more")
+            distributed.say(f"no cache of features: its {requests[0].num_views} views of an image take as many "
+                            f"encodings as {requests[0].passes} epochs, or more")
         return nothing
     try:
         distributed.on_main(lambda: _open_folder(root, binding, requests))
@@ -193,7 +193,7 @@ def prepare_caches(
     except UserError as error:
         if not is_auto:
             raise
-        _say(f"{error}; going on without a cache")
+        distributed.say(f"{error}; going on without a cache")
         return nothing
 
 
@@ -223,11 +223,6 @@ def _require_one_disk(root: Path) -> None:
     if not all(seen):
         raise UserError(f"{root}: process {seen.index(False)} of {len(seen)} does not see what process 0 writes there; "
                         "give --cache_embeddings a folder on a disk that all machines share, or off")
-
-
-def _say(message: str) -> None:
-    if distributed.is_main():
-        print(message, flush=True)
 
 
 def _open_folder(root: Path, binding: Binding, requests: list[Request]) -> None:
@@ -299,7 +294,7 @@ def _alone(root: Path) -> Iterator[bool]:
         # Asked again and again, as no process may wait for another longer than the process group's timeout.
         while (has_lock := distributed.broadcast(_lock(handle))) is None:
             if not waiting:
-                _say(f"{root}: another run is writing this cache; waiting for it")
+                distributed.say(f"{root}: another run is writing this cache; waiting for it")
             waiting = True
             time.sleep(SECONDS_TO_LOOK_AGAIN)
         yield has_lock
@@ -362,7 +357,8 @@ class _Writer:
                 return reduction, hashlib.sha256("{binding} {sha256}".format(**known).encode()).hexdigest()
         except (OSError, SafetensorError, TypeError):
             pass
-        _say(f"{path}: damaged, or of another cache; it is made anew, and so are the entries that went through it")
+        distributed.say(f"{path}: damaged, or of another cache; it is made anew, and so are the entries that went "
+                        "through it")
         return None, self.binding.digest
 
     def prepare(self, request: Request) -> EmbeddingCache | None:
@@ -385,7 +381,7 @@ class _Writer:
         except UserError as error:
             if not self.is_auto:
                 raise
-            _say(f"{error}; going on without a cache")
+            distributed.say(f"{error}; going on without a cache")
             return None
         everywhere = {index: sha for share in distributed.all_gather(pictures) for index, sha in share.items()}
         entries = [(item.name, everywhere[index]) for index, item in enumerate(source.items)]
@@ -417,9 +413,9 @@ class _Writer:
             raise UserError(f"{folder}: the cache needs {needed / 2**30:.1f} GiB of disk, and {free / 2**30:.1f} are "
                             "free")
         views = f", {request.num_views} views each" if request.num_views > 1 else ""
-        _say(f"encoding {num_images} images once{views}, into {folder}: {needed / 2**20:,.0f} MiB of "
-             f"{free / 2**30:,.0f} GiB that are free; roughly {max(seconds / 60, 1):.0f} min. It may be stopped, and "
-             "goes on there")
+        distributed.say(f"encoding {num_images} images once{views}, into {folder}: {needed / 2**20:,.0f} MiB of "
+                        f"{free / 2**30:,.0f} GiB that are free; roughly {max(seconds / 60, 1):.0f} min. It may be "
+                        "stopped, and goes on there")
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Features:

@@ -129,8 +129,7 @@ def read_latest(
 def cache_to_use(where: str, latest: Latest | None) -> str:
     """--cache_embeddings, but that `auto` puts no cache under a run that began without."""
     if where == "auto" and latest is not None and latest.state["args"].get("train_cache", "unknown") is None:
-        if distributed.is_main():
-            print(f"{latest.path}: began without a cache of features, and goes on so")
+        distributed.say(f"{latest.path}: began without a cache of features, and goes on so")
         return "off"
     return where
 
