@@ -23,7 +23,18 @@ import numpy as np
 from tqdm import tqdm
 
 from utils import cli
-from utils.bdd100k import CLASSES, IGNORE_LABEL, NUM_CLASSES, Item, Split, find_split, read_image, read_mask, read_size
+from utils.bdd100k import (
+    CLASSES,
+    IGNORE_LABEL,
+    NUM_CLASSES,
+    Item,
+    Split,
+    count_labels,
+    find_split,
+    read_image,
+    read_mask,
+    read_size,
+)
 from utils.errors import UserError, printable
 from utils.files import atomic_write, check_npy, remove_temporaries
 from utils.geometry import resize_image, resize_mask
@@ -120,7 +131,7 @@ def process(job: Job) -> ManifestItem | str:
     if not item.mask:
         return ManifestItem(item.name, height, width, [], 0)
     labels = np.load(job.outputs[1], allow_pickle=False) if job.done else arrays[1]
-    counts = np.bincount(labels.ravel(), minlength=256).tolist()
+    counts = count_labels(labels).tolist()
     return ManifestItem(item.name, height, width, counts[:NUM_CLASSES], counts[IGNORE_LABEL])
 
 
@@ -228,6 +239,7 @@ def next_command(output: Path, manifests: dict[str, Manifest]) -> str | None:
 
 
 def main(args: Namespace) -> int:
+    cv2.setNumThreads(0)  # --num_workers alone says how many cores are at work, also where it is 1
     settings = Settings(args.image_size, args.image_dtype, args.resize_mode)
     # Everything that can be known to fail fails here, before the first write.
     splits = {name: find_split(args.bdd100k_root, name) for name in args.splits}

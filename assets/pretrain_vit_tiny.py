@@ -129,6 +129,10 @@ def load_sam(init: Path | None) -> Sam:
 
 
 def main(args: argparse.Namespace) -> None:
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{args.output.parent}: cannot be made ({error.strerror}); give another --output") from None
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     sam = load_sam(args.init)

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.bdd100k import CLASS_NAMES, CLASSES, IGNORE_LABEL, NUM_CLASSES, PALETTE, find_split, read_image, read_mask
+from utils.bdd100k import (
+    CLASS_NAMES,
+    CLASSES,
+    IGNORE_LABEL,
+    NUM_CLASSES,
+    PALETTE,
+    count_labels,
+    find_split,
+    read_image,
+    read_mask,
+)
 from utils.errors import UserError
 
 NEW = ("images/10k/{}", "labels/sem_seg/masks/{}", ".png")
@@ -252,3 +262,12 @@ def test_mask_of_another_size(tmp_path):
     Image.new("L", (4, 5)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a\.png: mask is 4x5, its image 5x4"):
         read_mask(tmp_path / "a.png", 4, 5)
+
+
+def test_labels_are_counted():
+    mask = np.array([[0, 18, 255], [18, 18, 254]], dtype=np.uint8)
+    counts = count_labels(mask)
+    assert counts.dtype == np.int64 and counts.shape == (256,)
+    assert (counts[0], counts[18], counts[254], counts[255], counts.sum()) == (1, 3, 1, 1, 6)
+    assert count_labels(mask.T[:, ::-1]).tolist() == counts.tolist()  # whatever its layout in memory
+    assert count_labels(np.zeros((4096, 4096), dtype=np.uint8))[0] == 4096**2  # the largest frame

@@ -32,8 +32,14 @@ def test_drawn_scenes_leave_a_file_that_loads(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_split_leaves_a_file_that_loads(data: Path, tmp_path: Path) -> None:
-    run_script(pretrain_vit_tiny, "--output", tmp_path / "sam.pth", "--data", data, *FEW)
-    build_sam_vit_tiny(tmp_path / "sam.pth")
+    run_script(pretrain_vit_tiny, "--output", tmp_path / "new" / "sam.pth", "--data", data, *FEW)
+    build_sam_vit_tiny(tmp_path / "new" / "sam.pth")
+
+
+def test_an_output_that_cannot_be_is_told_before_the_work(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    (tmp_path / "file").touch()
+    line = error_of(pretrain_vit_tiny, "--output", tmp_path / "file" / "sam.pth", "--num_steps", 10**6)
+    assert f"{tmp_path}/file" in line and "--output" in line
 
 
 def test_data_of_another_size(npy: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:

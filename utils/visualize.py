@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from utils.bdd100k import CLASS_NAMES, CLASSES, NUM_CLASSES, PALETTE
+from utils.bdd100k import CLASS_NAMES, CLASSES, NUM_CLASSES, PALETTE, count_labels
 from utils.files import atomic_write
 
 _DPI = 100
@@ -68,7 +68,7 @@ def legend_entries(*label_maps: np.ndarray) -> list[tuple[str, tuple[int, int, i
     """Name and colour of each class that occurs in any of the maps, by id; then black, if some pixel is no class."""
     occurs = np.zeros(256, dtype=bool)
     for labels in label_maps:
-        occurs |= np.bincount(labels.ravel(), minlength=256) > 0
+        occurs |= count_labels(labels) > 0
     entries = [(c.name, c.color) for c in CLASSES if occurs[c.id]]
     if occurs[NUM_CLASSES:].any():
         entries.append(("unlabelled / no class", (0, 0, 0)))
