@@ -1,6 +1,7 @@
 """pre_bdd100k.py on two processes against one, and against what decoding and the disk allow.
 
     python -m benchmarks.preprocessing
+    python -m benchmarks.preprocessing --image_dtype uint8 --images 512    # a quarter of the bytes an image
     python -m benchmarks.preprocessing --images 4 --image_size 64 --repeats 1    # a few seconds
 
 On drawn scenes of BDD100K's size, 1280 x 720; of 32 of them there are as many copies as it takes. Both runs are the
@@ -22,11 +23,13 @@ import tempfile
 from pathlib import Path
 
 import cv2
+import numpy as np
 
 import pre_bdd100k
 from benchmarks import common
 from utils import cli
 from utils.bdd100k import find_split, read_image, read_mask
+from utils.manifest import IMAGE_DTYPES
 from utils.scenes import write_dataset
 
 DRAWN = 32  # different scenes
@@ -36,6 +39,7 @@ def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_flag("images", type=cli.positive_int, default=256, help="images to preprocess")
     parser.add_flag("image_size", type=cli.image_size, default=1024, help="side of the arrays written")
+    parser.add_flag("image_dtype", choices=IMAGE_DTYPES, default="float32", help="what the images are written in")
     parser.add_flag("repeats", type=cli.positive_int, default=3, help="times that each is measured; medians count")
     return parser
 
@@ -51,11 +55,11 @@ def write_copies(root: Path, splits: dict[str, int]) -> None:
                 shutil.copy(path, path.with_stem(f"{path.stem}-{i}"))
 
 
-def preprocess(root: Path, output: Path, split: str, num_workers: int, image_size: int) -> None:
+def preprocess(root: Path, output: Path, split: str, num_workers: int, args: argparse.Namespace) -> None:
     """The command line, with an empty output folder. A process of its own, as its workers import what started them."""
     shutil.rmtree(output, ignore_errors=True)
-    flags = ["--bdd100k_root", root, "--output_path", output, "--splits", split]
-    flags += ["--image_size", image_size, "--num_workers", num_workers]
+    flags = ["--bdd100k_root", root, "--output_path", output, "--splits", split, "--num_workers", num_workers]
+    flags += ["--image_size", args.image_size, "--image_dtype", args.image_dtype]
     command = [sys.executable, pre_bdd100k.__file__, *map(str, flags)]
     subprocess.run(command, check=True, capture_output=True)
 
@@ -85,13 +89,13 @@ def main(args: argparse.Namespace) -> None:
         folder = Path(name)
         root, output = folder / "bdd100k", folder / "npy"
         write_copies(root, {"train": args.images, "val": few})
-        num_bytes = args.images * args.image_size**2 * (3 * 4 + 1)
+        num_bytes = args.images * args.image_size**2 * (3 * np.dtype(args.image_dtype).itemsize + 1)
         seconds = common.measure(
             {
-                "one": lambda: preprocess(root, output, "train", 1, args.image_size),
-                "two": lambda: preprocess(root, output, "train", 2, args.image_size),
-                "one, few": lambda: preprocess(root, output, "val", 1, args.image_size),
-                "two, few": lambda: preprocess(root, output, "val", 2, args.image_size),
+                "one": lambda: preprocess(root, output, "train", 1, args),
+                "two": lambda: preprocess(root, output, "train", 2, args),
+                "one, few": lambda: preprocess(root, output, "val", 1, args),
+                "two, few": lambda: preprocess(root, output, "val", 2, args),
                 "decode": lambda: decode(root),
                 "write": lambda: write(folder / "bytes", num_bytes),
             },
@@ -100,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     limit = seconds["decode"] / 2 + seconds["write"]
     steady = {kind: seconds[kind] - seconds[f"{kind}, few"] for kind in ("one", "two")}
     common.report(
-        f"preprocessing {args.images} images to {args.image_size} in float32",
+        f"preprocessing {args.images} images to {args.image_size} in {args.image_dtype}",
         ratio=seconds["one"] / seconds["two"],
         steady_ratio=steady["one"] / steady["two"],
         one_process_s=seconds["one"],
