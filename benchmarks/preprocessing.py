@@ -20,6 +20,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -56,8 +58,7 @@ def write_copies(root: Path, splits: dict[str, int]) -> None:
 
 
 def preprocess(root: Path, output: Path, split: str, num_workers: int, args: argparse.Namespace) -> None:
-    """The command line, with an empty output folder. A process of its own, as its workers import what started them."""
-    shutil.rmtree(output, ignore_errors=True)
+    """The command line. A process of its own, as its workers import what started them."""
     flags = ["--bdd100k_root", root, "--output_path", output, "--splits", split, "--num_workers", num_workers]
     flags += ["--image_size", args.image_size, "--image_dtype", args.image_dtype]
     command = [sys.executable, pre_bdd100k.__file__, *map(str, flags)]
@@ -90,17 +91,15 @@ def main(args: argparse.Namespace) -> None:
         root, output = folder / "bdd100k", folder / "npy"
         write_copies(root, {"train": args.images, "val": few})
         num_bytes = args.images * args.image_size**2 * (3 * np.dtype(args.image_dtype).itemsize + 1)
-        seconds = common.measure(
-            {
-                "one": lambda: preprocess(root, output, "train", 1, args),
-                "two": lambda: preprocess(root, output, "train", 2, args),
-                "one, few": lambda: preprocess(root, output, "val", 1, args),
-                "two, few": lambda: preprocess(root, output, "val", 2, args),
-                "decode": lambda: decode(root),
-                "write": lambda: write(folder / "bytes", num_bytes),
-            },
-            args.repeats,
-        )
+        functions: dict[str, Callable[[], None]] = {
+            "decode": lambda: decode(root),
+            "write": lambda: write(folder / "bytes", num_bytes),
+        }
+        for split, suffix in (("train", ""), ("val", ", few")):
+            for num_workers, kind in ((1, "one"), (2, "two")):
+                functions[kind + suffix] = partial(preprocess, root, output, split, num_workers, args)
+                functions[f"{kind}{suffix}, removed"] = partial(shutil.rmtree, output)  # in no figure
+        seconds = common.measure(functions, args.repeats)
     limit = seconds["decode"] / 2 + seconds["write"]
     steady = {kind: seconds[kind] - seconds[f"{kind}, few"] for kind in ("one", "two")}
     common.report(
