@@ -232,7 +232,8 @@ def read_image(path: Path, *, upright: bool = False) -> np.ndarray:
         if image.format != "PNG":
             _check_jpeg(path)
         turn = _UPRIGHT.get(_orientation(image)) if upright else None
-        return np.asarray((image if turn is None else image.transpose(turn)).convert("RGB"))
+        picture = image if turn is None else image.transpose(turn)
+        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))  # which would copy RGB too
 
 
 def _orientation(image: Image.Image) -> object:
