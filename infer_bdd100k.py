@@ -37,6 +37,7 @@ from utils.detections import read_detections
 from utils.embedding_cache import DTYPES
 from utils.engine import predictions_and_labels
 from utils.errors import UserError, printable
+from utils.files import make_folder
 from utils.geometry import resize_image, unframe
 from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter, build_model
@@ -299,10 +300,7 @@ def print_folders(args: argparse.Namespace) -> None:
 
 def make_folders(args: argparse.Namespace) -> None:
     for folder in (args.output_dir, *picture_folders(args).values()):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be made ({error.strerror}); give another --output_dir") from None
+        make_folder(folder, "--output_dir")
 
 
 if __name__ == "__main__":

@@ -239,7 +239,6 @@ def next_command(output: Path, manifests: dict[str, Manifest]) -> str | None:
 
 
 def main(args: Namespace) -> int:
-    cv2.setNumThreads(0)  # --num_workers alone says how many cores are at work, also where it is 1
     settings = Settings(args.image_size, args.image_dtype, args.resize_mode)
     # Everything that can be known to fail fails here, before the first write.
     splits = {name: find_split(args.bdd100k_root, name) for name in args.splits}

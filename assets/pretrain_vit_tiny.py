@@ -4,6 +4,8 @@ The weights that are shipped, from random ones, on drawn scenes of seeds that no
 
     python -m assets.pretrain_vit_tiny --output assets/sam_vit_tiny_scenes.pth
 
+(That was done when the loss compared every second pixel; it now compares every fourth.)
+
 From those on, on photographs, for `docs/RESULTS.md`:
 
     python -m assets.pretrain_vit_tiny --data data/camvid_npy/train --init assets/sam_vit_tiny_scenes.pth \\
@@ -34,7 +36,7 @@ from utils.bdd100k import IGNORE_LABEL
 from utils.boxes import jitter_boxes, mask_box
 from utils.dataset import NpyFolder
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, make_folder
 from utils.geometry import resize_image, resize_mask
 from utils.losses import prompt_losses
 from utils.optim import build_optimizer, build_scheduler
@@ -111,7 +113,7 @@ def train_step(sam: Sam, images: Tensor, labels: Tensor, boxes: Tensor) -> dict[
         multimask_output=False,
     )
     class_ids = torch.arange(q).expand(b, q)
-    # Every fourth pixel: as fine as the masks are, and a quarter of the work of every second.
+    # At every fourth pixel, which is as fine as the masks are.
     return prompt_losses(low_res_masks[:, :, 0], iou_predictions[:, :, 0], labels, class_ids, stride=4)
 
 
@@ -128,19 +130,23 @@ def load_sam(init: Path | None) -> Sam:
         raise UserError(str(error)) from None
 
 
+def open_split(folder: Path) -> NpyFolder:
+    source = NpyFolder(folder)
+    if source.image_size != IMAGE_SIZE:
+        raise UserError(f"{folder}: is of image size {source.image_size}, but vit_tiny's encoder takes {IMAGE_SIZE}; "
+                        f"preprocess with --image_size {IMAGE_SIZE}")
+    return source
+
+
 def main(args: argparse.Namespace) -> None:
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{args.output.parent}: cannot be made ({error.strerror}); give another --output") from None
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
     sam = load_sam(args.init)
-    if args.data:
-        source = NpyFolder(args.data)
-        if source.image_size != IMAGE_SIZE:
-            raise UserError(f"{args.data}: is of image size {source.image_size}, but vit_tiny's encoder takes "
-                            f"{IMAGE_SIZE}; preprocess with --image_size {IMAGE_SIZE}")
+    source = open_split(args.data) if args.data else None
+    make_folder(args.output.parent, "--output")
+    if args.output.is_dir():
+        raise UserError(f"{args.output}: is a folder; give the name of a file as --output")
+    if source:
         scenes = [read(source, index) for index in tqdm(range(len(source.items)), desc="reading", unit="image")]
     else:
         with tqdm(total=args.num_scenes, desc="drawing", unit="scene") as bar:

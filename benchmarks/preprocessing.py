@@ -1,15 +1,15 @@
-"""pre_bdd100k.py on two processes against one, and against what decoding and the disk allow.
+"""pre_bdd100k.py on two processes against one, and against decoding and then writing alone.
 
     python -m benchmarks.preprocessing
-    python -m benchmarks.preprocessing --image_dtype uint8 --images 512    # a quarter of the bytes an image
+    python -m benchmarks.preprocessing --image_dtype uint8 --images 512    # less than a third of the bytes
     python -m benchmarks.preprocessing --images 4 --image_size 64 --repeats 1    # a few seconds
 
 On drawn scenes of BDD100K's size, 1280 x 720; of 32 of them there are as many copies as it takes. Both runs are the
 script itself; `ratio` counts everything, starting Python and the processes included, and `steady_ratio` only the images
-beyond a quarter of them, as the start is paid once however many there are. The limit is the decoding of the images and
-masks shared by two processes, plus the bytes of the output at the rate that one large file is written and synced at in
-the same run. The default writes 3.5 GB to the folder for temporary files, three times for each repeat, and removes
-them.
+beyond a quarter of them, as the start is paid once however many there are. `limit_s` is the decoding of the images
+and masks shared by two processes, and after it the bytes of the output at the rate that one large file is written and
+synced at in the same run; who overlaps the two can take less. The default writes 3.5 GB to the folder for temporary
+files, and removes them, three times for each repeat, and a quarter of that twice.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from utils.bdd100k import (
     CLASS_NAMES,
@@ -271,3 +271,15 @@ def test_labels_are_counted():
     assert (counts[0], counts[18], counts[254], counts[255], counts.sum()) == (1, 3, 1, 1, 6)
     assert count_labels(mask.T[:, ::-1]).tolist() == counts.tolist()  # whatever its layout in memory
     assert count_labels(np.zeros((4096, 4096), dtype=np.uint8))[0] == 4096**2  # the largest frame
+
+
+@pytest.mark.parametrize(("read", "mode"), [(read_image, "RGB"), (lambda path: read_mask(path, 4, 6), "L")])
+def test_no_error_of_decoding_is_swallowed(tmp_path, monkeypatch, read, mode):
+    Image.new(mode, (6, 4)).save(tmp_path / "a.png")
+
+    def load(image):
+        raise AttributeError("of damaged bytes")  # NumPy asks for an attribute, and takes this to say that it has none
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(UserError, match=r"a\.png: cannot be decoded: of damaged bytes"):
+        read(tmp_path / "a.png")

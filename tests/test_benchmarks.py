@@ -72,8 +72,19 @@ def test_preprocessing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     scenes = preprocessing.write_dataset
     small = {"height": 144, "width": 256, "num_workers": 1}
     monkeypatch.setattr(preprocessing, "write_dataset", lambda root, counts, seed: scenes(root, counts, seed, **small))
-    (line,) = lines_of(capsys, preprocessing, "--images", 4, "--image_size", 64, "--repeats", 1)
-    assert line["limit_s"] > 0
+    written: list[int] = []
+    preprocess = preprocessing.preprocess
+
+    def recorded(root: Path, output: Path, *rest: Any) -> None:
+        preprocess(root, output, *rest)
+        written.append(sum(path.stat().st_size for path in output.rglob("*.npy")))
+
+    monkeypatch.setattr(preprocessing, "preprocess", recorded)
+    flags = ["--images", 4, "--image_size", 64, "--image_dtype", "uint8", "--repeats", 1]
+    (line,) = lines_of(capsys, preprocessing, *flags)
+    size = line["disk_mb_per_s"] * line["split_s"]["writing the bytes"] * 1e6  # of what was written to measure the disk
+    assert size == pytest.approx(4 * 64**2 * 4, rel=1e-2)
+    assert written[0] == written[1] == pytest.approx(size, rel=0.1)  # the rest are the headers
 
 
 def test_gpu_says_that_it_needs_one(error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

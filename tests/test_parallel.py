@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import cv2
 import pytest
 
 from utils.errors import UserError
@@ -15,6 +16,10 @@ def square(number: int) -> int:
     if number < 0:
         raise UserError(f"{number}: below 0")
     return number**2
+
+
+def threads(_: int) -> int:
+    return cv2.getNumThreads()
 
 
 def be_killed(number: int) -> int:
@@ -28,6 +33,17 @@ def test_results_come_in_the_order_of_the_jobs(num_workers: int) -> None:
     assert run_jobs(square, [3, 1, 2], num_workers, lambda: done.append(None)) == [9, 1, 4]
     assert len(done) == 3
     assert run_jobs(square, [], num_workers, lambda: None) == []
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_process_is_one_core(num_workers: int) -> None:
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    try:
+        assert run_jobs(threads, [0, 0], num_workers, lambda: None) == [1, 1]
+        assert cv2.getNumThreads() == 3
+    finally:
+        cv2.setNumThreads(before)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

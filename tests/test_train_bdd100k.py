@@ -63,10 +63,16 @@ def test_a_run_leaves_checkpoints_log_configuration_and_curve(run: Path, npy: Pa
     assert config["weight_decay"] == 0.01  # a default, so that the file says all
 
 
-def test_the_next_command_can_be_pasted(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = train(tmp_path / "my runs", "-num_epochs", 1)
+def test_the_next_command_can_be_pasted(
+    train: Train, npy: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, sam = tmp_path / "my data", tmp_path / "my sam.pth"
+    data.symlink_to(npy)
+    sam.symlink_to(sam_file)
+    folder = train(tmp_path / "my runs", "-num_epochs", 1, "--val_npy_path", data / "val", "-checkpoint", sam)
     command = capsys.readouterr().out.partition("Next:\n")[2].replace("\\\n", " ")
     flags = infer_bdd100k.get_args_parser().parse_args(shlex.split(command)[2:])
+    assert (flags.val_npy_path, flags.sam_checkpoint) == (data / "val", sam)
     assert flags.model_checkpoint == folder / checkpoint.BEST
 
 

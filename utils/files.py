@@ -78,6 +78,18 @@ def earlier(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}.{number}{path.suffix}") if number else path
 
 
+def make_folder(folder: Path, flag: str) -> None:
+    """Make `folder`, if it is not there, and those that it is in.
+
+    Raises:
+        UserError: it cannot be made; `flag` names another.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); give another {flag}") from None
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove what runs that were killed inside `atomic_write` left anywhere below `folder`; no other may be at work."""
     for path in folder.rglob(".*.*.tmp"):

@@ -30,6 +30,8 @@ def run_jobs(
 ) -> list[Result]:
     """`[function(job) for job in jobs]`, in that order, on `num_workers` processes (in this one if that is 1).
 
+    Each is one core: OpenCV is kept from using more.
+
     Args:
         function: a function of a module's top level, since jobs travel to processes that import that module anew.
         advance: called after each job, as it finishes.
@@ -40,10 +42,14 @@ def run_jobs(
     """
     num_workers = min(num_workers, len(jobs))
     if num_workers <= 1:
-        results = []
-        for job in jobs:
-            results.append(function(job))
-            advance()
+        results, threads = [], cv2.getNumThreads()
+        cv2.setNumThreads(0)
+        try:
+            for job in jobs:
+                results.append(function(job))
+                advance()
+        finally:
+            cv2.setNumThreads(threads)
         return results
     # spawn: to fork a process that has threads (tqdm's, OpenCV's, PyTorch's) can deadlock.
     executor = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker)

@@ -31,7 +31,7 @@ from PIL import Image
 
 from utils.bdd100k import IMAGE_SUFFIXES, MAX_PIXELS, read_image, read_size
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, make_folder
 from utils.visualize import overlay
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")  # in any case; more is tried, see `find_source`
@@ -236,7 +236,7 @@ class OverlayFolder:
         self.folder = folder
 
     def __enter__(self) -> OverlayFolder:
-        _make_folder(self.folder)
+        make_folder(self.folder, "--output_dir")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -272,7 +272,7 @@ class OverlayVideo:
         self._written = 0  # frames
 
     def __enter__(self) -> OverlayVideo:
-        _make_folder(self.path.parent)
+        make_folder(self.path.parent, "--output_dir")
         try:
             self._temporary.touch()
         except OSError as error:
@@ -325,10 +325,3 @@ class OverlayVideo:
     def _remove_temporary(self) -> None:
         with suppress(OSError):  # it has its final name
             self._temporary.unlink()
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
