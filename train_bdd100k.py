@@ -311,7 +311,7 @@ def next_command(args: argparse.Namespace, run: Run) -> str:
     return (
         f"python infer_bdd100k.py --val_npy_path {data} \\\n"
         f"      --model_checkpoint {best} \\\n"
-        f"      --sam_checkpoint {sam} --model_type {args.model_type} --visualize"
+        f"      --sam_checkpoint {sam} --model_type {args.model_type} --visualize{' -use_amp' if args.use_amp else ''}"
     )
 
 

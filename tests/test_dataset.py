@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pre_bdd100k
 from tests.conftest import IMAGE_SIZE, run_script, write_split
 from tests.oracles import Payload
 from utils.boxes import class_boxes
+from utils.data import evaluation_loader, training_loader
 from utils.dataset import (
     FILLER,
     BoxPromptDataset,
@@ -29,6 +32,7 @@ from utils.dataset import (
 )
 from utils.errors import UserError
 from utils.geometry import PAD_COLOR
+from utils.precision import Precision
 
 
 def dataset(npy: Path, **changes: Any) -> BoxPromptDataset:
@@ -367,3 +371,25 @@ def test_a_file_that_changes_or_goes_after_the_check_is_named(tmp_path: Path) ->
     path.unlink()
     with pytest.raises(UserError, match=rf"{path}: became unreadable while it was in use"):
         data[0]
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_a_signal_to_all_of_a_job_leaves_the_loading_to_who_started_it(kind: str, npy: Path) -> None:
+    class Signalled:
+        def __getitem__(self, index: int) -> Any:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            return data[index]
+
+        def __len__(self) -> int:
+            return len(data)
+
+    options: dict[str, Any] = {"batch_size": 2, "num_workers": 1, "precision": Precision(torch.device("cpu"))}
+    data: TrainingDataset | EvaluationDataset
+    if kind == "training":
+        data = dataset(npy)
+        loader = training_loader(Signalled(), seed=0, **options)  # type: ignore[arg-type]
+    else:
+        data = EvaluationDataset(NpyFolder(npy / "val"), "oracle")
+        loader = evaluation_loader(Signalled(), **options)  # type: ignore[arg-type]
+    assert len(list(loader)) == -(-len(data) // 2)

@@ -69,11 +69,13 @@ def test_the_next_command_can_be_pasted(
     data, sam = tmp_path / "my data", tmp_path / "my sam.pth"
     data.symlink_to(npy)
     sam.symlink_to(sam_file)
-    folder = train(tmp_path / "my runs", "-num_epochs", 1, "--val_npy_path", data / "val", "-checkpoint", sam)
-    command = capsys.readouterr().out.partition("Next:\n")[2].replace("\\\n", " ")
-    flags = infer_bdd100k.get_args_parser().parse_args(shlex.split(command)[2:])
-    assert (flags.val_npy_path, flags.sam_checkpoint) == (data / "val", sam)
-    assert flags.model_checkpoint == folder / checkpoint.BEST
+    flags = ["--val_npy_path", data / "val", "-checkpoint", sam, "-use_amp"]
+    folder = train(tmp_path / "my runs", "-num_epochs", 1, *flags)
+    before, _, command = capsys.readouterr().out.replace("\\\n", " ").partition("Next:\n")
+    assert f"--resume '{folder}'\n" in before
+    args = infer_bdd100k.get_args_parser().parse_args(shlex.split(command)[2:])
+    assert (args.val_npy_path, args.sam_checkpoint, args.use_amp) == (data / "val", sam, True)
+    assert args.model_checkpoint == folder / checkpoint.BEST
 
 
 def test_best_holds_what_was_trained_and_latest_the_state_beside_it(run: Path) -> None:

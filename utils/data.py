@@ -110,6 +110,7 @@ def evaluation_loader(
         batch_sampler=batches[distributed.rank() :: distributed.world_size()],
         num_workers=num_workers,
         collate_fn=collate_evaluation,
+        worker_init_fn=ignore_signals,
         pin_memory=precision.device.type == "cuda",
     )
 

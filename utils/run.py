@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -311,11 +312,15 @@ class Run:
             advice = "if it was for lack of memory, lower -num_workers"
             raise UserError(f"{reason}: {advice}{self._after_failing()}") from error
 
+    @property
+    def _resume_flag(self) -> str:
+        return f"--resume {shlex.quote(str(self.folder))}"
+
     def _how_to_go_on(self) -> str:
         if distributed.local_rank() != 0:  # one for each machine
             return ""
         where = f"epoch {self.progress.epoch}, after {self.progress.steps} optimizer steps"
-        return f"run the same command with --resume {self.folder} to go on in {where}"
+        return f"run the same command with {self._resume_flag} to go on in {where}"
 
     def _save_latest(self) -> None:
         """Write `latest`; all processes take part, as each has an RNG."""
@@ -357,7 +362,7 @@ class Run:
     def _after_failing(self) -> str:
         if not self._saved:
             return "; nothing was saved yet"
-        return f"; what was saved before it is whole: mend that, and go on with --resume {self.folder}"
+        return f"; what was saved before it is whole: mend that, and go on with {self._resume_flag}"
 
     def _rng(self) -> dict[str, Tensor]:
         device = next(self.model.mask_decoder.parameters()).device
@@ -412,7 +417,7 @@ class Run:
         self.logger.close()
         print(f"\nBest model: {self.folder / BEST}")
         epochs = len(self.history)
-        print(f"To train longer: the same command with a larger -num_epochs (now {epochs}) and --resume {self.folder}")
+        print(f"To train longer: the same command with a larger -num_epochs (now {epochs}) and {self._resume_flag}")
         print(f"Log and curve: {self.folder / 'log.jsonl'}, {self.folder / 'loss_curve.png'}")
 
 
