@@ -1,7 +1,7 @@
 """pre_bdd100k.py on two processes against one, and against decoding and then writing alone.
 
     python -m benchmarks.preprocessing
-    python -m benchmarks.preprocessing --image_dtype uint8 --images 512    # less than a third of the bytes
+    python -m benchmarks.preprocessing --image_dtype uint8 --images 1024    # less than a third of the bytes
     python -m benchmarks.preprocessing --images 4 --image_size 64 --repeats 1    # a few seconds
 
 On drawn scenes of BDD100K's size, 1280 x 720; of 32 of them there are as many copies as it takes. Both runs are the
