@@ -29,10 +29,11 @@ def be_killed(number: int) -> int:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_results_come_in_the_order_of_the_jobs(num_workers: int) -> None:
-    done: list[None] = []
-    assert run_jobs(square, [3, 1, 2], num_workers, lambda: done.append(None)) == [9, 1, 4]
-    assert len(done) == 3
-    assert run_jobs(square, [], num_workers, lambda: None) == []
+    done: list[int] = []
+    jobs = [3, 1, 2, *range(4, 100)]  # enough of them that they are sent several at a time, and the last few are fewer
+    assert run_jobs(square, jobs, num_workers, done.append) == [job**2 for job in jobs]
+    assert sum(done) == len(jobs) and len(done) > 20
+    assert run_jobs(square, [], num_workers, done.append) == []
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -40,7 +41,7 @@ def test_a_process_is_one_core(num_workers: int) -> None:
     before = cv2.getNumThreads()
     cv2.setNumThreads(3)
     try:
-        assert run_jobs(threads, [0, 0], num_workers, lambda: None) == [1, 1]
+        assert run_jobs(threads, [0, 0], num_workers, lambda _: None) == [1, 1]
         assert cv2.getNumThreads() == 3
     finally:
         cv2.setNumThreads(before)
@@ -50,13 +51,13 @@ def test_a_process_is_one_core(num_workers: int) -> None:
 def test_what_a_job_raises_arrives(num_workers: int) -> None:
     on_interrupt = signal.getsignal(signal.SIGINT)
     with pytest.raises(UserError, match="-1: below 0"):
-        run_jobs(square, [1, -1, 2], num_workers, lambda: None)
+        run_jobs(square, [1, -1, 2], num_workers, lambda _: None)
     assert signal.getsignal(signal.SIGINT) is on_interrupt
 
 
 def test_a_killed_worker_is_told() -> None:
     with pytest.raises(UserError, match=r"a worker process was killed, .* --num_workers below 2"):
-        run_jobs(be_killed, [1, 2, 3], 2, lambda: None)
+        run_jobs(be_killed, [1, 2, 3], 2, lambda _: None)
 
 
 def test_usable_cores() -> None:

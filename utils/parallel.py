@@ -19,6 +19,8 @@ from utils.memory import keep_freed_memory
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
+MAX_CHUNK = 4  # jobs sent to a process at a time: sending costs half a millisecond, and Ctrl-C waits for what was sent
+
 
 def usable_cores() -> int:
     """Cores that this process may run on, which containers and job schedulers limit."""
@@ -26,7 +28,7 @@ def usable_cores() -> int:
 
 
 def run_jobs(
-    function: Callable[[Job], Result], jobs: list[Job], num_workers: int, advance: Callable[[], object]
+    function: Callable[[Job], Result], jobs: list[Job], num_workers: int, advance: Callable[[int], object]
 ) -> list[Result]:
     """`[function(job) for job in jobs]`, in that order, on `num_workers` processes (in this one if that is 1).
 
@@ -34,7 +36,7 @@ def run_jobs(
 
     Args:
         function: a function of a module's top level, since jobs travel to processes that import that module anew.
-        advance: called after each job, as it finishes.
+        advance: called with the number of jobs that have finished since, after each few of them.
 
     Raises:
         UserError: a worker process died.
@@ -47,26 +49,31 @@ def run_jobs(
         try:
             for job in jobs:
                 results.append(function(job))
-                advance()
+                advance(1)
         finally:
             cv2.setNumThreads(threads)
         return results
+    size = max(1, min(MAX_CHUNK, len(jobs) // (8 * num_workers)))  # few enough that all processes end together
+    chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     # spawn: to fork a process that has threads (tqdm's, OpenCV's, PyTorch's) can deadlock.
     executor = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is answered here alone
     try:
-        futures = [executor.submit(function, job) for job in jobs]
+        futures = [executor.submit(_run_chunk, function, chunk) for chunk in chunks]
         signal.signal(signal.SIGINT, on_interrupt)
         for future in as_completed(futures):
-            future.result()
-            advance()
-        return [future.result() for future in futures]
+            advance(len(future.result()))
+        return [result for future in futures for result in future.result()]
     except BrokenProcessPool:
         raise UserError(f"a worker process was killed, most often for lack of memory (run the same command again with "
                         f"--num_workers below {num_workers}: it goes on where it was)") from None
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
         executor.shutdown(cancel_futures=True)
+
+
+def _run_chunk(function: Callable[[Job], Result], jobs: list[Job]) -> list[Result]:
+    return [function(job) for job in jobs]
 
 
 def _start_worker() -> None:
