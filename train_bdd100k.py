@@ -305,14 +305,19 @@ def load_model(args: argparse.Namespace, source: NpyFolder, precision: Precision
 
 
 def next_command(args: argparse.Namespace, run: Run) -> str:
-    """The command that evaluates the run's best model."""
+    """The command that evaluates the run's best model, from the run's own cache where it has kept one."""
     paths = (args.val_npy_path or "data/bdd100k_npy/val", run.folder / checkpoint.BEST, args.checkpoint)
     data, best, sam = (shlex.quote(str(path)) for path in paths)
-    return (
-        f"python infer_bdd100k.py --val_npy_path {data} \\\n"
-        f"      --model_checkpoint {best} \\\n"
-        f"      --sam_checkpoint {sam} --model_type {args.model_type} --visualize{' -use_amp' if args.use_amp else ''}"
-    )
+    lines = [
+        f"python infer_bdd100k.py --val_npy_path {data}",
+        f"--model_checkpoint {best}",
+        f"--sam_checkpoint {sam} --model_type {args.model_type} --visualize{' -use_amp' if args.use_amp else ''}",
+    ]
+    defaults = {"amp_dtype": "auto", "cache_embeddings": "auto", "cache_dtype": "float16"}  # of infer_bdd100k.py
+    given = {name: str(getattr(args, name)) for name, default in defaults.items() if getattr(args, name) != default}
+    if given:
+        lines.append(" ".join(f"--{name} {shlex.quote(value)}" for name, value in given.items()))
+    return " \\\n      ".join(lines)
 
 
 def latest_of(args: argparse.Namespace, config: dict[str, Any]) -> Latest | None:

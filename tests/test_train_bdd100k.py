@@ -69,13 +69,17 @@ def test_the_next_command_can_be_pasted(
     data, sam = tmp_path / "my data", tmp_path / "my sam.pth"
     data.symlink_to(npy)
     sam.symlink_to(sam_file)
-    flags = ["--val_npy_path", data / "val", "-checkpoint", sam, "-use_amp"]
+    features = tmp_path / "my features"
+    flags = ["--val_npy_path", data / "val", "-checkpoint", sam, "-use_amp", "--amp_dtype", "bf16"]
+    flags += ["--cache_embeddings", features, "--cache_dtype", "float32"]
     folder = train(tmp_path / "my runs", "-num_epochs", 1, *flags)
     before, _, command = capsys.readouterr().out.replace("\\\n", " ").partition("Next:\n")
     assert f"--resume '{folder}'\n" in before
     args = infer_bdd100k.get_args_parser().parse_args(shlex.split(command)[2:])
     assert (args.val_npy_path, args.sam_checkpoint, args.use_amp) == (data / "val", sam, True)
     assert args.model_checkpoint == folder / checkpoint.BEST
+    # Without these it would encode again what the run has encoded.
+    assert (args.amp_dtype, args.cache_embeddings, args.cache_dtype) == ("bf16", str(features), "float32")
 
 
 def test_best_holds_what_was_trained_and_latest_the_state_beside_it(run: Path) -> None:
