@@ -32,7 +32,10 @@ def test_results_come_in_the_order_of_the_jobs(num_workers: int) -> None:
     done: list[int] = []
     jobs = [3, 1, 2, *range(4, 100)]  # enough of them that they are sent several at a time, and the last few are fewer
     assert run_jobs(square, jobs, num_workers, done.append) == [job**2 for job in jobs]
-    assert sum(done) == len(jobs) and len(done) > 20
+    assert sorted(done) == ([1] * len(jobs) if num_workers == 1 else [3] + [4] * 24)
+    done.clear()
+    assert run_jobs(square, jobs[:3], num_workers, done.append) == [9, 1, 4]
+    assert done == [1, 1, 1]  # few jobs go one at a time, so that no process is left without
     assert run_jobs(square, [], num_workers, done.append) == []
 
 
@@ -51,7 +54,7 @@ def test_a_process_is_one_core(num_workers: int) -> None:
 def test_what_a_job_raises_arrives(num_workers: int) -> None:
     on_interrupt = signal.getsignal(signal.SIGINT)
     with pytest.raises(UserError, match="-1: below 0"):
-        run_jobs(square, [1, -1, 2], num_workers, lambda _: None)
+        run_jobs(square, [*range(41), -1, *range(41)], num_workers, lambda _: None)  # amid those sent together
     assert signal.getsignal(signal.SIGINT) is on_interrupt
 
 

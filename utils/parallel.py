@@ -19,7 +19,9 @@ from utils.memory import keep_freed_memory
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-MAX_CHUNK = 4  # jobs sent to a process at a time: sending costs half a millisecond, and Ctrl-C waits for what was sent
+# Jobs sent to a process at a time: sending costs half a millisecond. Ctrl-C waits for what was sent, which is up to three
+# times as many for each process.
+MAX_CHUNK = 4
 
 
 def usable_cores() -> int:
@@ -53,7 +55,7 @@ def run_jobs(
         finally:
             cv2.setNumThreads(threads)
         return results
-    size = max(1, min(MAX_CHUNK, len(jobs) // (8 * num_workers)))  # few enough that all processes end together
+    size = max(1, min(MAX_CHUNK, len(jobs) // (8 * num_workers)))  # so that none works long alone at the end
     chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     # spawn: to fork a process that has threads (tqdm's, OpenCV's, PyTorch's) can deadlock.
     executor = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
