@@ -19,8 +19,8 @@ from utils.memory import keep_freed_memory
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-# Jobs sent to a process at a time: sending costs half a millisecond. Ctrl-C waits for what was sent, which is up to three
-# times as many for each process.
+# Jobs sent to a process at a time: sending costs half a millisecond. Ctrl-C waits for what was sent, up to three times
+# as many for each process.
 MAX_CHUNK = 4
 
 
