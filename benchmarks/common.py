@@ -70,6 +70,15 @@ def with_default_memory(function: Callable[[], Any]) -> Any:
         keep_freed_memory()
 
 
+def reference(name: str, function: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """For `measure`: the function with the C library's default memory under that name, and with "memory kept"."""
+    return {
+        name: lambda: with_default_memory(function),
+        "taking memory": function,  # in no figure: the first call that keeps memory takes it anew
+        f"{name}, memory kept": function,
+    }
+
+
 def measure(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """The median seconds of each, all of them run in turn `repeats` times, so that a busy machine is so for all."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}

@@ -106,9 +106,7 @@ def main(args: argparse.Namespace) -> None:
 
     seconds = common.measure(
         {
-            "public": lambda: common.with_default_memory(lambda: encode(public, images)),
-            "taking memory": lambda: encode(public, images),  # in no figure: the first to keep it takes it anew
-            "public, memory kept": lambda: encode(public, images),
+            **common.reference("public", lambda: encode(public, images)),
             "float32": lambda: encode(encoder, images),
             "bf16": lambda: encode(encoder, images, bf16=True),
             "limits": measure_limits,

@@ -66,9 +66,7 @@ def main(args: argparse.Namespace) -> None:
 
     seconds = common.measure(
         {
-            "one class": lambda: common.with_default_memory(one_class),
-            "taking memory": one_class,  # in no figure: the first to keep it takes it anew
-            "one class, memory kept": one_class,
+            **common.reference("one class", one_class),
             "float32": lambda: evaluate(None),
             "bf16": lambda: evaluate(torch.bfloat16),
             "decoder": decode,

@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -201,11 +199,7 @@ def compare(args: argparse.Namespace, loops: dict[str, Loop], reference: Loop) -
         with precision.autocast():
             return loops["float32"].segmenter.encode(images)
 
-    functions: dict[str, Callable[[], Any]] = {
-        "straightforward": lambda: common.with_default_memory(straightforward),
-        "taking memory": straightforward,  # in no figure: the first to keep it takes it anew
-        "straightforward, memory kept": straightforward,
-    }
+    functions = common.reference("straightforward", straightforward)
     for kind, precision in PRECISIONS.items():
         functions[kind] = lambda kind=kind: loops[kind].epoch(args.images)  # type: ignore[misc]
         functions[f"encoder {kind}"] = lambda precision=precision: encode(precision)  # type: ignore[misc]
