@@ -10,6 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Before there is a group: DDP imports it, and its functions would keep the group of that moment as a default argument,
+# with threads that `cleanup` could not end. One that holds a tensor when Python ends aborts the process.
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
