@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ def usable_cores() -> int:
 
 
 def run_jobs(
-    function: Callable[[Job], Result], jobs: list[Job], num_workers: int, advance: Callable[[int], object]
+    function: Callable[[Job], Result], jobs: list[Job], num_workers: int, advance: Callable[[], object]
 ) -> list[Result]:
     """`[function(job) for job in jobs]`, in that order, on `num_workers` processes (in this one if that is 1).
 
@@ -38,44 +38,41 @@ def run_jobs(
 
     Args:
         function: a function of a module's top level, since jobs travel to processes that import that module anew.
-        advance: called with the number of jobs that have finished since, after each few of them.
+        advance: called for each result.
 
     Raises:
         UserError: a worker process died.
         Exception: whatever `function` raises; jobs that have not begun are dropped then, as they are at Ctrl-C.
     """
+    results: list[Result] = []
     num_workers = min(num_workers, len(jobs))
     if num_workers <= 1:
-        results, threads = [], cv2.getNumThreads()
+        threads = cv2.getNumThreads()
         cv2.setNumThreads(0)
         try:
             for job in jobs:
                 results.append(function(job))
-                advance(1)
+                advance()
         finally:
             cv2.setNumThreads(threads)
         return results
     size = max(1, min(MAX_CHUNK, len(jobs) // (8 * num_workers)))  # so that none works long alone at the end
-    chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     # spawn: to fork a process that has threads (tqdm's, OpenCV's, PyTorch's) can deadlock.
     executor = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is answered here alone
     try:
-        futures = [executor.submit(_run_chunk, function, chunk) for chunk in chunks]
+        coming = executor.map(function, jobs, chunksize=size)
         signal.signal(signal.SIGINT, on_interrupt)
-        for future in as_completed(futures):
-            advance(len(future.result()))
-        return [result for future in futures for result in future.result()]
+        for result in coming:
+            results.append(result)
+            advance()
     except BrokenProcessPool:
         raise UserError(f"a worker process was killed, most often for lack of memory (run the same command again with "
                         f"--num_workers below {num_workers}: it goes on where it was)") from None
     finally:
         signal.signal(signal.SIGINT, on_interrupt)
         executor.shutdown(cancel_futures=True)
-
-
-def _run_chunk(function: Callable[[Job], Result], jobs: list[Job]) -> list[Result]:
-    return [function(job) for job in jobs]
+    return results
 
 
 def _start_worker() -> None:
