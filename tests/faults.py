@@ -83,6 +83,7 @@ _forks.set_forkserver_preload(["train_bdd100k", "torch.distributed.launcher.api"
 
 def _be(words: list[str], log: Path, environment: dict[str, str]) -> None:
     """Become what `python <words>` would be, with stdout and stderr in a file."""
+    multiprocessing.set_start_method(None, force=True)  # a fork of a server takes over how the server starts processes
     with open(log, "wb", buffering=0) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)

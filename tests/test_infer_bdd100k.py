@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import get_worker_info
 
 import infer_bdd100k
 from segment_anything import build_sam_vit_tiny
@@ -298,6 +301,23 @@ def test_data_that_goes_away_midway_leaves_no_result(
     line = error_of(infer_bdd100k, *good_flags(sam_file, tmp_path / "npy", tmp_path))
     assert f"{last}: became unreadable" in line
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("cache", ["off", "new"])
+def test_a_loader_process_that_is_killed(
+    cache: str, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = NpyFolder._load
+
+    def read_or_die(self: NpyFolder, kind: str, index: int) -> np.ndarray:
+        if get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, kind, index)
+
+    monkeypatch.setattr(NpyFolder, "_load", read_or_die)
+    flags = [*good_flags(sam_file, npy, tmp_path), "--num_workers", 1]
+    line = error_of(infer_bdd100k, *flags, "--cache_embeddings", cache if cache == "off" else tmp_path / cache)
+    assert line.startswith("error: a loader process has ended (") and "lower -num_workers" in line
 
 
 def test_a_runs_folder_stands_for_its_best(infer: Callable[..., dict[str, Any]], decoder: Path) -> None:

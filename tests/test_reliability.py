@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -66,17 +67,19 @@ def error_in(said: str) -> str:
     return line
 
 
-def test_kills_at_random_moments(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_kills_at_random_moments(inputs: Path, tmp_path: Path) -> None:
+    flags = [*SINGLE, "-num_epochs", 6]  # which take longer than all that is done before the last kill
+    Job(training(inputs, tmp_path / "undisturbed", *flags), tmp_path / "log").succeed()
     figures = survive_kills(
-        lambda: Job(training(inputs, tmp_path / "work", *SINGLE, *SAVING), tmp_path / "log"),
+        lambda: Job(training(inputs, tmp_path / "work", *flags, *SAVING), tmp_path / "log"),
         tmp_path / "work",
         kills=6,
         rng=random.Random(0),
         start=0.5,
         window=0.1,
     )
-    assert figures["checkpoint_reads"] > 0 and figures["saved_steps"][-1] < 12
-    assert_same_end(tmp_path / "work", undisturbed)
+    assert figures["checkpoint_reads"] > 0 and figures["saved_steps"][-1] < 24
+    assert_same_end(tmp_path / "work", tmp_path / "undisturbed")
 
 
 def test_the_same_seed_gives_the_same_figures(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -177,13 +180,20 @@ def test_a_data_file_that_goes_during_training(inputs: Path, undisturbed: Path, 
 
 
 def test_a_loader_process_that_is_killed(inputs: Path, tmp_path: Path) -> None:
-    job = Job(training(inputs, tmp_path / "work", *SINGLE, "-num_workers", 1), tmp_path / "log")
+    """One that dies once it has given its last batch is missed by nobody: then it is the next one's turn."""
+    job = Job(training(inputs, tmp_path / "work", *SINGLE, "-num_epochs", 500, "-num_workers", 1), tmp_path / "log")
+    killed: set[int] = set()
     with running(job):
         job.wait_until(lambda: "loss=" in job.said)
-        job.wait_until(job.workers)
-        os.kill(job.workers()[0], signal.SIGKILL)
+        while not job.is_over:
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended in between
+                for pid in set(job.workers()) - killed:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
         assert job.wait() == 1
-    assert re.search(r"DataLoader worker .*: if it was for lack of memory, lower -num_workers", error_in(job.said))
+    line = error_in(job.said)
+    assert re.match(r"error: a loader process has ended \(.*\): if it was for lack of memory, lower -num_workers", line)
+    assert "--resume" in line or "nothing was saved yet" in line
 
 
 def test_killed_workers_are_replaced_by_the_launcher(inputs: Path, undisturbed_pair: Path, tmp_path: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch.utils.data import DataLoader
-
 from utils import distributed
 from utils.augment import AUGMENTATIONS
 from utils.checkpoint import ModelInfo
@@ -21,9 +18,9 @@ from utils.dataset import (
 )
 from utils.embedding_cache import Binding, Request, prepare_caches
 from utils.errors import UserError
+from utils.loader import Loader
 from utils.model import Segmenter
 from utils.precision import Precision
-from utils.stopping import ignore_signals
 
 
 def training_dataset(
@@ -77,7 +74,7 @@ def validation_dataset(folder: Path, training: NpyFolder, prompt_mode: str) -> E
 
 def training_loader(
     dataset: TrainingDataset, *, batch_size: int, num_workers: int, seed: int, precision: Precision
-) -> DataLoader:
+) -> Loader:
     """This process's batches of each epoch; its `batch_sampler` is a `TrainingSampler`."""
     sampler = TrainingSampler(
         len(dataset),
@@ -86,31 +83,25 @@ def training_loader(
         world_size=distributed.world_size(),
         seed=seed,
     )
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=precision.device.type == "cuda",
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),  # else it draws from the RNG, at each start anew
+    return Loader(
+        dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=precision.device.type == "cuda"
     )
 
 
 def evaluation_loader(
     dataset: EvaluationDataset, *, batch_size: int, num_workers: int, precision: Precision
-) -> DataLoader:
+) -> Loader:
     """The batches of this process's share; every image belongs to exactly one process.
 
     Whole batches are dealt out: one of other images would round differently, and a process's figures with it.
     """
     every = range(len(dataset))
     batches = [list(every[i : i + batch_size]) for i in range(0, len(every), batch_size)]
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=batches[distributed.rank() :: distributed.world_size()],
         num_workers=num_workers,
         collate_fn=collate_evaluation,
-        worker_init_fn=ignore_signals,
         pin_memory=precision.device.type == "cuda",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 # Before there is a group: DDP imports it, and its functions would keep the group of that moment as a default argument,
-# with threads that `cleanup` could not end. One that holds a tensor when Python ends aborts the process.
+# with threads that `cleanup` could not end. One that has a tensor to release as Python ends can abort the process.
 import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -64,6 +65,8 @@ def setup(
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         dist.init_process_group(backend, store=store, rank=number, world_size=size)
+        if backend == "gloo":
+            atexit.register(cleanup)  # after a failure too
     except (ValueError, RuntimeError) as error:  # a variable is missing, no such method, nobody answers
         reason = " ".join(str(error).split())
         raise UserError(f"the processes cannot meet by --init_method {init_method} ({reason}); leave that flag out and "
@@ -83,7 +86,8 @@ def _launched() -> bool:
 
 
 def cleanup() -> None:
-    """Leave the group, at the end of what went well: after a failure, NCCL might wait for processes that are gone."""
+    """Leave the group, at the end of what went well: after a failure, NCCL might wait for processes that are gone. What
+    gloo has under way ends with them."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -33,19 +33,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from utils import distributed
 from utils.augment import fixed_view
 from utils.checkpoint import ModelInfo
 from utils.dataset import NpyFolder
-from utils.errors import Interrupted, UserError
+from utils.errors import Interrupted, LostWorkerError, UserError
 from utils.files import atomic_write, read_json, remove_temporaries
+from utils.loader import Loader
 from utils.model import Features, Segmenter
 from utils.precision import Precision
 from utils.reduction import FIT_IMAGES, KEPT, Reduction
-from utils.stopping import ignore_signals
 
 FORMAT_VERSION = 2
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -191,7 +191,8 @@ def prepare_caches(
             # Without the first, all images are encoded on and on: the others' would spare little.
             return caches + [writer.prepare(request) if caches[0] else None for request in requests[1:]]
     except UserError as error:
-        if not is_auto:
+        # Memory that fails the loader now would do so in training too, and what is encoded by then need not be again.
+        if not is_auto or isinstance(error, LostWorkerError):
             raise
         distributed.say(f"{error}; going on without a cache")
         return nothing
@@ -379,7 +380,7 @@ class _Writer:
                     self.reduction, self.identity = distributed.on_main(self._read_reduction)
                 _in_rounds(self._write(folder, request, pending, pictures))  # nobody reads before all have written
         except UserError as error:
-            if not self.is_auto:
+            if not self.is_auto or isinstance(error, LostWorkerError):
                 raise
             distributed.say(f"{error}; going on without a cache")
             return None
@@ -458,12 +459,10 @@ class _Writer:
             folder.mkdir(exist_ok=True)  # it is there, which other machines may not know yet
         except OSError as error:
             raise _no_place(folder, error) from None
-        loader = DataLoader(
+        loader = Loader(
             _PendingImages(request, pending),
             batch_size=max(1, self.batch_size // request.num_views),  # images of which all views are held
             num_workers=self.num_workers,
-            worker_init_fn=ignore_signals,
-            generator=torch.Generator(),  # else it draws from the RNG, which a resumed run must find as it was
         )
         progress = tqdm(total=len(pending), desc=f"encoding into {folder}", unit="image",
                         disable=not distributed.is_main())  # fmt: skip

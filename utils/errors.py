@@ -15,6 +15,10 @@ class LostPeerError(UserError):
     """Another process of the job has ended, which cut off a collective; that process knows the reason."""
 
 
+class LostWorkerError(UserError):
+    """A loader's worker process has ended."""
+
+
 class NotSavedError(UserError):
     """A file of the run cannot be written."""
 

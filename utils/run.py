@@ -304,13 +304,6 @@ class Run:
             if isinstance(error, LostPeerError) and self.stop.signalled:
                 raise self.stop.interrupt("") from None
             raise type(error)(f"{str(error).rstrip()}{self._after_failing()}") from error
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            # It is raised in a signal's handler, so that a step may be half done.
-            reason = " ".join(str(error).split()).rstrip(".")
-            advice = "if it was for lack of memory, lower -num_workers"
-            raise UserError(f"{reason}: {advice}{self._after_failing()}") from error
 
     @property
     def _resume_flag(self) -> str:

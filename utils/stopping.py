@@ -72,9 +72,3 @@ class StopSignals:
 
 class _Now(BaseException):
     """Thrown by the signal handler; no `except Exception` on the way may keep it."""
-
-
-def ignore_signals(worker: int) -> None:
-    """For a loader's worker processes: who signals all of a job would else kill them under the step to be finished."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
