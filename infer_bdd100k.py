@@ -70,7 +70,7 @@ def get_args_parser() -> cli.Parser:
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_switch("use_amp", help="mixed precision")
     flag("amp_dtype", choices=AMP_DTYPES, default="auto", help=AMP_HELP)
-    flag("visualize", action="store_true", help=f"draw the first {NUM_PICTURES} images")
+    parser.add_switch("visualize", help=f"draw the first {NUM_PICTURES} images")
     parser.add_switch("save_predictions", help="write each image's train ids at its original size as PNG")
     flag("eval_size", choices=["frame", "original"], default="frame",
          help="score in the preprocessed S x S frame, or at the original size against the masks of --bdd100k_root")
@@ -256,8 +256,9 @@ def choose_boxes(
         return None
     if not args.boxes:
         if args.images is not None:
-            raise UserError("a boxed checkpoint needs boxes, and pictures of your own have no ground truth to take "
-                            "them from: give --boxes FILE, or train with --prompt_mode semantic, which needs none")
+            which = args.model_checkpoint or "without --model_checkpoint, SAM as it is"
+            raise UserError(f"{which}: needs boxes, and pictures of your own have no ground truth to take them from: "
+                            "give --boxes FILE, or the checkpoint of a run with --prompt_mode semantic")
         return "oracle"
     detections = read_detections(args.boxes)
     if names is not None:

@@ -258,6 +258,9 @@ def main(args: Namespace) -> int:
     for name, split in splits.items():
         masks = f"{len(split.items)} with a mask" if split.labelled else f"no masks in {split.mask_dir}, so no gts/"
         print(f"{name}: {len(split.items) + len(split.images_without_mask)} images, {masks}", flush=True)
+        if not split.labelled and name != "test":
+            print(f"warning: without masks, {name} is nothing to train or score on; BDD100K's are a download of their "
+                  "own, to be unpacked into the same folder", file=sys.stderr, flush=True)
     errors: list[str] = []
     try:
         for name, manifest in manifests.items():
@@ -273,7 +276,8 @@ def main(args: Namespace) -> int:
                 manifests[name] = replace(manifests[name], complete=True, items=items)
                 manifests[name].write(args.output_path / name)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("run the same command again to go on") from None
+        again = ", without --overwrite, which begins anew," if args.overwrite else ""
+        raise KeyboardInterrupt(f"run the same command again{again} to go on") from None
     finally:
         for name in splits:
             remove_temporaries(args.output_path / name)

@@ -71,6 +71,9 @@ KEPT_ON_RESUME = {
     "seed": "--seed",
 }
 
+# Flags with which it is to be evaluated too, and the defaults that infer_bdd100k.py has for them.
+OF_INFERENCE = {"amp_dtype": "auto", "cache_embeddings": "auto", "cache_dtype": "float16"}
+
 MEMORY_ADVICE = ("lower -batch_size and raise --grad_acc_steps by the same factor, which changes nothing else; or add "
                  "-use_amp, or preprocess at a smaller --image_size")
 
@@ -150,7 +153,7 @@ def get_args_parser() -> cli.Parser:
          help=f"steps whose gradients are added up {_by_preset('grad_acc_steps')}")
 
     # 修改点 5: 分布式训练参数
-    flag("distributed", action="store_true", help="require a launcher (with one, it is used in any case)")
+    parser.add_switch("distributed", help="require a launcher (with one, it is used in any case)")
     flag("world_size", type=cli.positive_int, help="number of processes, checked against the launcher")
     flag("node_rank", type=cli.non_negative_int, help="rank of this machine, checked against the launcher")
     flag("init_method", default="env://", help="where the processes meet")
@@ -305,16 +308,15 @@ def load_model(args: argparse.Namespace, source: NpyFolder, precision: Precision
 
 
 def next_command(args: argparse.Namespace, run: Run) -> str:
-    """The command that evaluates the run's best model, from the run's own cache where it has kept one."""
-    paths = (args.val_npy_path or "data/bdd100k_npy/val", run.folder / checkpoint.BEST, args.checkpoint)
+    """The command that evaluates the run's best model; it finds the run's cache where the splits lie side by side."""
+    paths = (args.val_npy_path or args.tr_npy_path.parent / "val", run.folder / checkpoint.BEST, args.checkpoint)
     data, best, sam = (shlex.quote(str(path)) for path in paths)
     lines = [
         f"python infer_bdd100k.py --val_npy_path {data}",
         f"--model_checkpoint {best}",
         f"--sam_checkpoint {sam} --model_type {args.model_type} --visualize{' -use_amp' if args.use_amp else ''}",
     ]
-    defaults = {"amp_dtype": "auto", "cache_embeddings": "auto", "cache_dtype": "float16"}  # of infer_bdd100k.py
-    given = {name: str(getattr(args, name)) for name, default in defaults.items() if getattr(args, name) != default}
+    given = {name: getattr(args, name) for name, default in OF_INFERENCE.items() if getattr(args, name) != default}
     if given:
         lines.append(" ".join(f"--{name} {shlex.quote(value)}" for name, value in given.items()))
     return " \\\n      ".join(lines)

@@ -257,7 +257,7 @@ BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
     "boxes for a semantic checkpoint": (
         "semantic", lambda f: ["--boxes", write_detections(f / "det.json", SPLIT_NAMES)], "takes no boxes; leave out"),
     "no boxes for pictures of one's own": (
-        "box", lambda f: [*pictures(f / "in"), "--images", f / "in"][-2:], "give --boxes FILE, or train with"),
+        "box", lambda f: [*pictures(f / "in"), "--images", f / "in"][-2:], "give --boxes FILE, or the checkpoint of"),
     "scoring one's own pictures": (
         "semantic", lambda f: ["--images", f, "--eval_size", "original"], "--images draws overlays and scores nothing"),
     "unreadable video": (

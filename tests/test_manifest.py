@@ -55,6 +55,14 @@ def test_missing(tmp_path):
         read_manifest(tmp_path)
 
 
+def test_the_folder_above_the_splits(tmp_path):
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        manifest().write(tmp_path / name)
+    with pytest.raises(UserError, match=f"is above the splits; give one of them, such as {tmp_path}/train$"):
+        read_manifest(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "3", "null", '{"format_version": 1}', '{"format_version": 1, "items": 3}']
 )

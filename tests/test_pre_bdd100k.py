@@ -170,6 +170,14 @@ def test_a_split_without_masks(run, data, tmp_path):
     assert "train_bdd100k.py" not in said  # nothing to train on
 
 
+def test_forgotten_masks_are_warned_of(data, tmp_path, capsys):
+    shutil.rmtree(data / "labels/sem_seg/masks/val")
+    flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--splits", "train", "val", "test"]
+    assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags])) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "without masks, val is nothing to train or score on" in warnings[0]
+
+
 def test_report(run, tmp_path):
     said = run("--splits", "train", "val", "train")[1]  # twice named, once done
     lines = [" ".join(line.split()) for line in said.splitlines()]
@@ -462,13 +470,14 @@ def test_files_of_unknown_origin_are_not_taken_over(run, tmp_path, manifest):
 
 
 SMALL = ["--splits", "train", "--image_size", "256"]
+NUM_MANY = 160
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     """A data set that takes long enough to be caught in the middle of, and what an undisturbed run makes of it."""
     root, out = (tmp_path_factory.mktemp("many") / name for name in ("bdd", "undisturbed"))
-    draw(root, "train", [f"{index:02}" for index in range(40)], size=(540, 960))
+    draw(root, "train", [f"{index:02}" for index in range(NUM_MANY)], size=(540, 960))
     assert go_on(root, out) == 0
     return root, contents(out)
 
@@ -478,17 +487,17 @@ def go_on(root, out):
     return pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args(flags))
 
 
-def start(root, out):
+def start(root, out, *flags):
     command = [sys.executable, SCRIPT, *SMALL, "--bdd100k_root", root, "--output_path", out, "--num_workers", "2"]
     return subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        [*command, *flags], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         # What runs in the background of a shell ignores Ctrl-C, and so do its children unless they are told not to.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
 def wait_for_some(process, out):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while len(list(out.glob("train/gts/*.npy"))) < 3:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.002)
@@ -502,7 +511,7 @@ def workers_of(pid):
 
 def stopped_half_way(out):
     done = len(list(out.glob("train/gts/*.npy")))
-    assert 3 <= done < 40, "the run was over before it could be stopped; give it more to do"
+    assert 3 <= done < NUM_MANY, "the run was over before it could be stopped; give it more to do"
     return not json.loads((out / "train/manifest.json").read_text())["complete"]
 
 
@@ -511,23 +520,28 @@ def test_kill_and_go_on(many, tmp_path, capsys):
     process = start(root, out)
     wait_for_some(process, out)
     process.kill()
-    process.communicate(timeout=20)  # the workers hold its stderr: this ends only when they too have ended
+    process.communicate(timeout=300)  # the workers hold its stderr: this ends only when they too have ended
     assert stopped_half_way(out)
     assert go_on(root, out) == 0
     assert contents(out) == undisturbed and "of them by an earlier run" in capsys.readouterr().out
 
 
-def test_interrupt(many, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "again"),
+    [([], "run the same command again to go on"),
+     (["--overwrite"], "run the same command again, without --overwrite, which begins anew, to go on")],
+)  # fmt: skip
+def test_interrupt(many, tmp_path, flags, again):
     (root, undisturbed), out = many, tmp_path / "out"
-    process = start(root, out)
+    process = start(root, out, *flags)
     wait_for_some(process, out)
     for pid in workers_of(process.pid):  # else they would die of it one by one, each with a traceback
         ignored = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
         assert ignored and int(ignored[1], 16) >> (signal.SIGINT - 1) & 1
     os.killpg(process.pid, signal.SIGINT)  # to all of them, as the terminal's Ctrl-C
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in said
-    assert said.splitlines()[-1] == "interrupted: run the same command again to go on"
+    assert said.splitlines()[-1] == f"interrupted: {again}"
     assert stopped_half_way(out) and not temporaries(out)
     assert go_on(root, out) == 0 and contents(out) == undisturbed
 
@@ -537,7 +551,7 @@ def test_a_killed_worker_is_no_hang(many, tmp_path):
     process = start(root, out)
     wait_for_some(process, out)
     os.kill(workers_of(process.pid)[0], signal.SIGKILL)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in said
     assert said.splitlines()[-1].startswith("error: a worker process was killed") and "--num_workers" in said
     assert stopped_half_way(out) and not temporaries(out)

@@ -80,6 +80,15 @@ def test_the_next_command_can_be_pasted(
     assert args.model_checkpoint == folder / checkpoint.BEST
     # Without these it would encode again what the run has encoded.
     assert (args.amp_dtype, args.cache_embeddings, args.cache_dtype) == ("bf16", str(features), "float32")
+    default = infer_bdd100k.get_args_parser().get_default
+    assert {name: default(name) for name in train_bdd100k.OF_INFERENCE} == train_bdd100k.OF_INFERENCE
+
+
+def test_without_validation_the_next_command_names_the_split_beside(
+    train: Train, npy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, "-num_epochs", 1)
+    assert f"python infer_bdd100k.py --val_npy_path {npy}/val \\\n" in capsys.readouterr().out
 
 
 def test_best_holds_what_was_trained_and_latest_the_state_beside_it(run: Path) -> None:

@@ -68,6 +68,8 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
         manifest = Manifest(**{**fields, "items": [ManifestItem(**item) for item in fields["items"]]})
         _check(manifest)
     except FileNotFoundError:
+        for split in sorted(folder.glob("*/manifest.json")):
+            raise UserError(f"{folder}: is above the splits; give one of them, such as {split.parent}") from None
         raise UserError(f"{path}: not found; {folder} was not written by pre_bdd100k.py") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
