@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shlex
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from torch.utils.data import DataLoader
 
 import infer_bdd100k
 import pre_bdd100k
@@ -18,6 +18,7 @@ import train_bdd100k
 from utils import cli
 from utils.dataset import BoxPromptDataset, NpyFolder
 from utils.errors import LostPeerError, UserError
+from utils.loader import Loader
 
 REQUIRED: dict[ModuleType, list[str]] = {
     pre_bdd100k: ["--bdd100k_root", "data"],
@@ -257,10 +258,12 @@ def test_run_prints_a_loader_workers_error_in_one_line(
     victim.unlink()  # after the check, as when a disk goes away
 
     def main() -> None:
-        for _ in DataLoader(dataset, num_workers=1):
+        for _ in Loader(dataset, num_workers=1):
             pass
 
     status, said = exit_of(main, capfd)
+    for worker in multiprocessing.active_children():  # as the script's end does, for which they would wait here
+        worker.kill()
     assert status == 1
     assert said.startswith(f"error: {victim}: became unreadable") and said.count("\n") == 1
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 import pre_bdd100k
 from tests.conftest import IMAGE_SIZE, run_script, write_split
@@ -32,6 +31,7 @@ from utils.dataset import (
 )
 from utils.errors import UserError
 from utils.geometry import PAD_COLOR
+from utils.loader import Loader
 from utils.precision import Precision
 
 
@@ -49,7 +49,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(npy: Path) -> None:
     first = [forwards[i] for i in range(7)]
     second = [backwards[i] for i in reversed(range(7))][::-1]
     assert all(equal(a, b) for a, b in zip(first, second))
-    loader = DataLoader(dataset(npy), batch_size=None, num_workers=2)
+    loader = Loader(dataset(npy), batch_size=None, num_workers=2)
     assert all(equal(a, b) for a, b in zip(first, loader))
     for other in (dataset(npy, seed=6), dataset(npy)):
         if other.seed == 5:
@@ -60,7 +60,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(npy: Path) -> None:
 def test_workers_take_over_each_new_epoch(npy: Path) -> None:
     data = dataset(npy, classes_per_image=3)
     sampler = TrainingSampler(len(data), batch_size=3, rank=0, world_size=1, seed=0)
-    loaders = [DataLoader(data, batch_sampler=sampler, num_workers=workers) for workers in (0, 2)]
+    loaders = [Loader(data, batch_sampler=sampler, num_workers=workers) for workers in (0, 2)]
     for epoch in (0, 1):
         data.set_epoch(epoch)
         sampler.set_epoch(epoch)
@@ -177,7 +177,7 @@ def test_augmented_samples_depend_on_seed_epoch_and_index_alone(augment: str, np
         samples.append([data[i] for i in range(7)])
         again.set_epoch(epoch)
         assert all(equal(again[i], samples[-1][i]) for i in reversed(range(7)))
-        loader = DataLoader(data, batch_size=None, num_workers=2 if epoch == 0 else 0)
+        loader = Loader(data, batch_size=None, num_workers=2 if epoch == 0 else 0)
         assert all(equal(a, b) for a, b in zip(samples[-1], loader))
     assert not all(equal(a, b) for a, b in zip(samples[0], samples[1]))
     for sample in (sample for epoch in samples for sample in epoch):  # prompts are of the view, not of the image

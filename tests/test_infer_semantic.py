@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -232,7 +233,9 @@ def test_two_processes_equal_one_exactly(
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     script = infer_bdd100k.__file__
     words = [*launcher, script, *flags, *more]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=240)
+    # Threads decide how sums are rounded, and a launcher gives each process one unless it is told.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run([str(word) for word in words], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("评估结果") == 1  # only the first process speaks
     assert read_results(tmp_path / "two") == read_results(single)
