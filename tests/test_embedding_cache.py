@@ -293,6 +293,17 @@ def test_auto_reads_for_one_pass_only_what_is_whole(
     assert encoded == [] and not missing.exists()
 
 
+def test_auto_does_not_go_on_without_a_cache_where_a_loader_process_was_lost(
+    split: Path, segmenter: Segmenter, sam_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*args: Any, **options: Any) -> None:
+        raise LostWorkerError("a loader process has ended")
+
+    monkeypatch.setattr(embedding_cache, "Loader", lost)
+    with pytest.raises(LostWorkerError):
+        prepare(split, segmenter, sam_file, "auto")
+
+
 def test_machines_without_a_common_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The second process is played: it sees what the first one wrote, or does not.
     monkeypatch.setattr(embedding_cache.distributed, "world_size", lambda: 2)
