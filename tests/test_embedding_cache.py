@@ -30,7 +30,7 @@ from utils.augment import fixed_view
 from utils.checkpoint import ModelInfo
 from utils.dataset import EvaluationDataset, NpyFolder, SemanticDataset, collate_evaluation
 from utils.embedding_cache import Binding, EmbeddingCache, Request, entry_path, prepare_caches
-from utils.errors import Interrupted, UserError
+from utils.errors import Interrupted, LostWorkerError, UserError
 from utils.model import Features, Segmenter, build_model
 from utils.precision import Precision
 
