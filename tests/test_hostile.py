@@ -136,13 +136,13 @@ def test_the_scripts_themselves_end_in_one_line(
 ) -> None:
     path, made = tmp_path / "hostile.pth", tmp_path / "made"
     torch.save({"a": Payload(made)}, path)
-    (tmp_path / "images/10k/train").mkdir(parents=True)
-    (tmp_path / "images/10k/train/bomb.png").write_bytes(png(60_000, 60_000))
+    (tmp_path / "images/10k/test").mkdir(parents=True)
+    (tmp_path / "images/10k/test/bomb.png").write_bytes(png(60_000, 60_000))
     flags: list[object] = {
         "train": ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", path, "-work_dir", tmp_path / "work"],
         "infer": ["--val_npy_path", npy / "val", "--model_type", "vit_tiny", "--sam_checkpoint", sam_file,
                   "--model_checkpoint", path, "--output_dir", tmp_path / "out"],
-        "pre": ["--bdd100k_root", tmp_path, "--splits", "train", "--output_path", tmp_path / "npy", "--image_size", 64],
+        "pre": ["--bdd100k_root", tmp_path, "--splits", "test", "--output_path", tmp_path / "npy", "--image_size", 64],
     }[script]  # fmt: skip
     command = [sys.executable, f"{script}_bdd100k.py", *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
