@@ -14,6 +14,7 @@ import shlex
 import shutil
 import sys
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,14 +99,32 @@ def is_done(job: Job) -> bool:
     return written >= max(path.stat().st_mtime_ns for path in sources)
 
 
-def process(job: Job) -> ManifestItem | str:
-    """Write one image and its mask unless that is done.
+def process(jobs: list[Job]) -> list[ManifestItem | str]:
+    """Write images and masks, each while the next is decoded: most of the wait for the disk costs no time then.
 
     Returns:
-        The manifest's entry; or, for a bad image or mask, one line saying so, and then nothing of the item is left.
+        For each job what `prepare` does.
 
     Raises:
         UserError: the output cannot be written.
+    """
+    results = []
+    with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(write, {})  # nothing yet
+        for job in jobs:
+            result, arrays = prepare(job)
+            writing.result()  # so that one image waits in memory, and not all of them
+            writing = writer.submit(write, arrays)
+            results.append(result)
+        writing.result()
+    return results
+
+
+def prepare(job: Job) -> tuple[ManifestItem | str, dict[Path, np.ndarray]]:
+    """
+    Returns:
+        The manifest's entry, and the files that must be written before it is true: none if the job is done.
+        Or, for a bad image or mask, one line saying so, and then nothing of the item is left.
     """
     item, settings = job.item, job.settings
     try:
@@ -118,21 +137,25 @@ def process(job: Job) -> ManifestItem | str:
     except UserError as error:
         for path in job.outputs:
             path.unlink(missing_ok=True)
-        return str(error)
+        return str(error), {}
+    arrays = []
     if not job.done:
-        arrays = [resize_image(image, settings.image_size, settings.resize_mode)]
+        arrays.append(resize_image(image, settings.image_size, settings.resize_mode))
         if settings.image_dtype != "uint8":
             arrays[0] = cv2.LUT(arrays[0], UNIT_INTERVAL).astype(settings.image_dtype, copy=False)
         if mask is not None:
             arrays.append(resize_mask(mask, settings.image_size, settings.resize_mode))
-        for path, array in zip(job.outputs, arrays):
-            with atomic_write(path) as file:
-                np.save(file, array, allow_pickle=False)
-    if not item.mask:
-        return ManifestItem(item.name, height, width, [], 0)
-    labels = np.load(job.outputs[1], allow_pickle=False) if job.done else arrays[1]
-    counts = count_labels(labels).tolist()
-    return ManifestItem(item.name, height, width, counts[:NUM_CLASSES], counts[IGNORE_LABEL])
+    pixels, ignored = [], 0
+    if item.mask:
+        counts = count_labels(np.load(job.outputs[1], allow_pickle=False) if job.done else arrays[1]).tolist()
+        pixels, ignored = counts[:NUM_CLASSES], counts[IGNORE_LABEL]
+    return ManifestItem(item.name, height, width, pixels, ignored), dict(zip(job.outputs, arrays))
+
+
+def write(arrays: dict[Path, np.ndarray]) -> None:
+    for path, array in arrays.items():
+        with atomic_write(path) as file:
+            np.save(file, array, allow_pickle=False)
 
 
 def began_before(folder: Path, settings: Settings, labelled: bool) -> bool:

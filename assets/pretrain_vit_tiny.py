@@ -62,6 +62,10 @@ def get_args_parser() -> cli.Parser:
     return parser
 
 
+def draw_all(indices: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [draw(index) for index in indices]
+
+
 def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
     """Scene `index` as the encoder sees it: image, 256 x 256 x 3 uint8, and instances, 256 x 256 uint16."""
     scene = draw_scene(np.random.default_rng((SEED, index)), 360, 640)
@@ -150,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
         scenes = [read(source, index) for index in tqdm(range(len(source.items)), desc="reading", unit="image")]
     else:
         with tqdm(total=args.num_scenes, desc="drawing", unit="scene") as bar:
-            scenes = run_jobs(draw, list(range(args.num_scenes)), usable_cores(), bar.update)
+            scenes = run_jobs(draw_all, list(range(args.num_scenes)), usable_cores(), bar.update)
 
     optimizer = build_optimizer(sam, lr=args.lr, weight_decay=0.05)
     scheduler = build_scheduler(optimizer, "cosine", total_steps=args.num_steps, warmup_steps=args.num_steps // 20)

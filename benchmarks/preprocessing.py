@@ -1,15 +1,17 @@
-"""pre_bdd100k.py on two processes against one, and against decoding and then writing alone.
+"""pre_bdd100k.py on two processes against a plain loop through the same calls, and against decoding and writing alone.
 
     python -m benchmarks.preprocessing
-    python -m benchmarks.preprocessing --image_dtype uint8 --images 1024    # less than a third of the bytes
+    python -m benchmarks.preprocessing --image_dtype uint8 --images 2048    # less than a third of the bytes an image
     python -m benchmarks.preprocessing --images 4 --image_size 64 --repeats 1    # a few seconds
 
-On drawn scenes of BDD100K's size, 1280 x 720; of 32 of them there are as many copies as it takes. Both runs are the
-script itself; `ratio` counts everything, starting Python and the processes included, and `steady_ratio` only the images
-beyond a quarter of them, as the start is paid once however many there are. `limit_s` is the decoding of the images
-and masks shared by two processes, and after it the bytes of the output at the rate that one large file is written and
-synced at in the same run; who overlaps the two can take less. The default writes 3.5 GB to the folder for temporary
-files, and removes them, three times for each repeat, and a quarter of that twice.
+On drawn scenes of BDD100K's size, 1280 x 720; of 32 of them there are as many copies as it takes. The loop decodes,
+resizes and writes one image after the other on one core, by the script's own functions, and each file is on the disk
+before the next step; `ratio` is against it. `unsynced_ratio` is against the same loop with plain `numpy.save`, which
+leaves the bytes for the system to write some time later, and `own_ratio` against the script on one process, which
+writes an image while it decodes the next. The script's times count everything, starting Python and the processes
+included. `limit_s` is the decoding of the images and masks shared by two processes, and after it the bytes of the
+output at the rate that one large file is written and synced at in the same run; who overlaps the two can take less.
+The default writes 3.5 GB to the folder for temporary files, and removes them, five times for each repeat.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import numpy as np
 
 import pre_bdd100k
 from benchmarks import common
+from pre_bdd100k import Job, Settings, prepare, write
 from utils import cli
 from utils.bdd100k import find_split, read_image, read_mask
 from utils.manifest import IMAGE_DTYPES
@@ -46,23 +49,34 @@ def get_args_parser() -> cli.Parser:
     return parser
 
 
-def write_copies(root: Path, splits: dict[str, int]) -> None:
+def write_copies(root: Path, count: int) -> None:
     """A data set of `DRAWN` scenes, in as many copies as make up the number of images asked for."""
-    write_dataset(root, {name: min(count, DRAWN) for name, count in splits.items()}, seed=0)
-    for name, count in splits.items():
-        items = find_split(root, name).items
-        for i in range(len(items), count):
-            for path in (items[i % DRAWN].image, items[i % DRAWN].mask):
-                assert path is not None
-                shutil.copy(path, path.with_stem(f"{path.stem}-{i}"))
+    write_dataset(root, {"train": min(count, DRAWN)}, seed=0)
+    items = find_split(root, "train").items
+    for i in range(len(items), count):
+        for path in (items[i % DRAWN].image, items[i % DRAWN].mask):
+            assert path is not None
+            shutil.copy(path, path.with_stem(f"{path.stem}-{i}"))
 
 
-def preprocess(root: Path, output: Path, split: str, num_workers: int, args: argparse.Namespace) -> None:
+def run_script(root: Path, output: Path, num_workers: int, settings: Settings) -> None:
     """The command line. A process of its own, as its workers import what started them."""
-    flags = ["--bdd100k_root", root, "--output_path", output, "--splits", split, "--num_workers", num_workers]
-    flags += ["--image_size", args.image_size, "--image_dtype", args.image_dtype]
-    command = [sys.executable, pre_bdd100k.__file__, *map(str, flags)]
-    subprocess.run(command, check=True, capture_output=True)
+    flags = ["--bdd100k_root", str(root), "--output_path", str(output), "--splits", "train"]
+    flags += ["--num_workers", str(num_workers), *str(settings).split()]
+    subprocess.run([sys.executable, pre_bdd100k.__file__, *flags], check=True, capture_output=True)
+
+
+def run_loop(root: Path, output: Path, settings: Settings, write: Callable[[dict[Path, np.ndarray]], None]) -> None:
+    for kind in ("imgs", "gts"):
+        (output / kind).mkdir(parents=True)
+    for item in find_split(root, "train").items:
+        _, arrays = prepare(Job(item, output, settings))
+        write(arrays)
+
+
+def save(arrays: dict[Path, np.ndarray]) -> None:
+    for path, array in arrays.items():
+        np.save(path, array)
 
 
 def decode(root: Path) -> None:
@@ -72,7 +86,7 @@ def decode(root: Path) -> None:
             read_mask(item.mask, height, width)
 
 
-def write(path: Path, size: int) -> None:
+def write_bytes(path: Path, size: int) -> None:
     """`size` bytes, on the disk when it returns."""
     piece = os.urandom(2**20)
     with path.open("wb") as file:
@@ -84,33 +98,38 @@ def write(path: Path, size: int) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    few = max(1, args.images // 4)
+    settings = Settings(args.image_size, args.image_dtype, "stretch")
     cv2.setNumThreads(0)  # as in pre_bdd100k.py's own processes: one process is one core
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         root, output = folder / "bdd100k", folder / "npy"
-        write_copies(root, {"train": args.images, "val": few})
+        write_copies(root, args.images)
         num_bytes = args.images * args.image_size**2 * (3 * np.dtype(args.image_dtype).itemsize + 1)
         functions: dict[str, Callable[[], None]] = {
             "decode": lambda: decode(root),
-            "write": lambda: write(folder / "bytes", num_bytes),
+            "write": lambda: write_bytes(folder / "bytes", num_bytes),
         }
-        for split, suffix in (("train", ""), ("val", ", few")):
-            for num_workers, kind in ((1, "one"), (2, "two")):
-                functions[kind + suffix] = partial(preprocess, root, output, split, num_workers, args)
-                functions[f"{kind}{suffix}, removed"] = partial(shutil.rmtree, output)  # in no figure
+        writing: dict[str, Callable[[], None]] = {
+            "loop": partial(run_loop, root, output, settings, write),
+            "two": partial(run_script, root, output, 2, settings),
+            "one": partial(run_script, root, output, 1, settings),
+            "unsynced loop": partial(run_loop, root, output, settings, save),
+        }
+        for kind, function in writing.items():
+            functions |= {kind: function, f"{kind}, removed": partial(shutil.rmtree, output)}  # the latter in no figure
         seconds = common.measure(functions, args.repeats)
     limit = seconds["decode"] / 2 + seconds["write"]
-    steady = {kind: seconds[kind] - seconds[f"{kind}, few"] for kind in ("one", "two")}
     common.report(
         f"preprocessing {args.images} images to {args.image_size} in {args.image_dtype}",
-        ratio=seconds["one"] / seconds["two"],
-        steady_ratio=steady["one"] / steady["two"],
-        one_process_s=seconds["one"],
+        ratio=seconds["loop"] / seconds["two"],
+        unsynced_ratio=seconds["unsynced loop"] / seconds["two"],
+        own_ratio=seconds["one"] / seconds["two"],
         two_processes_s=seconds["two"],
+        one_process_s=seconds["one"],
+        loop_s=seconds["loop"],
+        unsynced_loop_s=seconds["unsynced loop"],
         limit_s=limit,
         of_limit=limit / seconds["two"],
-        steady_of_limit=limit * (1 - few / args.images) / steady["two"],
         split_s={"decoding, one process": seconds["decode"], "writing the bytes": seconds["write"]},
         disk_mb_per_s=num_bytes / seconds["write"] / 1e6,
     )

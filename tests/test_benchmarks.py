@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,27 +65,30 @@ def test_copies_make_up_the_number_of_images(tmp_path: Path, monkeypatch: pytest
     small = {"height": 144, "width": 256, "num_workers": 1}
     monkeypatch.setattr(preprocessing, "write_dataset", lambda root, counts, seed: scenes(root, counts, seed, **small))
     monkeypatch.setattr(preprocessing, "DRAWN", 2)
-    preprocessing.write_copies(tmp_path, {"train": 5, "val": 1})
-    assert [len(find_split(tmp_path, name).items) for name in ("train", "val")] == [5, 1]
+    preprocessing.write_copies(tmp_path, 5)
+    assert len(find_split(tmp_path, "train").items) == 5
 
 
 def test_preprocessing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = preprocessing.write_dataset
     small = {"height": 144, "width": 256, "num_workers": 1}
     monkeypatch.setattr(preprocessing, "write_dataset", lambda root, counts, seed: scenes(root, counts, seed, **small))
-    written: list[int] = []
-    preprocess = preprocessing.preprocess
+    written: list[dict[str, bytes]] = []
 
-    def recorded(root: Path, output: Path, *rest: Any) -> None:
-        preprocess(root, output, *rest)
-        written.append(sum(path.stat().st_size for path in output.rglob("*.npy")))
+    def recorded(run: Callable[..., None], root: Path, output: Path, *rest: Any) -> None:
+        run(root, output, *rest)
+        written.append({path.name + path.parent.name: path.read_bytes() for path in output.rglob("*.npy")})
 
-    monkeypatch.setattr(preprocessing, "preprocess", recorded)
+    for name in ("run_script", "run_loop"):
+        monkeypatch.setattr(preprocessing, name, partial(recorded, getattr(preprocessing, name)))
     flags = ["--images", 4, "--image_size", 64, "--image_dtype", "uint8", "--repeats", 1]
     (line,) = lines_of(capsys, preprocessing, *flags)
     size = line["disk_mb_per_s"] * line["split_s"]["writing the bytes"] * 1e6  # of what was written to measure the disk
     assert size == pytest.approx(4 * 64**2 * 4, rel=1e-2)
-    assert written[0] == written[1] == pytest.approx(size, rel=0.1)  # the rest are the headers
+    assert len(written) == 4 and all(files == written[0] for files in written)
+    assert sum(map(len, written[0].values())) == pytest.approx(size, rel=0.1)  # the rest are the headers
+    for ratio, seconds in (("ratio", "loop_s"), ("unsynced_ratio", "unsynced_loop_s"), ("own_ratio", "one_process_s")):
+        assert line[ratio] == pytest.approx(line[seconds] / line["two_processes_s"], rel=1e-2)
 
 
 def test_gpu_says_that_it_needs_one(error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,52 +14,54 @@ from utils.errors import UserError
 from utils.parallel import run_jobs, usable_cores
 
 
-def square(number: int) -> int:
-    if number < 0:
-        raise UserError(f"{number}: below 0")
-    return number**2
+def square(numbers: list[int]) -> list[int]:
+    for number in numbers:
+        if number < 0:
+            raise UserError(f"{number}: below 0")
+    return [number**2 for number in numbers]
 
 
-def threads(_: int) -> int:
-    return cv2.getNumThreads()
+def threads(jobs: list[int]) -> list[int]:
+    return [cv2.getNumThreads() for _ in jobs]
 
 
-def own_pid(_: int) -> int:
-    time.sleep(0.002)  # for both processes to have their share
-    return os.getpid()
+def given(jobs: list[int]) -> list[int]:
+    return [len(jobs)] * len(jobs)
 
 
-def meet(path: Path) -> bool:
-    """Whether another job is at work at the same time."""
+def meet(paths: list[Path]) -> list[bool]:
+    """Whether another process is at work at the same time, on one job too."""
+    (path,) = paths
     path.touch()
     end = time.monotonic() + 60
     while len(list(path.parent.iterdir())) < 2 and time.monotonic() < end:
         time.sleep(0.01)
-    return time.monotonic() < end
+    return [time.monotonic() < end]
 
 
-def be_killed(number: int) -> int:
+def be_killed(jobs: list[int]) -> list[int]:
     os.kill(os.getpid(), signal.SIGKILL)
-    return number
+    return jobs
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_results_come_in_the_order_of_the_jobs(num_workers: int) -> None:
-    done: list[None] = []
+    done: list[int] = []
     jobs = [3, 1, 2, *range(4, 100)]
-    assert run_jobs(square, jobs, num_workers, lambda: done.append(None)) == [job**2 for job in jobs]
-    assert len(done) == len(jobs)
-    assert run_jobs(square, [], num_workers, lambda: None) == []
+    assert run_jobs(square, jobs, num_workers, done.append) == [job**2 for job in jobs]
+    assert sum(done) == len(jobs)
+    assert run_jobs(square, [], num_workers, done.append) == []
 
 
-def test_many_jobs_go_to_a_process_four_at_a_time() -> None:
-    pids = run_jobs(own_pid, list(range(98)), 2, lambda: None)
-    assert all(len(set(pids[start : start + 4])) == 1 for start in range(0, 98, 4))
+@pytest.mark.parametrize(("num_workers", "few", "many"), [(1, 16, 66), (2, 32, 130)])
+def test_many_jobs_are_given_eight_at_a_time(num_workers: int, few: int, many: int) -> None:
+    assert run_jobs(given, list(range(few)), num_workers, lambda _: None) == [2] * few
+    assert run_jobs(given, list(range(many)), num_workers, lambda _: None) == [8] * (many - 2) + [2, 2]
 
 
 def test_few_jobs_go_one_at_a_time(tmp_path: Path) -> None:
     """So that no process is left without: each of the two here waits for the other to begin."""
-    assert run_jobs(meet, [tmp_path / "a", tmp_path / "b"], 2, lambda: None) == [True, True]
+    assert run_jobs(meet, [tmp_path / "a", tmp_path / "b"], 2, lambda _: None) == [True, True]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -67,7 +69,7 @@ def test_a_process_is_one_core(num_workers: int) -> None:
     before = cv2.getNumThreads()
     cv2.setNumThreads(3)
     try:
-        assert run_jobs(threads, [0, 0], num_workers, lambda: None) == [1, 1]
+        assert run_jobs(threads, [0, 0], num_workers, lambda _: None) == [1, 1]
         assert cv2.getNumThreads() == 3
     finally:
         cv2.setNumThreads(before)
@@ -77,13 +79,13 @@ def test_a_process_is_one_core(num_workers: int) -> None:
 def test_what_a_job_raises_arrives(num_workers: int) -> None:
     on_interrupt = signal.getsignal(signal.SIGINT)
     with pytest.raises(UserError, match="-1: below 0"):
-        run_jobs(square, [*range(41), -1, *range(41)], num_workers, lambda: None)  # amid those sent together
+        run_jobs(square, [*range(41), -1, *range(41)], num_workers, lambda _: None)  # amid those sent together
     assert signal.getsignal(signal.SIGINT) is on_interrupt
 
 
 def test_a_killed_worker_is_told() -> None:
     with pytest.raises(UserError, match=r"a worker process was killed, .* --num_workers below 2"):
-        run_jobs(be_killed, [1, 2, 3], 2, lambda: None)
+        run_jobs(be_killed, [1, 2, 3], 2, lambda _: None)
 
 
 def test_usable_cores() -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 
 import pre_bdd100k
 from utils import cli
+from utils.bdd100k import find_split
 from utils.errors import UserError
 from utils.manifest import read_manifest
 
@@ -157,6 +159,34 @@ def test_several_processes_give_and_say_the_same(run, data, tmp_path):
     _, _, errors = run("--splits", "train")
     assert run("--splits", "train", "--num_workers", 2, out="two") == (1, ANY, errors) and len(errors) == 1
     assert contents(tmp_path / "two") == contents(tmp_path / "out")
+
+
+def test_an_image_is_written_while_the_next_is_decoded(data, tmp_path, monkeypatch):
+    """And the third waits until the first is written, so that memory does not fill where the disk is slow."""
+    prepare, write = pre_bdd100k.prepare, pre_bdd100k.write
+    begun, second = [], threading.Event()
+
+    def tell(job):
+        begun.append(job.item.name)
+        if len(begun) == 2:
+            second.set()
+        return prepare(job)
+
+    def wait_for_the_second(arrays):
+        if [path.stem for path in arrays] == ["a", "a"]:
+            assert second.wait(60)
+            time.sleep(0.1)  # in which one that did not wait would begin the third
+            assert begun == ["a", "b"]
+        write(arrays)
+
+    monkeypatch.setattr(pre_bdd100k, "prepare", tell)
+    monkeypatch.setattr(pre_bdd100k, "write", wait_for_the_second)
+    for kind in ("imgs", "gts"):
+        (tmp_path / "out" / kind).mkdir(parents=True)
+    settings = pre_bdd100k.Settings(32, "uint8", "stretch")
+    jobs = [pre_bdd100k.Job(item, tmp_path / "out", settings) for item in find_split(data, "train").items]
+    assert [entry if isinstance(entry, str) else entry.name for entry in pre_bdd100k.process(jobs)] == ["a", "b", "c"]
+    assert all(pre_bdd100k.is_done(job) for job in jobs)
 
 
 def test_a_split_without_masks(run, data, tmp_path):

@@ -19,9 +19,9 @@ from utils.memory import keep_freed_memory
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-# Jobs sent to a process at a time: sending costs half a millisecond. Ctrl-C waits for what was sent, up to three times
-# as many for each process.
-MAX_CHUNK = 4
+# Jobs given to a process at a time: sending costs half a millisecond, and what a function overlaps, it overlaps within
+# them. Ctrl-C waits for what was sent, up to three times as many for each process.
+MAX_CHUNK = 8
 
 
 def usable_cores() -> int:
@@ -30,42 +30,44 @@ def usable_cores() -> int:
 
 
 def run_jobs(
-    function: Callable[[Job], Result], jobs: list[Job], num_workers: int, advance: Callable[[], object]
+    function: Callable[[list[Job]], list[Result]], jobs: list[Job], num_workers: int, advance: Callable[[int], object]
 ) -> list[Result]:
-    """`[function(job) for job in jobs]`, in that order, on `num_workers` processes (in this one if that is 1).
+    """`function(jobs)`, a few jobs at a time, in their order, on `num_workers` processes (in this one if that is 1).
 
-    Each is one core: OpenCV is kept from using more.
+    OpenCV uses one core in each.
 
     Args:
-        function: a function of a module's top level, since jobs travel to processes that import that module anew.
-        advance: called for each result.
+        function: a function of a module's top level, since jobs travel to processes that import that module anew. It
+            returns one result for each job.
+        advance: called with the number of results that have come.
 
     Raises:
         UserError: a worker process died.
         Exception: whatever `function` raises; jobs that have not begun are dropped then, as they are at Ctrl-C.
     """
     results: list[Result] = []
-    num_workers = min(num_workers, len(jobs))
-    if num_workers <= 1:
+    num_workers = max(1, min(num_workers, len(jobs)))
+    size = max(1, min(MAX_CHUNK, len(jobs) // (8 * num_workers)))  # so that none works long alone at the end
+    chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    if num_workers == 1:
         threads = cv2.getNumThreads()
         cv2.setNumThreads(0)
         try:
-            for job in jobs:
-                results.append(function(job))
-                advance()
+            for chunk in chunks:
+                results += function(chunk)
+                advance(len(chunk))
         finally:
             cv2.setNumThreads(threads)
         return results
-    size = max(1, min(MAX_CHUNK, len(jobs) // (8 * num_workers)))  # so that none works long alone at the end
     # spawn: to fork a process that has threads (tqdm's, OpenCV's, PyTorch's) can deadlock.
     executor = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is answered here alone
     try:
-        coming = executor.map(function, jobs, chunksize=size)
+        coming = executor.map(function, chunks)
         signal.signal(signal.SIGINT, on_interrupt)
-        for result in coming:
-            results.append(result)
-            advance()
+        for of_chunk in coming:
+            results += of_chunk
+            advance(len(of_chunk))
     except BrokenProcessPool:
         raise UserError(f"a worker process was killed, most often for lack of memory (run the same command again with "
                         f"--num_workers below {num_workers}: it goes on where it was)") from None

@@ -30,7 +30,7 @@ def write_dataset(
     check_size(height, width)
     jobs = [(split, index) for split, count in counts.items() for index in range(count)]
     ours = {f"{scene_name(*job)}{suffix}" for job in jobs for suffix in (".jpg", ".png")}
-    write = partial(_write_scene, root, seed, height, width)
+    write = partial(_write_scenes, root, seed, height, width)
     try:
         for folder in (root / kind / split for split in counts for kind in (IMAGES, MASKS)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -47,8 +47,12 @@ def scene_name(split: str, index: int) -> str:
     return f"{split}_{index:06d}"
 
 
-def _write_scene(root: Path, seed: int, height: int, width: int, job: tuple[str, int]) -> None:
-    split, index = job
+def _write_scenes(root: Path, seed: int, height: int, width: int, jobs: list[tuple[str, int]]) -> list[str]:
+    return [_write_scene(root, seed, height, width, *job) for job in jobs]
+
+
+def _write_scene(root: Path, seed: int, height: int, width: int, split: str, index: int) -> str:
+    """Returns its name."""
     scene = draw_scene(np.random.default_rng([seed, zlib.crc32(split.encode()), index]), height, width)
     name = scene_name(split, index)
     for path, array in (
@@ -57,3 +61,4 @@ def _write_scene(root: Path, seed: int, height: int, width: int, job: tuple[str,
     ):
         with atomic_write(path) as file:
             file.write(cv2.imencode(path.suffix, np.ascontiguousarray(array))[1].tobytes())
+    return name
