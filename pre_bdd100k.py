@@ -100,7 +100,7 @@ def is_done(job: Job) -> bool:
 
 
 def process(jobs: list[Job]) -> list[ManifestItem | str]:
-    """Write images and masks, each while the next is decoded: most of the wait for the disk costs no time then.
+    """Write images and masks, each while the next of `jobs` is decoded; of the two, the shorter costs no time then.
 
     Returns:
         For each job what `prepare` does.
@@ -121,10 +121,11 @@ def process(jobs: list[Job]) -> list[ManifestItem | str]:
 
 
 def prepare(job: Job) -> tuple[ManifestItem | str, dict[Path, np.ndarray]]:
-    """
+    """Decode and resize what the job has still to write.
+
     Returns:
         The manifest's entry, and the files that must be written before it is true: none if the job is done.
-        Or, for a bad image or mask, one line saying so, and then nothing of the item is left.
+        Or, for a bad image or mask, one line saying so; what was there of the item is deleted then.
     """
     item, settings = job.item, job.settings
     try:
@@ -153,9 +154,15 @@ def prepare(job: Job) -> tuple[ManifestItem | str, dict[Path, np.ndarray]]:
 
 
 def write(arrays: dict[Path, np.ndarray]) -> None:
+    """Write the .npy files.
+
+    Raises:
+        UserError: one cannot be written.
+    """
     for path, array in arrays.items():
-        with atomic_write(path) as file:
-            np.save(file, array, allow_pickle=False)
+        with atomic_write(path) as file:  # not np.save, whose errors do not tell that a disk is full
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(array.data)
 
 
 def began_before(folder: Path, settings: Settings, labelled: bool) -> bool:
@@ -193,8 +200,8 @@ def check_disk(output: Path, jobs: list[Job], overwrite: bool) -> None:
     itemsize = np.dtype(jobs[0].settings.image_dtype).itemsize
     if needed(itemsize) > free:
         advice = "use a smaller --image_size, or a larger disk"
-        if itemsize > 1:
-            advice = f"--image_dtype uint8 takes a quarter of float32: {needed(1) / 1e9:.3g} GB with the masks"
+        if itemsize > 1 and needed(1) <= free:
+            advice = f"--image_dtype uint8 needs {needed(1) / 1e9:.3g} GB, masks included"
         raise UserError(
             f"{output}: needs {needed(itemsize) / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free on {place} ({advice})"
         )

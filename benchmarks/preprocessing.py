@@ -66,12 +66,12 @@ def run_script(root: Path, output: Path, num_workers: int, settings: Settings) -
     subprocess.run([sys.executable, pre_bdd100k.__file__, *flags], check=True, capture_output=True)
 
 
-def run_loop(root: Path, output: Path, settings: Settings, write: Callable[[dict[Path, np.ndarray]], None]) -> None:
+def run_loop(root: Path, output: Path, settings: Settings, writer: Callable[[dict[Path, np.ndarray]], None]) -> None:
     for kind in ("imgs", "gts"):
         (output / kind).mkdir(parents=True)
     for item in find_split(root, "train").items:
         _, arrays = prepare(Job(item, output, settings))
-        write(arrays)
+        writer(arrays)
 
 
 def save(arrays: dict[Path, np.ndarray]) -> None:
@@ -94,7 +94,6 @@ def write_bytes(path: Path, size: int) -> None:
             file.write(piece[: size - start])
         file.flush()
         os.fsync(file.fileno())
-    path.unlink()
 
 
 def main(args: argparse.Namespace) -> None:
@@ -108,6 +107,7 @@ def main(args: argparse.Namespace) -> None:
         functions: dict[str, Callable[[], None]] = {
             "decode": lambda: decode(root),
             "write": lambda: write_bytes(folder / "bytes", num_bytes),
+            "write, removed": (folder / "bytes").unlink,  # in no figure, as the others
         }
         writing: dict[str, Callable[[], None]] = {
             "loop": partial(run_loop, root, output, settings, write),
@@ -116,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
             "unsynced loop": partial(run_loop, root, output, settings, save),
         }
         for kind, function in writing.items():
-            functions |= {kind: function, f"{kind}, removed": partial(shutil.rmtree, output)}  # the latter in no figure
+            functions |= {kind: function, f"{kind}, removed": partial(shutil.rmtree, output)}
         seconds = common.measure(functions, args.repeats)
     limit = seconds["decode"] / 2 + seconds["write"]
     common.report(

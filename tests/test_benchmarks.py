@@ -73,10 +73,12 @@ def test_preprocessing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     scenes = preprocessing.write_dataset
     small = {"height": 144, "width": 256, "num_workers": 1}
     monkeypatch.setattr(preprocessing, "write_dataset", lambda root, counts, seed: scenes(root, counts, seed, **small))
+    given: list[tuple[Any, ...]] = []
     written: list[dict[str, bytes]] = []
 
     def recorded(run: Callable[..., None], root: Path, output: Path, *rest: Any) -> None:
         run(root, output, *rest)
+        given.append(rest)
         written.append({path.name + path.parent.name: path.read_bytes() for path in output.rglob("*.npy")})
 
     for name in ("run_script", "run_loop"):
@@ -85,6 +87,13 @@ def test_preprocessing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     (line,) = lines_of(capsys, preprocessing, *flags)
     size = line["disk_mb_per_s"] * line["split_s"]["writing the bytes"] * 1e6  # of what was written to measure the disk
     assert size == pytest.approx(4 * 64**2 * 4, rel=1e-2)
+    settings = preprocessing.Settings(64, "uint8", "stretch")
+    loop, two, one, unsynced = given
+    assert (loop, two, one, unsynced) == (
+        (settings, preprocessing.write), (2, settings), (1, settings), (settings, preprocessing.save)
+    )
+    split = line["split_s"]
+    assert line["limit_s"] == pytest.approx(split["decoding, one process"] / 2 + split["writing the bytes"], rel=1e-2)
     assert len(written) == 4 and all(files == written[0] for files in written)
     assert sum(map(len, written[0].values())) == pytest.approx(size, rel=0.1)  # the rest are the headers
     for ratio, seconds in (("ratio", "loop_s"), ("unsynced_ratio", "unsynced_loop_s"), ("own_ratio", "one_process_s")):

@@ -53,10 +53,14 @@ def test_results_come_in_the_order_of_the_jobs(num_workers: int) -> None:
     assert run_jobs(square, [], num_workers, done.append) == []
 
 
-@pytest.mark.parametrize(("num_workers", "few", "many"), [(1, 16, 66), (2, 32, 130)])
-def test_many_jobs_are_given_eight_at_a_time(num_workers: int, few: int, many: int) -> None:
-    assert run_jobs(given, list(range(few)), num_workers, lambda _: None) == [2] * few
-    assert run_jobs(given, list(range(many)), num_workers, lambda _: None) == [8] * (many - 2) + [2, 2]
+@pytest.mark.parametrize(
+    ("num_workers", "num_jobs", "size"), [(1, 3, 3), (1, 16, 8), (1, 802, 8), (2, 31, 1), (2, 46, 2), (2, 802, 8)]
+)
+def test_how_many_jobs_are_given_at_a_time(num_workers: int, num_jobs: int, size: int) -> None:
+    """Eight, or an eighth of a process's share; but there is no other to be left without beside a single process."""
+    rest = num_jobs % size
+    results = run_jobs(given, list(range(num_jobs)), num_workers, lambda _: None)
+    assert results == [size] * (num_jobs - rest) + [rest] * rest
 
 
 def test_few_jobs_go_one_at_a_time(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """pre_bdd100k.py as its user meets it: what is written, what is said, and what a stopped or a bad run leaves behind."""
 
-import errno
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -22,6 +23,7 @@ import pre_bdd100k
 from utils import cli
 from utils.bdd100k import find_split
 from utils.errors import UserError
+from utils.files import atomic_write
 from utils.manifest import read_manifest
 
 SCRIPT = Path(pre_bdd100k.__file__)
@@ -348,7 +350,7 @@ def test_too_little_disk(run, tmp_path, monkeypatch):
     need = 4 * (32 * 32 * 3 * 4 + 32 * 32)  # four items of float32 image and mask
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need - 1))
     refused(run(out="deep/out"), f"{tmp_path}/deep/out: needs 5.32e-05 GB, but 5.32e-05 GB are free on {tmp_path}",
-            "--image_dtype uint8 takes a quarter", "1.64e-05 GB with the masks")
+            "--image_dtype uint8 needs 1.64e-05 GB, masks included")
     assert not (tmp_path / "deep").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need))
     assert run(out="deep/out")[0] == 0
@@ -356,19 +358,38 @@ def test_too_little_disk(run, tmp_path, monkeypatch):
     assert run(out="deep/out")[0] == 0  # all is there, nothing more is needed
     assert run("--overwrite", out="deep/out")[0] == 0  # what is deleted first makes room
     refused(run("--overwrite", "--image_size", 64, out="deep/out"), "GB")
+    refused(run(out="other"), "(use a smaller --image_size, or a larger disk)")  # uint8 has no room either
 
 
 def test_a_disk_that_fills_up(run, tmp_path, monkeypatch):
-    save = np.save
 
-    def full(file, array, **kwargs):
-        save(file, array[:1], **kwargs)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def write_to_full_disk(path):
+        """Linux's file that is always full, under the name of the temporary one."""
+        path.with_name(f".{path.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+        return atomic_write(path)
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(pre_bdd100k, "atomic_write", write_to_full_disk)
     refused(run(), f"{tmp_path}/out/train/imgs/a.npy: cannot be written (No space left on device: the disk at ")
     assert set(contents(tmp_path / "out")) == {"train/manifest.json", "val/manifest.json"}
     assert not json.loads((tmp_path / "out/train/manifest.json").read_text())["complete"]
+
+
+def test_a_file_that_is_cut_off_says_why(run, tmp_path):
+    """As by a disk that fills up in the middle of it; NumPy's own writing would tell only how much was written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        refused(run("--image_size", 256), f"{tmp_path}/out/train/imgs/a.npy: cannot be written (File too large)")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert set(contents(tmp_path / "out")) == {"train/manifest.json", "val/manifest.json"}
+
+
+def test_files_are_what_numpy_writes(run, tmp_path):
+    run("--image_dtype", "float16")
+    for path in (tmp_path / "out/train").rglob("*.npy"):
+        np.save(tmp_path / "numpy", load(path))
+        assert (tmp_path / "numpy.npy").read_bytes() == path.read_bytes()
 
 
 # ---------------------------------------------------------------- going on, and starting again
@@ -500,6 +521,7 @@ def test_files_of_unknown_origin_are_not_taken_over(run, tmp_path, manifest):
 
 
 SMALL = ["--splits", "train", "--image_size", "256"]
+GO_ON = "run the same command again to go on"
 NUM_MANY = 160
 
 
@@ -558,7 +580,7 @@ def test_kill_and_go_on(many, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "again"),
-    [([], "run the same command again to go on"),
+    [([], GO_ON),
      (["--overwrite"], "run the same command again, without --overwrite, which begins anew, to go on")],
 )  # fmt: skip
 def test_interrupt(many, tmp_path, flags, again):
@@ -572,6 +594,26 @@ def test_interrupt(many, tmp_path, flags, again):
     _, said = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in said
     assert said.splitlines()[-1] == f"interrupted: {again}"
+    assert stopped_half_way(out) and not temporaries(out)
+    assert go_on(root, out) == 0 and contents(out) == undisturbed
+
+
+@pytest.mark.parametrize("later", [0.02, 0.1])
+def test_a_second_interrupt_is_no_hang(many, tmp_path, later):
+    """Python's executor, interrupted as it shuts down, leaves processes that are waited for ever."""
+    (root, undisturbed), out = many, tmp_path / "out"
+    process = start(root, out)
+    wait_for_some(process, out)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(later)
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert "\nstopping: what was begun is finished first\n" in said and said.endswith(f"\ninterrupted: {GO_ON}\n")
     assert stopped_half_way(out) and not temporaries(out)
     assert go_on(root, out) == 0 and contents(out) == undisturbed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -46,10 +47,12 @@ def run_jobs(
         Exception: whatever `function` raises; jobs that have not begun are dropped then, as they are at Ctrl-C.
     """
     results: list[Result] = []
-    num_workers = max(1, min(num_workers, len(jobs)))
-    size = max(1, min(MAX_CHUNK, len(jobs) // (8 * num_workers)))  # so that none works long alone at the end
+    num_workers = min(num_workers, len(jobs))
+    size = MAX_CHUNK
+    if num_workers > 1:
+        size = max(1, min(size, len(jobs) // (8 * num_workers)))  # so that none works long alone at the end
     chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-    if num_workers == 1:
+    if num_workers <= 1:
         threads = cv2.getNumThreads()
         cv2.setNumThreads(0)
         try:
@@ -71,9 +74,14 @@ def run_jobs(
     except BrokenProcessPool:
         raise UserError(f"a worker process was killed, most often for lack of memory (run the same command again with "
                         f"--num_workers below {num_workers}: it goes on where it was)") from None
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("\nstopping: what was begun is finished first", file=sys.stderr, flush=True)
+        raise
     finally:
-        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a shutdown that is interrupted leaves a script that never ends
         executor.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, on_interrupt)
     return results
 
 

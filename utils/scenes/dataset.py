@@ -47,12 +47,13 @@ def scene_name(split: str, index: int) -> str:
     return f"{split}_{index:06d}"
 
 
-def _write_scenes(root: Path, seed: int, height: int, width: int, jobs: list[tuple[str, int]]) -> list[str]:
-    return [_write_scene(root, seed, height, width, *job) for job in jobs]
+def _write_scenes(root: Path, seed: int, height: int, width: int, jobs: list[tuple[str, int]]) -> list[None]:
+    for split, index in jobs:
+        _write_scene(root, seed, height, width, split, index)
+    return [None] * len(jobs)
 
 
-def _write_scene(root: Path, seed: int, height: int, width: int, split: str, index: int) -> str:
-    """Returns its name."""
+def _write_scene(root: Path, seed: int, height: int, width: int, split: str, index: int) -> None:
     scene = draw_scene(np.random.default_rng([seed, zlib.crc32(split.encode()), index]), height, width)
     name = scene_name(split, index)
     for path, array in (
@@ -61,4 +62,3 @@ def _write_scene(root: Path, seed: int, height: int, width: int, split: str, ind
     ):
         with atomic_write(path) as file:
             file.write(cv2.imencode(path.suffix, np.ascontiguousarray(array))[1].tobytes())
-    return name
