@@ -75,7 +75,6 @@ def run_jobs(
         raise UserError(f"a worker process was killed, most often for lack of memory (run the same command again with "
                         f"--num_workers below {num_workers}: it goes on where it was)") from None
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("\nstopping: what was begun is finished first", file=sys.stderr, flush=True)
         raise
     finally:
