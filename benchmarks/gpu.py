@@ -1,6 +1,8 @@
 """Training vit_b on a CUDA card within the memory of a small one, and the encoder against the public package's.
 
-    python -m benchmarks.gpu    # vit_b at 1024, batch 4, fp16, within 11 GB
+    python -m benchmarks.gpu                              # vit_b at 1024, batch 4, fp16, within 11 GB
+    python -m benchmarks.gpu --prompt_mode semantic
+    python -m benchmarks.gpu --batch_size 8 --amp_dtype bf16 --memory_gb 24
 
 Prints a line for training with the encoder in each step, one for training on stored encodings, and one for the
 encoder, each with the peak memory of the card; the cap is on what PyTorch reserves, to which the card's driver adds
@@ -24,10 +26,12 @@ from segment_anything import build_sam
 from utils import cli
 from utils.engine import Progress, train_one_epoch
 from utils.errors import UserError
-from utils.model import BoxSegmenter
+from utils.model import SEGMENTERS, Features, Segmenter
 from utils.optim import build_optimizer, build_scheduler
 from utils.precision import Precision, telling_out_of_memory
+from utils.reduction import Reduction
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WARM_UP = 3
 STEPS = 4  # of training that are timed together
 
@@ -36,6 +40,8 @@ def get_args_parser() -> cli.Parser:
     parser = common.get_args_parser(__doc__)
     parser.set_defaults(repeats=10)
     parser.add_flag("batch_size", type=cli.positive_int, default=4, help="images a step")
+    parser.add_flag("amp_dtype", choices=list(DTYPES), default="fp16", help="what autocast computes in")
+    parser.add_flag("prompt_mode", choices=list(SEGMENTERS), default="box", help="as of train_bdd100k.py")
     parser.add_flag("memory_gb", type=cli.positive_float, default=11, help="of the card, to stay within")
     return parser
 
@@ -58,8 +64,8 @@ def seconds_and_peaks(function: Callable[[], Any], repeats: int) -> tuple[float,
     return statistics.median(times), peaks
 
 
-def random_batch(batch_size: int, image_size: int) -> dict[str, Any]:
-    """Images of one class in a box each, on the card."""
+def random_batch(batch_size: int, image_size: int, prompt_mode: str) -> dict[str, Any]:
+    """Images of random labels, in box mode with one class in a box each, on the card."""
     size = (batch_size, image_size, image_size)
     corners = torch.tensor([0, 0, image_size - 1, image_size - 1], dtype=torch.float32)
     batch = {
@@ -67,13 +73,23 @@ def random_batch(batch_size: int, image_size: int) -> dict[str, Any]:
         "labels": torch.randint(2, size, dtype=torch.uint8),
         "class_ids": torch.ones(batch_size, 1, dtype=torch.long),
         "boxes": corners.repeat(batch_size, 1, 1),
-        "valid": torch.ones(batch_size, 1, dtype=torch.bool),
+        "valid": torch.ones((batch_size, 1) if prompt_mode == "box" else batch_size, dtype=torch.bool),
     }
     return {**{key: value.cuda() for key, value in batch.items()}, "name": [str(i) for i in range(batch_size)]}
 
 
+def stored(segmenter: Segmenter, features: Features) -> list[Tensor]:
+    """What a cache has of features. The projection is one of zeros, which takes as long as any."""
+    if segmenter.feature_blocks:
+        segmenter.reduction = Reduction.blank(features).to(features[0].device)
+        features = segmenter.reduction.reduce(features)
+    embeddings, *rest = features
+    return [embeddings.half(), *rest]
+
+
 def training(args: argparse.Namespace, precision: Precision) -> None:
-    segmenter = BoxSegmenter(build_sam(args.model_type, image_size=args.image_size)).to(precision.device)
+    sam = build_sam(args.model_type, image_size=args.image_size)
+    segmenter = SEGMENTERS[args.prompt_mode](sam).to(precision.device)
     optimizer = build_optimizer(segmenter, lr=5e-5, weight_decay=0.01)
     scheduler = build_scheduler(optimizer, "constant", total_steps=1, warmup_steps=0)
     scaler = precision.grad_scaler()
@@ -92,17 +108,17 @@ def training(args: argparse.Namespace, precision: Precision) -> None:
             progress=Progress(epoch=0),
         )
 
-    batch = random_batch(args.batch_size, args.image_size)
-    with precision.autocast():
-        stored = [feature.half() for feature in segmenter.encode(precision.images(batch))]
+    batch = random_batch(args.batch_size, args.image_size, args.prompt_mode)
     results = {"uncached": seconds_and_peaks(lambda: epoch(batch), args.repeats)}
+    with precision.autocast():
+        batch["features"] = stored(segmenter, segmenter.encode(precision.images(batch)))
     segmenter.sam.image_encoder.cpu()  # as a run does whose images are all in the cache
-    batch["features"] = stored
     del batch["image"]
     results["cached"] = seconds_and_peaks(lambda: epoch(batch), args.repeats)
+    where = f"{args.model_type} at {args.image_size}, batch {args.batch_size}, {args.amp_dtype}"
     for name, (seconds, peaks) in results.items():
         common.report(
-            f"training {name}, {args.model_type} at {args.image_size}, batch {args.batch_size}, fp16",
+            f"training {name}, {args.prompt_mode} mode, {where}",
             ratio=results["uncached"][0] / seconds,
             step_s=seconds / STEPS,
             uncached_step_s=results["uncached"][0] / STEPS,
@@ -126,7 +142,7 @@ def encoding(args: argparse.Namespace, precision: Precision) -> None:
     results = {name: seconds_and_peaks(lambda name=name: encode(name), args.repeats)  # type: ignore[misc]
                for name in encoders}
     common.report(
-        f"encoder, {args.model_type} at {args.image_size}, batch 1, fp16",
+        f"encoder, {args.model_type} at {args.image_size}, batch 1, {args.amp_dtype}",
         ratio=results["public"][0] / results["ours"][0],
         ours_s=results["ours"][0],
         public_s=results["public"][0],
@@ -140,8 +156,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("PyTorch finds no CUDA card here, and this benchmark measures one; the others run on a CPU")
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gb * 1e9 / total))
-    precision = Precision(torch.device("cuda", 0), torch.float16)
-    with telling_out_of_memory("lower -batch_size or raise --memory_gb"):
+    precision = Precision(torch.device("cuda", 0), DTYPES[args.amp_dtype])
+    with telling_out_of_memory("lower --batch_size or raise --memory_gb"):
         training(args, precision)
         torch.cuda.empty_cache()
         encoding(args, precision)

@@ -7,6 +7,7 @@ The design is ViTDet's (Li et al., 2022, arXiv 2203.16527), with the decomposed 
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -130,8 +131,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, h, w, c = x.shape
         window = (self.window_size, self.window_size) if self.window_size else (h, w)
-        sources = window_order((h, w), window, x.device)
-        places = sources.argsort()[: h * w]
+        sources, places = window_order((h, w), window, x.device)
         # SAM pads the last windows with zeros. All project alike, so one is enough: it is put behind the tokens.
         qkv = self.qkv(F.pad(x.flatten(1, 2), (0, 0, 0, 1))).unflatten(2, (3, self.num_heads, -1))
         qkv = qkv.permute(2, 0, 3, 1, 4).index_select(3, sources)  # 3 x B x heads x places x C/heads
@@ -150,25 +150,24 @@ def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w:
 
     Args:
         q, k, v: N x HW x C.
-        bias_h: N x HW x H.
-        bias_w: N x HW x W.
+        bias_h: N x H x W x H, of a query's place and a key's row.
+        bias_w: N x H x W x W, of a query's place and a key's column.
 
     Returns:
         N x HW x C.
     """
-    n, size = q.shape[:2]
-    h, w = bias_h.shape[2], bias_w.shape[2]
-    limit = MAX_ELEMENTS[q.device.type]
-    heads, queries = max(1, min(n, limit // size**2)), max(1, min(size, limit // size))
+    n, h, w, _ = bias_h.shape
+    limit, size = MAX_ELEMENTS[q.device.type], h * w
+    heads, rows = max(1, min(n, limit // size**2)), max(1, min(h, limit // (size * w)))
     # One memory for all pieces, unless autograd keeps them.
-    memory = None if torch.is_grad_enabled() else q.new_empty(heads, queries, h, w)
+    memory = None if torch.is_grad_enabled() else q.new_empty(heads, rows, w, h, w)
     attended = []
     for some, keys, values, of_row, of_column in zip(*(x.split(heads) for x in (q, k, v, bias_h, bias_w))):
-        for i in range(0, size, queries):
-            rows, columns = of_row[:, i : i + queries, :, None], of_column[:, i : i + queries, None]
-            out = None if memory is None else memory[: rows.shape[0], : rows.shape[1]]
-            bias = torch.add(rows, columns, out=out).flatten(2)  # heads x queries x HW
-            attended.append(_attention(some[:, i : i + queries], keys, values, bias).flatten(0, 1))
+        for i in range(0, h, rows):
+            by_row, by_column = of_row[:, i : i + rows, :, :, None], of_column[:, i : i + rows, :, None]
+            out = None if memory is None else memory[: by_row.shape[0], : by_row.shape[1]]
+            bias = torch.add(by_row, by_column, out=out).flatten(3).flatten(1, 2)  # heads x queries x HW
+            attended.append(_attention(some[:, i * w : (i + rows) * w], keys, values, bias).flatten(0, 1))
     return torch.cat(attended).view_as(q)
 
 
@@ -193,31 +192,34 @@ def relative_position_bias(
         rel_pos_h, rel_pos_w: (2H - 1) x C and (2W - 1) x C, one row for each distance.
 
     Returns:
-        N x HW x H and N x HW x W.
+        N x H x W x H and N x H x W x W, as views.
     """
     h, w = size
-    q = q.unflatten(1, size)  # N x H x W x C
-    # Contiguous while they are small, so that the sum of any part of them is too.
-    bias_h = torch.einsum("nhwc,hkc->nhwk", q, _by_distance(rel_pos_h, h)).contiguous()
-    bias_w = torch.einsum("nhwc,wkc->nhwk", q, _by_distance(rel_pos_w, w)).contiguous()
-    return bias_h.flatten(1, 2), bias_w.flatten(1, 2)
+    # The affinity to every distance, of which each query needs a window of as many as there are keys. It begins one
+    # further to the left for each place further on, so that all windows together are one strided view ("skewing":
+    # Huang et al., 2018, arXiv 1809.04281). Flipped, as the tables count distances from a key to the query.
+    distances = torch.cat([rel_pos_h.flip(0), rel_pos_w.flip(0)])
+    affinity = F.linear(q, distances)  # N x HW x D
+    n, _, d = affinity.shape
+    bias_h = affinity.as_strided((n, h, w, h), (h * w * d, w * d - 1, d, 1), h - 1)
+    bias_w = affinity.as_strided((n, h, w, w), (h * w * d, w * d, d - 1, 1), (2 * h - 1) + (w - 1))
+    return bias_h, bias_w
 
 
-def _by_distance(rel_pos: Tensor, size: int) -> Tensor:
-    """Rows of (2 size - 1) x C for each query and key position: size x size x C, row 0 being distance 1 - size."""
-    positions = torch.arange(size, device=rel_pos.device)
-    return rel_pos[positions[:, None] - positions[None, :] + size - 1]
-
-
-def window_order(size: tuple[int, int], window: tuple[int, int], device: torch.device) -> Tensor:
-    """Which token of an H x W map is at each place of the windows that cover it.
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # the tensors outlive the call, and autograd may have to keep them
+def window_order(
+    size: tuple[int, int], window: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Which token of an H x W map is at each place of the windows that cover it, and where each token is.
 
     Returns:
         (windows * window H * window W,) int64, windows by rows and the places in each by rows: the index of the token
-        in the flattened map, or H * W where the window exceeds the map.
+        in the flattened map, or H * W where the window exceeds the map; and (H * W,) int64, the place of each token.
     """
     h, w = size
     window_h, window_w = window
     tokens = torch.arange(h * w, device=device).view(h, w)
     tokens = F.pad(tokens, (0, -w % window_w, 0, -h % window_h), value=h * w)
-    return tokens.unflatten(1, (-1, window_w)).unflatten(0, (-1, window_h)).transpose(1, 2).flatten()
+    sources = tokens.unflatten(1, (-1, window_w)).unflatten(0, (-1, window_h)).transpose(1, 2).flatten()
+    return sources, sources.argsort()[: h * w]

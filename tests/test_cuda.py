@@ -1,0 +1,162 @@
+"""On a card: the same figures as on the CPU, half precision, the cache, resuming, NCCL. Skipped where there is none."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import infer_bdd100k
+import train_bdd100k
+from benchmarks import common, gpu
+from tests.conftest import log_of, run_script
+from tests.faults import free_port
+from tests.oracles import relative_error
+from tests.test_benchmarks import TINY, lines_of
+from tests.test_infer_bdd100k import good_flags, read_results
+from utils import checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+REPOSITORY = Path(train_bdd100k.__file__).parent
+MODES = ("box", "semantic")
+
+Train = Callable[..., Path]
+TrainByItself = Callable[..., tuple[Path, str]]
+
+
+@pytest.fixture
+def train_by_itself(sam_file: Path, npy: Path) -> TrainByItself:
+    """A function that trains on the card in processes of their own, and returns the run's folder and what was said."""
+
+    def train(work_dir: Path, *flags: object, launcher: tuple[object, ...] = ()) -> tuple[Path, str]:
+        data = ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", work_dir]
+        words = [sys.executable, *launcher, REPOSITORY / "train_bdd100k.py", *data, "-num_workers", 2, *flags]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "tests" / "quick_start")}
+        done = subprocess.run(
+            [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        (folder,) = work_dir.iterdir()
+        return folder, done.stdout + done.stderr
+
+    return train
+
+
+def weights(folder: Path) -> torch.Tensor:
+    state = checkpoint.load_checkpoint(folder / checkpoint.LATEST)["model"]
+    return torch.cat([value.flatten().double().cpu() for value in state.values()])
+
+
+def figures(folder: Path) -> list[list[float]]:
+    keys = ("train_loss", "val_miou", "optimizer_steps", "skipped_steps")
+    return [[record[key] for key in keys] for record in log_of(folder)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("cache", ["off", "auto"])
+def test_training_and_evaluating_as_on_a_cpu(
+    mode: str, cache: str, train: Train, sam_file: Path, npy: Path, tmp_path: Path
+) -> None:
+    flags = ["--prompt_mode", mode, "-num_epochs", 2, "--val_npy_path", npy / "val", "--augment", "none"]
+    flags += ["--cache_embeddings", cache if cache == "off" else tmp_path / "cache", "--cache_dtype", "float32"]
+    on_cpu = train(tmp_path / "cpu", *flags)
+    on_card = train(tmp_path / "card", *flags, "--device", "cuda", "-num_workers", 2)
+    for ours, theirs in zip(figures(on_card), figures(on_cpu)):
+        assert ours == pytest.approx(theirs, rel=2e-3)
+
+    data = good_flags(sam_file, npy, tmp_path)
+    scores = []
+    for device in ("cpu", "cuda"):
+        flags = ["--model_checkpoint", on_cpu / checkpoint.LATEST, "--device", device, "--overwrite"]
+        run_script(infer_bdd100k, *data, *flags)
+        scores.append(read_results(tmp_path / "out")["miou"])
+    assert scores[1] == pytest.approx(scores[0], rel=2e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_is_near_float32(mode: str, dtype: str, train: Train, npy: Path, tmp_path: Path) -> None:
+    flags = ["--prompt_mode", mode, "-num_epochs", 3, "--val_npy_path", npy / "val", "--device", "cuda"]
+    flags += ["-batch_size", 2, "--grad_acc_steps", 1, "--augment", "none"]
+    exact = log_of(train(tmp_path / "float32", *flags))[-1]
+    half = log_of(train(tmp_path / dtype, *flags, "-use_amp", "--amp_dtype", dtype))[-1]
+    assert half["train_loss"] == pytest.approx(exact["train_loss"], rel=0.03)
+    assert half["optimizer_steps"] + half["skipped_steps"] == exact["optimizer_steps"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_deterministic_runs_are_the_same_to_the_bit_resumed_or_not(
+    mode: str, train_by_itself: TrainByItself, npy: Path, tmp_path: Path
+) -> None:
+    flags = ["--prompt_mode", mode, "--deterministic", "-use_amp", "--amp_dtype", "fp16", "-batch_size", 2]
+    flags += ["--val_npy_path", npy / "val", "--lr_scheduler", "constant", "--warmup_epochs", 0, "--augment", "flip"]
+    flags += ["--cache_embeddings", "off"]
+    first, _ = train_by_itself(tmp_path / "first", *flags, "-num_epochs", 2)
+    second, _ = train_by_itself(tmp_path / "second", *flags, "-num_epochs", 1)
+    train_by_itself(tmp_path / "second", *flags, "-num_epochs", 2, "--resume", second)
+    assert torch.equal(weights(first), weights(second))
+    assert figures(first) == figures(second)
+
+
+@pytest.mark.parametrize("cache", ["off", "auto"])
+def test_one_process_of_nccl_is_one_without(
+    cache: str, train: Train, train_by_itself: TrainByItself, npy: Path, tmp_path: Path
+) -> None:
+    flags = ["-num_epochs", 2, "--val_npy_path", npy / "val", "--device", "cuda", "--cache_embeddings"]
+    flags += [cache if cache == "off" else tmp_path / "cache"]
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=1", f"--master_port={free_port()}")
+    launched, said = train_by_itself(tmp_path / "nccl", *flags, "--distributed", launcher=launcher)
+    assert "1 process(es) on cuda" in said
+    for ours, theirs in zip(figures(launched), figures(train(tmp_path / "alone", *flags))):
+        assert ours == pytest.approx(theirs, rel=2e-3)
+
+
+def test_a_card_that_is_really_full_is_told_in_one_line(
+    sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    taken = torch.cuda.memory_reserved() + 2**25
+    torch.cuda.set_per_process_memory_fraction(taken / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        data = ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", tmp_path]
+        line = error_of(train_bdd100k, *data, "--device", "cuda", "-num_epochs", 1, "--cache_embeddings", "off")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "the GPU's memory is full; lower -batch_size" in line
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+def test_the_encoder_takes_a_fused_kernel_and_equals_the_public_one(dtype: torch.dtype, tolerance: float) -> None:
+    """At 1024, where global blocks attend from 4,096 places to as many."""
+    ours, public = common.build_pair("vit_tiny", 1024)
+    images = torch.randn(2, 3, 1024, 1024)
+    expected = public.cuda()(images.cuda())
+    # With this, PyTorch raises an error where it would have taken another kernel.
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION]), torch.autocast("cuda", dtype, dtype != torch.float32):
+        actual = ours.image_encoder.cuda()(images.cuda())
+    assert relative_error(actual.float().cpu(), expected.cpu()) < tolerance
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_benchmark(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        lines = lines_of(capsys, gpu, *TINY, "--prompt_mode", mode, "--memory_gb", 2)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    uncached, cached, encoder = lines
+    assert uncached["ratio"] == 1 and cached["ratio"] == pytest.approx(
+        uncached["step_s"] / cached["step_s"], rel=1e-3
+    )
+    for line in (uncached, cached):
+        assert 0 < line["peak_gpu_gb"]["allocated"] <= line["peak_gpu_gb"]["reserved"] <= line["cap_gb"] == 2
+    assert encoder["ratio"] == pytest.approx(encoder["public_s"] / encoder["ours_s"], rel=1e-3)
