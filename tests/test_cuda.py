@@ -72,12 +72,11 @@ def test_training_and_evaluating_as_on_a_cpu(
     for ours, theirs in zip(figures(on_card), figures(on_cpu)):
         assert ours == pytest.approx(theirs, rel=2e-3)
 
-    data = good_flags(sam_file, npy, tmp_path)
     scores = []
     for device in ("cpu", "cuda"):
-        flags = ["--model_checkpoint", on_cpu / checkpoint.LATEST, "--device", device, "--overwrite"]
-        run_script(infer_bdd100k, *data, *flags)
-        scores.append(read_results(tmp_path / "out")["miou"])
+        flags = ["--model_checkpoint", on_cpu / checkpoint.LATEST, "--device", device]
+        run_script(infer_bdd100k, *good_flags(sam_file, npy, tmp_path / device), *flags)
+        scores.append(read_results(tmp_path / device / "out")["miou"])
     assert scores[1] == pytest.approx(scores[0], rel=2e-3)
 
 

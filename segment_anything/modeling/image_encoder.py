@@ -208,9 +208,7 @@ def relative_position_bias(
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # the tensors outlive the call, and autograd may have to keep them
-def window_order(
-    size: tuple[int, int], window: tuple[int, int], device: torch.device
-) -> tuple[Tensor, Tensor]:
+def window_order(size: tuple[int, int], window: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Which token of an H x W map is at each place of the windows that cover it, and where each token is.
 
     Returns:
