@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +55,12 @@ def npy(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_script(script: ModuleType, *flags: object) -> int | None:
     """Run a script's `main` in this process, which saves the seconds that importing PyTorch takes."""
     return script.main(script.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def quick_start() -> dict[str, str]:
+    """What a process of a script's own is to find in its environment: one thread, and tests/quick_start on its path."""
+    folders = [str(Path(__file__).parent / "quick_start"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from segment_anything import build_sam_vit_tiny
-from tests.conftest import write_split
+from tests.conftest import quick_start, write_split
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -108,8 +108,7 @@ class Job:
         """
         self.log = log
         log.touch()
-        fast = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests" / "quick_start")}
-        self._process = _forks.Process(target=_be, args=(words, log, {**fast, **environment}))
+        self._process = _forks.Process(target=_be, args=(words, log, {**quick_start(), **environment}))
         self._process.start()
 
     @property

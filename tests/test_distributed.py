@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import train_bdd100k
-from tests.conftest import log_of
+from tests.conftest import log_of, quick_start
 from tests.faults import free_port
 from utils import checkpoint, distributed, engine
 from utils.errors import UserError
@@ -36,7 +36,7 @@ def launch(sam_file: Path, npy: Path) -> Launch:
         command = [sys.executable, "-m", launcher, f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
         data = ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", work_dir]
         words = [*command, REPOSITORY / "train_bdd100k.py", *data, "--device", "cpu", "-num_workers", 0, *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "tests" / "quick_start")}
+        environment = {**os.environ, **quick_start()}
         done = subprocess.run(
             [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=600
         )

@@ -348,7 +348,7 @@ def test_whether_there_is_a_cache_is_part_of_the_run(
     split: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     common = ["-i", split, "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", tmp_path / "work",
-              "-num_workers", 0]  # fmt: skip
+              "-num_workers", 0, "--device", "cpu"]  # fmt: skip
     run_script(train_bdd100k, *common, "-num_epochs", 1, "-task_name", "plain")
     (plain,) = (tmp_path / "work").glob("plain*")
     run_script(train_bdd100k, *common, "-num_epochs", 2, "--resume", plain)  # where a new run would write a cache
@@ -372,7 +372,7 @@ def train(split: Path, sam_file: Path, tmp_path: Path, *flags: object) -> dict[s
     """Train on a split, which is validated on too; returns `latest`."""
     work_dir = tmp_path / f"work{len(list(tmp_path.glob('work*')))}"
     common = ["-i", split, "--val_npy_path", split, "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir",
-              work_dir, "-num_workers", 0, "-lr", "1e-3"]  # fmt: skip
+              work_dir, "-num_workers", 0, "-lr", "1e-3", "--device", "cpu"]  # fmt: skip
     run_script(train_bdd100k, *common, *flags)
     (folder,) = work_dir.iterdir()
     return checkpoint.load_checkpoint(folder / checkpoint.LATEST)
