@@ -78,7 +78,8 @@ MEMORY_ADVICE = ("lower -batch_size and raise --grad_acc_steps by the same facto
                  "-use_amp, or preprocess at a smaller --image_size")
 
 # What a card has room and arithmetic for; without --preset, what the specification has. All make optimizer steps of 16
-# images per process, so that a run means the same on each. The memory that they take has not been measured.
+# images per process, so that a run means the same on each. Of an H200, those of cards held up to 2.8, 5.1 and 9.9 GB of
+# memory with vit_b at 1024 (docs/PERFORMANCE.md); the cards they are named after were not at hand.
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {"batch_size": 4, "grad_acc_steps": 4, "use_amp": False, "amp_dtype": "auto", "num_workers": 4},
     "2080ti": {"batch_size": 4, "grad_acc_steps": 4, "use_amp": True, "amp_dtype": "fp16", "num_workers": 4},
@@ -114,7 +115,7 @@ def get_args_parser() -> cli.Parser:
     flag("keep_last", type=cli.non_negative_int, default=1, help="how many of those before the last are kept")
     flag("seed", type=cli.seed, default=2024, help="of everything that is random")
     parser.add_switch("deterministic", help="CUDA kernels that give the same bits on each run of the same card and "
-                      "software, most of them slower; one that has no such form stops the run. Not measured on a GPU; "
+                      "software, most of them slower; one that has no such form stops the run. Not run on a GPU yet; "
                       "a CPU needs none of it")
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
 

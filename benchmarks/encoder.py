@@ -33,7 +33,7 @@ def get_args_parser() -> cli.Parser:
 
 
 def matrix_products(model_type: str, image_size: int) -> Counter[Product]:
-    """The products of an image's encoding, but for the relative positions, which are below 1 % of it."""
+    """The products of an image's encoding, but for the relative positions, which are 1 % more."""
     config = CONFIGS[model_type]
     c, heads, window = config.embed_dim, config.num_heads, config.window_size
     grid = image_size // PATCH_SIZE
