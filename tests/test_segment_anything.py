@@ -211,7 +211,22 @@ def test_encoder_blocks_of_the_larger_models(compare: Compare, model_type: str, 
     public_block.load_state_dict(block.state_dict(), strict=True)
     height = grid_size if kind == "global" else grid_size - 3  # over the whole map, SAM knows squares only
     x = torch.randn(2, height, grid_size, block.norm1.weight.numel())
-    compare(f"{model_type} {kind} block", block(x), public_block(x))
+    compare(f"{model_type} {kind} block", through(block, x), public_block(x))
+
+
+@torch.no_grad()
+def test_the_encoder_works_after_an_export() -> None:
+    """Nothing of a trace, whose tensors hold no values, is kept for later."""
+    encoder = random_tiny().image_encoder.requires_grad_(False)
+    side = encoder.image_size
+    images = torch.randn(1, 3, side, side)
+    exported = torch.export.export(encoder, (images,)).module()
+    assert relative_error(exported(images), encoder(images)) < TOLERANCE
+
+
+def through(block: Any, x: Tensor) -> Tensor:
+    """A block by itself, to which the encoder would give the order of the windows."""
+    return block(x, image_encoder.window_order((x.shape[1], x.shape[2]), block.window_size, x.device))
 
 
 def test_gradients_of_a_block_with_windows(compare: Compare) -> None:
@@ -225,9 +240,9 @@ def test_gradients_of_a_block_with_windows(compare: Compare) -> None:
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x, weights = torch.randn(2, 7, 12, 24), torch.randn(2, 7, 12, 24)
     gradients = []
-    for block in (ours, theirs):
+    for block, run in ((ours, partial(through, ours)), (theirs, theirs)):
         inputs = [x.clone().requires_grad_(), *block.parameters()]
-        gradients.append(torch.autograd.grad((block(inputs[0]) * weights).sum(), inputs))
+        gradients.append(torch.autograd.grad((run(inputs[0]) * weights).sum(), inputs))
     for name, actual, expected in zip(["x", *dict(ours.named_parameters())], *gradients):
         compare(f"gradient of {name}", actual, expected)
 
@@ -542,7 +557,7 @@ def test_relative_positions_are_resampled_as_the_public_package_does(
         {key.removeprefix(prefix): value for key, value in tiny_state.items() if key.startswith(prefix)}
     )
     x = torch.randn(1, 8, 8, 192, generator=torch.Generator().manual_seed(0))
-    compare("global block at another size", block(x), public_block(x))
+    compare("global block at another size", through(block, x), public_block(x))
 
 
 @pytest.mark.parametrize("image_size", [40, 1000])

@@ -7,7 +7,6 @@ The design is ViTDet's (Li et al., 2022, arXiv 2203.16527), with the decomposed 
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,8 @@ from segment_anything.modeling.common import LayerNorm2d, MLPBlock
 # 16 MB in float32: above 32 MB the C library takes a tensor's memory from the system anew, page by page, which costs
 # more than to compute it. On a GPU, 0.5 GB in half precision.
 MAX_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+
+Order = tuple[Tensor, Tensor]  # of the tokens of a map in windows, and back: see `window_order`
 
 
 class ImageEncoderViT(nn.Module):
@@ -47,14 +48,10 @@ class ImageEncoderViT(nn.Module):
         grid_size = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size=patch_size, embed_dim=embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid_size, grid_size, embed_dim))
+        self.window_sizes = [0 if i in global_attn_indexes else window_size for i in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(
-                dim=embed_dim,
-                num_heads=num_heads,
-                window_size=0 if i in global_attn_indexes else window_size,
-                grid_size=grid_size,
-            )
-            for i in range(depth)
+            Block(dim=embed_dim, num_heads=num_heads, window_size=size, grid_size=grid_size)
+            for size in self.window_sizes
         )
         self.neck = nn.Sequential(
             nn.Conv2d(embed_dim, out_chans, kernel_size=1, bias=False),
@@ -74,8 +71,9 @@ class ImageEncoderViT(nn.Module):
         """
         x = self.patch_embed(x) + self.pos_embed  # B x H x W x C
         features = []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
+        orders = {size: window_order((x.shape[1], x.shape[2]), size, x.device) for size in set(self.window_sizes)}
+        for i, (block, size) in enumerate(zip(self.blocks, self.window_sizes)):
+            x = block(x, orders[size])
             if i in block_indexes:
                 features.append(x.permute(0, 3, 1, 2))
         return self.neck(x.permute(0, 3, 1, 2)), features
@@ -106,8 +104,8 @@ class Block(nn.Module):
     def window_size(self) -> int:
         return self.attn.window_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = (x + self.attn(self.norm1(x))).flatten(0, 2)
+    def forward(self, x: Tensor, order: Order) -> Tensor:
+        tokens = (x + self.attn(self.norm1(x), order)).flatten(0, 2)
         pieces = tokens.chunk(-(-len(tokens) * self.mlp.lin1.out_features // MAX_ELEMENTS[x.device.type]))
         return torch.cat([piece + self.mlp(self.norm2(piece)) for piece in pieces]).view_as(x)
 
@@ -128,10 +126,14 @@ class Attention(nn.Module):
         self.rel_pos_h = nn.Parameter(torch.zeros(distances, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(distances, dim // num_heads))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, order: Order) -> Tensor:
+        """
+        Args:
+            order: `window_order` of the map and `window_size`, which all blocks of an encoding share.
+        """
         b, h, w, c = x.shape
         window = (self.window_size, self.window_size) if self.window_size else (h, w)
-        sources, places = window_order((h, w), window, x.device)
+        sources, places = order
         # SAM pads the last windows with zeros. All project alike, so one is enough: it is put behind the tokens.
         qkv = self.qkv(F.pad(x.flatten(1, 2), (0, 0, 0, 1))).unflatten(2, (3, self.num_heads, -1))
         qkv = qkv.permute(2, 0, 3, 1, 4).index_select(3, sources)  # 3 x B x heads x places x C/heads
@@ -145,8 +147,9 @@ def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w:
     """Attention whose additive bias is `bias_h` of the key's row plus `bias_w` of its column.
 
     That sum is the one tensor of quadratic size, and no kernel adds it up by itself. It is made for some windows and
-    heads, and where one of them is too large for some queries, at a time: at 1024 pixels, the whole of it would be 0.8
-    GB for each image and block, and on a CPU to have such pages mapped takes as long as the attention itself.
+    heads, and where one of them is too large, for some rows of queries, at a time: at 1024 pixels, the whole of it
+    would be 0.8 GB for each image and block, and on a CPU to have such pages mapped takes as long as the attention
+    itself.
 
     Args:
         q, k, v: N x HW x C.
@@ -206,17 +209,18 @@ def relative_position_bias(
     return bias_h, bias_w
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # the tensors outlive the call, and autograd may have to keep them
-def window_order(size: tuple[int, int], window: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+def window_order(size: tuple[int, int], window_size: int, device: torch.device) -> Order:
     """Which token of an H x W map is at each place of the windows that cover it, and where each token is.
+
+    Args:
+        window_size: 0 for one window that is the map.
 
     Returns:
         (windows * window H * window W,) int64, windows by rows and the places in each by rows: the index of the token
         in the flattened map, or H * W where the window exceeds the map; and (H * W,) int64, the place of each token.
     """
     h, w = size
-    window_h, window_w = window
+    window_h, window_w = (window_size, window_size) if window_size else size
     tokens = torch.arange(h * w, device=device).view(h, w)
     tokens = F.pad(tokens, (0, -w % window_w, 0, -h % window_h), value=h * w)
     sources = tokens.unflatten(1, (-1, window_w)).unflatten(0, (-1, window_h)).transpose(1, 2).flatten()
