@@ -12,9 +12,8 @@ some hundred MB. Training is the product's loop. Loading data is left out: image
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +27,9 @@ from utils.engine import Progress, train_one_epoch
 from utils.errors import UserError
 from utils.model import SEGMENTERS, Features, Segmenter
 from utils.optim import build_optimizer, build_scheduler
-from utils.precision import Precision, telling_out_of_memory
+from utils.precision import Precision, resolve_precision, telling_out_of_memory
 from utils.reduction import Reduction
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WARM_UP = 3
 STEPS = 4  # of training that are timed together
 
@@ -40,28 +38,31 @@ def get_args_parser() -> cli.Parser:
     parser = common.get_args_parser(__doc__)
     parser.set_defaults(repeats=10)
     parser.add_flag("batch_size", type=cli.positive_int, default=4, help="images a step")
-    parser.add_flag("amp_dtype", choices=list(DTYPES), default="fp16", help="what autocast computes in")
+    parser.add_flag("amp_dtype", choices=("fp16", "bf16"), default="fp16", help="what autocast computes in")
     parser.add_flag("prompt_mode", choices=list(SEGMENTERS), default="box", help="as of train_bdd100k.py")
     parser.add_flag("memory_gb", type=cli.positive_float, default=11, help="of the card, to stay within")
     return parser
 
 
-def seconds_and_peaks(function: Callable[[], Any], repeats: int) -> tuple[float, dict[str, float]]:
-    """The median seconds of `function` once the card is warm, and the most memory that its tensors took, and that
-    PyTorch held for them, in GB."""
+def peak_gb(function: Callable[[], Any]) -> dict[str, float]:
+    """Warm up, and measure the most memory that the tensors of `function` take, and that PyTorch holds for them."""
     for _ in range(WARM_UP):
         function()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
+    function()
+    return {"allocated": torch.cuda.max_memory_allocated() / 1e9, "reserved": torch.cuda.max_memory_reserved() / 1e9}
+
+
+def seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median of each, measured in turn until the card has done its work."""
+
+    def done(function: Callable[[], Any]) -> None:
         function()
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    peaks = {"allocated": torch.cuda.max_memory_allocated() / 1e9, "reserved": torch.cuda.max_memory_reserved() / 1e9}
-    return statistics.median(times), peaks
+
+    return common.measure({name: partial(done, function) for name, function in functions.items()}, repeats)
 
 
 def random_batch(batch_size: int, image_size: int, prompt_mode: str) -> dict[str, Any]:
@@ -109,21 +110,24 @@ def training(args: argparse.Namespace, precision: Precision) -> None:
         )
 
     batch = random_batch(args.batch_size, args.image_size, args.prompt_mode)
-    results = {"uncached": seconds_and_peaks(lambda: epoch(batch), args.repeats)}
     with precision.autocast():
-        batch["features"] = stored(segmenter, segmenter.encode(precision.images(batch)))
+        features = stored(segmenter, segmenter.encode(precision.images(batch)))
+    cached = {**{key: value for key, value in batch.items() if key != "image"}, "features": features}
+    epochs: dict[str, Callable[[], Any]] = {"uncached": partial(epoch, batch), "cached": partial(epoch, cached)}
+    peaks = {"uncached": peak_gb(epochs["uncached"])}
     segmenter.sam.image_encoder.cpu()  # as a run does whose images are all in the cache
-    del batch["image"]
-    results["cached"] = seconds_and_peaks(lambda: epoch(batch), args.repeats)
+    peaks["cached"] = peak_gb(epochs["cached"])
+    segmenter.sam.image_encoder.to(precision.device)
+    times = seconds(epochs, args.repeats)
     where = f"{args.model_type} at {args.image_size}, batch {args.batch_size}, {args.amp_dtype}"
-    for name, (seconds, peaks) in results.items():
+    for name in epochs:
         common.report(
             f"training {name}, {args.prompt_mode} mode, {where}",
-            ratio=results["uncached"][0] / seconds,
-            step_s=seconds / STEPS,
-            uncached_step_s=results["uncached"][0] / STEPS,
-            images_per_s=args.batch_size * STEPS / seconds,
-            peak_gpu_gb=peaks,
+            ratio=times["uncached"] / times[name],
+            step_s=times[name] / STEPS,
+            uncached_step_s=times["uncached"] / STEPS,
+            images_per_s=args.batch_size * STEPS / times[name],
+            peak_gpu_gb=peaks[name],
             cap_gb=args.memory_gb,
             gpu=torch.cuda.get_device_name(),
         )
@@ -132,21 +136,27 @@ def training(args: argparse.Namespace, precision: Precision) -> None:
 @torch.no_grad()
 def encoding(args: argparse.Namespace, precision: Precision) -> None:
     ours, public = common.build_pair(args.model_type, args.image_size)
-    encoders = {"ours": ours.image_encoder.to(precision.device), "public": public.to(precision.device)}
+    encoders = {"ours": ours.image_encoder, "public": public}
     images = torch.randn(1, 3, args.image_size, args.image_size, device=precision.device)
 
     def encode(name: str) -> Tensor:
         with precision.autocast():
             return encoders[name](images)
 
-    results = {name: seconds_and_peaks(lambda name=name: encode(name), args.repeats)  # type: ignore[misc]
-               for name in encoders}
+    peaks = {}
+    for name, encoder in encoders.items():
+        encoder.to(precision.device)
+        peaks[name] = peak_gb(partial(encode, name))
+        encoder.cpu()
+    for encoder in encoders.values():
+        encoder.to(precision.device)
+    times = seconds({name: partial(encode, name) for name in encoders}, args.repeats)
     common.report(
         f"encoder, {args.model_type} at {args.image_size}, batch 1, {args.amp_dtype}",
-        ratio=results["public"][0] / results["ours"][0],
-        ours_s=results["ours"][0],
-        public_s=results["public"][0],
-        peak_gpu_gb={name: peaks for name, (_, peaks) in results.items()},
+        ratio=times["public"] / times["ours"],
+        ours_s=times["ours"],
+        public_s=times["public"],
+        peak_gpu_gb=peaks,
         gpu=torch.cuda.get_device_name(),
     )
 
@@ -154,9 +164,10 @@ def encoding(args: argparse.Namespace, precision: Precision) -> None:
 def main(args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         raise UserError("PyTorch finds no CUDA card here, and this benchmark measures one; the others run on a CPU")
+    precision = resolve_precision("cuda:0", local_rank=0, local_world_size=1, use_amp=True, amp_dtype=args.amp_dtype)
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gb * 1e9 / total))
-    precision = Precision(torch.device("cuda", 0), DTYPES[args.amp_dtype])
+    args.memory_gb = min(args.memory_gb, total / 1e9)
+    torch.cuda.set_per_process_memory_fraction(args.memory_gb * 1e9 / total)
     with telling_out_of_memory("lower --batch_size or raise --memory_gb"):
         training(args, precision)
         torch.cuda.empty_cache()
