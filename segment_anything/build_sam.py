@@ -224,5 +224,5 @@ def _resample_positions(value: Tensor, target: Tensor) -> Tensor:
 
 def _fetch_hint(path: Path, model_type: str) -> str:
     if model_type not in _META_FILES:
-        return ""
+        return "; this repository has one: assets/sam_vit_tiny_scenes.pth"
     return f"; fetch it with: wget -P {path.parent} {_META_URL}{_META_FILES[model_type]}"

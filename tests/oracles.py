@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
+
+from utils.errors import UserError
 
 _NAME = "segment_anything"
 
@@ -25,11 +26,14 @@ def public_sam() -> ModuleType:
     It is looked up where pip put it, imported while ours is out of `sys.modules`, and taken out again, so that
     `import segment_anything` means our package before and after. Its parts are reached as attributes:
     `public_sam().modeling.image_encoder.Block`.
+
+    Raises:
+        UserError: it is not installed, or ours is in its place.
     """
     try:
         folder = importlib.metadata.distribution("segment-anything").locate_file("")
     except importlib.metadata.PackageNotFoundError:
-        pytest.fail("these tests compare with segment-anything==1.0, which is not installed; pip install -e '.[test]'")
+        raise UserError("segment-anything==1.0, to compare with, is not installed; pip install -e '.[test]'") from None
     ours, path = _take_out(), sys.path.copy()
     sys.path.insert(0, str(folder))
     try:
@@ -40,7 +44,7 @@ def public_sam() -> ModuleType:
         sys.path[:] = path
     # `pip install .` without -e puts our package over the public one, and we would compare with ourselves.
     if not hasattr(public, "SamAutomaticMaskGenerator"):
-        pytest.fail(f"{public.__file__} is not the public segment-anything==1.0; install it again, and ours with -e")
+        raise UserError(f"{public.__file__} is not the public segment-anything==1.0; install it anew, and ours with -e")
     return public
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import common, encoder, gpu, inference, preprocessing, training
+from tests import oracles
 from tests.conftest import run_script
 from utils.bdd100k import find_split
 
@@ -103,6 +105,18 @@ def test_preprocessing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 def test_gpu_says_that_it_needs_one(error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA card" in error_of(gpu)
+
+
+def test_without_the_public_package_they_say_how_to_have_it(
+    error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    monkeypatch.setattr(common, "public_sam", oracles.public_sam.__wrapped__)  # which remembers no import
+    line = error_of(encoder, *TINY)
+    assert "segment-anything==1.0, to compare with, is not installed; pip install -e '.[test]'" in line
 
 
 def test_functions_are_measured_in_turn() -> None:

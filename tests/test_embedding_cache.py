@@ -154,7 +154,7 @@ def test_damage_is_found_and_mended(
     damage(entry_path(cache.folder, cache.entries[5][0]))
     capsys.readouterr()
     prepare(split, segmenter, sam_file)
-    assert "1 entries are damaged; these images are encoded again" in capsys.readouterr().out
+    assert "1 of 7 entries are damaged\n" in capsys.readouterr().out
     for got, expected in zip(cache.read(5), before, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -172,7 +172,7 @@ def test_an_image_that_changed_is_encoded_again(
     os.utime(path, ns=(1, 1))
     before = cache.read(2)[0].clone()
     changed = prepare(split, segmenter, sam_file)
-    assert "1 entries are of images that have changed since" in capsys.readouterr().out
+    assert "1 of 7 entries are of images that have changed since" in capsys.readouterr().out
     assert not torch.allclose(changed.read(2)[0], before, atol=1e-2)
     with pytest.raises(UserError, match="was replaced while it was in use"):
         cache.read(2)  # as a run would that goes on with the old picture
@@ -201,7 +201,7 @@ def test_an_entry_of_another_cache_is_noticed(
     shutil.copy(entry_path(theirs.folder, theirs.entries[0][0]), entry_path(mine.folder, mine.entries[0][0]))
     capsys.readouterr()
     prepare(split, segmenter, sam_file)
-    assert "1 entries are of another cache" in capsys.readouterr().out
+    assert "1 of 7 entries are of another cache" in capsys.readouterr().out
 
 
 def test_folders_that_cannot_be_a_cache(
@@ -416,6 +416,20 @@ def test_inference_writes_no_cache_that_spares_nothing_and_reads_one_that_is_the
     assert read_results(tmp_path / "out")["miou"] == pytest.approx(plain, abs=2e-3)
 
 
+def test_auto_says_that_it_does_not_read_what_is_not_whole(
+    split: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(split, sam_file, tmp_path, "-num_epochs", 2)
+    (entry, *_) = sorted(split.parent.glob("embeddings/*/train/*.safetensors"))
+    entry.write_bytes(b"")
+    capsys.readouterr()
+    train(split, sam_file, tmp_path, "-num_epochs", 1)
+    said = capsys.readouterr().out
+    assert "train: 1 of 7 entries are damaged\n" in said
+    assert "train: not read, as 1 of 7 images have no good entry, and to encode them for it would spare" in said
+    assert "features are read" not in said and not entry.read_bytes()
+
+
 def test_auto_writes_nothing_for_a_single_epoch(split: Path, sam_file: Path, tmp_path: Path) -> None:
     train(split, sam_file, tmp_path, "-num_epochs", 1)
     assert not (split.parent / "embeddings").exists()
@@ -462,7 +476,7 @@ def test_a_damaged_projection_is_noticed(
     prepare(split, segmenter, sam_file, dtype="float16", num_views=2)
     printed = capsys.readouterr().out
     assert "projection.safetensors: damaged, or of another cache" in printed
-    assert "7 entries are of another cache" in printed
+    assert "7 of 7 entries are of another cache" in printed
     after = load(projection.read_bytes())  # fitted to the same images, it is the same
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 

@@ -42,7 +42,8 @@ def training_dataset(
     """
     most = AUGMENTATIONS[augment]
     if augment != "full" and num_views > most:
-        raise UserError(f"--cache_views {num_views}: --augment {augment} has no more than {most}; give --augment full")
+        raise UserError(f"--cache_views {num_views}: --augment {augment} has no more than {most}; lower it, or give "
+                        "--augment full")
     if augment != "none" and num_views < 2:
         raise UserError(f"--cache_views {num_views}: the image itself alone is no augmentation; give --augment none")
     if prompt_mode == "semantic":

@@ -371,6 +371,9 @@ class _Writer:
         _in_rounds(_find_pending(folder, request, self.identity, share, pending, pictures))
         num_pending = sum(distributed.all_gather(len(pending)))
         if num_pending and self.is_auto and request.is_cheap:
+            if num_pending < len(source.items):
+                distributed.say(f"{folder}: not read, as {num_pending} of {len(source.items)} images have no good "
+                                "entry, and to encode them for it would spare nothing")
             return None
         try:
             if num_pending:
@@ -542,7 +545,7 @@ def _find_pending(
         yield
     reasons.pop("missing", None)
     for reason, count in reasons.items():
-        print(f"{folder}: {count} entries are {reason}; these images are encoded again")
+        print(f"{folder}: {count} of {len(share)} entries are {reason}")
 
 
 def _check(path: Path, request: Request, index: int, identity: str) -> tuple[str, str]:
