@@ -598,7 +598,7 @@ def test_interrupt(many, tmp_path, flags, again):
     assert go_on(root, out) == 0 and contents(out) == undisturbed
 
 
-@pytest.mark.parametrize("later", [0.02, 0.1])
+@pytest.mark.parametrize("later", [0.02, 0.1, 0.2])
 def test_a_second_interrupt_is_no_hang(many, tmp_path, later):
     """Python's executor, interrupted as it shuts down, leaves processes that are waited for ever."""
     (root, undisturbed), out = many, tmp_path / "out"
