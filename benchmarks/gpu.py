@@ -110,14 +110,18 @@ def training(args: argparse.Namespace, precision: Precision) -> None:
         )
 
     batch = random_batch(args.batch_size, args.image_size, args.prompt_mode)
+    peaks = {"uncached": peak_gb(partial(epoch, batch))}
     with precision.autocast():
         features = stored(segmenter, segmenter.encode(precision.images(batch)))
-    cached = {**{key: value for key, value in batch.items() if key != "image"}, "features": features}
-    epochs: dict[str, Callable[[], Any]] = {"uncached": partial(epoch, batch), "cached": partial(epoch, cached)}
-    peaks = {"uncached": peak_gb(epochs["uncached"])}
-    segmenter.sam.image_encoder.cpu()  # as a run does whose images are all in the cache
-    peaks["cached"] = peak_gb(epochs["cached"])
+    images = batch.pop("image")
+    cached = {**batch, "features": features}
+    # Away, as in a run whose images are all in the cache.
+    segmenter.sam.image_encoder.cpu()
+    images = images.cpu()
+    peaks["cached"] = peak_gb(partial(epoch, cached))
     segmenter.sam.image_encoder.to(precision.device)
+    batch["image"] = images.to(precision.device)
+    epochs: dict[str, Callable[[], Any]] = {"uncached": partial(epoch, batch), "cached": partial(epoch, cached)}
     times = seconds(epochs, args.repeats)
     where = f"{args.model_type} at {args.image_size}, batch {args.batch_size}, {args.amp_dtype}"
     for name in epochs:
@@ -167,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
     precision = resolve_precision("cuda:0", local_rank=0, local_world_size=1, use_amp=True, amp_dtype=args.amp_dtype)
     total = torch.cuda.get_device_properties(0).total_memory
     args.memory_gb = min(args.memory_gb, total / 1e9)
-    torch.cuda.set_per_process_memory_fraction(args.memory_gb * 1e9 / total)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gb * 1e9 / total))
     with telling_out_of_memory("lower --batch_size or raise --memory_gb"):
         training(args, precision)
         torch.cuda.empty_cache()

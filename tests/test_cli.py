@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shlex
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -281,7 +282,12 @@ def test_run_says_what_to_do_after_ctrl_c(
     def main() -> None:
         raise interrupt
 
-    assert exit_of(main, capfd) == (130, said)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert exit_of(main, capfd) == (130, said)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # a second one meets a process that ends
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(

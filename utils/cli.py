@@ -6,6 +6,7 @@ import argparse
 import io
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -112,6 +113,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             print(f"interrupted: {message}", file=sys.stderr)
         status = 128 + interrupt.signal_number
     except KeyboardInterrupt as interrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that is left is to end: a second one would be a traceback
         print(f"interrupted: {str(interrupt) or 'run the same command again'}", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # `| head` closed our output: nothing left to say

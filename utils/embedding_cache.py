@@ -155,8 +155,8 @@ def prepare_caches(
     """Make the splits' caches whole: check what is there and encode what is missing, shared among all processes.
 
     Args:
-        where: "off"; "auto", beside the first split, where a cache that is whole is read, and one written if fewer
-            images are to be encoded than without and the disk has room; or a folder, which must have room.
+        where: "off"; "auto", beside the first split, where a cache that is whole is read, and one written or completed
+            if there are more passes than views and the disk has room; or a folder, which must have room.
         requests: of these, the first is what a projection is fitted to. Without a cache of it there is none at all.
         batch_size: images encoded at once.
 
@@ -371,9 +371,9 @@ class _Writer:
         _in_rounds(_find_pending(folder, request, self.identity, share, pending, pictures))
         num_pending = sum(distributed.all_gather(len(pending)))
         if num_pending and self.is_auto and request.is_cheap:
-            if num_pending < len(source.items):
+            if distributed.on_main(folder.exists):
                 distributed.say(f"{folder}: not read, as {num_pending} of {len(source.items)} images have no good "
-                                "entry, and to encode them for it would spare nothing")
+                                f"entry; to have it completed, give --cache_embeddings {self.root}")
             return None
         try:
             if num_pending:

@@ -44,8 +44,7 @@ def run_jobs(
 
     Raises:
         UserError: a worker process died.
-        Exception: whatever `function` raises; jobs that have not begun are dropped then, as they are at Ctrl-C, from
-            which on SIGINT is ignored.
+        Exception: whatever `function` raises; jobs that have not begun are dropped then, as they are at Ctrl-C.
     """
     results: list[Result] = []
     num_workers = min(num_workers, len(jobs))
@@ -76,7 +75,6 @@ def run_jobs(
         raise UserError(f"a worker process was killed, most often for lack of memory (run the same command again with "
                         f"--num_workers below {num_workers}: it goes on where it was)") from None
     except KeyboardInterrupt:
-        on_interrupt = signal.SIG_IGN  # for good: all that is left is to end, where a second one would be a traceback
         print("\nstopping: what was begun is finished first", file=sys.stderr, flush=True)
         raise
     finally:
