@@ -157,7 +157,7 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
     if actual not in (None, model_type):
         raise CheckpointError(f"{source}: a checkpoint of {actual}, not of {model_type}; pass model_type {actual}")
     expected = sam.state_dict()
-    global_blocks = [i for i, block in enumerate(sam.image_encoder.blocks) if not block.window_size]
+    global_blocks = [i for i, size in enumerate(sam.image_encoder.window_sizes) if not size]
     depends_on_size = {"image_encoder.pos_embed"} | {
         f"image_encoder.blocks.{i}.attn.rel_pos_{axis}" for i in global_blocks for axis in "hw"
     }

@@ -59,6 +59,11 @@ def randomise(module: nn.Module) -> None:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
+def through(block: Any, x: Tensor) -> Tensor:
+    """A block by itself, to which the encoder would give the order of the windows."""
+    return block(x, image_encoder.window_order((x.shape[1], x.shape[2]), block.attn.window_size, x.device))
+
+
 def random_tiny(image_size: int = 64) -> Sam:
     torch.manual_seed(0)
     sam = build_sam_vit_tiny(image_size=image_size)
@@ -194,8 +199,8 @@ def test_encoder_blocks_of_the_larger_models(compare: Compare, model_type: str, 
     with torch.device("meta"):  # only the one block that is compared gets memory
         ours = build_sam(model_type, image_size=16 * grid_size).image_encoder
         theirs = public_sam().sam_model_registry[model_type]().image_encoder
-    index = next(i for i, block in enumerate(ours.blocks) if bool(block.window_size) == (kind == "windowed"))
-    assert [block.window_size for block in ours.blocks] == [block.window_size for block in theirs.blocks]
+    index = next(i for i, size in enumerate(ours.window_sizes) if bool(size) == (kind == "windowed"))
+    assert ours.window_sizes == [block.window_size for block in theirs.blocks]
     block: Any
     public_block: Any
     block, public_block = (encoder.blocks[index].to_empty(device="cpu") for encoder in (ours, theirs))
@@ -222,11 +227,6 @@ def test_the_encoder_works_after_an_export() -> None:
     images = torch.randn(1, 3, side, side)
     exported = torch.export.export(encoder, (images,)).module()
     assert relative_error(exported(images), encoder(images)) < TOLERANCE
-
-
-def through(block: Any, x: Tensor) -> Tensor:
-    """A block by itself, to which the encoder would give the order of the windows."""
-    return block(x, image_encoder.window_order((x.shape[1], x.shape[2]), block.window_size, x.device))
 
 
 def test_gradients_of_a_block_with_windows(compare: Compare) -> None:

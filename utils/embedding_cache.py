@@ -371,7 +371,7 @@ class _Writer:
         _in_rounds(_find_pending(folder, request, self.identity, share, pending, pictures))
         num_pending = sum(distributed.all_gather(len(pending)))
         if num_pending and self.is_auto and request.is_cheap:
-            if distributed.on_main(folder.exists):
+            if folder.exists():
                 distributed.say(f"{folder}: not read, as {num_pending} of {len(source.items)} images have no good "
                                 f"entry; to have it completed, give --cache_embeddings {self.root}")
             return None

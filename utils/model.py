@@ -132,7 +132,7 @@ class SemanticSegmenter(Segmenter):
         super().__init__(sam)
         encoder = sam.image_encoder
         if feature_blocks is None:
-            feature_blocks = [i for i, block in enumerate(encoder.blocks) if not block.window_size]
+            feature_blocks = [i for i, size in enumerate(encoder.window_sizes) if not size]
         self.feature_blocks = feature_blocks
         sam.mask_decoder = SemanticDecoder(  # type: ignore[assignment]
             mask_decoder=sam.mask_decoder,

@@ -48,6 +48,7 @@ class ImageEncoderViT(nn.Module):
         grid_size = image_size // patch_size
         self.patch_embed = PatchEmbed(patch_size=patch_size, embed_dim=embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid_size, grid_size, embed_dim))
+        # Of each block; 0 where it attends over the whole image.
         self.window_sizes = [0 if i in global_attn_indexes else window_size for i in range(depth)]
         self.blocks = nn.ModuleList(
             Block(dim=embed_dim, num_heads=num_heads, window_size=size, grid_size=grid_size)
@@ -99,10 +100,6 @@ class Block(nn.Module):
         self.attn = Attention(dim=dim, num_heads=num_heads, window_size=window_size, grid_size=grid_size)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLPBlock(dim, 4 * dim, nn.GELU)
-
-    @property
-    def window_size(self) -> int:
-        return self.attn.window_size
 
     def forward(self, x: Tensor, order: Order) -> Tensor:
         tokens = (x + self.attn(self.norm1(x), order)).flatten(0, 2)
