@@ -18,7 +18,7 @@ import pre_bdd100k
 import train_bdd100k
 from utils import cli
 from utils.dataset import BoxPromptDataset, NpyFolder
-from utils.errors import LostPeerError, UserError
+from utils.errors import Interrupted, LostPeerError, UserError
 from utils.loader import Loader
 
 REQUIRED: dict[ModuleType, list[str]] = {
@@ -274,6 +274,7 @@ def test_run_prints_a_loader_workers_error_in_one_line(
     [
         (KeyboardInterrupt(), "interrupted: run the same command again\n"),
         (KeyboardInterrupt("give --resume x to go on"), "interrupted: give --resume x to go on\n"),
+        (Interrupted("give --resume x to go on", signal.SIGINT), "interrupted: give --resume x to go on\n"),
     ],
 )
 def test_run_says_what_to_do_after_ctrl_c(

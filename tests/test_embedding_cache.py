@@ -419,6 +419,7 @@ def test_inference_writes_no_cache_that_spares_nothing_and_reads_one_that_is_the
 def test_auto_says_that_it_does_not_read_what_is_not_whole(
     split: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    split = split.parent.rename(tmp_path / "with spaces") / split.name
     train(split, sam_file, tmp_path, "-num_epochs", 2)
     (entry, *_) = sorted(split.parent.glob("embeddings/*/train/*.safetensors"))
     entry.write_bytes(b"")
@@ -426,7 +427,8 @@ def test_auto_says_that_it_does_not_read_what_is_not_whole(
     train(split, sam_file, tmp_path, "-num_epochs", 1)
     said = capsys.readouterr().out
     assert "train: 1 of 7 entries are damaged\n" in said
-    assert "train: not read, as 1 of 7 images have no good entry; to have it completed, give --cache_embe" in said
+    assert "train: not read, as 1 of 7 images have no good entry; to have it completed, give " in said
+    assert f"give --cache_embeddings '{entry.parents[1]}'\n" in said
     assert "features are read" not in said and not entry.read_bytes()
     train(split, sam_file, tmp_path, "-num_epochs", 3, "--augment", "full", "--cache_views", 3)
     said = capsys.readouterr().out

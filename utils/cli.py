@@ -108,14 +108,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _wait_for_turn(error)
         print(f"error: {printable(_message(error))}", file=sys.stderr)
         status = 1
-    except Interrupted as interrupt:
-        if message := str(interrupt):
-            print(f"interrupted: {message}", file=sys.stderr)
-        status = 128 + interrupt.signal_number
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that is left is to end: a second one would be a traceback
-        print(f"interrupted: {str(interrupt) or 'run the same command again'}", file=sys.stderr)
-        status = 130
+        if isinstance(interrupt, Interrupted):
+            message, status = str(interrupt), 128 + interrupt.signal_number
+        else:
+            message, status = str(interrupt) or "run the same command again", 130
+        if message:
+            print(f"interrupted: {message}", file=sys.stderr)
     except BrokenPipeError:  # `| head` closed our output: nothing left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0

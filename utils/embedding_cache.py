@@ -19,6 +19,7 @@ import json
 import math
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import time
@@ -373,7 +374,7 @@ class _Writer:
         if num_pending and self.is_auto and request.is_cheap:
             if folder.exists():
                 distributed.say(f"{folder}: not read, as {num_pending} of {len(source.items)} images have no good "
-                                f"entry; to have it completed, give --cache_embeddings {self.root}")
+                                f"entry; to have it completed, give --cache_embeddings {shlex.quote(str(self.root))}")
             return None
         try:
             if num_pending:
