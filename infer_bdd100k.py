@@ -43,7 +43,7 @@ from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter, build_model
 from utils.pictures import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
 from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision, telling_out_of_memory
-from utils.prediction import Prediction, predict
+from utils.prediction import MAP_RULES, MapRule, Prediction, predict
 from utils.report import write_report
 from utils.visualize import save_comparison, save_labels
 
@@ -60,6 +60,9 @@ def get_args_parser() -> cli.Parser:
     parser.add_switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
     flag("model_type", choices=list(CONFIGS), default="vit_b", help="which SAM")
     flag("boxes", type=Path, help="detections in Scalabel's JSON to prompt with, instead of the ground truth's boxes")
+    rules = "; ".join(f"{rule}: {text}" for rule, text in MAP_RULES.items())
+    flag("map_rule", choices=list(MAP_RULES), help=f"how masks become one map. {rules} (default: argmax, and "
+         "box_threshold with --boxes)")
     flag("output_dir", type=Path, default=Path("inference_results"), help="where the results go")
     flag("batch_size", type=cli.positive_int, default=1, help="images encoded at once")
     flag("cache_embeddings", default="auto",
@@ -100,6 +103,7 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     masks = original_masks(args, source) if args.eval_size == "original" else None
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
     boxes = choose_boxes(args, info, [item.name for item in source.items])
+    rule = choose_map_rule(args, info, boxes)
     make_folders(args)
 
     dataset = EvaluationDataset(source, boxes)
@@ -109,7 +113,7 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     confusion = ConfusionMatrix(precision.device)
     indexes = [index for batch in loader.batch_sampler for index in batch]  # type: ignore[union-attr]
     progress = tqdm(indexes, desc="evaluating", unit="image", disable=not distributed.is_main())
-    for index, (prediction, labels) in zip(progress, predictions_and_labels(model, loader, precision)):
+    for index, (prediction, labels) in zip(progress, predictions_and_labels(model, loader, precision, rule)):
         item = source.items[index]
         if masks or args.save_predictions or (args.visualize and index < NUM_PICTURES):
             original = original_size(prediction, item.height, item.width, info)
@@ -133,6 +137,7 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
             data=str(args.val_npy_path),
             box_source="none" if boxes is None else "oracle" if boxes == "oracle" else str(args.boxes),
             eval_size=args.eval_size,
+            map_rule=rule,
         )
         print_folders(args)
     return 0
@@ -154,6 +159,7 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     source = find_source(args.images)
     model, info = load_model(args, precision, frame=None)
     boxes = choose_boxes(args, info, list(source.pictures) if isinstance(source, ImageFolder) else None)
+    rule = choose_map_rule(args, info, boxes)
     sink: OverlayFolder | OverlayVideo
     if isinstance(source, Video):
         output = args.output_dir / f"{source.path.stem}.mp4"
@@ -177,7 +183,7 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
                 continue
             batch = collate_pictures(pictures, boxes, info)
             prompted = prompted or any(map(len, batch.get("boxes", [])))
-            for (name, image), prediction in zip(pictures, predict(model, batch, precision)):
+            for (name, image), prediction in zip(pictures, predict(model, batch, precision, rule)):
                 labels = original_size(prediction, image.shape[0], image.shape[1], info)
                 sink.write(name, image, labels)
                 if args.save_predictions:
@@ -270,6 +276,18 @@ def choose_boxes(
         some = ", ".join(f"{name} ({count})" for name, count in detections.left_out.items())
         distributed.say(printable(f"{args.boxes}: boxes of categories that are no class here were left out: {some}"))
     return detections.boxes
+
+
+def choose_map_rule(
+    args: argparse.Namespace, info: ModelInfo, boxes: BoxesByName | Literal["oracle"] | None
+) -> MapRule:
+    """How masks become a map: a detector's boxes leave out classes and background, so that masks keep a threshold."""
+    if info.prompt_mode == "semantic":
+        if args.map_rule not in (None, "argmax"):
+            raise UserError(f"--map_rule {args.map_rule}: a semantic checkpoint takes no boxes and knows argmax alone; "
+                            "leave out --map_rule")
+        return "argmax"
+    return args.map_rule or ("argmax" if boxes == "oracle" else "box_threshold")
 
 
 def original_masks(args: argparse.Namespace, source: NpyFolder) -> dict[str, Path]:

@@ -67,6 +67,7 @@ KEPT_ON_RESUME = {
     "classes_per_image": "--classes_per_image",
     "bbox_shift": "--bbox_shift",
     "augment": "--augment",
+    "losses": "the loss",
     "cache_views": "--cache_views",
     "seed": "--seed",
 }
@@ -130,8 +131,9 @@ def get_args_parser() -> cli.Parser:
     flag("warmup_epochs", type=cli.non_negative_float,
          help=f"epochs of linear warm-up before it {_by_mode('warmup_epochs')}")
     flag("clip_grad_norm", type=cli.non_negative_float, default=1.0, help="largest gradient norm, 0 for no limit")
-    flag("classes_per_image", type=cli.positive_int, default=1,
-         help="random classes that share an image's encoding (box mode)")
+    flag("classes_per_image", type=cli.positive_int_or_all, default="all",
+         help="classes of an image that a step trains on and that compete for its pixels: all, or so many random ones "
+         "(box mode)")
     flag("bbox_shift", type=cli.non_negative_int, default=20,
          help="largest jitter of a box's sides, in pixels (box mode)")
     flag("augment", choices=list(AUGMENTATIONS),
@@ -209,7 +211,8 @@ def main(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace, precision: Precision) -> None:
     torch.manual_seed(args.seed)
     effective_batch_size = args.batch_size * args.grad_acc_steps * distributed.world_size()
-    config = {**vars(args), "effective_batch_size": effective_batch_size}
+    losses = " + ".join(SEGMENTERS[args.prompt_mode].LOSSES)
+    config = {**vars(args), "effective_batch_size": effective_batch_size, "losses": losses}
     try:
         # First, as it is the smallest file. Other machines need not have it.
         latest = distributed.on_main(lambda: latest_of(args, config))
@@ -285,7 +288,7 @@ def load_data(args: argparse.Namespace) -> tuple[TrainingDataset, EvaluationData
     dataset = training_dataset(
         source,
         args.prompt_mode,
-        classes_per_image=args.classes_per_image,
+        classes_per_image=None if args.classes_per_image == "all" else args.classes_per_image,
         bbox_shift=args.bbox_shift,
         augment=args.augment,
         num_views=args.cache_views,

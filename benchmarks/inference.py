@@ -42,7 +42,7 @@ def random_boxes(count: int, image_size: int) -> Tensor:
 def evaluate_one_class(segmenter: BoxSegmenter, public: nn.Module, image: Tensor, box: Tensor) -> Tensor:
     embeddings = public(segmenter.sam.preprocess(image.permute(0, 3, 1, 2).float()))
     masks, _ = segmenter((embeddings,), box[None, None])
-    return Prediction(masks[0], torch.zeros(1, dtype=torch.long), 0).label_map(image.shape[1])
+    return Prediction(masks[0], torch.zeros(1, dtype=torch.long), threshold=0).label_map(image.shape[1])
 
 
 def main(args: argparse.Namespace) -> None:
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     def decode() -> Tensor:
         with torch.no_grad():
             masks, _ = segmenter(features, boxes[None])
-            return Prediction(masks[0], batch["class_ids"][0], 0).label_map(args.image_size)
+            return Prediction(masks[0], batch["class_ids"][0], boxes).label_map(args.image_size)
 
     def one_class() -> Tensor:
         return evaluate_one_class(segmenter, public, image, boxes[0])

@@ -1,4 +1,4 @@
-"""What each part of the semantic mode is worth: the rows of docs/RESULTS.md, one row a run.
+"""What each part of the two prompt modes is worth: the rows of docs/RESULTS.md, one row a run.
 
     python -m benchmarks.semantic --data data/camvid_npy --sam_checkpoint work_dir/SAM/sam_vit_tiny_camvid.pth \\
         --row default probe --seed 0 1 2
@@ -33,17 +33,14 @@ from utils import cli
 from utils.augment import AUGMENTATIONS, fixed_view
 from utils.bdd100k import NUM_CLASSES
 from utils.boxes import class_boxes, jitter_boxes
-from utils.dataset import NpyFolder
+from utils.dataset import NpyFolder, box_prompts, collate_training
 from utils.errors import UserError
-from utils.losses import semantic_losses
+from utils.losses import COMPETING_WEIGHT, semantic_losses
 from utils.metrics import ConfusionMatrix, iou_per_class, mean_iou
 from utils.model import BoxSegmenter, Features, Segmenter, SemanticSegmenter
 from utils.optim import build_scheduler
 from utils.prediction import Prediction
 from utils.reduction import FIT_IMAGES, Reduction
-
-BOXES_PER_IMAGE = 6
-
 
 # --- The rows: how each differs from `SemanticSegmenter` as it is.
 
@@ -108,6 +105,17 @@ class FineLoss(SemanticSegmenter):
         return semantic_losses(outputs[0], batch["labels"], self.class_weights, stride=1)
 
 
+def competing(weight: float) -> Callable[[Sam], BoxSegmenter]:
+    """The boxed mode with another weight of the cross-entropy in which the classes of an image compete."""
+
+    class Weighted(BoxSegmenter):
+        def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            parts = super().losses(outputs, batch)
+            return {**parts, "ce": parts["ce"] * (weight / COMPETING_WEIGHT)}
+
+    return Weighted
+
+
 def with_blocks(indexes: list[int] | None) -> Callable[[Sam], SemanticSegmenter]:
     """Other encoder blocks joined in; None for all of them."""
     return lambda sam: SemanticSegmenter(
@@ -146,13 +154,20 @@ class Row:
     balanced: bool = True
     encoder_lr: float = 0  # above 0, the encoder is trained too
     reduced: bool = False  # features to train on as a cache has them
+    classes: int | None = None  # random classes of an image in the boxed mode, None for all that occur
 
 
 ROWS = {
     "default": Row("as train_bdd100k.py --prompt_mode semantic trains it"),
     "probe": Row("baseline: a linear probe on the frozen embedding", LinearProbe, lr=1e-2),
     "plain-probe": Row("baseline: the probe by unweighted cross-entropy alone", PlainProbe, lr=1e-2, balanced=False),
-    "box": Row("baseline: the boxed mode, with oracle boxes", BoxSegmenter),
+    "box": Row("as train_bdd100k.py trains with boxes; scored with oracle boxes", BoxSegmenter),
+    "box-1-class": Row("one random class of an image", BoxSegmenter, classes=1),
+    "box-2-classes": Row("two random classes of an image, which compete", BoxSegmenter, classes=2),
+    "box-4-classes": Row("four random classes of an image, which compete", BoxSegmenter, classes=4),
+    "box-alone": Row("all classes of an image, none of which compete", competing(0)),
+    "box-weight-1": Row("the competing cross-entropy with weight 1", competing(1)),
+    "box-weight-2": Row("the competing cross-entropy with weight 2", competing(2)),
     "everything": Row("ceiling: the encoder is trained too, end to end", encoder_lr=3e-4),
     "cached": Row("trained on features as a cache has them: reduced to 4 MiB an image of vit_b", reduced=True),
     "plain-tokens": Row("no stem, no encoder blocks, no detail channels", PlainTokens),
@@ -233,16 +248,16 @@ def reduced(split: Split) -> Split:
     return replace(split, features=[torch.cat(feature) for feature in zip(*pieces)])
 
 
-def random_boxes(labels: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Jittered boxes of random classes of each image, as `BoxPromptDataset` draws them."""
-    b, size = labels.shape[:2]
-    boxes, class_ids = torch.zeros(b, BOXES_PER_IMAGE, 4), torch.full((b, BOXES_PER_IMAGE), 255)
-    for i, label in enumerate(labels.numpy()):
-        present, tight = class_boxes(label)
-        chosen = rng.permutation(len(present))[:BOXES_PER_IMAGE]
-        class_ids[i, : len(chosen)] = torch.from_numpy(present[chosen])
-        boxes[i, : len(chosen)] = torch.from_numpy(jitter_boxes(tight[chosen], size, 20, rng)).float()
-    return {"boxes": boxes, "class_ids": class_ids, "valid": class_ids != 255}
+def random_boxes(labels: Tensor, classes: int | None, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Jittered boxes of the classes of each image, as `BoxPromptDataset` and `collate_training` make them."""
+    samples = []
+    for label in labels.numpy():
+        class_ids, boxes = class_boxes(label)
+        chosen = rng.permutation(len(class_ids))[:classes]
+        boxes = jitter_boxes(boxes[chosen], label.shape[0], 20, rng).astype(np.float32)
+        valid = torch.ones(len(chosen), dtype=torch.bool)
+        samples.append({**box_prompts(class_ids[chosen], boxes), "valid": valid})
+    return collate_training(samples)
 
 
 def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_size: int, seed: int) -> float:
@@ -267,7 +282,7 @@ def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_siz
             indexes = view * data.num_images + chosen
             batch = {"labels": data.labels[indexes], "valid": torch.ones(len(chosen), dtype=torch.bool)}
             if isinstance(segmenter, BoxSegmenter):
-                batch |= random_boxes(batch["labels"], rng)
+                batch |= random_boxes(batch["labels"], row.classes, rng)
             if row.encoder_lr:
                 features = segmenter._encode(segmenter.sam.preprocess(data.images[indexes].float()))
             else:
@@ -287,19 +302,19 @@ def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_siz
 
 
 @torch.no_grad()
-def score(segmenter: Segmenter, data: Split) -> Tensor:
-    """The confusion matrix over a split of one view, with oracle boxes in boxed mode."""
+def score(segmenter: Segmenter, data: Split) -> tuple[Tensor, Tensor]:
+    """The confusion matrix over a split of one view, with oracle boxes in boxed mode; and by the rule "threshold"."""
     segmenter.eval()
-    confusion = ConfusionMatrix()
+    confusion, by_threshold = ConfusionMatrix(), ConfusionMatrix()
     for i, label in enumerate(data.labels):
         features = data.batch(torch.tensor([i]), segmenter)
-        class_ids, prompts = torch.arange(NUM_CLASSES), []
+        class_ids, boxes, size = torch.arange(NUM_CLASSES), None, label.shape[-1]
         if segmenter.PROMPTS:
-            present, boxes = class_boxes(label.numpy())
-            class_ids, prompts = torch.from_numpy(present), [torch.from_numpy(boxes).float()[None]]
-        masks = segmenter(features, *prompts)[0][0]
-        confusion.update(Prediction(masks, class_ids, segmenter.THRESHOLD).label_map(label.shape[-1]), label)
-    return confusion.matrix
+            class_ids, boxes = (torch.from_numpy(array) for array in class_boxes(label.numpy()))
+        masks = segmenter(features, *([] if boxes is None else [boxes.float()[None]]))[0][0]
+        confusion.update(Prediction(masks, class_ids, boxes).label_map(size), label)
+        by_threshold.update(Prediction(masks, class_ids, threshold=Sam.mask_threshold).label_map(size), label)
+    return confusion.matrix, by_threshold.matrix
 
 
 def get_args_parser() -> cli.Parser:
@@ -309,7 +324,7 @@ def get_args_parser() -> cli.Parser:
     flag("sam_checkpoint", type=Path, required=True, help="a vit_tiny SAM")
     rows = "; ".join(f"{name}: {row.change}" for name, row in ROWS.items())
     flag("row", choices=list(ROWS), nargs="+", default=["default"], help=rows)
-    flag("epochs", type=cli.positive_int, default=30, help="passes over the data")
+    flag("epochs", type=cli.non_negative_int, default=30, help="passes over the data")
     flag("batch_size", type=cli.positive_int, default=8, help="images a step")
     flag("seed", type=cli.non_negative_int, nargs="+", default=[0], help="of weights and order")
     return parser
@@ -350,12 +365,14 @@ def measure(
     val = splits["val"]
     if row.encoder_lr:
         val = replace(val, features=encode(val.images, segmenter.sam, val.blocks, desc="encoding anew"))
-    matrix = score(segmenter, val)
+    matrix, by_threshold = score(segmenter, val)
+    former = {"miou_by_threshold": round(mean_iou(by_threshold), 4)} if segmenter.PROMPTS else {}
     return {
         "change": row.change,
         "seed": seed,
         "epochs": epochs,
         "miou": round(mean_iou(matrix), 4),
+        **former,
         "train_loss": round(loss, 4),
         "trained_parameters": sum(p.numel() for p in segmenter.parameters() if p.requires_grad),
         "seconds": round(seconds),

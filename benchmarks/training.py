@@ -9,7 +9,8 @@ and again (`ratio_memory_kept`) with memory as this project's scripts have it. T
 `--cache_embeddings` makes it, in float32 or, as with -use_amp, in bf16 autocast; only the values in it are random,
 which changes no time. No loader process is started. The lines on 100 epochs are computed from the measured parts: one
 encoding and 100 cached steps an image, against 100 straightforward steps. Peak memory is that of the process after a
-cached epoch of N images and after one of 8 N, before any encoder has run.
+cached epoch of N images and after one of 8 N, before any encoder has run. All of these train one class of each image;
+the last line is of steps that train all of its 11, as is the default, against one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from segment_anything.modeling import Sam
 from utils import cli
 from utils.bdd100k import NUM_CLASSES
 from utils.checkpoint import ModelInfo
-from utils.dataset import BoxPromptDataset, NpyFolder, TrainingSampler
+from utils.dataset import BoxPromptDataset, NpyFolder, TrainingSampler, collate_training
 from utils.embedding_cache import Binding, Request, prepare_caches
 from utils.engine import Progress, train_one_epoch
 from utils.manifest import Manifest, ManifestItem
@@ -40,6 +41,7 @@ from utils.prediction import features_of
 
 EPOCHS = 100
 BLOCK = 16  # the labels are squares of this side
+CLASSES = 11  # in each image
 PRECISIONS = {
     "float32": Precision(torch.device("cpu")),
     "bf16": Precision(torch.device("cpu"), torch.bfloat16),
@@ -82,7 +84,7 @@ def write_split(folder: Path, count: int, image_size: int) -> NpyFolder:
     for kind in ("imgs", "gts"):
         (folder / kind).mkdir(parents=True)
     for i in range(count):
-        labels = rng.integers(11, size=(image_size // BLOCK, image_size // BLOCK), dtype=np.uint8)
+        labels = rng.integers(CLASSES, size=(image_size // BLOCK, image_size // BLOCK), dtype=np.uint8)
         labels = np.kron(labels, np.ones((BLOCK, BLOCK), np.uint8))
         np.save(folder / "gts" / f"{i}.npy", labels)
         # Nothing is written to it, so it takes no disk.
@@ -102,7 +104,7 @@ class Loop:
 
     def loader(self, count: int) -> DataLoader:
         sampler = TrainingSampler(count, batch_size=self.batch_size, rank=0, world_size=1, seed=0)
-        return DataLoader(Subset(self.dataset, range(count)), batch_sampler=sampler)
+        return DataLoader(Subset(self.dataset, range(count)), batch_sampler=sampler, collate_fn=collate_training)
 
     def epoch(self, count: int) -> None:
         train_one_epoch(
@@ -183,9 +185,15 @@ def main(args: argparse.Namespace) -> None:
             images=[args.images, 8 * args.images],
             peaks_mb=peaks,
         )
+        every = BoxPromptDataset(source, classes_per_image=None, bbox_shift=20, seed=0)
+        every.cache = dataset.cache
+        all_classes = Loop(BoxSegmenter(sam), every, PRECISIONS["float32"], args.batch_size)
+        all_classes.epoch(args.batch_size)
+        peaks.append(common.peak_memory_mb())
         uncached = BoxPromptDataset(source, classes_per_image=1, bbox_shift=20, seed=0)
         reference = Loop(WithEncoder(sam, public), uncached, PRECISIONS["float32"], args.batch_size)
         compare(args, loops, reference)
+        compare_classes(args, loops["float32"], all_classes, peaks[1:])
 
 
 def compare(args: argparse.Namespace, loops: dict[str, Loop], reference: Loop) -> None:
@@ -229,6 +237,22 @@ def compare(args: argparse.Namespace, loops: dict[str, Loop], reference: Loop) -
             straightforward_s_an_image=EPOCHS * theirs / args.batch_size,
             encoder_s=seconds[f"encoder {kind}"],
         )
+
+
+def compare_classes(args: argparse.Namespace, one: Loop, every: Loop, peaks: list[float]) -> None:
+    """Time a cached step of one class an image and of all."""
+    seconds = common.measure(
+        {"one": lambda: one.epoch(args.batch_size), "all": lambda: every.epoch(args.batch_size)}, args.repeats
+    )
+    common.report(
+        f"a cached step with all {CLASSES} classes of an image, {args.model_type} at {args.image_size}, "
+        f"batch {args.batch_size}, float32",
+        ratio=seconds["all"] / seconds["one"],
+        step_s=seconds["all"],
+        one_class_step_s=seconds["one"],
+        peaks_mb={"one class": peaks[0], "all classes": peaks[1]},
+        split_s=every.split(args.batch_size),
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def test_inference(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_training(capsys: pytest.CaptureFixture[str]) -> None:
-    memory, *lines = lines_of(capsys, training, *TINY, "--images", 2, "--batch_size", 2)
+    memory, *lines, classes = lines_of(capsys, training, *TINY, "--images", 2, "--batch_size", 2)
     assert memory["images"] == [2, 16]
     assert memory["ratio"] == pytest.approx(memory["peaks_mb"][1] / memory["peaks_mb"][0], rel=1e-3)
     assert len(lines) == 4  # an epoch and many of them, in float32 and in bf16
@@ -60,6 +60,9 @@ def test_training(capsys: pytest.CaptureFixture[str]) -> None:
         # The sum that the ratio is computed from.
         ours = 2 * many["ours_s_an_image"]
         assert ours == pytest.approx(many["encoder_s"] + 100 * epoch["cached_step_s"], rel=0.01)
+    assert classes["ratio"] == pytest.approx(classes["step_s"] / classes["one_class_step_s"], rel=1e-2)
+    one, every = classes["peaks_mb"].values()
+    assert every >= one == pytest.approx(memory["peaks_mb"][1], rel=1e-3)
 
 
 def test_copies_make_up_the_number_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,16 @@ def test_any_number_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert printed[2:] == [["mIoU", "0.5000", "0.5000", "0.5000"], ["boxes:", "oracle,", "oracle,", "none"]]
 
 
+def test_results_of_different_map_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A result that an earlier version wrote does not name its rule: a threshold where it had boxes."""
+    former = result(tmp_path / "former", 0.25, [("road", 0.25, 1000)])
+    results = json.loads((former / "evaluation_results.json").read_text())
+    now = write(tmp_path / "now", {**results, "map_rule": "argmax"})
+    semantic = write(tmp_path / "semantic", {**results, "boxes": "none"})
+    run(former, now, semantic)
+    assert words(capsys.readouterr().out)[-1] == ["map", "rule:", "threshold,", "argmax,", "argmax"]
+
+
 def test_what_the_metric_gives_where_nothing_is_labelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nothing = results_dict(torch.zeros(NUM_CLASSES, NUM_CLASSES + 1, dtype=torch.int64))
     folders = [write(tmp_path / name, nothing) for name in ("before", "after")]

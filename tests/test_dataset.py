@@ -28,6 +28,7 @@ from utils.dataset import (
     TrainingDataset,
     TrainingSampler,
     collate_evaluation,
+    collate_training,
 )
 from utils.errors import UserError
 from utils.geometry import PAD_COLOR
@@ -129,13 +130,32 @@ def test_prompts_are_boxes_of_present_classes(npy: Path) -> None:
                 assert (box[2:] < IMAGE_SIZE).all()
 
 
-def test_prompts_beyond_the_present_classes_are_not_valid(npy: Path) -> None:
-    data = dataset(npy, classes_per_image=19)
-    sample = data[0]
-    present, _ = class_boxes(sample["labels"].numpy())
-    assert sample["valid"].sum() == len(present)
-    assert sorted(sample["class_ids"][sample["valid"]].tolist()) == present.tolist()
-    assert set(sample["class_ids"][~sample["valid"]].tolist()) == {255}
+@pytest.mark.parametrize("classes_per_image", [None, 19])
+def test_all_classes_that_occur_are_prompts_each_once(classes_per_image: int | None, npy: Path) -> None:
+    data = dataset(npy, classes_per_image=classes_per_image)
+    for i in range(7):
+        sample = data[i]
+        present, _ = class_boxes(sample["labels"].numpy())
+        assert sorted(sample["class_ids"].tolist()) == present.tolist()
+        assert sample["valid"].all() and len(sample["valid"]) == len(sample["boxes"]) == len(present)
+
+
+def test_a_batch_pads_prompts_to_the_most_that_an_image_has(tmp_path: Path) -> None:
+    source = split_of(tmp_path, labels_of(0, 7, 18), labels_of(4), np.full((32, 32), 255, np.uint8))
+    data = dataset(source, classes_per_image=None, bbox_shift=0)
+    assert len(data) == 2  # the third has nothing to teach
+    batch = collate_training([data[0], data[1]])
+    assert batch["class_ids"].tolist() == [[0, 7, 18], [4, 255, 255]]
+    assert batch["valid"].tolist() == [[True] * 3, [True, False, False]]
+    first, second = batch["boxes"].tolist()
+    assert first == [[0, 0, 7, 7], [8, 8, 15, 15], [16, 16, 23, 23]] and second == [[0, 0, 7, 7], [0] * 4, [0] * 4]
+    assert batch["boxes"].dtype == torch.float32 and batch["name"] == ["0", "1"]
+    # A crop that shows nothing labelled has no class; the decoder is given one box all the same.
+    nothing = {**data[1], **{key: data[1][key][:0] for key in ("class_ids", "boxes", "valid")}}
+    batch = collate_training([nothing])
+    assert (batch["class_ids"].tolist(), batch["valid"].tolist()) == ([[255]], [[False]])
+    semantic = SemanticDataset(NpyFolder(source / "train"), seed=0)
+    assert collate_training([semantic[0], semantic[1]])["valid"].tolist() == [True, True]
 
 
 def test_the_filler_is_an_image_of_which_no_prompt_counts(npy: Path) -> None:

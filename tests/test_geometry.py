@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.geometry import PAD_COLOR, fitted_size, resize_image, resize_mask, restore, unframe
+from utils.geometry import PAD_COLOR, fitted_size, pixels_in_box, resize_image, resize_mask, restore, unframe
 
 
 @pytest.mark.parametrize(
@@ -153,3 +153,28 @@ def test_unframe_crops_the_padding_and_comes_back_to_the_size(dtype):
     picture, labels = unframe(stored, mask, 20, 40, "pad")
     assert picture.shape == (20, 40, 3) and 77 not in picture
     assert labels[:, :20].tolist() == [[3] * 20] * 20
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "mode"), [(64, 64, "stretch"), (45, 80, "stretch"), (45, 80, "pad"), (300, 200, "pad")]
+)
+def test_a_box_holds_the_pixels_whose_centres_lie_in_it(height, width, mode):
+    fitted = fitted_size(height, width, 64, mode)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        x = np.sort(rng.integers(0, fitted[1], 2))
+        y = np.sort(rng.integers(0, fitted[0], 2))
+        rows, columns = pixels_in_box((x[0], y[0], x[1], y[1]), (height, width), fitted)
+        for part, (first, last), side, fitted_side in ((rows, y, height, fitted[0]), (columns, x, width, fitted[1])):
+            centres = (np.arange(side) + 0.5) * fitted_side / side  # in the frame, whose pixel n reaches to n + 1
+            held = np.flatnonzero((centres >= first) & (centres < last + 1))
+            assert np.arange(side)[part].tolist() == held.tolist() or (not held.size and part.stop == part.start + 1)
+
+
+def test_a_box_in_the_frame_holds_its_corners():
+    assert pixels_in_box((3, 5, 3, 9), (64, 64), (64, 64)) == (slice(5, 10), slice(3, 4))
+    assert pixels_in_box((63, 0, 63, 63), (64, 64), (64, 64)) == (slice(0, 64), slice(63, 64))
+    # Between pixels, as a detector's boxes lie: the pixels that it covers by half or more.
+    assert pixels_in_box((2.4, 2.6, 7.4, 7.6), (64, 64), (64, 64)) == (slice(3, 9), slice(2, 8))
+    # Ten times smaller than the frame: a line between two centres still holds one pixel.
+    assert pixels_in_box((6, 6, 7, 7), (6, 6), (64, 64)) == (slice(1, 2), slice(1, 2))

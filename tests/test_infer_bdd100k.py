@@ -117,7 +117,7 @@ def test_prints_the_specified_block_and_writes_the_same(
     ]  # fmt: skip
 
 
-def slow_confusion(npy: Path, sam_file: Path, decoder: Path) -> np.ndarray:
+def slow_confusion(npy: Path, sam_file: Path, decoder: Path, rule: str) -> np.ndarray:
     """The confusion matrix, 19 x 20, by one decoder call for each class, merged and counted pixel by pixel."""
     model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
     checkpoint.load_decoder(model, checkpoint.load_checkpoint(decoder)["model"], decoder)
@@ -126,7 +126,7 @@ def slow_confusion(npy: Path, sam_file: Path, decoder: Path) -> np.ndarray:
     for path in sorted((npy / "val" / "imgs").glob("*.npy")):
         labels = np.load(npy / "val" / "gts" / path.name)
         embedding = model.encode(torch.from_numpy(np.load(path)).permute(2, 0, 1)[None])
-        best = np.zeros(labels.shape)  # what a class has to beat
+        best = np.full(labels.shape, -np.inf if rule == "argmax" else 0)  # what a class has to beat
         winner = np.full(labels.shape, NUM_CLASSES)
         for class_id in sorted(set(labels.ravel().tolist()) - {255}):
             rows, columns = np.nonzero(labels == class_id)
@@ -134,6 +134,10 @@ def slow_confusion(npy: Path, sam_file: Path, decoder: Path) -> np.ndarray:
             with torch.no_grad():
                 low_res, _ = model(embedding, box)
             logits = F.interpolate(low_res, labels.shape, mode="bilinear", align_corners=False)[0, 0].numpy()
+            if rule != "threshold":
+                outside = np.ones(labels.shape, dtype=bool)
+                outside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = False
+                logits[outside] = -np.inf
             winner[logits > best] = class_id
             best = np.maximum(best, logits)
         for truth, prediction in zip(labels.ravel().tolist(), winner.ravel().tolist()):
@@ -142,12 +146,15 @@ def slow_confusion(npy: Path, sam_file: Path, decoder: Path) -> np.ndarray:
     return matrix
 
 
+@pytest.mark.parametrize("rule", ["argmax", "box_threshold", "threshold"])
 def test_figures_equal_a_slow_computation(
-    infer: Callable[..., dict[str, Any]], npy: Path, sam_file: Path, decoder: Path
+    rule: str, infer: Callable[..., dict[str, Any]], npy: Path, sam_file: Path, decoder: Path
 ) -> None:
-    results = infer()
+    results = infer(*([] if rule == "argmax" else ["--map_rule", rule]))
+    assert results["map_rule"] == rule
     matrix = np.array(results["confusion_matrix"])
-    slow = slow_confusion(npy, sam_file, decoder)
+    slow = slow_confusion(npy, sam_file, decoder, rule)
+    assert (slow[:, -1].sum() == 0) == (rule == "argmax")
     # A batch of classes rounds differently than each alone: a pixel in a thousand may be a tie.
     difference = np.abs(matrix - slow[:, :NUM_CLASSES]).sum() + np.abs(results["unclaimed"] - slow[:, -1]).sum()
     assert difference <= 2e-3 * slow.sum()

@@ -259,6 +259,8 @@ def written(path: Path, text: str) -> Path:
 BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
     "boxes for a semantic checkpoint": (
         "semantic", lambda f: ["--boxes", write_detections(f / "det.json", SPLIT_NAMES)], "takes no boxes; leave out"),
+    "a threshold for a semantic checkpoint": (
+        "semantic", lambda f: ["--map_rule", "threshold"], "knows argmax alone; leave out --map_rule"),
     "no boxes for pictures of one's own": (
         "box", lambda f: [*pictures(f / "in"), "--images", f / "in"][-2:], "give --boxes FILE, or the checkpoint of"),
     "scoring one's own pictures": (

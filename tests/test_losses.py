@@ -172,6 +172,62 @@ def test_prompts_are_compared_at_every_second_pixel() -> None:
             assert {key: losses[key][b, q].item() for key in expected} == pytest.approx(expected, abs=1e-5)
 
 
+def test_competing_cross_entropy_by_hand() -> None:
+    """Columns: both boxes hold the first and the second, only the first box the third, no box the fourth."""
+    labels = torch.tensor([[[3, 7, 3, 7]]], dtype=torch.uint8).expand(1, 4, 4)
+    logits = torch.tensor([[[1.0, 2.0, -5.0, 0.0], [0.5, 4.0, 9.0, 9.0]]])[:, :, None].expand(1, 2, 4, 4)
+    boxes = torch.tensor([[[0.0, 0.0, 2.0, 3.0], [0.0, 0.0, 1.0, 3.0]]])
+    ce = prompt_losses(logits, torch.ones(1, 2), labels, torch.tensor([[3, 7]]), boxes)["ce"]
+    # Class 3: ln(e^1 + e^0.5) - 1 where the other competes, and 0 where it is alone. Class 7: one column of its box.
+    first, second = math.log(math.e + math.exp(0.5)) - 1, math.log(math.exp(2) + math.exp(4)) - 4
+    torch.testing.assert_close(ce, product.COMPETING_WEIGHT * torch.tensor([[first / 2, second]]))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_competing_cross_entropy_equals_a_slow_oracle(stride: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, 5, (3, 24, 24), generator=generator, dtype=torch.uint8)
+    labels[torch.rand(labels.shape, generator=generator) < 0.3] = 255
+    low_res = torch.randn(3, 4, 6, 6, generator=generator) * 3
+    class_ids = torch.tensor([[0, 1, 2, 3], [4, 2, 255, 255], [3, 255, 255, 255]])
+    corners = [torch.randint(*ends, (3, 4, 2), generator=generator) for ends in ((0, 12), (12, 24))]
+    boxes = torch.cat(corners, dim=2).float()
+    boxes[class_ids == 255] = 0  # as a batch is padded
+    losses = product.prompt_losses(low_res, torch.ones(3, 4), labels, class_ids, boxes, stride=stride)
+    logits = F.interpolate(low_res.double(), (24, 24), mode="bilinear", align_corners=False)
+    for b in range(3):
+        own: dict[int, list[float]] = {q: [] for q in range(4)}
+        for y in range(stride // 2, 24, stride):
+            for x in range(stride // 2, 24, stride):
+                held = [
+                    q for q, (x0, y0, x1, y1) in enumerate(boxes[b].tolist())
+                    if class_ids[b, q] != 255 and x0 <= x <= x1 and y0 <= y <= y1
+                ]
+                for q in held:
+                    if class_ids[b, q] == labels[b, y, x]:
+                        total = sum(math.exp(logits[b, other, y, x]) for other in held)
+                        own[q].append(math.log(total) - logits[b, q, y, x].item())
+        expected = [product.COMPETING_WEIGHT * float(np.mean(own[q])) if own[q] else 0.0 for q in range(4)]
+        assert losses["ce"][b].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert (losses["ce"] > 0).sum() >= 3
+
+
+def test_a_single_prompt_has_nothing_to_compete_with() -> None:
+    logits, ious, labels, class_ids = random_case(9)
+    boxes = torch.tensor([[[0.0, 0, 11, 11]]] * 2)
+    losses = prompt_losses(logits[:, :1], ious[:, :1], labels, class_ids[:, :1], boxes)
+    assert losses["ce"].tolist() == [[0.0], [0.0]]
+
+
+def test_masks_that_compete_outside_every_box_stay_finite() -> None:
+    logits, ious, labels, class_ids = random_case(10)
+    extreme = (1e4 * logits.sign()).requires_grad_()
+    boxes = torch.tensor([[[0.0, 0, 2, 2], [1, 1, 3, 3], [2, 2, 2, 2]]] * 2)
+    losses = torch.stack(list(prompt_losses(extreme, ious, labels, class_ids, boxes).values()))
+    (gradient,) = torch.autograd.grad(losses.sum(), extreme)
+    assert losses.isfinite().all() and gradient.isfinite().all()
+
+
 def test_class_weights_by_hand() -> None:
     weights = class_weights(torch.tensor([900, 100, 0]))
     # 1 / sqrt(0.9) and 1 / sqrt(0.1), over their mean over the pixels, sqrt(0.9) + sqrt(0.1).

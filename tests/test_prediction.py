@@ -19,7 +19,7 @@ from utils.engine import evaluate
 from utils.geometry import fitted_size
 from utils.model import build_model
 from utils.precision import Precision
-from utils.prediction import Prediction, merge_masks, predict
+from utils.prediction import MapRule, Prediction, merge_masks, predict
 
 CPU = Precision(torch.device("cpu"))
 MODES = ["box", "semantic"]
@@ -36,6 +36,63 @@ def test_merge_masks_by_hand() -> None:
     always = merge_masks(planes, torch.tensor([13, 0]), -torch.inf, (4, 2))
     assert always.tolist() == [[13, 13], [0, 13], [13, 0], [13, 0]]
     assert merge_masks([], torch.tensor([], dtype=torch.int64), 0.0, (1, 2)).tolist() == [[255, 255]]
+
+
+def test_a_mask_claims_no_pixel_outside_its_region() -> None:
+    planes = torch.tensor([[[9.0, 9.0, 9.0]], [[1.0, -5.0, -7.0]]])
+    regions = [(slice(0, 1), slice(0, 1)), (slice(0, 1), slice(0, 2))]
+    merged = merge_masks(planes, torch.tensor([13, 0]), -torch.inf, (1, 3), regions)
+    assert merged.tolist() == [[13, 0, 255]]
+    assert merge_masks(planes, torch.tensor([13, 0]), 0.0, (1, 3), regions).tolist() == [[13, 255, 255]]
+
+
+@pytest.mark.parametrize("resize_mode", ["stretch", "pad"])
+def test_masks_end_at_their_boxes_at_any_size(resize_mode: str) -> None:
+    """Against the argmax of planes from which what lies outside a box was taken away."""
+    torch.manual_seed(0)
+    low_res, class_ids = torch.randn(4, 16, 16), torch.tensor([2, 7, 18, 0])
+    boxes = torch.tensor([[3.0, 5, 30, 25], [0, 0, 60, 35], [20, 10, 20, 30], [40, 2, 55, 33]])
+    prediction = Prediction(low_res, class_ids, boxes)
+    frame = F.interpolate(low_res[None], (64, 64), mode="bilinear", align_corners=False)[0]
+    height, width = fitted_size(45, 80, 64, resize_mode)
+    original = F.interpolate(frame[None, :, :height, :width], (45, 80), mode="bilinear", align_corners=False)[0]
+    ys, xs = (torch.arange(45) + 0.5) * height / 45, (torch.arange(80) + 0.5) * width / 80
+    at_frame = (frame, torch.arange(64) + 0.5, torch.arange(64) + 0.5, prediction.label_map(64))
+    at_original = (original, ys, xs, prediction.original_label_map(45, 80, image_size=64, resize_mode=resize_mode))
+    for planes, rows, columns, actual in (at_frame, at_original):
+        x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+        inside = ((rows >= y0) & (rows < y1 + 1))[:, :, None] & ((columns >= x0) & (columns < x1 + 1))[:, None]
+        best, winner = torch.where(inside, planes, -torch.inf).max(dim=0)
+        expected = torch.where(best > -torch.inf, class_ids[winner], 255)
+        assert set(expected.unique().tolist()) >= {0, 2, 7, 255}
+        assert actual.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("rule", "bounded", "threshold"),
+    [("argmax", True, -torch.inf), ("box_threshold", True, 0.0), ("threshold", False, 0.0)],
+)
+def test_map_rules(rule: MapRule, bounded: bool, threshold: float, sam_file: Path, npy: Path) -> None:
+    model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
+    (batch,) = evaluation_batches(NpyFolder(npy / "val"), 3, "box")
+    for prediction, boxes in zip(predict(model, batch, CPU, rule), batch["boxes"]):
+        assert prediction.threshold == threshold
+        assert (prediction.boxes is not None) == bounded
+        if prediction.boxes is not None:
+            assert torch.equal(prediction.boxes, boxes.float())
+
+
+def test_with_boxes_of_the_ground_truth_every_labelled_pixel_is_some_class(sam_file: Path, npy: Path) -> None:
+    """And the class is one whose box holds the pixel."""
+    model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
+    (batch,) = evaluation_batches(NpyFolder(npy / "val"), 3, "box")
+    for prediction, labels in zip(predict(model, batch, CPU), batch["labels"]):
+        predicted = prediction.label_map(IMAGE_SIZE)
+        assert (predicted[labels != IGNORE_LABEL] != IGNORE_LABEL).all()
+        assert prediction.boxes is not None
+        for class_id, (x0, y0, x1, y1) in zip(prediction.class_ids.tolist(), prediction.boxes.int().tolist()):
+            y, x = torch.nonzero(predicted == class_id, as_tuple=True)
+            assert ((y0 <= y) & (y <= y1) & (x0 <= x) & (x <= x1)).all()
 
 
 @pytest.mark.parametrize("resize_mode", ["stretch", "pad"])

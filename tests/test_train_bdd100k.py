@@ -306,6 +306,17 @@ def resume(folder: Path, *flags: Any) -> list[Any]:
     return ["--resume", folder / "run", "-num_epochs", 3, "-lr", "1e-3", *validation, *flags]
 
 
+def of_earlier_version(folder: Path) -> Path:
+    """Make the run in `folder` one of a version whose masks did not compete, and which did not name its loss."""
+    path = folder / "run" / checkpoint.LATEST
+    times = path.stat()
+    state = torch.load(path, weights_only=True)
+    del state["args"]["losses"]
+    torch.save(state, path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return folder
+
+
 # Flags that are given after good ones, as a function of a folder with the data in "train" and a finished run in "run";
 # and what the one line must say.
 BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
@@ -326,7 +337,9 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "other warm-up": (lambda f: resume(f, "--warmup_epochs", 1), r"--warmup_epochs is 1.0, but .* began with 0;"),
     "other batch size": (lambda f: resume(f, "-batch_size", 2), r"effective batch size .* is 8, but .* with 16;"),
     "other accumulation": (lambda f: resume(f, "--grad_acc_steps", 1), r"effective batch size .* is 4, .* with 16;"),
-    "other number of classes": (lambda f: resume(f, "--classes_per_image", 2), r"--classes_per_image is 2, .* with 1;"),
+    "other number of classes": (lambda f: resume(f, "--classes_per_image", 2), r"_per_image is 2, .* with all;"),
+    "a loss of an earlier version": (lambda f: resume(of_earlier_version(f)), r"latest.pth: an earlier version .* dice "
+                                     r"\+ bce \+ iou, this one has dice \+ bce \+ iou \+ ce; start a new run"),
     "other augmentation": (lambda f: resume(f, "--augment", "flip"), r"--augment is flip, but .* began with none;"),
     "more views than there are": (lambda f: ["--cache_views", 2], r"_views 2: --augment none has no more than 1"),
     "one view to augment": (lambda f: ["--augment", "full", "--cache_views", 1], r"_views 1: .* give --augment none"),

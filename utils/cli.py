@@ -83,6 +83,11 @@ positive_float = number(float, 0, exclusive=True)
 non_negative_float = number(float, 0)
 
 
+def positive_int_or_all(text: str) -> int | str:
+    """Parse "all", or an `int` from 1."""
+    return text if text == "all" else positive_int(text)
+
+
 def image_size(text: str) -> int:
     """Parse a side length in pixels: a positive multiple of 16, the patch size of SAM's encoder, up to 4096."""
     value = number(int, 1, maximum=MAX_IMAGE_SIZE)(text)

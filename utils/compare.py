@@ -62,7 +62,18 @@ def format_comparison(results: Mapping[str, dict[str, Any]]) -> str:
     mious = [math.nan if result["miou"] is None else result["miou"] for result in results.values()]
     lines.append(f"{'mIoU':<24}{'':>14}" + "".join(f"{miou:>{width}.4f}" for miou in mious))
     sources = [str(result["boxes"]) for result in results.values()]
-    return "\n".join([*lines, f"boxes: {sources[0] if len(set(sources)) == 1 else ', '.join(sources)}"])
+    lines.append(f"boxes: {_shared(sources)}")
+    if any("map_rule" in result for result in results.values()):
+        # Earlier versions had one rule for boxes and did not name it.
+        former = ["argmax" if source == "none" else "threshold" for source in sources]
+        rules = [str(result.get("map_rule", rule)) for result, rule in zip(results.values(), former)]
+        lines.append(f"map rule: {_shared(rules)}")
+    return "\n".join(lines)
+
+
+def _shared(values: list[str]) -> str:
+    """One for each column, or the one that all have."""
+    return values[0] if len(set(values)) == 1 else ", ".join(values)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from utils.dataset import (
     TrainingDataset,
     TrainingSampler,
     collate_evaluation,
+    collate_training,
 )
 from utils.embedding_cache import Binding, Request, prepare_caches
 from utils.errors import UserError
@@ -27,7 +28,7 @@ def training_dataset(
     source: NpyFolder,
     prompt_mode: str,
     *,
-    classes_per_image: int,
+    classes_per_image: int | None,
     bbox_shift: int,
     augment: str,
     num_views: int,
@@ -85,7 +86,11 @@ def training_loader(
         seed=seed,
     )
     return Loader(
-        dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=precision.device.type == "cuda"
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate_training,
+        pin_memory=precision.device.type == "cuda",
     )
 
 

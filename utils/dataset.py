@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from utils.augment import draw_view, fixed_view
 from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
@@ -153,15 +153,15 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         raise NotImplementedError
 
 
-# 修改点 1: BDD100K 数据集类：每张图随机取类别，以其外接框（带抖动）作为提示
+# 修改点 1: BDD100K 数据集类：每张图取出现的全部类别（或随机若干类），以其外接框（带抖动）作为提示
 class BoxPromptDataset(TrainingDataset):
-    """Images with K = `classes_per_image` random classes of each as prompts: the class's tight box, jittered."""
+    """Images with the classes that occur in each as prompts, all or some of them: a class's tight box, jittered."""
 
     def __init__(
         self,
         source: NpyFolder,
         *,
-        classes_per_image: int,
+        classes_per_image: int | None,
         bbox_shift: int,
         seed: int,
         augment: str = "none",
@@ -169,6 +169,7 @@ class BoxPromptDataset(TrainingDataset):
     ) -> None:
         """
         Args:
+            classes_per_image: the most classes of an image, drawn at random; None for all that occur.
             bbox_shift: the most that a box's side may move, in pixels of the S x S frame.
         """
         super().__init__(source, seed=seed, augment=augment, num_views=num_views)
@@ -176,19 +177,17 @@ class BoxPromptDataset(TrainingDataset):
         self.bbox_shift = bbox_shift
 
     def _prompts(self, source_index: int, labels: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        """class_ids: K int64; boxes: K x 4 float32 xyxy; valid: K bool, False where there are fewer classes."""
-        present, boxes = class_boxes(labels)
-        k = self.classes_per_image
-        count = min(k, len(present))
-        chosen = rng.choice(len(present), size=count, replace=False)
-        class_ids = np.full(k, IGNORE_LABEL, dtype=np.int64)
-        prompt_boxes = np.zeros((k, 4), dtype=np.float32)
-        class_ids[:count] = present[chosen]
-        prompt_boxes[:count] = jitter_boxes(boxes[chosen], self.source.image_size, self.bbox_shift, rng)
+        """class_ids: K int64; boxes: K x 4 float32 xyxy; valid: K bool, True. K is 0 where nothing is labelled."""
+        class_ids, boxes = class_boxes(labels)
+        if self.classes_per_image is not None:
+            count = min(self.classes_per_image, len(class_ids))
+            chosen = rng.choice(len(class_ids), size=count, replace=False)
+            class_ids, boxes = class_ids[chosen], boxes[chosen]
+        boxes = jitter_boxes(boxes, self.source.image_size, self.bbox_shift, rng)
         return {
             "class_ids": torch.from_numpy(class_ids),
-            "boxes": torch.from_numpy(prompt_boxes),
-            "valid": torch.arange(k) < count,
+            "boxes": torch.from_numpy(boxes.astype(np.float32)),
+            "valid": torch.ones(len(class_ids), dtype=torch.bool),
         }
 
 
@@ -250,6 +249,21 @@ def detected_prompts(
     """The prompts of one image, by its name, in the S x S frame; none where the detector found nothing."""
     class_ids, boxes = detected.get(name, (np.zeros(0, np.int64), np.zeros((0, 4))))
     return box_prompts(class_ids, to_frame(boxes, height, width, image_size, resize_mode))
+
+
+def collate_training(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack samples, prompts padded to the most that one has, and to at least one: of class 255, box 0, not valid."""
+    if "boxes" in samples[0]:
+        count = max(1, *(len(sample["boxes"]) for sample in samples))
+        padding = {"class_ids": IGNORE_LABEL, "boxes": 0, "valid": False}
+        samples = [sample | {key: _padded(sample[key], count, value) for key, value in padding.items()}
+                   for sample in samples]
+    return default_collate(samples)
+
+
+def _padded(x: torch.Tensor, count: int, value: int) -> torch.Tensor:
+    """N x ... -> count x ..."""
+    return torch.cat([x, x.new_full((count - len(x), *x.shape[1:]), value)])
 
 
 def collate_evaluation(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,16 +9,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import distributed
-from utils.dataset import FILLER, TrainingDataset
+from utils.dataset import FILLER, TrainingDataset, collate_training
 from utils.errors import UserError
 from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter
 from utils.precision import Precision
-from utils.prediction import Prediction, features_of, predict
+from utils.prediction import MapRule, Prediction, features_of, predict
 
 
 @dataclass
@@ -121,7 +121,7 @@ def settle_gradient_order(model: nn.Module, dataset: TrainingDataset, precision:
     if distributed.unwrap(model) is model:
         return
     model.train()
-    batch = default_collate([dataset[FILLER]])
+    batch = collate_training([dataset[FILLER]])
     nothing = _StepSums(distributed.unwrap(model).LOSSES, precision.device)  # type: ignore[arg-type]
     _forward_backward(model, batch, nothing, precision.grad_scaler(), precision)
     model.zero_grad(set_to_none=True)
@@ -217,11 +217,11 @@ def _normalise_gradients(
 
 
 def predictions_and_labels(
-    model: Segmenter, loader: Iterable[dict[str, Any]], precision: Precision
+    model: Segmenter, loader: Iterable[dict[str, Any]], precision: Precision, rule: MapRule = "argmax"
 ) -> Iterator[tuple[Prediction, Tensor]]:
     """What the model says of each image, and its labels in the S x S frame."""
     for batch in loader:
-        yield from zip(predict(model, batch, precision), precision.to_device(batch["labels"]))
+        yield from zip(predict(model, batch, precision, rule), precision.to_device(batch["labels"]))
 
 
 def evaluate(model: Segmenter, loader: DataLoader, precision: Precision) -> ConfusionMatrix:

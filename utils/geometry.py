@@ -8,6 +8,8 @@ apart.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import cv2
@@ -37,6 +39,22 @@ def fitted_size(height: int, width: int, image_size: int, resize_mode: str) -> t
         # Rounded as SAM rounds; a picture of extreme shape still keeps one pixel.
         return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
     raise ValueError(f"resize_mode must be one of {RESIZE_MODES}, got {resize_mode!r}")
+
+
+def pixels_in_box(box: Sequence[float], size: tuple[int, int], fitted: tuple[int, int]) -> tuple[slice, slice]:
+    """The rows and columns of a picture whose centres lie in a box of the frame; at least one of each.
+
+    Args:
+        box: xyxy in pixels of the frame, inclusive corners, inside the picture.
+        size: (height, width) of the picture.
+        fitted: (height, width) that the picture takes up in the frame (`fitted_size`).
+    """
+    slices = []
+    for first, last, side, fitted_side in zip((box[1], box[0]), (box[3], box[2]), size, fitted):
+        scale = side / fitted_side  # pixels of the picture in one of the frame, which reaches from n to n + 1
+        start = min(max(0, math.ceil(first * scale - 0.5)), side - 1)
+        slices.append(slice(start, max(start + 1, math.ceil((last + 1) * scale - 0.5))))
+    return slices[0], slices[1]
 
 
 def resize_image(image: np.ndarray, image_size: int, resize_mode: str) -> np.ndarray:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from utils.bdd100k import IGNORE_LABEL
 
+COMPETING_WEIGHT = 4.0
 MAX_CLASS_WEIGHT = 20.0  # a class of a few pixels shall not outweigh all the others
 
 # Squared denominator, as MedSAM trains its mask decoder (Ma et al., 2024).
@@ -49,22 +50,30 @@ def _interpolate(x: Tensor, dim: int, offsets: list[float]) -> Tensor:
 
 
 def prompt_losses(
-    low_res_masks: Tensor, iou_predictions: Tensor, labels: Tensor, class_ids: Tensor, *, stride: int = 2
+    low_res_masks: Tensor,
+    iou_predictions: Tensor,
+    labels: Tensor,
+    class_ids: Tensor,
+    boxes: Tensor | None = None,
+    *,
+    stride: int = 2,
 ) -> dict[str, Tensor]:
-    """Dice and BCE of each prompt's mask against its class, and the squared error of the IoU predicted for it.
+    """Dice and BCE of each prompt's mask against its class, the squared error of the IoU predicted for it, and how the
+    mask competes with the others of its image.
 
-    Compared at the pixels that `compared` takes. Pixels of value 255 count in none of the three.
+    Compared at the pixels that `compared` takes. Pixels of value 255 count in none of them.
 
     Args:
         low_res_masks: B x Q x h x h logits.
         iou_predictions: B x Q.
         labels: B x S x S uint8.
-        class_ids: B x Q int64.
+        class_ids: B x Q int64, 255 for a prompt that only pads the batch.
+        boxes: B x Q x 4, xyxy in pixels of the frame, inclusive corners; None for masks that do not compete.
         stride: see `compared`.
 
     Returns:
-        "dice", "bce" and "iou", each B x Q float32. All are 0 where the class is on no compared pixel: it is in its
-        box all the same, and an empty mask would be a wrong target.
+        "dice", "bce", "iou" and, with boxes, "ce" (`competing_cross_entropy`), each B x Q float32. All are 0 where the
+        class is on no compared pixel: it is in its box all the same, and an empty mask would be a wrong target.
     """
     b, q = class_ids.shape
     logits, labels = compared(low_res_masks, labels, stride)
@@ -85,8 +94,39 @@ def prompt_losses(
         "bce": bce.flatten(2).sum(-1) / num_labelled,
         "iou": (iou_predictions.float() - true_iou).square(),
     }
+    if boxes is not None:
+        inside = _inside(boxes, labels.shape[-1] * stride, stride) & (class_ids != IGNORE_LABEL)[:, :, None, None]
+        losses["ce"] = competing_cross_entropy(logits, target, inside)
     occurs = target.flatten(2).any(-1)
     return {name: loss * occurs for name, loss in losses.items()}
+
+
+def competing_cross_entropy(logits: Tensor, target: Tensor, inside: Tensor) -> Tensor:
+    """Cross-entropy between the prompts of an image, as the map's rule has them compete: those whose box holds a pixel.
+
+    Each prompt has the mean over the pixels of its class, so that a pole weighs as much as the road behind it.
+
+    Args:
+        logits: B x Q x h x w float32.
+        target: B x Q x h x w bool, the pixels of each prompt's class; no two prompts of an image share one.
+        inside: B x Q x h x w bool, the pixels that each prompt's box holds.
+
+    Returns:
+        B x Q float32, times COMPETING_WEIGHT; 0 for a prompt whose box holds no pixel of its class.
+    """
+    lowest = torch.finfo(logits.dtype).min  # not -inf, which has no gradient where no box holds a pixel
+    total = torch.where(inside, logits, lowest).logsumexp(dim=1, keepdim=True)
+    own = target & inside
+    ce = torch.where(own, total - logits, 0).flatten(2).sum(-1) / own.flatten(2).sum(-1).clamp(min=1)
+    return COMPETING_WEIGHT * ce
+
+
+def _inside(boxes: Tensor, size: int, stride: int) -> Tensor:
+    """Which compared pixels each box holds: B x Q x 4 -> B x Q x S/stride x S/stride bool."""
+    position = torch.arange(stride // 2, size, stride, device=boxes.device)
+    first, last = boxes[..., :2, None], boxes[..., 2:, None]
+    x, y = ((position >= first) & (position <= last)).unbind(2)  # B x Q x S/stride each
+    return y[..., :, None] & x[..., None, :]
 
 
 def class_weights(pixels: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ that the loops know of neither.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -31,7 +30,6 @@ class Segmenter(nn.Module):
 
     PROMPTS: ClassVar[tuple[str, ...]]  # the batch's entries that `forward` takes after the features
     LOSSES: ClassVar[tuple[str, ...]]  # the parts that the loss is the sum of
-    THRESHOLD: ClassVar[float]  # a pixel belongs to a mask where its logit is above this
 
     feature_blocks: Sequence[int] = ()  # encoder blocks whose outputs are features, beside the embeddings
     image_pe: Tensor
@@ -86,8 +84,7 @@ class BoxSegmenter(Segmenter):
     """Boxes in, one mask each out."""
 
     PROMPTS = ("boxes",)
-    LOSSES = ("dice", "bce", "iou")
-    THRESHOLD = Sam.mask_threshold
+    LOSSES = ("dice", "bce", "iou", "ce")
 
     def forward(self, features: Features, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -110,7 +107,7 @@ class BoxSegmenter(Segmenter):
         return low_res_masks[:, :, 0], iou_predictions[:, :, 0]
 
     def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return prompt_losses(outputs[0], outputs[1], batch["labels"], batch["class_ids"])
+        return prompt_losses(outputs[0], outputs[1], batch["labels"], batch["class_ids"], batch["boxes"])
 
 
 class SemanticSegmenter(Segmenter):
@@ -118,7 +115,6 @@ class SemanticSegmenter(Segmenter):
 
     PROMPTS = ()
     LOSSES = ("ce", "dice")
-    THRESHOLD = -math.inf  # every pixel is of the class that is likeliest
 
     class_weights: Tensor
 

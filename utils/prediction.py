@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segment_anything.modeling import Sam
 from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
-from utils.geometry import restore
+from utils.geometry import fitted_size, pixels_in_box, restore
 from utils.model import Features, Segmenter
 from utils.precision import Precision
+
+MapRule = Literal["argmax", "box_threshold", "threshold"]
+MAP_RULES: dict[MapRule, str] = {
+    "argmax": "a pixel goes to the highest logit among the classes whose box holds it",
+    "box_threshold": "the same, but only where that logit is above 0",
+    "threshold": "a pixel goes to the highest logit above 0, inside or outside its box",
+}
 
 
 @dataclass(frozen=True)
@@ -22,42 +31,56 @@ class Prediction:
 
     low_res_masks: Tensor  # K x h x w logits
     class_ids: Tensor  # K int64; in box mode a class may have several masks
-    threshold: float  # a pixel belongs to no class unless a logit is above it
+    boxes: Tensor | None = None  # K x 4 xyxy on the CPU, in pixels of the frame: a mask claims no pixel outside its own
+    threshold: float = -math.inf  # a pixel belongs to no class unless a logit is above it
 
     def label_map(self, image_size: int) -> Tensor:
         """The classes in the S x S frame: S x S uint8, 255 where no mask claims the pixel."""
         planes = (self._frame_logits(i, image_size) for i in range(len(self.class_ids)))
-        return merge_masks(planes, self.class_ids, self.threshold, (image_size, image_size))
+        size = (image_size, image_size)
+        return merge_masks(planes, self.class_ids, self.threshold, size, self._regions(size, size))
 
     def original_label_map(self, height: int, width: int, *, image_size: int, resize_mode: str) -> Tensor:
         """The same of the original image, height x width: it is the logits that are cropped and resized."""
         planes = (
             restore(self._frame_logits(i, image_size), height, width, resize_mode) for i in range(len(self.class_ids))
         )
-        return merge_masks(planes, self.class_ids, self.threshold, (height, width))
+        regions = self._regions((height, width), fitted_size(height, width, image_size, resize_mode))
+        return merge_masks(planes, self.class_ids, self.threshold, (height, width), regions)
 
     def _frame_logits(self, index: int, image_size: int) -> Tensor:
         mask = self.low_res_masks[index].float()[None, None]
         return F.interpolate(mask, (image_size, image_size), mode="bilinear", align_corners=False)[0, 0]
 
+    def _regions(self, size: tuple[int, int], fitted: tuple[int, int]) -> list[tuple[slice, slice]] | None:
+        return None if self.boxes is None else [pixels_in_box(box, size, fitted) for box in self.boxes.tolist()]
 
-def merge_masks(planes: Iterable[Tensor], class_ids: Tensor, threshold: float, size: tuple[int, int]) -> Tensor:
+
+def merge_masks(
+    planes: Iterable[Tensor],
+    class_ids: Tensor,
+    threshold: float,
+    size: tuple[int, int],
+    regions: Iterable[tuple[slice, slice]] | None = None,
+) -> Tensor:
     """Make one label map of several masks: the highest logit wins, and must be above the threshold.
 
     Args:
         planes: K times H x W logits. One at a time, so that a picture of 50 megapixels needs no 19 planes of it.
         class_ids: K int64.
         size: (H, W).
+        regions: K times the rows and columns where a mask may claim pixels; None for everywhere.
 
     Returns:
         H x W uint8 on the device of `class_ids`, 255 where no mask claims the pixel.
     """
     best = torch.full(size, threshold, device=class_ids.device)
     label_map = torch.full(size, IGNORE_LABEL, dtype=torch.uint8, device=class_ids.device)
-    for plane, class_id in zip(planes, class_ids.to(torch.uint8)):
-        wins = plane > best
-        best = torch.where(wins, plane, best)
-        label_map = torch.where(wins, class_id, label_map)
+    everywhere = (slice(None), slice(None))
+    for plane, class_id, region in zip(planes, class_ids.to(torch.uint8), regions or [everywhere] * len(class_ids)):
+        wins = plane[region] > best[region]
+        best[region] = torch.where(wins, plane[region], best[region])
+        label_map[region] = torch.where(wins, class_id, label_map[region])
     return label_map
 
 
@@ -72,26 +95,31 @@ MAX_PROMPTS = 64  # boxes decoded at once; a detector's hundreds would take GBs 
 
 
 @torch.no_grad()
-def predict(model: Segmenter, batch: dict[str, Any], precision: Precision) -> list[Prediction]:
+def predict(
+    model: Segmenter, batch: dict[str, Any], precision: Precision, rule: MapRule = "argmax"
+) -> list[Prediction]:
     """Segment the images of a batch: encoded together; then decoded together, or, as images differ in their number of
     boxes, each image's boxes by themselves, up to MAX_PROMPTS in one call.
 
     Args:
         batch: "image", B x S x S x 3, or "features" in its place, and in box mode lists of B "class_ids" (K int64) and
             "boxes" (K x 4).
+        rule: how masks become a map. "argmax" needs a box for every class that is in the image.
     """
     model.eval()
     with precision.autocast():
         features = features_of(model, batch, precision)
         if not model.PROMPTS:
             class_ids = precision.to_device(torch.arange(NUM_CLASSES))
-            return [Prediction(masks, class_ids, model.THRESHOLD) for masks in model(features)[0]]
+            return [Prediction(masks, class_ids) for masks in model(features)[0]]
+    threshold = -math.inf if rule == "argmax" else Sam.mask_threshold
     predictions = []
     for i in range(len(features[0])):
         feature = tuple(feature[i : i + 1] for feature in features)
-        prompts = [precision.to_device(batch[key][i])[None].float().split(MAX_PROMPTS, dim=1) for key in model.PROMPTS]
-        class_ids = precision.to_device(batch["class_ids"][i])
+        boxes, class_ids = batch["boxes"][i].float(), precision.to_device(batch["class_ids"][i])
+        some_boxes = precision.to_device(boxes)[None].split(MAX_PROMPTS, dim=1)
         with precision.autocast():
-            masks = [model(feature, *some)[0][0] for some in zip(*prompts)] if len(class_ids) else [features[0][:0]]
-        predictions.append(Prediction(torch.cat(masks), class_ids, model.THRESHOLD))
+            masks = [model(feature, some)[0][0] for some in some_boxes] if len(class_ids) else [features[0][:0]]
+        bounds = None if rule == "threshold" else boxes
+        predictions.append(Prediction(torch.cat(masks), class_ids, bounds, threshold))
     return predictions

@@ -27,6 +27,7 @@ from utils.model import Segmenter
 from utils.stopping import StopSignals
 
 AUTO = Path("auto")  # as --resume
+_FORMER_LOSSES = {"box": "dice + bce + iou", "semantic": "ce + dice"}  # of runs that do not name theirs
 
 
 class FinishedError(UserError):
@@ -113,10 +114,14 @@ def read_latest(
         raise UserError(f"{path}: holds no state to resume from; give the run's {LATEST}")
     if not (isinstance(state.get("args"), dict) and _is_run_state(state["run_state"])):
         raise UserError(f"{path}: its state is not one that train_bdd100k.py wrote; start a new run")
+    state["args"].setdefault("losses", _FORMER_LOSSES.get(state["args"].get("prompt_mode")))
     for key, name in kept.items():
         if key not in state["args"]:
             raise UserError(f"{path}: was begun by a version that knew no {name}; start a new run")
         now, then = config[key], state["args"][key]
+        if now != then and key == "losses" and config["prompt_mode"] == state["args"]["prompt_mode"]:
+            raise UserError(f"{path}: an earlier version trained it with the loss {then}, this one has {now}; "
+                            "start a new run")
         if now != then:
             raise UserError(f"{name} is {now}, but {path} began with {then}; give it so, or start a new run")
     latest = Latest(path, state)
