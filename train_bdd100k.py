@@ -233,7 +233,9 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     stored_in = use_caches(passes, segmenter, info, precision, where=where, dtype=args.cache_dtype, **loading)
     require_same_cache(stored_in, latest)
     config["train_cache"] = stored_in
-    loader = training_loader(dataset, **loading, seed=args.seed, precision=precision)
+    loader = training_loader(
+        dataset, **loading, seed=args.seed, grad_acc_steps=args.grad_acc_steps, precision=precision
+    )
     val_loader = evaluation_loader(val_dataset, **loading, precision=precision) if val_dataset else None
     steps_per_epoch = math.ceil(len(loader) / args.grad_acc_steps)
     settle_gradient_order(model, dataset, precision)

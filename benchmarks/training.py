@@ -103,7 +103,7 @@ class Loop:
         self.optimizer = build_optimizer(segmenter, lr=5e-5, weight_decay=0.01)
 
     def loader(self, count: int) -> DataLoader:
-        sampler = TrainingSampler(count, batch_size=self.batch_size, rank=0, world_size=1, seed=0)
+        sampler = TrainingSampler([1] * count, batch_size=self.batch_size, rank=0, world_size=1, seed=0)
         return DataLoader(Subset(self.dataset, range(count)), batch_sampler=sampler, collate_fn=collate_training)
 
     def epoch(self, count: int) -> None:

@@ -60,7 +60,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(npy: Path) -> None:
 
 def test_workers_take_over_each_new_epoch(npy: Path) -> None:
     data = dataset(npy, classes_per_image=3)
-    sampler = TrainingSampler(len(data), batch_size=3, rank=0, world_size=1, seed=0)
+    sampler = TrainingSampler([1] * len(data), batch_size=3, rank=0, world_size=1, seed=0)
     loaders = [Loader(data, batch_sampler=sampler, num_workers=workers) for workers in (0, 2)]
     for epoch in (0, 1):
         data.set_epoch(epoch)
@@ -287,7 +287,7 @@ def edit_first_item(folder: Path, changes: dict[str, Any]) -> str:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_sampler_covers_each_image_once_and_keeps_processes_in_step(world_size: int, batch_size: int) -> None:
     samplers = [
-        TrainingSampler(23, batch_size=batch_size, rank=rank, world_size=world_size, seed=1)
+        TrainingSampler([1] * 23, batch_size=batch_size, rank=rank, world_size=world_size, seed=1)
         for rank in range(world_size)
     ]
     ranks = [list(sampler) for sampler in samplers]
@@ -298,10 +298,11 @@ def test_sampler_covers_each_image_once_and_keeps_processes_in_step(world_size: 
 
 
 def test_optimizer_steps_see_the_same_images_in_every_layout() -> None:
+    counts = np.random.default_rng(0).integers(1, 20, 23).tolist()
+
     def steps(world_size: int, grad_acc_steps: int) -> list[set[int]]:
-        ranks = [
-            list(TrainingSampler(23, batch_size=2, rank=r, world_size=world_size, seed=1)) for r in range(world_size)
-        ]
+        layout: dict[str, int] = {"batch_size": 2, "world_size": world_size, "grad_acc_steps": grad_acc_steps}
+        ranks = [list(TrainingSampler(counts, **layout, rank=rank, seed=1)) for rank in range(world_size)]
         return [
             {i for batches in ranks for batch in batches[k : k + grad_acc_steps] for i in batch} - {FILLER}
             for k in range(0, len(ranks[0]), grad_acc_steps)
@@ -310,8 +311,31 @@ def test_optimizer_steps_see_the_same_images_in_every_layout() -> None:
     assert steps(1, 4) == steps(2, 2) == steps(4, 1)
 
 
+def test_images_with_as_many_prompts_share_a_batch_within_their_optimizer_step() -> None:
+    counts = np.random.default_rng(0).integers(1, 20, 64).tolist()
+
+    def batches(grad_acc_steps: int) -> list[list[int]]:
+        return list(TrainingSampler(counts, batch_size=4, rank=0, world_size=1, seed=1, grad_acc_steps=grad_acc_steps))
+
+    def padded(batches: list[list[int]]) -> int:
+        return sum(len(batch) * max(counts[i] for i in batch) for batch in batches)
+
+    in_turn, alike = batches(1), batches(4)
+    for start in range(0, 16, 4):
+        drawn, sorted_ = ([i for batch in some[start : start + 4] for i in batch] for some in (in_turn, alike))
+        assert set(drawn) == set(sorted_) and [counts[i] for i in sorted_] == sorted(counts[i] for i in drawn)
+    assert sum(counts) < padded(alike) < 1.25 * sum(counts) < padded(in_turn)
+
+
+def test_the_number_of_prompts_is_known_before_an_image_is_read(npy: Path) -> None:
+    for classes_per_image in (None, 3, 1):
+        data = dataset(npy, classes_per_image=classes_per_image)
+        assert data.num_prompts() == [len(data[i]["boxes"]) for i in range(7)]
+    assert SemanticDataset(NpyFolder(npy / "train"), seed=0).num_prompts() == [1] * 7
+
+
 def test_epochs_differ() -> None:
-    sampler = TrainingSampler(23, batch_size=23, rank=0, world_size=1, seed=1)
+    sampler = TrainingSampler([1] * 23, batch_size=23, rank=0, world_size=1, seed=1)
     first = list(sampler)
     assert first != [list(range(23))]  # shuffled
     sampler.set_epoch(1)
@@ -404,11 +428,14 @@ def test_a_signal_to_all_of_a_job_leaves_the_loading_to_who_started_it(kind: str
         def __len__(self) -> int:
             return len(data)
 
+        def num_prompts(self) -> list[int]:
+            return [1] * len(data)
+
     options: dict[str, Any] = {"batch_size": 2, "num_workers": 1, "precision": Precision(torch.device("cpu"))}
     data: TrainingDataset | EvaluationDataset
     if kind == "training":
         data = dataset(npy)
-        loader = training_loader(Signalled(), seed=0, **options)  # type: ignore[arg-type]
+        loader = training_loader(Signalled(), seed=0, grad_acc_steps=1, **options)  # type: ignore[arg-type]
     else:
         data = EvaluationDataset(NpyFolder(npy / "val"), "oracle")
         loader = evaluation_loader(Signalled(), **options)  # type: ignore[arg-type]

@@ -81,7 +81,7 @@ def train(
 
 
 def batched(dataset: BoxPromptDataset, batch_size: int) -> DataLoader:
-    sampler = TrainingSampler(len(dataset), batch_size=batch_size, rank=0, world_size=1, seed=0)
+    sampler = TrainingSampler(dataset.num_prompts(), batch_size=batch_size, rank=0, world_size=1, seed=0)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_training)
 
 

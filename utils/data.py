@@ -75,11 +75,18 @@ def validation_dataset(folder: Path, training: NpyFolder, prompt_mode: str) -> E
 
 
 def training_loader(
-    dataset: TrainingDataset, *, batch_size: int, num_workers: int, seed: int, precision: Precision
+    dataset: TrainingDataset,
+    *,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    grad_acc_steps: int,
+    precision: Precision,
 ) -> Loader:
     """This process's batches of each epoch; its `batch_sampler` is a `TrainingSampler`."""
     sampler = TrainingSampler(
-        len(dataset),
+        dataset.num_prompts(),
+        grad_acc_steps=grad_acc_steps,
         batch_size=batch_size,
         rank=distributed.rank(),
         world_size=distributed.world_size(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -124,6 +124,10 @@ class TrainingDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def num_prompts(self) -> list[int]:
+        """How many prompts each image has, as it is stored; 1 where images have none."""
+        return [1] * len(self)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch to draw for; takes effect when the loader starts its next pass."""
         self.epoch = epoch
@@ -175,6 +179,10 @@ class BoxPromptDataset(TrainingDataset):
         super().__init__(source, seed=seed, augment=augment, num_views=num_views)
         self.classes_per_image = classes_per_image
         self.bbox_shift = bbox_shift
+
+    def num_prompts(self) -> list[int]:
+        counts = [sum(pixels > 0 for pixels in self.source.items[i].pixels) for i in self.indices]
+        return [min(count, self.classes_per_image or count) for count in counts]
 
     def _prompts(self, source_index: int, labels: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """class_ids: K int64; boxes: K x 4 float32 xyxy; valid: K bool, True. K is 0 where nothing is labelled."""
@@ -282,11 +290,29 @@ class TrainingSampler(Sampler[list[int]]):
     batch into processes and accumulation steps, an optimizer step therefore sees the same images. Where the batches
     do not go round, a process without one is given `[FILLER]`, so that all take part in the same number of steps
     without any image counting twice (which is why this is not PyTorch's padding `DistributedSampler`).
+
+    Within an optimizer step, images with as many prompts go into one batch, which is padded to the most that one has.
     """
 
-    def __init__(self, num_samples: int, *, batch_size: int, rank: int, world_size: int, seed: int) -> None:
-        self.num_samples = num_samples
+    def __init__(
+        self,
+        num_prompts: Sequence[int],
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        grad_acc_steps: int = 1,
+    ) -> None:
+        """
+        Args:
+            num_prompts: of each sample.
+            batch_size: samples of a process and step, `grad_acc_steps` of which make an optimizer step.
+        """
+        self.num_prompts = num_prompts
+        self.num_samples = len(num_prompts)
         self.batch_size = batch_size
+        self.images_per_step = batch_size * world_size * grad_acc_steps
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
@@ -303,7 +329,10 @@ class TrainingSampler(Sampler[list[int]]):
         return max(0, -(-self.num_samples // (self.batch_size * self.world_size)) - self.first_step)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples).tolist()
+        shuffled = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples).tolist()
+        order: list[int] = []
+        for start in range(0, self.num_samples, self.images_per_step):
+            order += sorted(shuffled[start : start + self.images_per_step], key=self.num_prompts.__getitem__)
         for step in range(self.first_step, self.first_step + len(self)):
             start = (step * self.world_size + self.rank) * self.batch_size
             yield order[start : start + self.batch_size] or [FILLER]
