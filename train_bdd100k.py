@@ -43,7 +43,7 @@ from utils.dataset import EvaluationDataset, NpyFolder, TrainingDataset
 from utils.embedding_cache import DTYPES
 from utils.engine import evaluate, settle_gradient_order, train_one_epoch
 from utils.metrics import mean_iou
-from utils.model import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
+from utils.model import SEGMENTERS, Segmenter, build_model
 from utils.optim import SCHEDULES, build_optimizer, build_scheduler
 from utils.precision import (
     AMP_DTYPES,
@@ -307,8 +307,7 @@ def load_model(args: argparse.Namespace, source: NpyFolder, precision: Precision
         prompt_mode=args.prompt_mode,
         check_hash=args.verify_checkpoint,
     ).to(precision.device)
-    if isinstance(segmenter, SemanticSegmenter):
-        segmenter.balance_classes(source.class_pixels())
+    segmenter.balance_classes(source.class_pixels())
     digest = file_digest(args.checkpoint)
     return segmenter, ModelInfo(args.model_type, source.image_size, source.resize_mode, digest, args.prompt_mode)
 

@@ -42,6 +42,8 @@ from utils.optim import build_scheduler
 from utils.prediction import Prediction
 from utils.reduction import FIT_IMAGES, Reduction
 
+BBOX_SHIFT = 20  # of a frame of 1024 pixels
+
 # --- The rows: how each differs from `SemanticSegmenter` as it is.
 
 
@@ -161,13 +163,15 @@ ROWS = {
     "default": Row("as train_bdd100k.py --prompt_mode semantic trains it"),
     "probe": Row("baseline: a linear probe on the frozen embedding", LinearProbe, lr=1e-2),
     "plain-probe": Row("baseline: the probe by unweighted cross-entropy alone", PlainProbe, lr=1e-2, balanced=False),
-    "box": Row("as train_bdd100k.py trains with boxes; scored with oracle boxes", BoxSegmenter),
-    "box-1-class": Row("one random class of an image", BoxSegmenter, classes=1),
-    "box-2-classes": Row("two random classes of an image, which compete", BoxSegmenter, classes=2),
-    "box-4-classes": Row("four random classes of an image, which compete", BoxSegmenter, classes=4),
-    "box-alone": Row("all classes of an image, none of which compete", competing(0)),
-    "box-weight-1": Row("the competing cross-entropy with weight 1", competing(1)),
-    "box-weight-2": Row("the competing cross-entropy with weight 2", competing(2)),
+    "box": Row("as train_bdd100k.py trains with boxes; scored with oracle boxes", BoxSegmenter, num_views=1),
+    "box-1-class": Row("one random class of an image", BoxSegmenter, num_views=1, classes=1),
+    "box-2-classes": Row("two random classes of an image, which compete", BoxSegmenter, num_views=1, classes=2),
+    "box-4-classes": Row("four random classes of an image, which compete", BoxSegmenter, num_views=1, classes=4),
+    "box-alone": Row("all classes of an image, none of which compete", competing(0), num_views=1),
+    "box-weight-1": Row("the competing cross-entropy with weight 1", competing(1), num_views=1),
+    "box-weight-8": Row("the competing cross-entropy with weight 8", competing(8), num_views=1),
+    "box-unbalanced": Row("no class weights in the competing cross-entropy", BoxSegmenter, num_views=1, balanced=False),
+    "box-flip": Row("images and mirror images", BoxSegmenter, num_views=2),
     "everything": Row("ceiling: the encoder is trained too, end to end", encoder_lr=3e-4),
     "cached": Row("trained on features as a cache has them: reduced to 4 MiB an image of vit_b", reduced=True),
     "plain-tokens": Row("no stem, no encoder blocks, no detail channels", PlainTokens),
@@ -254,7 +258,7 @@ def random_boxes(labels: Tensor, classes: int | None, rng: np.random.Generator) 
     for label in labels.numpy():
         class_ids, boxes = class_boxes(label)
         chosen = rng.permutation(len(class_ids))[:classes]
-        boxes = jitter_boxes(boxes[chosen], label.shape[0], 20, rng).astype(np.float32)
+        boxes = jitter_boxes(boxes[chosen], len(label), BBOX_SHIFT * len(label) // 1024, rng).astype(np.float32)
         valid = torch.ones(len(chosen), dtype=torch.bool)
         samples.append({**box_prompts(class_ids[chosen], boxes), "valid": valid})
     return collate_training(samples)
@@ -356,7 +360,7 @@ def measure(
     segmenter: Segmenter, row: Row, splits: dict[str, Split], pixels: Tensor, epochs: int, batch_size: int, seed: int
 ) -> dict[str, Any]:
     """Train and score one row with one seed."""
-    if isinstance(segmenter, SemanticSegmenter) and row.balanced:
+    if row.balanced:
         segmenter.balance_classes(pixels)
     started = time.monotonic()
     data = reduced(splits["train"]) if row.reduced else splits["train"]

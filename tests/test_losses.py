@@ -177,10 +177,13 @@ def test_competing_cross_entropy_by_hand() -> None:
     labels = torch.tensor([[[3, 7, 3, 7]]], dtype=torch.uint8).expand(1, 4, 4)
     logits = torch.tensor([[[1.0, 2.0, -5.0, 0.0], [0.5, 4.0, 9.0, 9.0]]])[:, :, None].expand(1, 2, 4, 4)
     boxes = torch.tensor([[[0.0, 0.0, 2.0, 3.0], [0.0, 0.0, 1.0, 3.0]]])
-    ce = prompt_losses(logits, torch.ones(1, 2), labels, torch.tensor([[3, 7]]), boxes)["ce"]
+    weights = torch.ones(19)
+    weights[3], weights[7] = 2, 5
+    ce = prompt_losses(logits, torch.ones(1, 2), labels, torch.tensor([[3, 7]]), boxes, weights)["ce"]
     # Class 3: ln(e^1 + e^0.5) - 1 where the other competes, and 0 where it is alone. Class 7: one column of its box.
     first, second = math.log(math.e + math.exp(0.5)) - 1, math.log(math.exp(2) + math.exp(4)) - 4
-    torch.testing.assert_close(ce, product.COMPETING_WEIGHT * torch.tensor([[first / 2, second]]))
+    mean = (2 * first + 5 * second) / 3  # over three columns
+    torch.testing.assert_close(ce, torch.full((1, 2), product.COMPETING_WEIGHT * mean))
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
@@ -193,10 +196,11 @@ def test_competing_cross_entropy_equals_a_slow_oracle(stride: int) -> None:
     corners = [torch.randint(*ends, (3, 4, 2), generator=generator) for ends in ((0, 12), (12, 24))]
     boxes = torch.cat(corners, dim=2).float()
     boxes[class_ids == 255] = 0  # as a batch is padded
-    losses = product.prompt_losses(low_res, torch.ones(3, 4), labels, class_ids, boxes, stride=stride)
+    weights = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0])
+    losses = product.prompt_losses(low_res, torch.ones(3, 4), labels, class_ids, boxes, weights, stride=stride)
     logits = F.interpolate(low_res.double(), (24, 24), mode="bilinear", align_corners=False)
     for b in range(3):
-        own: dict[int, list[float]] = {q: [] for q in range(4)}
+        of_pixels = []
         for y in range(stride // 2, 24, stride):
             for x in range(stride // 2, 24, stride):
                 held = [
@@ -206,8 +210,11 @@ def test_competing_cross_entropy_equals_a_slow_oracle(stride: int) -> None:
                 for q in held:
                     if class_ids[b, q] == labels[b, y, x]:
                         total = sum(math.exp(logits[b, other, y, x]) for other in held)
-                        own[q].append(math.log(total) - logits[b, q, y, x].item())
-        expected = [product.COMPETING_WEIGHT * float(np.mean(own[q])) if own[q] else 0.0 for q in range(4)]
+                        weight = float(weights[class_ids[b, q]])
+                        of_pixels.append(weight * (math.log(total) - logits[b, q, y, x].item()))
+        occurs = [(labels[b, stride // 2 :: stride, stride // 2 :: stride] == k).any() for k in class_ids[b]]
+        mean = product.COMPETING_WEIGHT * float(np.mean(of_pixels)) if of_pixels else 0.0
+        expected = [mean if k != 255 and here else 0.0 for k, here in zip(class_ids[b].tolist(), occurs)]
         assert losses["ce"][b].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert (losses["ce"] > 0).sum() >= 3
 
@@ -215,7 +222,7 @@ def test_competing_cross_entropy_equals_a_slow_oracle(stride: int) -> None:
 def test_a_single_prompt_has_nothing_to_compete_with() -> None:
     logits, ious, labels, class_ids = random_case(9)
     boxes = torch.tensor([[[0.0, 0, 11, 11]]] * 2)
-    losses = prompt_losses(logits[:, :1], ious[:, :1], labels, class_ids[:, :1], boxes)
+    losses = prompt_losses(logits[:, :1], ious[:, :1], labels, class_ids[:, :1], boxes, torch.ones(19))
     assert losses["ce"].tolist() == [[0.0], [0.0]]
 
 
@@ -223,20 +230,26 @@ def test_masks_that_compete_outside_every_box_stay_finite() -> None:
     logits, ious, labels, class_ids = random_case(10)
     extreme = (1e4 * logits.sign()).requires_grad_()
     boxes = torch.tensor([[[0.0, 0, 2, 2], [1, 1, 3, 3], [2, 2, 2, 2]]] * 2)
-    losses = torch.stack(list(prompt_losses(extreme, ious, labels, class_ids, boxes).values()))
+    losses = torch.stack(list(prompt_losses(extreme, ious, labels, class_ids, boxes, torch.ones(19)).values()))
     (gradient,) = torch.autograd.grad(losses.sum(), extreme)
     assert losses.isfinite().all() and gradient.isfinite().all()
 
 
 def test_class_weights_by_hand() -> None:
-    weights = class_weights(torch.tensor([900, 100, 0]))
+    weights = class_weights(torch.tensor([900, 100, 0]), 0.5)
     # 1 / sqrt(0.9) and 1 / sqrt(0.1), over their mean over the pixels, sqrt(0.9) + sqrt(0.1).
     mean = math.sqrt(0.9) + math.sqrt(0.1)
     torch.testing.assert_close(weights, torch.tensor([0.9**-0.5 / mean, 0.1**-0.5 / mean, 0.0]))
 
 
+def test_the_power_says_how_much_rare_classes_weigh() -> None:
+    pixels = torch.tensor([800, 200])
+    assert class_weights(pixels, 0).tolist() == [1, 1]
+    torch.testing.assert_close(class_weights(pixels, 1), torch.tensor([0.625, 2.5]))  # half of the sum each
+
+
 def test_a_class_of_a_few_pixels_does_not_outweigh_the_rest() -> None:
-    weights = class_weights(torch.tensor([100_000_000, 100_000_000, 20]))
+    weights = class_weights(torch.tensor([100_000_000, 100_000_000, 20]), 0.5)
     assert weights[2] == MAX_CLASS_WEIGHT
     torch.testing.assert_close(weights[:2], torch.ones(2), rtol=1e-3, atol=0)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from utils.bdd100k import IGNORE_LABEL
 
-COMPETING_WEIGHT = 4.0
+COMPETING_WEIGHT = 4.0  # of the cross-entropy beside the losses of each mask by itself
 MAX_CLASS_WEIGHT = 20.0  # a class of a few pixels shall not outweigh all the others
 
 # Squared denominator, as MedSAM trains its mask decoder (Ma et al., 2024).
@@ -55,6 +55,7 @@ def prompt_losses(
     labels: Tensor,
     class_ids: Tensor,
     boxes: Tensor | None = None,
+    weights: Tensor | None = None,
     *,
     stride: int = 2,
 ) -> dict[str, Tensor]:
@@ -69,6 +70,7 @@ def prompt_losses(
         labels: B x S x S uint8.
         class_ids: B x Q int64, 255 for a prompt that only pads the batch.
         boxes: B x Q x 4, xyxy in pixels of the frame, inclusive corners; None for masks that do not compete.
+        weights: of the C classes in that competition.
         stride: see `compared`.
 
     Returns:
@@ -94,31 +96,33 @@ def prompt_losses(
         "bce": bce.flatten(2).sum(-1) / num_labelled,
         "iou": (iou_predictions.float() - true_iou).square(),
     }
-    if boxes is not None:
+    if boxes is not None and weights is not None:
         inside = _inside(boxes, labels.shape[-1] * stride, stride) & (class_ids != IGNORE_LABEL)[:, :, None, None]
-        losses["ce"] = competing_cross_entropy(logits, target, inside)
+        padded_weights = F.pad(weights, (0, IGNORE_LABEL + 1 - len(weights)))  # a prompt that pads a batch has none
+        losses["ce"] = competing_cross_entropy(logits, target, inside, padded_weights[class_ids])
     occurs = target.flatten(2).any(-1)
     return {name: loss * occurs for name, loss in losses.items()}
 
 
-def competing_cross_entropy(logits: Tensor, target: Tensor, inside: Tensor) -> Tensor:
-    """Cross-entropy between the prompts of an image, as the map's rule has them compete: those whose box holds a pixel.
+def competing_cross_entropy(logits: Tensor, target: Tensor, inside: Tensor, weights: Tensor) -> Tensor:
+    """Weighted cross-entropy between the prompts of an image, as they compete for a map: those whose box holds a pixel.
 
-    Each prompt has the mean over the pixels of its class, so that a pole weighs as much as the road behind it.
+    It is a mean over the image's pixels whose class has a prompt, the box of which holds them.
 
     Args:
         logits: B x Q x h x w float32.
         target: B x Q x h x w bool, the pixels of each prompt's class; no two prompts of an image share one.
         inside: B x Q x h x w bool, the pixels that each prompt's box holds.
+        weights: B x Q, of each prompt's class.
 
     Returns:
-        B x Q float32, times COMPETING_WEIGHT; 0 for a prompt whose box holds no pixel of its class.
+        B x Q float32, times COMPETING_WEIGHT: the same for all prompts of an image.
     """
     lowest = torch.finfo(logits.dtype).min  # not -inf, which has no gradient where no box holds a pixel
     total = torch.where(inside, logits, lowest).logsumexp(dim=1, keepdim=True)
     own = target & inside
-    ce = torch.where(own, total - logits, 0).flatten(2).sum(-1) / own.flatten(2).sum(-1).clamp(min=1)
-    return COMPETING_WEIGHT * ce
+    ce = (torch.where(own, total - logits, 0).flatten(2).sum(-1) * weights).sum(1) / own.flatten(1).sum(-1).clamp(min=1)
+    return COMPETING_WEIGHT * ce[:, None].expand_as(weights)
 
 
 def _inside(boxes: Tensor, size: int, stride: int) -> Tensor:
@@ -129,17 +133,18 @@ def _inside(boxes: Tensor, size: int, stride: int) -> Tensor:
     return y[..., :, None] & x[..., None, :]
 
 
-def class_weights(pixels: Tensor) -> Tensor:
-    """Weights for the cross-entropy that keep rare classes from vanishing: the inverse square root of the frequency.
+def class_weights(pixels: Tensor, power: float) -> Tensor:
+    """Weights for a cross-entropy that keep rare classes from vanishing: the frequency to the power of -`power`.
 
     Args:
         pixels: labelled pixels of each class in the training data.
+        power: 0 for equal weights, 1 for classes that weigh the same in sum.
 
     Returns:
         float32, with mean 1 over those pixels but for what exceeds MAX_CLASS_WEIGHT; 0 for a class that does not occur.
     """
     frequency = pixels.double() / pixels.sum()
-    weights = torch.where(frequency > 0, frequency.clamp(min=1e-9).rsqrt(), 0.0)
+    weights = torch.where(frequency > 0, frequency.clamp(min=1e-9) ** -power, 0.0)
     return (weights / (weights * frequency).sum()).clamp(max=MAX_CLASS_WEIGHT).float()
 
 

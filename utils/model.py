@@ -30,9 +30,11 @@ class Segmenter(nn.Module):
 
     PROMPTS: ClassVar[tuple[str, ...]]  # the batch's entries that `forward` takes after the features
     LOSSES: ClassVar[tuple[str, ...]]  # the parts that the loss is the sum of
+    CLASS_WEIGHT_POWER: ClassVar[float]  # see `utils.losses.class_weights`
 
     feature_blocks: Sequence[int] = ()  # encoder blocks whose outputs are features, beside the embeddings
     image_pe: Tensor
+    class_weights: Tensor
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
@@ -41,6 +43,7 @@ class Segmenter(nn.Module):
         for frozen in (sam.image_encoder, sam.prompt_encoder):
             frozen.requires_grad_(False)
         self.register_buffer("image_pe", sam.prompt_encoder.get_dense_pe(), persistent=False)
+        self.register_buffer("class_weights", torch.ones(NUM_CLASSES), persistent=False)
         self.reduction: Reduction | None = None  # that cached features have gone through
 
     @property
@@ -70,6 +73,10 @@ class Segmenter(nn.Module):
         """What a cache stores of features -> what `forward` takes, so that the decoder knows of no cache."""
         return self.reduction.expand(stored) if self.reduction else tuple(feature.float() for feature in stored)
 
+    def balance_classes(self, pixels: Tensor) -> None:
+        """Weigh the classes in the cross-entropy by their pixels in the training data, NUM_CLASSES counts."""
+        self.class_weights = class_weights(pixels, self.CLASS_WEIGHT_POWER).to(self.class_weights.device)
+
     def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`LOSSES` by name, each of the shape of the batch's "valid", float32.
 
@@ -85,6 +92,7 @@ class BoxSegmenter(Segmenter):
 
     PROMPTS = ("boxes",)
     LOSSES = ("dice", "bce", "iou", "ce")
+    CLASS_WEIGHT_POWER = 0.75
 
     def forward(self, features: Features, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -107,7 +115,9 @@ class BoxSegmenter(Segmenter):
         return low_res_masks[:, :, 0], iou_predictions[:, :, 0]
 
     def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return prompt_losses(outputs[0], outputs[1], batch["labels"], batch["class_ids"], batch["boxes"])
+        return prompt_losses(
+            outputs[0], outputs[1], batch["labels"], batch["class_ids"], batch["boxes"], self.class_weights
+        )
 
 
 class SemanticSegmenter(Segmenter):
@@ -115,8 +125,7 @@ class SemanticSegmenter(Segmenter):
 
     PROMPTS = ()
     LOSSES = ("ce", "dice")
-
-    class_weights: Tensor
+    CLASS_WEIGHT_POWER = 0.5
 
     def __init__(self, sam: Sam, *, feature_blocks: Sequence[int] | None = None, stem_blocks: int = 3) -> None:
         """
@@ -137,11 +146,6 @@ class SemanticSegmenter(Segmenter):
             feature_channels=[encoder.embed_dim] * len(self.feature_blocks),
             stem_blocks=stem_blocks,
         )
-        self.register_buffer("class_weights", torch.ones(NUM_CLASSES), persistent=False)
-
-    def balance_classes(self, pixels: Tensor) -> None:
-        """Weigh the classes in the loss by how many pixels of the training data each has: NUM_CLASSES counts."""
-        self.class_weights = class_weights(pixels).to(self.class_weights.device)
 
     def _encode(self, x: Tensor) -> Features:
         image_embeddings, features = self.sam.image_encoder.forward_features(x, self.feature_blocks)
