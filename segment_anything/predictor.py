@@ -100,7 +100,8 @@ class SamPredictor:
         if mask_input is not None:
             masks = torch.as_tensor(mask_input, dtype=torch.float, device=self.device)[None]
         outputs = self.predict_torch(coords, labels, boxes, masks, multimask_output, return_logits=return_logits)
-        final, iou_predictions, low_res_masks = (output[0].cpu().numpy() for output in outputs)
+        arrays = (o[0].cpu().to(torch.float32 if o.dtype == torch.bfloat16 else o.dtype).numpy() for o in outputs)
+        final, iou_predictions, low_res_masks = arrays  # NumPy has no bfloat16
         return final, iou_predictions, low_res_masks
 
     @torch.no_grad()
