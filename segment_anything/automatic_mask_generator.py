@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from segment_anything.modeling import Sam
+from segment_anything.modeling.common import ArgumentError
 from segment_anything.predictor import SamPredictor
 from segment_anything.utils.amg import (
     MaskData,
@@ -72,7 +73,7 @@ class SamAutomaticMaskGenerator:
             output_mode: how a mask is given: binary_mask (H x W bool), uncompressed_rle, or coco_rle.
 
         Raises:
-            AssertionError: both or neither of `points_per_side` and `point_grids`, too few grids, or an unknown
+            ArgumentError: both or neither of `points_per_side` and `point_grids`, too few grids, or an unknown
                 output mode.
             ImportError: `output_mode` is coco_rle and pycocotools is not installed.
         """
@@ -81,12 +82,12 @@ class SamAutomaticMaskGenerator:
         elif point_grids is not None and points_per_side is None:
             grids = point_grids
         else:
-            raise AssertionError("give exactly one of points_per_side and point_grids")
+            raise ArgumentError("give exactly one of points_per_side and point_grids")
         if len(grids) <= crop_n_layers:
             needed = crop_n_layers + 1
-            raise AssertionError(f"crop_n_layers={crop_n_layers} needs {needed} point_grids, got {len(grids)}")
+            raise ArgumentError(f"crop_n_layers={crop_n_layers} needs {needed} point_grids, got {len(grids)}")
         if output_mode not in OUTPUT_MODES:
-            raise AssertionError(f"output_mode must be one of {', '.join(OUTPUT_MODES)}, got {output_mode!r}")
+            raise ArgumentError(f"output_mode must be one of {', '.join(OUTPUT_MODES)}, got {output_mode!r}")
         if output_mode == "coco_rle":
             _require_pycocotools()
         self.predictor = SamPredictor(model)

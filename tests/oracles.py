@@ -41,6 +41,7 @@ def public_sam() -> ModuleType:
     sys.path.insert(0, str(folder))
     try:
         public = importlib.import_module(_NAME)
+        importlib.import_module(f"{_NAME}.utils.onnx")  # a part that the package does not import by itself
     finally:
         _take_out()
         sys.modules.update(ours)

@@ -77,10 +77,10 @@ def image() -> np.ndarray:
         ({"output_mode": "uncompressed_rle"}, 15),
         ({"output_mode": "coco_rle"}, 15),
         ({"crop_n_layers": 1, "crop_nms_thresh": 0.4, "crop_overlap_ratio": 0.2}, 15),
-        ({"points_per_side": 16, "crop_n_layers": 2, "crop_n_points_downscale_factor": 2}, 30),
+        ({"crop_n_layers": 2, "crop_n_points_downscale_factor": 2}, 20),
         ({"points_per_side": None, "point_grids": GRIDS, "crop_n_layers": 1}, 8),
         ({"min_mask_region_area": 20}, 15),
-        ({"min_mask_region_area": 500, "crop_n_layers": 1}, 15),
+        ({"min_mask_region_area": 300, "box_nms_thresh": 0.9}, 15),
         ({"pred_iou_thresh": 99.0, "min_mask_region_area": 20}, 0),
     ],
     ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else "",
@@ -101,11 +101,8 @@ def test_the_records_are_the_public_packages_on_the_same_predictions(
         }
 
 
-@pytest.mark.parametrize("crop_n_layers", [0, 1])
-def test_the_whole_is_equal_to_the_public_package(
-    sam: Sam, public: Any, image: np.ndarray, crop_n_layers: int
-) -> None:
-    arguments = {**SOME, "crop_n_layers": crop_n_layers}
+def test_the_whole_is_equal_to_the_public_package(sam: Sam, public: Any, image: np.ndarray) -> None:
+    arguments = {**SOME, "crop_n_layers": 1}
     actual = SamAutomaticMaskGenerator(sam, **arguments).generate(image)
     expected = public_sam().SamAutomaticMaskGenerator(public, **arguments).generate(image)
     assert len(actual) == len(expected) >= 15
@@ -117,6 +114,7 @@ def test_the_whole_is_equal_to_the_public_package(
         assert (mask["segmentation"] != public_mask["segmentation"]).sum() <= 2
 
 
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools
 def test_a_compressed_mask_is_the_mask(sam: Sam, image: np.ndarray) -> None:
     from pycocotools import mask as coco
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segment_anything.modeling.common import ArgumentError
+
 Column = Tensor | np.ndarray | list[Any]
 
 
@@ -30,7 +32,7 @@ class MaskData:
 
     def __setitem__(self, key: str, item: Column) -> None:
         if not isinstance(item, Tensor | np.ndarray | list):
-            raise AssertionError(f"{key} must be a tensor, an array or a list, got {type(item).__name__}")
+            raise ArgumentError(f"{key} must be a tensor, an array or a list, got {type(item).__name__}")
         self._stats[key] = item
 
     def __delitem__(self, key: str) -> None:
@@ -153,7 +155,7 @@ def box_xyxy_to_xywh(box_xyxy: Any) -> Any:
 def batch_iterator(batch_size: int, *args: Any) -> Iterator[list[Any]]:
     """Slices of at most `batch_size` of each argument; all have one length."""
     if not args or any(len(arg) != len(args[0]) for arg in args):
-        raise AssertionError(f"batches need arguments of one length, got {[len(arg) for arg in args]}")
+        raise ArgumentError(f"batches need arguments of one length, got {[len(arg) for arg in args]}")
     for start in range(0, len(args[0]), batch_size):
         yield [arg[start : start + batch_size] for arg in args]
 
@@ -238,7 +240,7 @@ def remove_small_regions(mask: np.ndarray, area_thresh: float, mode: str) -> tup
     import cv2  # only this function needs it
 
     if mode not in ("holes", "islands"):
-        raise AssertionError(f"mode must be holes or islands, got {mode!r}")
+        raise ArgumentError(f"mode must be holes or islands, got {mode!r}")
     parts = ~mask if mode == "holes" else mask
     _, labels, stats, _ = cv2.connectedComponentsWithStats(parts.astype(np.uint8), connectivity=8)
     areas = stats[:, cv2.CC_STAT_AREA]
