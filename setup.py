@@ -29,6 +29,7 @@ setup(
             "hypothesis",  # damaged and hostile files by the thousand: tests/fuzz.py
             # Oracles: what the tests compare with.
             "segment-anything==1.0",
+            "pycocotools",
             "torchmetrics",
             "bdd100k==1.0.1",
         ],

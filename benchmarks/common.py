@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from segment_anything import build_sam
+from segment_anything import sam_model_registry
 from segment_anything.build_sam import CONFIGS, PATCH_SIZE
 from segment_anything.modeling import Sam
 from tests.oracles import public_sam
@@ -37,7 +37,7 @@ def get_args_parser(doc: str | None) -> cli.Parser:
 def build_pair(model_type: str, image_size: int) -> tuple[Sam, nn.Module]:
     """Our SAM and the public package's image encoder, in eval mode on the same random weights."""
     torch.manual_seed(0)
-    ours = build_sam(model_type, image_size=image_size)
+    ours = sam_model_registry[model_type](image_size=image_size)
     config = CONFIGS[model_type]
     with torch.device("meta"):  # the weights are ours
         public = public_sam().modeling.ImageEncoderViT(

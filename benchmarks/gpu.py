@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks import common
-from segment_anything import build_sam
+from segment_anything import sam_model_registry
 from utils import cli
 from utils.engine import Progress, train_one_epoch
 from utils.errors import UserError
@@ -89,7 +89,7 @@ def stored(segmenter: Segmenter, features: Features) -> list[Tensor]:
 
 
 def training(args: argparse.Namespace, precision: Precision) -> None:
-    sam = build_sam(args.model_type, image_size=args.image_size)
+    sam = sam_model_registry[args.model_type](image_size=args.image_size)
     segmenter = SEGMENTERS[args.prompt_mode](sam).to(precision.device)
     optimizer = build_optimizer(segmenter, lr=5e-5, weight_decay=0.01)
     scheduler = build_scheduler(optimizer, "constant", total_steps=1, warmup_steps=0)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.modeling import Sam
-from segment_anything.modeling.common import pixels_to_map
+from segment_anything.modeling.common import upscaled_masks
 from utils import cli
 from utils.augment import AUGMENTATIONS, fixed_view
 from utils.bdd100k import NUM_CLASSES
@@ -83,14 +83,9 @@ class PlainTokens(SemanticSegmenter):
     def forward(self, features: Features) -> tuple[Tensor]:
         decoder: Any = self.mask_decoder
         x = features[0] + decoder.no_mask_embedding
-        tokens, image_tokens = decoder.transformer(
-            x.flatten(2).transpose(1, 2),
-            self.image_pe.flatten(2).transpose(1, 2),
-            decoder.mask_tokens.expand(len(x), -1, -1),
-        )
-        upscaled = decoder.output_upscaling(image_tokens)
-        masks = decoder.output_hypernetworks(tokens) @ upscaled.flatten(1, 3).transpose(1, 2)
-        return (pixels_to_map(masks.unflatten(2, (-1, 4, 4)), x.shape[-2:]),)
+        tokens, image_tokens = decoder.transformer(x, self.image_pe, decoder.mask_tokens.expand(len(x), -1, -1))
+        upscalings = [(decoder.output_upscaling, image_tokens)]
+        return (upscaled_masks(decoder.output_hypernetworks(tokens), upscalings, (x.shape[2], x.shape[3])),)
 
 
 class CoarseLoss(SemanticSegmenter):

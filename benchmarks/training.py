@@ -149,7 +149,7 @@ class Loop:
 
 def cached_dataset(folder: Path, source: NpyFolder, sam: Sam) -> BoxPromptDataset:
     """A data set whose cache is made as a run makes it, in float16."""
-    grid = sam.image_encoder.image_size // 16
+    grid = sam.image_encoder.img_size // 16
     segmenter = WithEncoder(sam, RandomEncoder((sam.prompt_encoder.embed_dim, grid, grid)))
     info = ModelInfo("random", source.image_size, source.resize_mode, "0" * 64, "box")
     precision = PRECISIONS["float32"]

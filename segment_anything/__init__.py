@@ -4,6 +4,7 @@
     predictor = SamPredictor(sam_model_registry["vit_b"](checkpoint="work_dir/SAM/sam_vit_b_01ec64.pth"))
 """
 
+from segment_anything.automatic_mask_generator import SamAutomaticMaskGenerator
 from segment_anything.build_sam import (
     CheckpointError,
     build_sam,
@@ -17,6 +18,7 @@ from segment_anything.predictor import SamPredictor
 
 __all__ = [
     "CheckpointError",
+    "SamAutomaticMaskGenerator",
     "SamPredictor",
     "build_sam",
     "build_sam_vit_b",

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.utils.plain_load import load_plain
@@ -53,7 +53,7 @@ _META_FILES = {
 }
 
 
-def build_sam(
+def build_sam_of_type(
     model_type: str,
     checkpoint: str | Path | None = None,
     *,
@@ -79,11 +79,13 @@ def build_sam(
     grid_size = image_size // PATCH_SIZE
     sam = Sam(
         image_encoder=ImageEncoderViT(
-            image_size=image_size,
+            img_size=image_size,
             patch_size=PATCH_SIZE,
             embed_dim=config.embed_dim,
             depth=config.depth,
             num_heads=config.num_heads,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
             window_size=config.window_size,
             global_attn_indexes=config.global_attn_indexes,
             out_chans=config.prompt_embed_dim,
@@ -110,10 +112,11 @@ def build_sam(
     return sam.eval()
 
 
-build_sam_vit_h = partial(build_sam, "vit_h")
-build_sam_vit_l = partial(build_sam, "vit_l")
-build_sam_vit_b = partial(build_sam, "vit_b")
-build_sam_vit_tiny = partial(build_sam, "vit_tiny")
+build_sam_vit_h = partial(build_sam_of_type, "vit_h")
+build_sam_vit_l = partial(build_sam_of_type, "vit_l")
+build_sam_vit_b = partial(build_sam_of_type, "vit_b")
+build_sam_vit_tiny = partial(build_sam_of_type, "vit_tiny")
+build_sam = build_sam_vit_h  # the public package's name for it
 
 sam_model_registry = {
     "default": build_sam_vit_h,

@@ -34,8 +34,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from segment_anything import CheckpointError, build_sam
-from segment_anything.build_sam import CONFIGS, SamConfig, load_state_dict, read_state_dict
+from segment_anything import CheckpointError
+from segment_anything.build_sam import CONFIGS, SamConfig, build_sam_of_type, load_state_dict, read_state_dict
 from utils.bdd100k import CLASS_NAMES, read_image, read_mask, read_size
 from utils.boxes import class_boxes
 from utils.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_latest
@@ -190,7 +190,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
     """The targets by name; they keep their files in `folder`."""
     CONFIGS["small"] = SMALL
     torch.manual_seed(0)
-    model = BoxSegmenter(build_sam("small"))
+    model = BoxSegmenter(build_sam_of_type("small"))
     split = folder / "train"
     for kind in ("imgs", "gts"):
         (split / kind).mkdir(parents=True)

@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from segment_anything.build_sam import CONFIGS
+from segment_anything.modeling import Sam
 from utils.errors import UserError
 
 _NAME = "segment_anything"
@@ -38,14 +41,43 @@ def public_sam() -> ModuleType:
     sys.path.insert(0, str(folder))
     try:
         public = importlib.import_module(_NAME)
+        importlib.import_module(f"{_NAME}.utils.onnx")  # a part that the package does not import by itself
     finally:
         _take_out()
         sys.modules.update(ours)
         sys.path[:] = path
     # `pip install .` without -e puts our package over the public one, and we would compare with ourselves.
-    if not hasattr(public, "SamAutomaticMaskGenerator"):
+    if hasattr(public, "CheckpointError"):
         raise UserError(f"{public.__file__} is not the public segment-anything==1.0; install it anew, and ours with -e")
     return public
+
+
+def public_tiny(ours: Sam) -> Any:
+    """A SAM of the public package that is our `vit_tiny` `ours`, its weights and its image size included."""
+    config, side = CONFIGS["vit_tiny"], ours.prompt_encoder.input_image_size[0]
+    modeling = public_sam().modeling
+    theirs = modeling.Sam(
+        image_encoder=modeling.ImageEncoderViT(
+            img_size=side,
+            embed_dim=config.embed_dim,
+            depth=config.depth,
+            num_heads=config.num_heads,
+            out_chans=config.prompt_embed_dim,
+            norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=config.window_size,
+            global_attn_indexes=config.global_attn_indexes,
+        ),
+        prompt_encoder=modeling.PromptEncoder(
+            config.prompt_embed_dim, ours.prompt_encoder.image_embedding_size, (side, side), mask_in_chans=16
+        ),
+        mask_decoder=modeling.MaskDecoder(
+            transformer=modeling.TwoWayTransformer(2, config.prompt_embed_dim, 8, config.decoder_mlp_dim),
+            transformer_dim=config.prompt_embed_dim,
+        ),
+    )
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return theirs.eval()
 
 
 def _take_out() -> dict[str, ModuleType]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from segment_anything import SamPredictor, build_sam, build_sam_vit_b
+from segment_anything import SamPredictor, build_sam_vit_b, build_sam_vit_tiny
 from segment_anything.build_sam import file_digest
 from tests.conftest import IMAGE_SIZE, run_script
 from tests.oracles import public_sam, relative_error
@@ -131,7 +131,7 @@ def test_vit_tiny_round_trip(
         expected, _ = reference(reference.encode(tensors[0]), tensors[1])
 
     check_tensors(output, sam_file, state)
-    predictor = SamPredictor(build_sam("vit_tiny", output, image_size=IMAGE_SIZE))
+    predictor = SamPredictor(build_sam_vit_tiny(output, image_size=IMAGE_SIZE))
     predictor.set_image(image)
     _, _, masks = predictor.predict(box=box, multimask_output=False)
     assert relative_error(masks[0], expected[0, 0]) < TOLERANCE
@@ -208,7 +208,7 @@ def refuse(run: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., st
 
 def test_another_sam_file(refuse: Callable[..., str], run: Path, sam_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.pth"
-    sam = build_sam("vit_tiny", sam_file, image_size=IMAGE_SIZE)
+    sam = build_sam_vit_tiny(sam_file, image_size=IMAGE_SIZE)
     disturb(sam, seed=3)
     torch.save(sam.state_dict(), other)
     said = f"{run / BEST}: was trained with sam sha256 {file_digest(sam_file)}, not {file_digest(other)}; give the same"

@@ -10,7 +10,6 @@ import io
 import pickle
 import zipfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 from segment_anything import (
     CheckpointError,
     SamPredictor,
-    build_sam,
     build_sam_vit_b,
     build_sam_vit_tiny,
     sam_model_registry,
@@ -57,11 +55,6 @@ def randomise(module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
             if parameter.ndim == 1 or "pos" in name:  # biases, norms, pos_embed, rel_pos_h, rel_pos_w
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-
-
-def through(block: Any, x: Tensor) -> Tensor:
-    """A block by itself, to which the encoder would give the order of the windows."""
-    return block(x, image_encoder.window_order((x.shape[1], x.shape[2]), block.attn.window_size, x.device))
 
 
 def random_tiny(image_size: int = 64) -> Sam:
@@ -197,7 +190,7 @@ def test_encoder_blocks_of_the_larger_models(compare: Compare, model_type: str, 
     """On a 20 x 20 grid, which windows of 14 do not divide."""
     grid_size = 20
     with torch.device("meta"):  # only the one block that is compared gets memory
-        ours = build_sam(model_type, image_size=16 * grid_size).image_encoder
+        ours = sam_model_registry[model_type](image_size=16 * grid_size).image_encoder
         theirs = public_sam().sam_model_registry[model_type]().image_encoder
     index = next(i for i, size in enumerate(ours.window_sizes) if bool(size) == (kind == "windowed"))
     assert ours.window_sizes == [block.window_size for block in theirs.blocks]
@@ -214,17 +207,15 @@ def test_encoder_blocks_of_the_larger_models(compare: Compare, model_type: str, 
     # The tables alone depend on the grid, which is the public model's 64 x 64 there.
     public_block.attn.rel_pos_h, public_block.attn.rel_pos_w = block.attn.rel_pos_h, block.attn.rel_pos_w
     public_block.load_state_dict(block.state_dict(), strict=True)
-    height = grid_size if kind == "global" else grid_size - 3  # over the whole map, SAM knows squares only
-    x = torch.randn(2, height, grid_size, block.norm1.weight.numel())
-    compare(f"{model_type} {kind} block", through(block, x), public_block(x))
+    x = torch.randn(2, grid_size - 3, grid_size, block.norm1.weight.numel())
+    compare(f"{model_type} {kind} block", block(x), public_block(x))
 
 
 @torch.no_grad()
 def test_the_encoder_works_after_an_export() -> None:
     """Nothing of a trace, whose tensors hold no values, is kept for later."""
     encoder = random_tiny().image_encoder.requires_grad_(False)
-    side = encoder.image_size
-    images = torch.randn(1, 3, side, side)
+    images = torch.randn(1, 3, encoder.img_size, encoder.img_size)
     exported = torch.export.export(encoder, (images,)).module()
     assert relative_error(exported(images), encoder(images)) < TOLERANCE
 
@@ -232,17 +223,16 @@ def test_the_encoder_works_after_an_export() -> None:
 def test_gradients_of_a_block_with_windows(compare: Compare) -> None:
     """The encoder can be trained too, and its padding is one token that many windows share."""
     torch.manual_seed(0)
-    ours = image_encoder.Block(dim=24, num_heads=3, window_size=5, grid_size=12)
+    arguments: dict[str, Any] = {"dim": 24, "num_heads": 3, "window_size": 5, "use_rel_pos": True}
+    ours = image_encoder.Block(**arguments)
     randomise(ours)
-    modules = public_sam().modeling.image_encoder
-    norm = partial(nn.LayerNorm, eps=1e-6)
-    theirs = modules.Block(dim=24, num_heads=3, window_size=5, use_rel_pos=True, norm_layer=norm)
+    theirs = public_sam().modeling.image_encoder.Block(**arguments)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x, weights = torch.randn(2, 7, 12, 24), torch.randn(2, 7, 12, 24)
     gradients = []
-    for block, run in ((ours, partial(through, ours)), (theirs, theirs)):
+    for block in (ours, theirs):
         inputs = [x.clone().requires_grad_(), *block.parameters()]
-        gradients.append(torch.autograd.grad((run(inputs[0]) * weights).sum(), inputs))
+        gradients.append(torch.autograd.grad((block(inputs[0]) * weights).sum(), inputs))
     for name, actual, expected in zip(["x", *dict(ours.named_parameters())], *gradients):
         compare(f"gradient of {name}", actual, expected)
 
@@ -536,6 +526,7 @@ def test_the_position_embedding_keeps_its_axes_and_values(tmp_path: Path, tiny_s
     state = {**tiny_state, "image_encoder.pos_embed": rows[None].clone()}
     # The global tables of this file go with a 4 x 4 grid and the embedding with 16 x 16; each is resampled by itself.
     sam = load_tiny(save(state, tmp_path / "sam.pth"), image_size=512)
+    assert sam.image_encoder.pos_embed is not None
     resampled = sam.image_encoder.pos_embed[0, :, :, 0]  # 32 x 32
     centres = (torch.arange(32.0) + 0.5) / 2 - 0.5
     # PyTorch's bicubic kernel is exact on constants and follows a ramp of slope 1 to within 0.05.
@@ -557,7 +548,7 @@ def test_relative_positions_are_resampled_as_the_public_package_does(
         {key.removeprefix(prefix): value for key, value in tiny_state.items() if key.startswith(prefix)}
     )
     x = torch.randn(1, 8, 8, 192, generator=torch.Generator().manual_seed(0))
-    compare("global block at another size", through(block, x), public_block(x))
+    compare("global block at another size", block(x), public_block(x))
 
 
 @pytest.mark.parametrize("image_size", [40, 1000])

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from segment_anything import CheckpointError, build_sam
+from segment_anything import CheckpointError, sam_model_registry
 from segment_anything.build_sam import PATCH_SIZE
 from segment_anything.modeling import Sam, SemanticDecoder
 from utils.bdd100k import NUM_CLASSES
@@ -174,7 +174,7 @@ def build_model(
     if image_size % PATCH_SIZE:
         raise UserError(f"image size {image_size}: no model takes it; preprocess at a multiple of {PATCH_SIZE}")
     try:
-        sam = build_sam(model_type, sam_checkpoint, image_size=image_size, check_hash=check_hash)
+        sam = sam_model_registry[model_type](sam_checkpoint, image_size=image_size, check_hash=check_hash)
     except CheckpointError as error:
         raise UserError(str(error)) from None
     return SEGMENTERS[prompt_mode](sam)

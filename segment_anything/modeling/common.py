@@ -3,44 +3,133 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+class ArgumentError(ValueError, AssertionError):
+    """An argument that SAM does not take: AssertionError in the public package, ValueError as usual in Python."""
+
+
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of exactly one of `kinds`, and calling it runs that class's forward and nothing else.
+
+    Only then may its weights be used without calling it. An adapter (LoRA), a hook, a parametrization, a quantised
+    layer or a patched forward needs the call.
+    """
+    return (
+        type(module) in kinds
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and not _has_any_global_hook()
+    )
 
 
 class LayerNorm2d(nn.Module):
     """Layer normalisation over the channels of a B x C x H x W map, at each pixel by itself."""
 
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, self.eps)
-        return x.permute(0, 3, 1, 2)
+        return self.of_rows(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """The same of pixels whose channels are last, ... x C."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-class PixelUpscaling(nn.ConvTranspose2d):
-    """A transposed convolution of kernel and stride 2 on pixels that are rows: ... x C_in -> ... x 4 x C_out.
+def pixel_upscaling(
+    in_channels: int, hidden_channels: int, out_channels: int, activation: type[nn.Module] = nn.GELU
+) -> nn.Sequential:
+    """B x C_in x H x W -> B x C_out x 4H x 4W, by two transposed convolutions that double the size."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(in_channels, hidden_channels, kernel_size=2, stride=2),
+        LayerNorm2d(hidden_channels),
+        activation(),
+        nn.ConvTranspose2d(hidden_channels, out_channels, kernel_size=2, stride=2),
+        activation(),
+    )
 
-    No two of its outputs share an input, so it is a linear layer that makes four pixels (upper left, upper right, lower
-    left, lower right) of each. Channels stay last, as the layers around it want them; `pixels_to_map` puts the pixels
-    in their places at the end, when there are few channels left.
+
+def upscaled_masks(
+    weights: Tensor, upscalings: Sequence[tuple[nn.Module, Tensor]], size: tuple[int, int]
+) -> Tensor:
+    """Masks as products of weights with image tokens that have been upscaled.
+
+    Args:
+        weights: B x M x C.
+        upscalings: modules such as `pixel_upscaling`, each with the tokens that it upscales, B x HW x C_i. The channels
+            of their outputs, one after another, are the C of `weights`.
+        size: (H, W).
+
+    Returns:
+        B x M x 4H x 4W.
     """
+    if all(_keeps_pixels_apart(module) for module, _ in upscalings):
+        parts = [_upscale_rows(module, tokens) for module, tokens in upscalings]
+        rows = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]  # B x HW x 4 x 4 x C
+        masks = weights @ rows.flatten(1, 3).transpose(1, 2)  # B x M x 16HW
+        return _pixels_to_map(masks.unflatten(2, (-1, 4, 4)), size)
+    maps = torch.cat([module(tokens.transpose(1, 2).unflatten(2, size)) for module, tokens in upscalings], dim=1)
+    return (weights @ maps.flatten(2)).unflatten(2, maps.shape[2:])
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=2, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (4 C_out) x C_in
-        assert self.bias is not None
-        return F.linear(x, weight, self.bias.repeat(4)).unflatten(-1, (4, -1))
+def _keeps_pixels_apart(module: nn.Module) -> bool:
+    """Whether it is `pixel_upscaling`, plain throughout: then no two output pixels of a convolution share an input."""
+    if not (is_plain(module, nn.Sequential) and isinstance(module, nn.Sequential) and len(module) == 5):
+        return False
+    first, norm, activation, second, last = module
+    return (
+        all(is_plain(conv, nn.ConvTranspose2d) and _doubles_size(conv) for conv in (first, second))
+        and is_plain(norm, LayerNorm2d)
+        and all(is_plain(act, nn.GELU, nn.ReLU) for act in (activation, last))
+    )
 
 
-def pixels_to_map(x: Tensor, size: Sequence[int]) -> Tensor:
+def _doubles_size(conv: nn.Module) -> bool:
+    assert isinstance(conv, nn.ConvTranspose2d)
+    return (
+        conv.kernel_size == conv.stride == (2, 2)
+        and conv.padding == conv.output_padding == (0, 0)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.bias is not None
+    )
+
+
+def _upscale_rows(upscaling: nn.Module, x: Tensor) -> Tensor:
+    """`pixel_upscaling` of pixels that are rows, ... x C_in -> ... x 4 x 4 x C_out.
+
+    Channels stay last, as the layers around it want them. `_pixels_to_map` puts the pixels in their places at the end,
+    when there are few channels left.
+    """
+    assert isinstance(upscaling, nn.Sequential)
+    first, norm, activation, second, last = upscaling
+    return last(_double_rows(second, activation(norm.of_rows(_double_rows(first, x)))))  # type: ignore[operator]
+
+
+def _double_rows(conv: nn.Module, x: Tensor) -> Tensor:
+    """A transposed convolution of kernel and stride 2 as a linear layer, ... x C_in -> ... x 4 x C_out.
+
+    It makes four pixels of each: upper left, upper right, lower left, lower right.
+    """
+    assert isinstance(conv, nn.ConvTranspose2d) and conv.bias is not None
+    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (4 C_out) x C_in
+    return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
+
+
+def _pixels_to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     """... x HW x 4 x 4 of pixels upscaled twice, HW being H x W = `size` -> ... x 4H x 4W."""
     h, w = size
     *leading, _, _, _ = x.shape
@@ -53,26 +142,31 @@ def pixels_to_map(x: Tensor, size: Sequence[int]) -> Tensor:
 class MLPBlock(nn.Module):
     """The two-layer perceptron of a transformer block, ... x C -> ... x C."""
 
-    def __init__(self, channels: int, hidden_channels: int, activation: type[nn.Module]) -> None:
+    def __init__(self, embedding_dim: int, mlp_dim: int, act: type[nn.Module] = nn.GELU) -> None:
         super().__init__()
-        self.lin1 = nn.Linear(channels, hidden_channels)
-        self.lin2 = nn.Linear(hidden_channels, channels)
-        self.act = activation()
+        self.lin1 = nn.Linear(embedding_dim, mlp_dim)
+        self.lin2 = nn.Linear(mlp_dim, embedding_dim)
+        self.act = act()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lin2(self.act(self.lin1(x)))
 
 
 class MLP(nn.Module):
-    """`num_layers` linear layers with ReLU between them, ... x C_in -> ... x C_out."""
+    """`num_layers` linear layers with ReLU between them, ... x C_in -> ... x C_out, in 0..1 with `sigmoid_output`."""
 
-    def __init__(self, in_channels: int, hidden_channels: int, out_channels: int, num_layers: int) -> None:
+    def __init__(
+        self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int, sigmoid_output: bool = False
+    ) -> None:
         super().__init__()
-        widths = [in_channels, *[hidden_channels] * (num_layers - 1), out_channels]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:]))
+        self.num_layers = num_layers
+        self.sigmoid_output = sigmoid_output
+        widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         *hidden, last = self.layers
         for layer in hidden:
             x = F.relu(layer(x))
-        return last(x)
+        x = last(x)
+        return x.sigmoid() if self.sigmoid_output else x

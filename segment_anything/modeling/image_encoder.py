@@ -6,18 +6,19 @@ The design is ViTDet's (Li et al., 2022, arXiv 2203.16527), with the decomposed 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segment_anything.modeling.common import LayerNorm2d, MLPBlock
+from segment_anything.modeling.common import ArgumentError, LayerNorm2d, MLPBlock, is_plain
 
 # Elements made at a time of what is larger than all else: the attention's bias and the MLP's hidden layer. On a CPU,
 # 16 MB in float32: above 32 MB the C library takes a tensor's memory from the system anew, page by page, which costs
-# more than to compute it. On a GPU, 0.5 GB in half precision.
-MAX_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+# more than to compute it. On any other device, 0.5 GB in half precision.
+MAX_ELEMENTS = {"cpu": 2**22}
+MAX_ELEMENTS_ELSEWHERE = 2**28
 
 Order = tuple[Tensor, Tensor]  # of the tokens of a map in windows, and back: see `window_order`
 
@@ -27,31 +28,59 @@ class ImageEncoderViT(nn.Module):
 
     def __init__(
         self,
-        *,
-        image_size: int,
-        patch_size: int,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        window_size: int,
-        global_attn_indexes: Collection[int],
-        out_chans: int,
+        img_size: int = 1024,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        out_chans: int = 256,
+        qkv_bias: bool = True,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        act_layer: type[nn.Module] = nn.GELU,
+        use_abs_pos: bool = True,
+        use_rel_pos: bool = False,
+        rel_pos_zero_init: bool = True,
+        window_size: int = 0,
+        global_attn_indexes: Collection[int] = (),
     ) -> None:
         """
         Args:
-            window_size: side, in patches, of the windows that attention is confined to, except in
-            global_attn_indexes: the blocks that attend over the whole image.
+            img_size: S, side of the square input in pixels.
+            mlp_ratio: width of a block's hidden layer, in units of `embed_dim`.
+            norm_layer: makes a block's norm of its width; SAM's has eps=1e-6.
+            use_rel_pos: SAM's models have relative positions; the default is the public package's.
+            rel_pos_zero_init: without effect, as in the public package: the tables start as zeros.
+            window_size: side, in patches, of the windows that attention is confined to; 0 for the whole image.
+            global_attn_indexes: the blocks that attend over the whole image all the same.
         """
         super().__init__()
-        self.image_size = image_size
+        self.img_size = img_size
         self.embed_dim = embed_dim
-        grid_size = image_size // patch_size
-        self.patch_embed = PatchEmbed(patch_size=patch_size, embed_dim=embed_dim)
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid_size, grid_size, embed_dim))
+        grid_size = img_size // patch_size
+        self.patch_embed = PatchEmbed(
+            kernel_size=(patch_size, patch_size),
+            stride=(patch_size, patch_size),
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid_size, grid_size, embed_dim)) if use_abs_pos else None
         # Of each block; 0 where it attends over the whole image.
         self.window_sizes = [0 if i in global_attn_indexes else window_size for i in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(dim=embed_dim, num_heads=num_heads, window_size=size, grid_size=grid_size)
+            Block(
+                dim=embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                use_rel_pos=use_rel_pos,
+                rel_pos_zero_init=rel_pos_zero_init,
+                window_size=size,
+                input_size=(grid_size, grid_size),
+            )
             for size in self.window_sizes
         )
         self.neck = nn.Sequential(
@@ -70,22 +99,35 @@ class ImageEncoderViT(nn.Module):
         Returns:
             B x out_chans x H x W, and B x C x H x W for each of `block_indexes`, in the order of the blocks.
         """
-        x = self.patch_embed(x) + self.pos_embed  # B x H x W x C
+        x = self.patch_embed(x)  # B x H x W x C
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
         features = []
-        orders = {size: window_order((x.shape[1], x.shape[2]), size, x.device) for size in set(self.window_sizes)}
-        for i, (block, size) in enumerate(zip(self.blocks, self.window_sizes)):
-            x = block(x, orders[size])
+        orders: dict[int, Order] = {}  # made once an encoding
+        for i, block in enumerate(self.blocks):
+            if is_plain(block, Block):
+                assert isinstance(block, Block)
+                x = block.with_orders(x, orders)
+            else:
+                x = block(x)
             if i in block_indexes:
                 features.append(x.permute(0, 3, 1, 2))
         return self.neck(x.permute(0, 3, 1, 2)), features
 
 
 class PatchEmbed(nn.Module):
-    """B x 3 x S x S -> one token for each patch, B x H x W x C."""
+    """B x in_chans x S x S -> one token for each patch, B x H x W x C."""
 
-    def __init__(self, *, patch_size: int, embed_dim: int) -> None:
+    def __init__(
+        self,
+        kernel_size: tuple[int, int] = (16, 16),
+        stride: tuple[int, int] = (16, 16),
+        padding: tuple[int, int] = (0, 0),
+        in_chans: int = 3,
+        embed_dim: int = 768,
+    ) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=kernel_size, stride=stride, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).permute(0, 2, 3, 1)
@@ -94,53 +136,133 @@ class PatchEmbed(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block on B x H x W x C, attending within windows (`window_size` > 0) or globally."""
 
-    def __init__(self, *, dim: int, num_heads: int, window_size: int, grid_size: int) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        act_layer: type[nn.Module] = nn.GELU,
+        use_rel_pos: bool = False,
+        rel_pos_zero_init: bool = True,
+        window_size: int = 0,
+        input_size: tuple[int, int] | None = None,
+    ) -> None:
+        """
+        Args:
+            input_size: (H, W) of the map, which global relative positions need.
+        """
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim=dim, num_heads=num_heads, window_size=window_size, grid_size=grid_size)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLPBlock(dim, 4 * dim, nn.GELU)
+        self.window_size = window_size
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(
+            dim,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            use_rel_pos=use_rel_pos,
+            rel_pos_zero_init=rel_pos_zero_init,
+            input_size=(window_size, window_size) if window_size else input_size,
+        )
+        self.norm2 = norm_layer(dim)
+        self.mlp = MLPBlock(dim, int(dim * mlp_ratio), act_layer)
 
-    def forward(self, x: Tensor, order: Order) -> Tensor:
-        tokens = (x + self.attn(self.norm1(x), order)).flatten(0, 2)
-        pieces = tokens.chunk(-(-len(tokens) * self.mlp.lin1.out_features // MAX_ELEMENTS[x.device.type]))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.with_orders(x, {})
+
+    def with_orders(self, x: Tensor, orders: dict[int, Order]) -> Tensor:
+        """As `forward`, with the `window_order` of each window size, which blocks share and add to."""
+        x = x + self._attend(self.norm1(x), orders)
+        if not self._maps_tokens_apart():
+            return x + self.mlp(self.norm2(x))
+        tokens = x.flatten(0, 2)
+        pieces = tokens.chunk(-(-len(tokens) * self.mlp.lin1.out_features // _max_elements(x)))
         return torch.cat([piece + self.mlp(self.norm2(piece)) for piece in pieces]).view_as(x)
+
+    def _attend(self, x: Tensor, orders: dict[int, Order]) -> Tensor:
+        size, attn = self.window_size, self.attn
+        if not size:
+            return attn(x)
+        if is_plain(attn, Attention) and all(is_plain(linear, nn.Linear) for linear in (attn.qkv, attn.proj)):
+            if size not in orders:
+                orders[size] = window_order((x.shape[1], x.shape[2]), size, x.device)
+            return attn.within_windows(x, size, orders[size])
+        windows, padded_size = window_partition(x, size)
+        return window_unpartition(attn(windows), size, padded_size, (x.shape[1], x.shape[2]))
+
+    def _maps_tokens_apart(self) -> bool:
+        """Whether norm and MLP are plain, so that they may be given some tokens at a time in place of a map."""
+        mlp = self.mlp
+        return (
+            is_plain(self.norm2, nn.LayerNorm)
+            and is_plain(mlp, MLPBlock)
+            and all(is_plain(linear, nn.Linear) for linear in (mlp.lin1, mlp.lin2))
+            and is_plain(mlp.act, nn.GELU, nn.ReLU)
+        )
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with decomposed relative position on a B x H x W x C map.
+    """Multi-head self-attention over a B x H x W x C map, with decomposed relative position."""
 
-    Within windows of `window_size`, or over the whole map if that is 0.
-    """
-
-    def __init__(self, *, dim: int, num_heads: int, window_size: int, grid_size: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.window_size = window_size
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        distances = 2 * (window_size or grid_size) - 1
-        self.rel_pos_h = nn.Parameter(torch.zeros(distances, dim // num_heads))
-        self.rel_pos_w = nn.Parameter(torch.zeros(distances, dim // num_heads))
-
-    def forward(self, x: Tensor, order: Order) -> Tensor:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        use_rel_pos: bool = False,
+        rel_pos_zero_init: bool = True,
+        input_size: tuple[int, int] | None = None,
+    ) -> None:
         """
         Args:
-            order: `window_order` of the map and `window_size`, which all blocks of an encoding share.
+            input_size: (H, W) of the map, by which relative positions are made; at another size they are resampled.
         """
-        b, h, w, c = x.shape
-        window = (self.window_size, self.window_size) if self.window_size else (h, w)
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.use_rel_pos = use_rel_pos
+        if use_rel_pos:
+            if input_size is None:
+                raise ArgumentError("use_rel_pos needs input_size, the (H, W) of the map")
+            self.rel_pos_h, self.rel_pos_w = (
+                nn.Parameter(torch.zeros(2 * length - 1, dim // num_heads)) for length in input_size
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, _ = x.shape
+        qkv = self.qkv(x).reshape(b, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).contiguous()
+        attended = self._attend(qkv.flatten(1, 2), (h, w)).unflatten(0, (b, -1))  # B x heads x HW x C/heads
+        return self.proj(attended.transpose(1, 2).reshape(b, h, w, -1))
+
+    def within_windows(self, x: Tensor, window_size: int, order: Order) -> Tensor:
+        """As `forward` of each window by itself: `window_unpartition(self(window_partition(x)))`, with fewer copies.
+
+        Args:
+            x: B x H x W x C.
+            order: `window_order` of the map.
+        """
+        b, _, _, c = x.shape
         sources, places = order
         # SAM pads the last windows with zeros. All project alike, so one is enough: it is put behind the tokens.
         qkv = self.qkv(F.pad(x.flatten(1, 2), (0, 0, 0, 1))).unflatten(2, (3, self.num_heads, -1))
         qkv = qkv.permute(2, 0, 3, 1, 4).index_select(3, sources)  # 3 x B x heads x places x C/heads
-        q, k, v = qkv.view(3, -1, window[0] * window[1], c // self.num_heads)  # each N x HW x C/heads of a window
-        bias_h, bias_w = relative_position_bias(q, self.rel_pos_h, self.rel_pos_w, window)
-        attended = attention_in_pieces(q, k, v, bias_h, bias_w).view(b, self.num_heads, -1, c // self.num_heads)
+        windows = qkv.view(3, -1, window_size**2, c // self.num_heads)
+        attended = self._attend(windows, (window_size, window_size)).view(b, self.num_heads, -1, c // self.num_heads)
         return self.proj(attended.transpose(1, 2).index_select(1, places).view_as(x))
 
+    def _attend(self, qkv: Tensor, size: tuple[int, int]) -> Tensor:
+        """3 x N x HW x C/heads, contiguous, of maps of `size` (H, W) -> N x HW x C/heads."""
+        q, k, v = qkv
+        if not self.use_rel_pos:
+            return F.scaled_dot_product_attention(q[None], k[None], v[None], scale=self.scale)[0]
+        rel_pos_h, rel_pos_w = _resampled(self.rel_pos_h, 2 * size[0] - 1), _resampled(self.rel_pos_w, 2 * size[1] - 1)
+        bias_h, bias_w = relative_position_bias(q, rel_pos_h, rel_pos_w, size)
+        return attention_in_pieces(q, k, v, bias_h, bias_w, self.scale)
 
-def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor) -> Tensor:
+
+def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, scale: float) -> Tensor:
     """Attention whose additive bias is `bias_h` of the key's row plus `bias_w` of its column.
 
     That sum is the one tensor of quadratic size, and no kernel adds it up by itself. It is made for some windows and
@@ -152,12 +274,13 @@ def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w:
         q, k, v: N x HW x C.
         bias_h: N x H x W x H, of a query's place and a key's row.
         bias_w: N x H x W x W, of a query's place and a key's column.
+        scale: of the products of q and k.
 
     Returns:
         N x HW x C.
     """
     n, h, w, _ = bias_h.shape
-    limit, size = MAX_ELEMENTS[q.device.type], h * w
+    limit, size = _max_elements(q), h * w
     heads, rows = max(1, min(n, limit // size**2)), max(1, min(h, limit // (size * w)))
     # One memory for all pieces, unless autograd keeps them.
     memory = None if torch.is_grad_enabled() else q.new_empty(heads, rows, w, h, w)
@@ -167,19 +290,19 @@ def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w:
             by_row, by_column = of_row[:, i : i + rows, :, :, None], of_column[:, i : i + rows, :, None]
             out = None if memory is None else memory[: by_row.shape[0], : by_row.shape[1]]
             bias = torch.add(by_row, by_column, out=out).flatten(3).flatten(1, 2)  # heads x queries x HW
-            attended.append(_attention(some[:, i * w : (i + rows) * w], keys, values, bias).flatten(0, 1))
+            attended.append(_attention(some[:, i * w : (i + rows) * w], keys, values, bias, scale).flatten(0, 1))
     return torch.cat(attended).view_as(q)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """Attention on N x L x C with the bias N x L x L', which is not needed any more afterwards."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # On a CPU PyTorch's fused kernel gains nothing from bf16; the products by themselves do.
         out = None if torch.is_grad_enabled() else bias
-        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5, out=out)
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale, out=out)
         return scores.softmax(dim=-1) @ v
     # With the dimension of batches in front, PyTorch's fused kernels take it.
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias[None])[0]
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias[None], scale=scale)[0]
 
 
 def relative_position_bias(
@@ -209,16 +332,89 @@ def relative_position_bias(
 def window_order(size: tuple[int, int], window_size: int, device: torch.device) -> Order:
     """Which token of an H x W map is at each place of the windows that cover it, and where each token is.
 
-    Args:
-        window_size: 0 for one window that is the map.
-
     Returns:
-        (windows * window H * window W,) int64, windows by rows and the places in each by rows: the index of the token
-        in the flattened map, or H * W where the window exceeds the map; and (H * W,) int64, the place of each token.
+        (windows * window_size**2,) int64, windows by rows and the places in each by rows: the index of the token in the
+        flattened map, or H * W where the window exceeds the map; and (H * W,) int64, the place of each token.
     """
     h, w = size
-    window_h, window_w = (window_size, window_size) if window_size else size
     tokens = torch.arange(h * w, device=device).view(h, w)
-    tokens = F.pad(tokens, (0, -w % window_w, 0, -h % window_h), value=h * w)
-    sources = tokens.unflatten(1, (-1, window_w)).unflatten(0, (-1, window_h)).transpose(1, 2).flatten()
+    tokens = F.pad(tokens, (0, -w % window_size, 0, -h % window_size), value=h * w)
+    sources = tokens.unflatten(1, (-1, window_size)).unflatten(0, (-1, window_size)).transpose(1, 2).flatten()
     return sources, sources.argsort()[: h * w]
+
+
+def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:
+    """Cut maps, B x H x W x C, into windows, padded with zeros at the lower and right edge.
+
+    Returns:
+        (B windows) x window_size x window_size x C, each map's by rows; and (H, W) with the padding.
+    """
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % window_size, 0, -x.shape[1] % window_size))
+    cells = x.unflatten(2, (-1, window_size)).unflatten(1, (-1, window_size))
+    return cells.transpose(2, 3).flatten(0, 2), (x.shape[1], x.shape[2])
+
+
+def window_unpartition(windows: Tensor, window_size: int, pad_hw: tuple[int, int], hw: tuple[int, int]) -> Tensor:
+    """Join the windows of `window_partition` to maps, B x H x W x C, without the padding.
+
+    Args:
+        windows: (B windows) x window_size x window_size x C.
+        pad_hw: (H, W) with the padding.
+        hw: (H, W).
+    """
+    rows, columns = (length // window_size for length in pad_hw)
+    cells = windows.unflatten(0, (-1, rows, columns)).transpose(2, 3)
+    return cells.flatten(3, 4).flatten(1, 2)[:, : hw[0], : hw[1]].contiguous()
+
+
+def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
+    """The row of a relative position table for each pair of a query and a key on one axis.
+
+    Where the axis is of different length for both, the shorter one's steps are longer.
+
+    Args:
+        rel_pos: L x C, one row for each distance; resampled where L does not go with the sizes.
+
+    Returns:
+        q_size x k_size x C.
+    """
+    table = _resampled(rel_pos, 2 * max(q_size, k_size) - 1)
+    q_step, k_step = max(k_size / q_size, 1.0), max(q_size / k_size, 1.0)
+    queries = q_step * torch.arange(q_size, device=table.device)
+    keys = k_step * torch.arange(k_size, device=table.device)
+    distances = queries[:, None] - keys + (k_size - 1) * k_step
+    return table[distances.long()]
+
+
+def add_decomposed_rel_pos(
+    attn: Tensor,
+    q: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    q_size: tuple[int, int],
+    k_size: tuple[int, int],
+) -> Tensor:
+    """Add decomposed relative positions to attention scores; the encoder itself uses `relative_position_bias`.
+
+    Args:
+        attn: N x (H_q W_q) x (H_k W_k) scores.
+        q: N x (H_q W_q) x C queries, unscaled.
+        rel_pos_h, rel_pos_w: L x C, one row for each distance.
+        q_size, k_size: (H_q, W_q) and (H_k, W_k).
+    """
+    queries = q.unflatten(1, q_size)
+    by_row = torch.einsum("nyxc,ykc->nyxk", queries, get_rel_pos(q_size[0], k_size[0], rel_pos_h))
+    by_column = torch.einsum("nyxc,xkc->nyxk", queries, get_rel_pos(q_size[1], k_size[1], rel_pos_w))
+    bias = by_row[..., :, None] + by_column[..., None, :]  # N x H_q x W_q x H_k x W_k
+    return attn + bias.flatten(3).flatten(1, 2)
+
+
+def _resampled(table: Tensor, length: int) -> Tensor:
+    """A relative position table, L x C, as one of `length` rows."""
+    if len(table) == length:
+        return table
+    return F.interpolate(table.T[None], length, mode="linear", align_corners=False)[0].T
+
+
+def _max_elements(x: Tensor) -> int:
+    return MAX_ELEMENTS.get(x.device.type, MAX_ELEMENTS_ELSEWHERE)

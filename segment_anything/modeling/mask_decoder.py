@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from segment_anything.modeling.common import MLP, PixelUpscaling, pixels_to_map
+from segment_anything.modeling.common import MLP, ArgumentError, is_plain, pixel_upscaling, upscaled_masks
+from segment_anything.modeling.transformer import TwoWayTransformer, repeated
+
+__all__ = ["MLP", "MaskDecoder"]
 
 
 class MaskDecoder(nn.Module):
-    """Decodes Q prompts for each of B images in one pass."""
+    """Decodes P prompts of an image, or Q prompts for each of B images, in one pass."""
 
     def __init__(
         self,
         *,
-        transformer: nn.Module,
         transformer_dim: int,
+        transformer: nn.Module,
         num_multimask_outputs: int = 3,
+        activation: type[nn.Module] = nn.GELU,
         iou_head_depth: int = 3,
         iou_head_hidden_dim: int = 256,
     ) -> None:
@@ -24,19 +28,16 @@ class MaskDecoder(nn.Module):
         Args:
             transformer: a `TwoWayTransformer` of width `transformer_dim`.
             num_multimask_outputs: masks for an ambiguous prompt, beside the one for a clear prompt.
+            activation: of the upscaling.
         """
         super().__init__()
+        self.transformer_dim = transformer_dim
         self.transformer = transformer
+        self.num_multimask_outputs = num_multimask_outputs
         self.num_mask_tokens = num_multimask_outputs + 1
         self.iou_token = nn.Embedding(1, transformer_dim)
         self.mask_tokens = nn.Embedding(self.num_mask_tokens, transformer_dim)
-        self.output_upscaling = nn.Sequential(
-            PixelUpscaling(transformer_dim, transformer_dim // 4),
-            nn.LayerNorm(transformer_dim // 4, eps=1e-6),
-            nn.GELU(),
-            PixelUpscaling(transformer_dim // 4, transformer_dim // 8),
-            nn.GELU(),
-        )
+        self.output_upscaling = pixel_upscaling(transformer_dim, transformer_dim // 4, transformer_dim // 8, activation)
         self.output_hypernetworks_mlps = nn.ModuleList(
             MLP(transformer_dim, transformer_dim, transformer_dim // 8, 3) for _ in range(self.num_mask_tokens)
         )
@@ -44,7 +45,6 @@ class MaskDecoder(nn.Module):
 
     def forward(
         self,
-        *,
         image_embeddings: Tensor,
         image_pe: Tensor,
         sparse_prompt_embeddings: Tensor,
@@ -52,35 +52,76 @@ class MaskDecoder(nn.Module):
         multimask_output: bool,
     ) -> tuple[Tensor, Tensor]:
         """
+        Two forms. P prompts of one image, or of P images one each, as `PromptEncoder` gives them:
+
         Args:
-            image_embeddings: B x C x H x W.
+            image_embeddings: 1 x C x H x W, or P x C x H x W.
             image_pe: 1 x C x H x W, from `PromptEncoder.get_dense_pe`.
-            sparse_prompt_embeddings: B x Q x N x C.
-            dense_prompt_embeddings: B x Q x C x H x W; or B x 1 x C x H x W, where all prompts of an image share
-                them, which spares work.
+            sparse_prompt_embeddings: P x N x C.
+            dense_prompt_embeddings: P x C x H x W, or 1 x C x H x W for all.
             multimask_output: three masks for each prompt, for an ambiguous one, or the single best.
 
         Returns:
-            low_res_masks, B x Q x M x 4H x 4W logits, and iou_predictions, B x Q x M, with M = 3 or 1.
+            low_res_masks, P x M x 4H x 4W logits, and iou_predictions, P x M, with M = 3 or 1.
+
+        Or Q prompts for each of B images: `image_embeddings` B x C x H x W, `sparse_prompt_embeddings` B x Q x N x C,
+        and `dense_prompt_embeddings` B x Q x C x H x W, or B x 1 x C x H x W where all prompts of an image share them,
+        which spares work. That gives B x Q x M x 4H x 4W and B x Q x M.
         """
-        b, q = sparse_prompt_embeddings.shape[:2]
-        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (1 + M) x C
-        tokens = torch.cat([output_tokens.expand(b, q, -1, -1), sparse_prompt_embeddings], dim=2).flatten(0, 1)
-
-        # The image tokens are updated for each prompt: they come out as BQ x HW x C.
-        image_tokens = (image_embeddings.unsqueeze(1) + dense_prompt_embeddings).flatten(0, 1).flatten(2)
-        tokens, image_tokens = self.transformer(
-            image_tokens.transpose(1, 2).contiguous(), image_pe.flatten(2).transpose(1, 2), tokens
-        )
-        iou_token, mask_tokens = tokens[:, 0], tokens[:, 1 : 1 + self.num_mask_tokens]
-
         # Token 0 was trained for clear prompts, the others for ambiguous ones.
         chosen = slice(1, None) if multimask_output else slice(0, 1)
+        embeddings = (image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings)
+        if type(self).predict_masks is MaskDecoder.predict_masks and "predict_masks" not in vars(self):
+            return self._predict(*embeddings, chosen)
+        masks, iou_predictions = self.predict_masks(*embeddings)  # a client's own
+        return masks[..., chosen, :, :], iou_predictions[..., chosen]
+
+    def predict_masks(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, but all masks: the single one first, then those for an ambiguous prompt."""
+        embeddings = (image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings)
+        return self._predict(*embeddings, slice(None))
+
+    def _predict(
+        self, image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor, chosen: slice
+    ) -> tuple[Tensor, Tensor]:
+        if sparse.ndim == 4:
+            return self._predict_each(image_embeddings, image_pe, sparse, dense, chosen)
+        if len(image_embeddings) == 1:  # of one image; without a mask, `dense` is one prompt's, expanded
+            dense = dense[:1] if dense.stride(0) == 0 else dense
+            sparse, dense = sparse.unsqueeze(0), dense.unsqueeze(0)
+        elif len(image_embeddings) == len(sparse):
+            sparse, dense = sparse.unsqueeze(1), dense.unsqueeze(1)
+        else:
+            raise ArgumentError(f"{len(sparse)} prompts for {len(image_embeddings)} images: give one for each, or "
+                                "sparse_prompt_embeddings of B x Q x N x C and dense ones of B x Q x C x H x W")
+        masks, iou_predictions = self._predict_each(image_embeddings, image_pe, sparse, dense, chosen)
+        return masks.flatten(0, 1), iou_predictions.flatten(0, 1)
+
+    def _predict_each(
+        self, image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor, chosen: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Q prompts for each of B images; of the masks, those `chosen` are made."""
+        b, q = sparse.shape[:2]
+        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (1 + M) x C
+        tokens = torch.cat([output_tokens.expand(b, q, -1, -1), sparse], dim=2).flatten(0, 1)
+
+        # The image tokens are updated for each prompt: they come out as BQ x HW x C.
+        image = (image_embeddings.unsqueeze(1) + dense).flatten(0, 1)
+        if not is_plain(self.transformer, TwoWayTransformer):  # another one knows of no prompts that share an image
+            image, image_pe = repeated(image, b * q), repeated(image_pe, b * q)
+        tokens, image_tokens = self.transformer(image, image_pe, tokens)
+        iou_token, mask_tokens = tokens[:, 0], tokens[:, 1 : 1 + self.num_mask_tokens]
+
         weights = torch.stack(
             [mlp(token) for mlp, token in zip(self.output_hypernetworks_mlps, mask_tokens.unbind(1))], dim=1
         )[:, chosen]  # BQ x M x C/8; all are made, though few are used: each parameter is to have a gradient
-        upscaled = self.output_upscaling(image_tokens)  # BQ x HW x 4 x 4 x C/8
-        masks = weights @ upscaled.flatten(1, 3).transpose(1, 2)  # BQ x M x 16HW
-        masks = pixels_to_map(masks.unflatten(2, (-1, 4, 4)), image_embeddings.shape[-2:])
+        size = (image_embeddings.shape[2], image_embeddings.shape[3])
+        masks = upscaled_masks(weights, [(self.output_upscaling, image_tokens)], size)
         iou_predictions = self.iou_prediction_head(iou_token)[:, chosen]
         return masks.unflatten(0, (b, q)), iou_predictions.unflatten(0, (b, q))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +19,16 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 class Sam(nn.Module):
-    mask_threshold = 0.0  # a pixel belongs to a mask where its logit is above this
-    image_format = "RGB"
+    """Images and prompts in, masks out. `SamPredictor` spares the encoder where one image has many prompts."""
+
+    mask_threshold: float = 0.0  # a pixel belongs to a mask where its logit is above this
+    image_format: str = "RGB"
 
     pixel_mean: Tensor
     pixel_std: Tensor
 
     def __init__(
         self,
-        *,
         image_encoder: ImageEncoderViT,
         prompt_encoder: PromptEncoder,
         mask_decoder: MaskDecoder,
@@ -44,13 +46,57 @@ class Sam(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
+    @torch.no_grad()
+    def forward(self, batched_input: Sequence[dict[str, Any]], multimask_output: bool) -> list[dict[str, Tensor]]:
+        """Masks of images that have prompts each.
+
+        Args:
+            batched_input: for each image, of which only the first two must be given:
+                image: 3 x H x W of 0..255, its longest side scaled to S (see `ResizeLongestSide`).
+                original_size: (H, W) before that.
+                point_coords, point_labels: P x N x 2 in pixels of the scaled image, and P x N.
+                boxes: P x 4, xyxy in the same pixels.
+                mask_inputs: P x 1 x h x w logits.
+            multimask_output: three masks for each prompt, for an ambiguous one, or the single best.
+
+        Returns:
+            For each image:
+                masks: P x M x H x W bool, at `original_size`.
+                iou_predictions: P x M.
+                low_res_logits: P x M x h x w, which `mask_inputs` of a later call may be taken from.
+        """
+        embeddings = self.image_encoder(torch.stack([self.preprocess(record["image"]) for record in batched_input]))
+        image_pe = self.prompt_encoder.get_dense_pe()
+        outputs = []
+        for record, embedding in zip(batched_input, embeddings):
+            points = (record["point_coords"], record["point_labels"]) if "point_coords" in record else None
+            sparse, dense = self.prompt_encoder(
+                points=points, boxes=record.get("boxes"), masks=record.get("mask_inputs")
+            )
+            low_res_masks, iou_predictions = self.mask_decoder(
+                image_embeddings=embedding.unsqueeze(0),
+                image_pe=image_pe,
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=multimask_output,
+            )
+            masks = self.postprocess_masks(low_res_masks, record["image"].shape[-2:], record["original_size"])
+            outputs.append({
+                "masks": masks > self.mask_threshold,
+                "iou_predictions": iou_predictions,
+                "low_res_logits": low_res_masks,
+            })  # fmt: skip
+        return outputs
+
     def preprocess(self, x: Tensor) -> Tensor:
         """Normalise RGB images of 0..255, ... x 3 x H x W with H, W <= S, and zero-pad them to ... x 3 x S x S."""
-        x = (x - self.pixel_mean) / self.pixel_std
-        size = self.image_encoder.image_size
+        x = ((x - self.pixel_mean) / self.pixel_std).to(self.pixel_mean.dtype)
+        size = self.image_encoder.img_size
         return F.pad(x, (0, size - x.shape[-1], 0, size - x.shape[-2]))
 
-    def postprocess_masks(self, masks: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
+    def postprocess_masks(
+        self, masks: Tensor, input_size: Sequence[int], original_size: Sequence[int]
+    ) -> Tensor:
         """Bring mask logits to the original image: upsample to the S x S frame, crop the padding, resize.
 
         Args:
@@ -61,7 +107,7 @@ class Sam(nn.Module):
         Returns:
             B x M x H x W logits at `original_size`.
         """
-        size = self.image_encoder.image_size
+        size = self.image_encoder.img_size
         masks = F.interpolate(masks, (size, size), mode="bilinear", align_corners=False)
         masks = masks[..., : input_size[0], : input_size[1]]
-        return F.interpolate(masks, original_size, mode="bilinear", align_corners=False)
+        return F.interpolate(masks, tuple(original_size), mode="bilinear", align_corners=False)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segment_anything.modeling.common import MLP, LayerNorm2d, MLPBlock, PixelUpscaling, pixels_to_map
+from segment_anything.modeling.common import MLP, LayerNorm2d, MLPBlock, pixel_upscaling, upscaled_masks
 from segment_anything.modeling.mask_decoder import MaskDecoder
 
 
@@ -56,13 +56,7 @@ class SemanticDecoder(nn.Module):
             nn.GELU(),
             *(ConvBlock(dim) for _ in range(stem_blocks)),
         )
-        self.detail_upscaling = nn.Sequential(
-            PixelUpscaling(dim, dim // 2),
-            nn.LayerNorm(dim // 2, eps=1e-6),
-            nn.GELU(),
-            PixelUpscaling(dim // 2, detail_channels),
-            nn.GELU(),
-        )
+        self.detail_upscaling = pixel_upscaling(dim, dim // 2, detail_channels)
         # All classes start as SAM's token for clear prompts. Alike, they would learn alike: noise tells them apart.
         token = mask_decoder.mask_tokens.weight.detach()[:1]
         self.mask_tokens = nn.Parameter(token + torch.randn(num_classes, dim))
@@ -85,16 +79,11 @@ class SemanticDecoder(nn.Module):
         normed = [norm(feature) for norm, feature in zip(self.feature_norms, features)]
         stem = self.stem(torch.cat([image_embeddings, *normed], dim=1))  # B x C x H x W
         x = image_embeddings + self.no_mask_embedding + stem
-        tokens, image_tokens = self.transformer(
-            x.flatten(2).transpose(1, 2).contiguous(),
-            image_pe.flatten(2).transpose(1, 2),
-            self.mask_tokens.expand(len(x), -1, -1),
-        )
-        details = self.detail_upscaling(stem.flatten(2).transpose(1, 2))
-        upscaled = torch.cat([self.output_upscaling(image_tokens), details], dim=-1)
+        tokens, image_tokens = self.transformer(x, image_pe, self.mask_tokens.expand(len(x), -1, -1))
         weights = self.output_hypernetworks(tokens)  # B x num_classes x (C/8 + detail_channels)
-        masks = weights @ upscaled.flatten(1, 3).transpose(1, 2)  # B x num_classes x 16HW
-        return pixels_to_map(masks.unflatten(2, (-1, 4, 4)), x.shape[-2:])
+        details = stem.flatten(2).transpose(1, 2)
+        upscalings = [(self.output_upscaling, image_tokens), (self.detail_upscaling, details)]
+        return upscaled_masks(weights, upscalings, (x.shape[2], x.shape[3]))
 
 
 class ConvBlock(nn.Module):

@@ -4,6 +4,7 @@ There are thousands of image tokens and a few prompt tokens, so what attention d
 A projected image token is only ever multiplied with few things: a query q meets a key as q (W x + b), which is
 (q W) x + q b. Here the few are projected instead, with the matrices of both sides, and the image tokens are multiplied
 as they are: the same function, in less than half the arithmetic, and without a projected copy of the image tokens.
+Layers whose weights must not be used without a call (see `is_plain`) are called: `Attention.forward` is that formula.
 """
 
 from __future__ import annotations
@@ -12,57 +13,92 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segment_anything.modeling.common import MLPBlock
+from segment_anything.modeling.common import ArgumentError, MLPBlock, is_plain
 
 
 class TwoWayTransformer(nn.Module):
     """`depth` two-way blocks, then one last look of the tokens at the image."""
 
-    def __init__(self, *, depth: int, embedding_dim: int, num_heads: int, mlp_dim: int) -> None:
+    def __init__(
+        self,
+        depth: int,
+        embedding_dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        activation: type[nn.Module] = nn.ReLU,
+        attention_downsample_rate: int = 2,
+    ) -> None:
+        """
+        Args:
+            attention_downsample_rate: what the width is divided by within attention between tokens and image.
+        """
         super().__init__()
+        self.depth = depth
+        self.embedding_dim = embedding_dim
+        self.num_heads = num_heads
+        self.mlp_dim = mlp_dim
         self.layers = nn.ModuleList(
             TwoWayAttentionBlock(
-                embedding_dim=embedding_dim, num_heads=num_heads, mlp_dim=mlp_dim, skip_first_layer_pe=i == 0
+                embedding_dim=embedding_dim,
+                num_heads=num_heads,
+                mlp_dim=mlp_dim,
+                activation=activation,
+                attention_downsample_rate=attention_downsample_rate,
+                skip_first_layer_pe=i == 0,
             )
             for i in range(depth)
         )
-        self.final_attn_token_to_image = Attention(embedding_dim, num_heads, downsample_rate=2)
+        self.final_attn_token_to_image = Attention(embedding_dim, num_heads, downsample_rate=attention_downsample_rate)
         self.norm_final_attn = nn.LayerNorm(embedding_dim)
 
-    def forward(self, image_tokens: Tensor, image_pe: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image_embedding: Tensor, image_pe: Tensor, point_embedding: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            image_tokens: P x HW x C.
-            image_pe: position encodings, broadcast over P: 1 x HW x C.
-            tokens: PG x N x C, where G prompts after one another share image tokens to begin with; added again to the
-                queries of every attention, as their position encoding.
+            image_embedding: P x C x H x W.
+            image_pe: position encodings, P x C x H x W or 1 x C x H x W.
+            point_embedding: tokens, PG x N x C, where G prompts after one another share an image to begin with (G = 1
+                in the public package); added again to the queries of every attention, as their position encoding.
 
         Returns:
             The tokens, PG x N x C, and the image tokens, PG x HW x C, after attending to each other.
         """
-        queries, keys = tokens, image_tokens
+        if not all(is_plain(layer, TwoWayAttentionBlock) for layer in self.layers):  # others know of no sharing
+            image_embedding = repeated(image_embedding, len(point_embedding))
+        keys = image_embedding.flatten(2).transpose(1, 2).contiguous()  # P x HW x C
+        image_pe = image_pe.flatten(2).transpose(1, 2)
+        queries = point_embedding
         for layer in self.layers:
-            queries, keys = layer(queries, keys, query_pe=tokens, key_pe=image_pe)
-        attended = self.final_attn_token_to_image.tokens_to_image(q=queries + tokens, k=keys + image_pe, v=keys)
+            queries, keys = layer(queries=queries, keys=keys, query_pe=point_embedding, key_pe=image_pe)
+        attended = tokens_to_image(
+            self.final_attn_token_to_image, q=queries + point_embedding, k=keys + image_pe, v=keys
+        )
         return self.norm_final_attn(queries + attended), keys
 
 
 class TwoWayAttentionBlock(nn.Module):
     """Tokens attend to themselves, then to the image, pass an MLP, and the image attends to them."""
 
-    def __init__(self, *, embedding_dim: int, num_heads: int, mlp_dim: int, skip_first_layer_pe: bool) -> None:
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_heads: int,
+        mlp_dim: int = 2048,
+        activation: type[nn.Module] = nn.ReLU,
+        attention_downsample_rate: int = 2,
+        skip_first_layer_pe: bool = False,
+    ) -> None:
         super().__init__()
         self.self_attn = Attention(embedding_dim, num_heads)
         self.norm1 = nn.LayerNorm(embedding_dim)
-        self.cross_attn_token_to_image = Attention(embedding_dim, num_heads, downsample_rate=2)
+        self.cross_attn_token_to_image = Attention(embedding_dim, num_heads, downsample_rate=attention_downsample_rate)
         self.norm2 = nn.LayerNorm(embedding_dim)
-        self.mlp = MLPBlock(embedding_dim, mlp_dim, nn.ReLU)
+        self.mlp = MLPBlock(embedding_dim, mlp_dim, activation)
         self.norm3 = nn.LayerNorm(embedding_dim)
         self.norm4 = nn.LayerNorm(embedding_dim)
-        self.cross_attn_image_to_token = Attention(embedding_dim, num_heads, downsample_rate=2)
+        self.cross_attn_image_to_token = Attention(embedding_dim, num_heads, downsample_rate=attention_downsample_rate)
         self.skip_first_layer_pe = skip_first_layer_pe
 
-    def forward(self, queries: Tensor, keys: Tensor, *, query_pe: Tensor, key_pe: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor) -> tuple[Tensor, Tensor]:
         """`queries` PG x N x C and `keys` P x HW x C -> both updated, PG x N x C and PG x HW x C."""
         if self.skip_first_layer_pe:  # the first block's queries are their own position encoding
             queries = self.self_attn(q=queries, k=queries, v=queries)
@@ -72,12 +108,12 @@ class TwoWayAttentionBlock(nn.Module):
         queries = self.norm1(queries)
 
         k = keys + key_pe
-        attended = self.cross_attn_token_to_image.tokens_to_image(q=queries + query_pe, k=k, v=keys)
+        attended = tokens_to_image(self.cross_attn_token_to_image, q=queries + query_pe, k=k, v=keys)
         queries = self.norm2(queries + attended)
         queries = self.norm3(queries + self.mlp(queries))
-        attended = self.cross_attn_image_to_token.image_to_tokens(q=k, k=queries + query_pe, v=queries)
-        keys = self.norm4(keys.unsqueeze(1) + attended.unflatten(0, (len(keys), -1)))  # P x G x HW x C
-        return queries, keys.flatten(0, 1)
+        attended = image_to_tokens(self.cross_attn_image_to_token, q=k, k=queries + query_pe, v=queries)
+        keys = self.norm4((keys.unsqueeze(1) + attended.unflatten(0, (len(keys), -1))).flatten(0, 1))  # PG x HW x C
+        return queries, keys
 
 
 class Attention(nn.Module):
@@ -85,49 +121,89 @@ class Attention(nn.Module):
 
     def __init__(self, embedding_dim: int, num_heads: int, downsample_rate: int = 1) -> None:
         super().__init__()
-        internal_dim = embedding_dim // downsample_rate
+        self.embedding_dim = embedding_dim
+        self.internal_dim = embedding_dim // downsample_rate
         self.num_heads = num_heads
-        self.q_proj = nn.Linear(embedding_dim, internal_dim)
-        self.k_proj = nn.Linear(embedding_dim, internal_dim)
-        self.v_proj = nn.Linear(embedding_dim, internal_dim)
-        self.out_proj = nn.Linear(internal_dim, embedding_dim)
+        if self.internal_dim % num_heads:
+            raise ArgumentError(f"num_heads must divide the attention's width {self.internal_dim}, got {num_heads}")
+        self.q_proj = nn.Linear(embedding_dim, self.internal_dim)
+        self.k_proj = nn.Linear(embedding_dim, self.internal_dim)
+        self.v_proj = nn.Linear(embedding_dim, self.internal_dim)
+        self.out_proj = nn.Linear(self.internal_dim, embedding_dim)
 
-    def forward(self, *, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """P x N_q x C queries on P x N_k x C keys and values -> P x N_q x C."""
-        q, k, v = (self._heads(p(x)) for p, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v)))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        projected = (self.q_proj(q), self.k_proj(k), self.v_proj(v))
+        q, k, v = (self._separate_heads(x, self.num_heads) for x in projected)
+        return self.out_proj(self._recombine_heads(F.scaled_dot_product_attention(q, k, v)))
 
-    def tokens_to_image(self, *, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `forward`, for few queries, PG x N x C, on many keys and values, P x HW x C -> PG x N x C."""
-        scores = self._scores(self._heads(self.q_proj(q)), self.k_proj, k)  # PG x heads x N x HW
-        attended = scores.softmax(dim=3).view(len(k), -1, k.shape[1]) @ v  # P x (G heads N) x C
-        value_weight = self.v_proj.weight.unflatten(0, (self.num_heads, -1))  # heads x c x C
-        attended = torch.einsum("phnc,hdc->pnhd", attended.view(*scores.shape[:3], -1), value_weight)
-        return self.out_proj(attended.flatten(2) + self.v_proj.bias)  # what each attends with sums to 1: one bias
-
-    def image_to_tokens(self, *, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `forward`, for many queries, P x HW x C, on few keys and values, PG x N x C -> PG x HW x C."""
-        scores = self._scores(self._heads(self.k_proj(k)), self.q_proj, q)  # PG x heads x N x HW
-        out_weight = self.out_proj.weight.unflatten(1, (self.num_heads, -1))  # C x heads x c
-        values = torch.einsum("phnd,chd->phnc", self._heads(self.v_proj(v)), out_weight)  # PG x heads x N x C
-        weights = scores.softmax(dim=2).flatten(1, 2).transpose(1, 2)  # PG x HW x (heads N)
-        return torch.baddbmm(self.out_proj.bias, weights, values.flatten(1, 2))
-
-    def _heads(self, x: Tensor) -> Tensor:
+    def _separate_heads(self, x: Tensor, num_heads: int) -> Tensor:
         """P x N x (heads c) -> P x heads x N x c."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
-    def _scores(self, few: Tensor, projection: nn.Linear, many: Tensor) -> Tensor:
-        """Scaled products of what is projected already, PG x heads x N x c, with the projection of `many`, P x HW x C.
+    def _recombine_heads(self, x: Tensor) -> Tensor:
+        """P x heads x N x c -> P x N x (heads c)."""
+        return x.transpose(1, 2).flatten(2)
 
-        Returns:
-            PG x heads x N x HW.
+    def spares_work(self, few: Tensor, *folded: nn.Module) -> bool:
+        """Whether to multiply image tokens as they are with `few` tokens, P x N x C, by weights of `folded` layers.
+
+        Many tokens, as a prompt of many points has, are cheaper to multiply with projected image tokens: on a CPU, both
+        cost the same at about `internal_dim / num_heads` tokens. An exported graph gets the general formula, whatever
+        N it is traced with.
         """
-        few = few * few.shape[-1] ** -0.5
-        weight = projection.weight.unflatten(0, (self.num_heads, -1))  # heads x c x C
-        bias = projection.bias.unflatten(0, (self.num_heads, -1))  # heads x c
-        rows = torch.einsum("phnd,hdc->phnc", few, weight)  # PG x heads x N x C
-        offsets = torch.einsum("phnd,hd->phn", few, bias)
-        p = len(many)
-        scores = torch.baddbmm(offsets.reshape(p, -1, 1), rows.reshape(p, -1, rows.shape[-1]), many.transpose(1, 2))
-        return scores.view(*few.shape[:3], -1)
+        return (
+            is_plain(self, Attention)
+            and all(is_plain(layer, nn.Linear) and layer.bias is not None for layer in folded)
+            and not torch.compiler.is_exporting()
+            and not torch.jit.is_tracing()
+            and few.shape[1] * self.num_heads <= 1.25 * self.internal_dim
+        )
+
+
+def tokens_to_image(attention: nn.Module, *, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of few queries, PG x N x C, on many keys and values, P x HW x C -> PG x N x C."""
+    if not isinstance(attention, Attention) or not attention.spares_work(q, attention.k_proj, attention.v_proj):
+        return attention(q=q, k=repeated(k, len(q)), v=repeated(v, len(q)))
+    heads = attention.num_heads
+    scores = _scores(attention._separate_heads(attention.q_proj(q), heads), attention.k_proj, k)  # PG x heads x N x HW
+    attended = scores.softmax(dim=3).view(len(k), -1, k.shape[1]) @ v  # P x (G heads N) x C
+    value_weight = attention.v_proj.weight.unflatten(0, (heads, -1))  # heads x c x C
+    attended = torch.einsum("phnc,hdc->pnhd", attended.view(*scores.shape[:3], -1), value_weight)
+    # What each query attends with sums to 1: one bias.
+    return attention.out_proj(attended.flatten(2) + attention.v_proj.bias)
+
+
+def image_to_tokens(attention: nn.Module, *, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of many queries, P x HW x C, on few keys and values, PG x N x C -> PG x HW x C."""
+    if not isinstance(attention, Attention) or not attention.spares_work(k, attention.q_proj, attention.out_proj):
+        return attention(q=repeated(q, len(k)), k=k, v=v)
+    heads = attention.num_heads
+    scores = _scores(attention._separate_heads(attention.k_proj(k), heads), attention.q_proj, q)  # PG x heads x N x HW
+    out_weight = attention.out_proj.weight.unflatten(1, (heads, -1))  # C x heads x c
+    values = attention._separate_heads(attention.v_proj(v), heads)
+    values = torch.einsum("phnd,chd->phnc", values, out_weight)  # PG x heads x N x C
+    weights = scores.softmax(dim=2).flatten(1, 2).transpose(1, 2)  # PG x HW x (heads N)
+    return torch.baddbmm(attention.out_proj.bias, weights, values.flatten(1, 2))
+
+
+def _scores(few: Tensor, projection: nn.Linear, many: Tensor) -> Tensor:
+    """Scaled products of what is projected already, PG x heads x N x c, with the projection of `many`, P x HW x C.
+
+    Returns:
+        PG x heads x N x HW.
+    """
+    few = few * few.shape[-1] ** -0.5
+    heads = few.shape[1]
+    weight = projection.weight.unflatten(0, (heads, -1))  # heads x c x C
+    bias = projection.bias.unflatten(0, (heads, -1))  # heads x c
+    rows = torch.einsum("phnd,hdc->phnc", few, weight)  # PG x heads x N x C
+    offsets = torch.einsum("phnd,hd->phn", few, bias)
+    p = len(many)
+    scores = torch.baddbmm(offsets.reshape(p, -1, 1), rows.reshape(p, -1, rows.shape[-1]), many.transpose(1, 2))
+    return scores.view(*few.shape[:3], -1)
+
+
+def repeated(x: Tensor, count: int) -> Tensor:
+    """P x ... -> PG x ... = `count` x ..., each G times after one another."""
+    return x if len(x) == count else x.repeat_interleave(count // len(x), dim=0)
