@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(PY) pre_bdd100k.py --bdd100k_root demo/bdd100k --output_path demo/npy --image_size 256 --image_dtype uint8
 	$(PY) infer_bdd100k.py $(ON_VAL) --output_dir demo/before
 	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name box -num_epochs 10 -lr 5e-4 --lr_scheduler cosine \
-		--classes_per_image 4
+		--bbox_shift 5
 	$(PY) infer_bdd100k.py $(ON_VAL) --model_checkpoint demo/work_dir/box-*/medsam_model_best.pth \
 		--output_dir demo/after --visualize
 	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name semantic -num_epochs 30 --prompt_mode semantic

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from benchmarks import common
 from segment_anything import sam_model_registry
 from utils import cli
+from utils.bdd100k import NUM_CLASSES
 from utils.engine import Progress, train_one_epoch
 from utils.errors import UserError
 from utils.model import SEGMENTERS, Features, Segmenter
@@ -40,6 +41,7 @@ def get_args_parser() -> cli.Parser:
     parser.add_flag("batch_size", type=cli.positive_int, default=4, help="images a step")
     parser.add_flag("amp_dtype", choices=("fp16", "bf16"), default="fp16", help="what autocast computes in")
     parser.add_flag("prompt_mode", choices=list(SEGMENTERS), default="box", help="as of train_bdd100k.py")
+    parser.add_flag("classes", type=cli.number(int, 1, maximum=NUM_CLASSES), default=11, help="of an image (box mode)")
     parser.add_flag("memory_gb", type=cli.positive_float, default=11, help="of the card, to stay within")
     return parser
 
@@ -65,16 +67,16 @@ def seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
     return common.measure({name: partial(done, function) for name, function in functions.items()}, repeats)
 
 
-def random_batch(batch_size: int, image_size: int, prompt_mode: str) -> dict[str, Any]:
-    """Images of random labels, in box mode with one class in a box each, on the card."""
+def random_batch(batch_size: int, image_size: int, prompt_mode: str, classes: int) -> dict[str, Any]:
+    """Images of random labels, in box mode with so many classes in a box each, on the card."""
     size = (batch_size, image_size, image_size)
     corners = torch.tensor([0, 0, image_size - 1, image_size - 1], dtype=torch.float32)
     batch = {
         "image": torch.randint(256, (*size, 3), dtype=torch.uint8),
-        "labels": torch.randint(2, size, dtype=torch.uint8),
-        "class_ids": torch.ones(batch_size, 1, dtype=torch.long),
-        "boxes": corners.repeat(batch_size, 1, 1),
-        "valid": torch.ones((batch_size, 1) if prompt_mode == "box" else batch_size, dtype=torch.bool),
+        "labels": torch.randint(classes, size, dtype=torch.uint8),
+        "class_ids": torch.arange(classes).repeat(batch_size, 1),
+        "boxes": corners.repeat(batch_size, classes, 1),
+        "valid": torch.ones((batch_size, classes) if prompt_mode == "box" else batch_size, dtype=torch.bool),
     }
     return {**{key: value.cuda() for key, value in batch.items()}, "name": [str(i) for i in range(batch_size)]}
 
@@ -109,7 +111,7 @@ def training(args: argparse.Namespace, precision: Precision) -> None:
             progress=Progress(epoch=0),
         )
 
-    batch = random_batch(args.batch_size, args.image_size, args.prompt_mode)
+    batch = random_batch(args.batch_size, args.image_size, args.prompt_mode, args.classes)
     peaks = {"uncached": peak_gb(partial(epoch, batch))}
     with precision.autocast():
         features = stored(segmenter, segmenter.encode(precision.images(batch)))
