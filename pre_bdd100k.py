@@ -82,8 +82,8 @@ class Job:
     item: Item
     folder: Path
     settings: Settings
-    sources: list[Source] | None  # None if one is missing
     done: bool = False
+    sources: list[Source] | None = None  # None if one is missing
 
     @property
     def outputs(self) -> list[Path]:
@@ -110,7 +110,7 @@ def make_jobs(split: Split, folder: Path, settings: Settings, earlier: Manifest 
             sources = [source_of(path) for path in (item.image, item.mask) if path]
         except OSError:  # reading it will tell
             sources = None
-        job = Job(item, folder, settings, sources)
+        job = Job(item, folder, settings, sources=sources)
         is_same = sources is not None and known.get(item.name) == sources
         jobs.append(replace(job, done=is_same and is_whole(job)))
     return jobs

@@ -367,7 +367,8 @@ def draw_turned(folder, orientation, *, drawn_upright, size=(48, 32)):
 @pytest.mark.parametrize("drawn_upright", [True, False])
 def test_a_mask_lies_on_a_picture_that_exif_turns(tmp_path, orientation, drawn_upright):
     image, mask = read_item(draw_turned(tmp_path, orientation, drawn_upright=drawn_upright))
-    assert mask is not None and mask.shape == ((32, 48) if drawn_upright else (48, 32)) and np.count_nonzero(mask) == 128
+    assert mask is not None and mask.shape == ((32, 48) if drawn_upright else (48, 32))
+    assert np.count_nonzero(mask) == 128
     assert ((image[..., 0] > 120) == (mask == 3)).all()
 
 
