@@ -100,7 +100,7 @@ _COLOUR_DIRS = ("labels/sem_seg/colormaps/{split}", "seg/color_labels/{split}") 
 _MAX_DEPTH = 2  # folders below the named one that are searched: the archives hold a folder `bdd100k` themselves
 _TRAIN_ID = "_train_id"  # what the older form appends to a mask's name
 _TRAIN_ID_HINT = "use labels/sem_seg/masks/<split>/<name>.png or seg/labels/<split>/<name>_train_id.png"
-_LABEL_ID_HINT = ("these are Cityscapes' label ids, not train ids: map each by id2label[id].trainId of "
+_LABEL_ID_HINT = ("probably Cityscapes' label ids, not train ids: map each by id2label[id].trainId of "
                   "cityscapesscripts.helpers.labels")
 _MAX_LABEL_ID = 33  # Cityscapes' label ids; its train ids end at 18
 NUM_FIRST_MASKS = 16  # of a split, spread over it, that are read before the others
