@@ -226,10 +226,10 @@ def redone(folder: Path, earlier: Manifest, jobs: list[Job]) -> str | None:
     """A line that says which files of an earlier run are not taken over, if there are any."""
     if earlier.sources is None:
         count = sum(any(path.exists() for path in job.outputs) for job in jobs)
-        why = "was written by an older version, which did not record its sources"
+        why = "an older version wrote them, without a record of their sources"
     else:
         count = sum(job.item.name in earlier.sources and earlier.sources[job.item.name] != job.sources for job in jobs)
-        why = "the image or its mask is another file, or has another size or date, than before"
+        why = "the image or its mask is not the file that it was (another path, size or date)"
     return f"{folder}: {count:,} of {len(jobs):,} images are done again: {why}" if count else None
 
 

@@ -604,7 +604,7 @@ def test_a_folder_of_an_older_version_is_done_again_and_said_to_be(run, data, tm
     path.write_text(json.dumps(fields))
     replace_by(data / "labels/sem_seg/masks/train/b.png", 5)
     status, said, _ = run("--splits", "train")
-    assert status == 0 and "3 of 3 images are done again: was written by an older version" in said
+    assert status == 0 and "3 of 3 images are done again: an older version wrote them" in said
     assert (load(tmp_path, "out/train/gts/b.npy") == 5).all()
     assert "3 of them by an earlier run" in run("--splits", "train")[1]
 

@@ -32,11 +32,12 @@ def test_what_an_evaluation_wrote_goes_and_what_it_did_not_write_stays(
     touch(*(tmp_path / name for name in RESULTS), tmp_path / "visualizations/a.png")
     touch(*(tmp_path / "predictions" / name for name in ("a.png", "b.png")))
     mine = [tmp_path / name for name in ("mine.txt", "visualizations/mine.png", "predictions/mine.png")]
-    touch(*mine)
-    begin_results(tmp_path, {"visualizations": [], "predictions": []})
+    touch(*mine, tmp_path / "predictions/c.png")  # the last as by an older version
+    begin_results(tmp_path, {"visualizations": [], "predictions": ["c"]})
+    (tmp_path / ".pictures.json").unlink()
     assert files(tmp_path) == {str(path.relative_to(tmp_path)) for path in mine}
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{tmp_path}: 6 files of an earlier evaluation are replaced"
+    assert said[0] == f"{tmp_path}: 7 files of an earlier evaluation are replaced"
     assert said[1] == f"{tmp_path}/visualizations: 1 other files stay there, such as mine.png"
     assert len(said) == 3
 

@@ -24,7 +24,7 @@ _RECORD = ".pictures.json"  # the pictures that an evaluation has written, so th
 def begin_results(output_dir: Path, pictures: Mapping[str, Iterable[str]]) -> None:
     """Remove the results and pictures of an earlier evaluation, which would pass for this one's.
 
-    A picture that no evaluation is on record for stays, and is told: it may be the user's.
+    A picture that no evaluation is on record for may be the user's: it stays, and is told, unless this one replaces it.
 
     Args:
         pictures: the names of those to come, by the folder in `output_dir`.
@@ -33,14 +33,15 @@ def begin_results(output_dir: Path, pictures: Mapping[str, Iterable[str]]) -> No
         UserError: a file cannot be removed or written.
     """
     record = output_dir / _RECORD
-    recorded = [output_dir / folder / f"{name}.png" for folder, name in _read_record(record)]
-    removed = _remove([*(output_dir / name for name in _RESULTS), *recorded])
+    coming = [(folder, name) for folder, names in pictures.items() for name in names]
+    old = [output_dir / folder / f"{name}.png" for folder, name in (*_read_record(record), *coming)]
+    removed = _remove([*(output_dir / name for name in _RESULTS), *old])
     _remove([record])
     if removed:
         distributed.say(printable(f"{output_dir}: {removed:,} files of an earlier evaluation are replaced"))
     for folder in _PICTURES:
         _tell_others(output_dir / folder)
-    if any(pictures.values()):
+    if coming:
         with atomic_write(record) as file:
             file.write(json.dumps({folder: list(names) for folder, names in pictures.items()}).encode())
 
