@@ -19,6 +19,7 @@ Several processes share an evaluation: torchrun --nproc_per_node=4 infer_bdd100k
 from __future__ import annotations
 
 import argparse
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from segment_anything.build_sam import CONFIGS, file_digest
 from utils import checkpoint, cli, distributed
-from utils.bdd100k import find_split, read_mask, read_size
+from utils.bdd100k import check_first_masks, find_split, match_key, read_mask, read_size
 from utils.checkpoint import ModelInfo
 from utils.data import evaluation_loader, use_caches
 from utils.dataset import BoxesByName, EvaluationDataset, NpyFolder, detected_prompts
@@ -44,7 +45,7 @@ from utils.model import Segmenter, build_model
 from utils.pictures import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
 from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision, telling_out_of_memory
 from utils.prediction import MAP_RULES, MapRule, Prediction, predict
-from utils.report import write_report
+from utils.report import begin_pictures, begin_results, write_report
 from utils.visualize import save_comparison, save_labels
 
 NUM_PICTURES = 20
@@ -111,6 +112,12 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     use_caches({dataset: 1}, model, info, precision, where=args.cache_embeddings, dtype=args.cache_dtype, **loading)
     loader = evaluation_loader(dataset, **loading, precision=precision)
     confusion = ConfusionMatrix(precision.device)
+    names = [item.name for item in source.items]
+    pictures = {
+        "visualizations": names[:NUM_PICTURES] if args.visualize else [],
+        "predictions": names if args.save_predictions else [],
+    }
+    distributed.on_main(lambda: begin_results(args.output_dir, pictures))
     indexes = [index for batch in loader.batch_sampler for index in batch]  # type: ignore[union-attr]
     progress = tqdm(indexes, desc="evaluating", unit="image", disable=not distributed.is_main())
     for index, (prediction, labels) in zip(progress, predictions_and_labels(model, loader, precision, rule)):
@@ -171,6 +178,10 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     if args.save_predictions:
         refuse_overwriting(source, args.output_dir / "predictions")
     make_folders(args)
+    if isinstance(source, ImageFolder):
+        begin_pictures(output, ".jpg", lambda name: is_of(source, name))
+    if args.save_predictions:
+        begin_pictures(args.output_dir / "predictions", ".png", lambda name: is_of(source, name))
 
     failures: list[UserError] = []
     prompted = False
@@ -198,6 +209,13 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     for video in source.videos if isinstance(source, ImageFolder) else ():
         print(printable(f"not segmented: {video}: a video; give it to --images by itself"))
     return 1 if failures else 0
+
+
+def is_of(source: ImageFolder | Video, name: str) -> bool:
+    """Whether a picture or frame of the source may have that name."""
+    if isinstance(source, ImageFolder):
+        return name in source.pictures
+    return bool(re.fullmatch(re.escape(source.path.stem) + r"_\d{6,}", name))
 
 
 def collate_pictures(
@@ -268,7 +286,7 @@ def choose_boxes(
         return "oracle"
     detections = read_detections(args.boxes)
     if names is not None:
-        found = sum(name in detections.boxes for name in names)
+        found = sum(match_key(name) in detections.boxes for name in names)
         if not found:
             raise UserError(f"{args.boxes}: has none of the images (such as {names[0]}); give the file of this split")
         distributed.say(f"{args.boxes}: has {found} of {len(names)} images; those it lacks are taken to have no boxes")
@@ -295,15 +313,20 @@ def original_masks(args: argparse.Namespace, source: NpyFolder) -> dict[str, Pat
     if not args.bdd100k_root:
         raise UserError("--eval_size original needs the original masks: give --bdd100k_root, the unpacked BDD100K")
     split = find_split(args.bdd100k_root, source.folder.resolve().name)
-    masks = {item.name: item.mask for item in split.items if item.mask}
+    for note in split.notes:
+        distributed.say(printable(note))
+    check_first_masks(split)
+    found = {match_key(item.name): item.mask for item in split.items if item.mask}
+    masks = {}
     for item in source.items:
-        mask = masks.get(item.name)
+        mask = found.get(match_key(item.name))
         if mask is None:
             raise UserError(f"{args.bdd100k_root}: has no mask of {item.name}; give the folder that {source.folder} "
                             "was made from")
         if read_size(mask) != (item.height, item.width):
             raise UserError(f"{mask}: is not of the {item.width}x{item.height} that {source.folder} was made from; "
                             "give the folder that it was made from")
+        masks[item.name] = mask
     return masks
 
 

@@ -5,15 +5,18 @@
     python pre_bdd100k.py --bdd100k_root data/bdd100k --resize_mode pad --overwrite        # keep the aspect ratio
 
 Writes `<output_path>/<split>/imgs/<name>.npy` (S, S, 3) RGB in [0, 1], `gts/<name>.npy` (S, S) uint8 with ids 0-18 and
-255 = not labelled, and `manifest.json`. A run that was stopped goes on where it was when started again.
+255 = not labelled, and `manifest.json`. A run that was stopped resumes when started again. An image is redone if its
+file or its mask is another one than before: another path, size or time of modification.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,17 +32,18 @@ from utils.bdd100k import (
     IGNORE_LABEL,
     NUM_CLASSES,
     Item,
+    LabelError,
     Split,
+    check_first_masks,
     count_labels,
     find_split,
-    read_image,
-    read_mask,
+    read_item,
     read_size,
 )
 from utils.errors import UserError, printable
 from utils.files import atomic_write, check_npy, remove_temporaries
 from utils.geometry import resize_image, resize_mask
-from utils.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, read_manifest
+from utils.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, Source, read_manifest, source_of
 from utils.parallel import run_jobs, usable_cores
 
 UNIT_INTERVAL = np.arange(256, dtype=np.float32) / 255  # a byte's value in [0, 1]
@@ -79,14 +83,40 @@ class Job:
     folder: Path
     settings: Settings
     done: bool = False
+    sources: list[Source] | None = None  # None if one is missing
 
     @property
     def outputs(self) -> list[Path]:
         return [self.folder / kind / f"{self.item.name}.npy" for kind in ("imgs", "gts")[: 2 if self.item.mask else 1]]
 
 
-def is_done(job: Job) -> bool:
-    """Whether the job's files are whole and no older than the image and the mask that they were made from."""
+@dataclass(frozen=True)
+class Failure:
+    """An image or a mask that is not used."""
+
+    message: str
+    kind: str  # equal for what is grouped
+
+
+WRONG_LABELS = "wrong labels"  # as a kind
+
+
+def make_jobs(split: Split, folder: Path, settings: Settings, earlier: Manifest | None) -> list[Job]:
+    """One job for each image; done are those whose files an earlier run has written from the same sources."""
+    known = (earlier and earlier.sources) or {}
+    jobs = []
+    for item in split.items:
+        try:
+            sources = [source_of(path) for path in (item.image, item.mask) if path]
+        except OSError:  # reading it will tell
+            sources = None
+        job = Job(item, folder, settings, sources=sources)
+        is_same = sources is not None and known.get(item.name) == sources
+        jobs.append(replace(job, done=is_same and is_whole(job)))
+    return jobs
+
+
+def is_whole(job: Job) -> bool:
     size = job.settings.image_size
     forms = [((size, size, 3), job.settings.image_dtype), ((size, size), "uint8")]
     try:
@@ -94,12 +124,10 @@ def is_done(job: Job) -> bool:
             check_npy(path, shape, dtype)
     except UserError:
         return False
-    sources = [path for path in (job.item.image, job.item.mask) if path]
-    written = min(path.stat().st_mtime_ns for path in job.outputs)
-    return written >= max(path.stat().st_mtime_ns for path in sources)
+    return True
 
 
-def process(jobs: list[Job]) -> list[ManifestItem | str]:
+def process(jobs: list[Job]) -> list[ManifestItem | Failure]:
     """Write images and masks, each while the next of `jobs` is decoded; of the two, the shorter costs no time then.
 
     Returns:
@@ -120,7 +148,7 @@ def process(jobs: list[Job]) -> list[ManifestItem | str]:
     return results
 
 
-def prepare(job: Job) -> tuple[ManifestItem | str, dict[Path, np.ndarray]]:
+def prepare(job: Job) -> tuple[ManifestItem | Failure, dict[Path, np.ndarray]]:
     """Decode and resize what the job has still to write.
 
     Returns:
@@ -130,15 +158,14 @@ def prepare(job: Job) -> tuple[ManifestItem | str, dict[Path, np.ndarray]]:
     item, settings = job.item, job.settings
     try:
         if job.done:
-            height, width = read_size(item.image)
+            height, width = read_size(item.mask or item.image)  # the image may have been turned to fit its mask
         else:
-            image = read_image(item.image)
+            image, mask = read_item(item)
             height, width = image.shape[:2]
-            mask = read_mask(item.mask, height, width) if item.mask else None
     except UserError as error:
         for path in job.outputs:
             path.unlink(missing_ok=True)
-        return str(error), {}
+        return Failure(str(error), kind_of(error, item)), {}
     arrays = []
     if not job.done:
         arrays.append(resize_image(image, settings.image_size, settings.resize_mode))
@@ -153,6 +180,16 @@ def prepare(job: Job) -> tuple[ManifestItem | str, dict[Path, np.ndarray]]:
     return ManifestItem(item.name, height, width, pixels, ignored), dict(zip(job.outputs, arrays))
 
 
+def kind_of(error: UserError, item: Item) -> str:
+    """What an error has in common with those of other files: its words, without the file and the numbers."""
+    if isinstance(error, LabelError):
+        return WRONG_LABELS
+    message = str(error)
+    for path in filter(None, (item.mask, item.image)):
+        message = message.replace(str(path), "")
+    return re.sub(r"\d+", "#", message)
+
+
 def write(arrays: dict[Path, np.ndarray]) -> None:
     """Write the .npy files.
 
@@ -165,8 +202,8 @@ def write(arrays: dict[Path, np.ndarray]) -> None:
             file.write(array.data)
 
 
-def began_before(folder: Path, settings: Settings, labelled: bool) -> bool:
-    """Whether an earlier run of the same settings began `folder`, so that its files may be taken over.
+def read_earlier(folder: Path, settings: Settings, labelled: bool) -> Manifest | None:
+    """What an earlier run of the same settings wrote into `folder`; None if there is nothing.
 
     Raises:
         UserError: it holds files of other settings, or of unknown ones.
@@ -174,7 +211,7 @@ def began_before(folder: Path, settings: Settings, labelled: bool) -> bool:
     if not (folder / "manifest.json").exists():
         if any(folder.glob("imgs/*.npy")) or any(folder.glob("gts/*.npy")):
             raise UserError(f"{folder}: holds .npy files but no manifest.json (--overwrite deletes and redoes them)")
-        return False
+        return None
     earlier = read_manifest(folder, allow_incomplete=True)
     found = Settings(earlier.image_size, earlier.image_dtype, earlier.resize_mode)
     if found != settings:
@@ -182,7 +219,18 @@ def began_before(folder: Path, settings: Settings, labelled: bool) -> bool:
     if earlier.labelled != labelled:
         was, now = ("with", "none") if earlier.labelled else ("without", "some")
         raise UserError(f"{folder}: was written {was} masks, and there are {now} now (--overwrite redoes it)")
-    return True
+    return earlier
+
+
+def redone(folder: Path, earlier: Manifest, jobs: list[Job]) -> str | None:
+    """A line that says which files of an earlier run are not taken over, if there are any."""
+    if earlier.sources is None:
+        count = sum(any(path.exists() for path in job.outputs) for job in jobs)
+        why = "an older version wrote them, without a record of their sources"
+    else:
+        count = sum(job.item.name in earlier.sources and earlier.sources[job.item.name] != job.sources for job in jobs)
+        why = "the image or its mask is not the file that it was (another path, size or date)"
+    return f"{folder}: {count:,} of {len(jobs):,} images are done again: {why}" if count else None
 
 
 def check_disk(output: Path, jobs: list[Job], overwrite: bool) -> None:
@@ -195,8 +243,11 @@ def check_disk(output: Path, jobs: list[Job], overwrite: bool) -> None:
 
     place = next(path for path in (output, *output.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
-    if overwrite:  # these go before the first write
-        free += sum(path.stat().st_size for folder in {job.folder for job in jobs} for path in folder.glob("*/*.npy"))
+    # These go before the first write.
+    old = (path for folder in {job.folder for job in jobs} for path in folder.glob("*/*.npy"))
+    if not overwrite:
+        old = (path for job in todo for path in job.outputs if path.exists())
+    free += sum(path.stat().st_size for path in old)
     itemsize = np.dtype(jobs[0].settings.image_dtype).itemsize
     if needed(itemsize) > free:
         advice = "use a smaller --image_size, or a larger disk"
@@ -207,12 +258,18 @@ def check_disk(output: Path, jobs: list[Job], overwrite: bool) -> None:
         )
 
 
-def begin(folder: Path, manifest: Manifest, overwrite: bool) -> None:
-    """Make the split's folders and record its settings; with `overwrite`, delete what was there first."""
+def begin(folder: Path, manifest: Manifest, jobs: list[Job], overwrite: bool) -> None:
+    """Make the split's folders and record its settings and sources.
+
+    Files that are written anew are deleted first, as what is found beside this record counts as made from its sources;
+    with `overwrite`, so are all others.
+    """
     try:
+        for path in [*folder.glob("imgs/*.npy"), *folder.glob("gts/*.npy")] if overwrite else ():
+            path.unlink()
+        for path in (path for job in jobs if not job.done for path in job.outputs):
+            path.unlink(missing_ok=True)
         if overwrite:
-            for path in [*folder.glob("imgs/*.npy"), *folder.glob("gts/*.npy")]:
-                path.unlink()
             with suppress(OSError):  # a split without labels has no gts/; if other files are in it, it stays
                 (folder / "gts").rmdir()
         for kind in ("imgs", "gts") if manifest.labelled else ("imgs",):
@@ -234,6 +291,19 @@ def unpaired(split: Split) -> list[str]:
     return lines
 
 
+def grouped(folder: Path, failures: Iterable[Failure]) -> list[str]:
+    """The first ten failures of each kind, and how many more there are."""
+    kinds: dict[str, list[str]] = {}
+    for failure in failures:
+        kinds.setdefault(failure.kind, []).append(failure.message)
+    lines = []
+    for messages in kinds.values():
+        lines += messages[:MAX_LISTED]
+        if len(messages) > MAX_LISTED:
+            lines.append(f"{folder}: ... and {len(messages) - MAX_LISTED:,} more like the last one")
+    return lines
+
+
 def report(folder: Path, split: Split, manifest: Manifest, kept: int) -> None:
     """Print a split's counts, its folder and, if it has labels, its pixels per class."""
     earlier = f", {kept} of them by an earlier run" if kept else ""
@@ -247,11 +317,18 @@ def report(folder: Path, split: Split, manifest: Manifest, kept: int) -> None:
     print(f" id  {'class':<14}{'pixels':>18}{'%':>9}")
     for label, name, count in rows:
         print(f"{label:>3}  {name:<14}{count:>18,}{100 * count / total:>9.3f}")
+    if not has_labels(manifest):
+        print(f"warning: {folder}: all masks are {IGNORE_LABEL} (not labelled) throughout; there is nothing to train "
+              "or score on", file=sys.stderr, flush=True)
+
+
+def has_labels(manifest: Manifest) -> bool:
+    return any(any(item.pixels) for item in manifest.items)
 
 
 def next_command(output: Path, manifests: dict[str, Manifest]) -> str | None:
     """The command that trains on what was written; None where there is nothing to train on."""
-    usable = [name for name, manifest in manifests.items() if manifest.labelled and manifest.items]
+    usable = [name for name, manifest in manifests.items() if has_labels(manifest)]
     train = next((name for name in ("train", *usable) if name in usable and name not in ("val", "test")), None)
     if train is None:
         return None
@@ -272,29 +349,36 @@ def main(args: Namespace) -> int:
     settings = Settings(args.image_size, args.image_dtype, args.resize_mode)
     # Everything that can be known to fail fails here, before the first write.
     splits = {name: find_split(args.bdd100k_root, name) for name in args.splits}
+    for split in splits.values():
+        check_first_masks(split)
     jobs: dict[str, list[Job]] = {}
+    notes = [note for split in splits.values() for note in split.notes]
     for name, split in splits.items():
         folder = args.output_path / name
-        resumed = not args.overwrite and began_before(folder, settings, split.labelled)
-        jobs[name] = [Job(item, folder, settings) for item in split.items]
-        if resumed:
-            jobs[name] = [replace(job, done=is_done(job)) for job in jobs[name]]
+        earlier = None if args.overwrite else read_earlier(folder, settings, split.labelled)
+        jobs[name] = make_jobs(split, folder, settings, earlier)
+        if earlier and (note := redone(folder, earlier, jobs[name])):
+            notes.append(note)
     check_disk(args.output_path, [job for split_jobs in jobs.values() for job in split_jobs], args.overwrite)
 
-    manifests = {
-        name: Manifest(**vars(settings), labelled=split.labelled, complete=False, items=[])
-        for name, split in splits.items()
-    }
+    for note in dict.fromkeys(notes):
+        print(printable(note), flush=True)
+    manifests = {}
     for name, split in splits.items():
+        sources = {job.item.name: job.sources for job in jobs[name] if job.sources}
+        manifests[name] = Manifest(
+            **vars(settings), labelled=split.labelled, complete=False, items=[], sources=sources
+        )
         masks = f"{len(split.items)} with a mask" if split.labelled else f"no masks in {split.mask_dir}, so no gts/"
         print(f"{name}: {len(split.items) + len(split.images_without_mask)} images, {masks}", flush=True)
         if not split.labelled and name != "test":
             print(f"warning: without masks, {name} is nothing to train or score on; BDD100K's are a download of their "
                   "own, to be unpacked into the same folder", file=sys.stderr, flush=True)
     errors: list[str] = []
+    suspect: list[str] = []
     try:
         for name, manifest in manifests.items():
-            begin(args.output_path / name, manifest, args.overwrite)
+            begin(args.output_path / name, manifest, jobs[name], args.overwrite)
         # Seldom where stderr is a file, so that a log stays readable.
         pace = 0.2 if sys.stderr.isatty() else 30
         with tqdm(total=sum(map(len, jobs.values())), unit="image", mininterval=pace) as progress:
@@ -302,8 +386,13 @@ def main(args: Namespace) -> int:
                 progress.set_description(name)
                 results = run_jobs(process, jobs[name], args.num_workers, progress.update)
                 items = [result for result in results if isinstance(result, ManifestItem)]
-                errors += [result for result in results if isinstance(result, str)] + unpaired(split)
-                manifests[name] = replace(manifests[name], complete=True, items=items)
+                failures = [result for result in results if isinstance(result, Failure)]
+                wrong = sum(failure.kind == WRONG_LABELS for failure in failures)
+                suspect += [f"{args.output_path / name}: wrong labels in {wrong:,} masks"] if wrong else []
+                errors += grouped(args.output_path / name, failures) + unpaired(split)
+                written = {item.name for item in items}
+                sources = {key: files for key, files in (manifests[name].sources or {}).items() if key in written}
+                manifests[name] = replace(manifests[name], complete=True, items=items, sources=sources)
                 manifests[name].write(args.output_path / name)
     except KeyboardInterrupt:
         again = ", without --overwrite, which begins anew," if args.overwrite else ""
@@ -314,10 +403,12 @@ def main(args: Namespace) -> int:
 
     for name, split in splits.items():
         report(args.output_path / name, split, manifests[name], kept=sum(job.done for job in jobs[name]))
-    command = next_command(args.output_path, manifests)
+    command = None if suspect else next_command(args.output_path, manifests)
     if command:
         print(f"\nNext:\n    {command}")
     sys.stdout.flush()  # before the errors, in whatever file the two may share
+    for line in suspect:
+        print(f"warning: {line}; the others may be of the same kind, so check them before training", file=sys.stderr)
     for error in errors:
         print(f"error: {printable(error)}", file=sys.stderr)
     return 1 if errors else 0

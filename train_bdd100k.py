@@ -53,7 +53,17 @@ from utils.precision import (
     resolve_precision,
     telling_out_of_memory,
 )
-from utils.run import AUTO, FinishedError, Latest, Run, cache_to_use, find_latest, read_latest, require_same_cache
+from utils.run import (
+    AUTO,
+    FinishedError,
+    Latest,
+    Run,
+    cache_to_use,
+    find_latest,
+    read_latest,
+    require_same_cache,
+    require_same_data,
+)
 
 # What a resumed run must share with its beginning, by the names that the user knows.
 KEPT_ON_RESUME = {
@@ -224,6 +234,9 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
         return
     dataset, val_dataset = load_data(args)
     segmenter, info = load_model(args, dataset.source, precision)
+    data = {"train_data": dataset.source.digest, "val_data": val_dataset.source.digest if val_dataset else None}
+    require_same_data(data, info, latest)
+    config |= data
     model = distributed.wrap(segmenter, precision.device)
     loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     passes = {dataset: args.num_epochs} | (

@@ -44,7 +44,7 @@ from utils.dataset import NpyFolder
 from utils.detections import read_detections
 from utils.embedding_cache import Binding, Request, prepare_caches
 from utils.errors import UserError, printable
-from utils.manifest import Manifest, ManifestItem
+from utils.manifest import Manifest, ManifestItem, Source
 from utils.model import BoxSegmenter
 from utils.precision import Precision
 from utils.run import read_latest
@@ -199,7 +199,8 @@ def make_targets(folder: Path) -> dict[str, Target]:
     labels = rng.integers(0, 19, (SIZE, SIZE), dtype=np.uint8)
     counts = np.bincount(labels.ravel(), minlength=19).tolist()
     items = [ManifestItem("a", 720, 1280, counts, 0), ManifestItem("b", 720, 1280, counts, 0)]
-    Manifest(SIZE, "uint8", "stretch", labelled=True, complete=True, items=items).write(split)
+    sources: dict[str, list[Source]] = {"a": [["/data/a.jpg", 7, 8], ["/data/a.png", 9, 10]]}
+    Manifest(SIZE, "uint8", "stretch", labelled=True, complete=True, items=items, sources=sources).write(split)
     for name in "ab":
         np.save(split / "imgs" / name, image)
         np.save(split / "gts" / name, labels)

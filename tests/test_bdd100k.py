@@ -2,11 +2,12 @@
 
 import io
 import struct
+import unicodedata
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from utils.bdd100k import (
     CLASS_NAMES,
@@ -14,9 +15,13 @@ from utils.bdd100k import (
     IGNORE_LABEL,
     NUM_CLASSES,
     PALETTE,
+    Item,
+    LabelError,
+    check_first_masks,
     count_labels,
     find_split,
     read_image,
+    read_item,
     read_mask,
 )
 from utils.errors import UserError
@@ -102,16 +107,130 @@ def test_nothing_to_find(tmp_path):
         find_split(tmp_path, "train")
 
 
-def test_root_one_level_too_high(tmp_path):
-    lay_out(tmp_path / "bdd100k", NEW, "train", ["a.jpg"], ["a.png"])
-    with pytest.raises(UserError, match=rf"use --bdd100k_root {tmp_path / 'bdd100k'}\)"):
+@pytest.mark.parametrize("deeper", ["bdd100k", "bdd100k/bdd100k"])
+@pytest.mark.parametrize("layout", [NEW, OLD])
+def test_root_above_the_data(tmp_path, deeper, layout):
+    images, masks = lay_out(tmp_path / deeper, layout, "train", ["a.jpg"], [f"a{layout[2]}"])
+    split = find_split(tmp_path, "train")
+    assert split.items == [Item("a", images / "a.jpg", masks / f"a{layout[2]}")]
+    assert split.notes == [f"{tmp_path}: the data are in {tmp_path / deeper}"]
+
+
+@pytest.mark.parametrize("inside", ["images", "images/10k", "images/10k/train", "labels", "labels/sem_seg/masks/val"])
+def test_root_inside_the_data(tmp_path, inside, monkeypatch):
+    images, masks = lay_out(tmp_path, NEW, "train", ["a.jpg"], ["a.png"])
+    (tmp_path / inside).mkdir(parents=True, exist_ok=True)
+    for root in (tmp_path / inside, (tmp_path / inside).relative_to(tmp_path)):
+        monkeypatch.chdir(tmp_path)
+        split = find_split(root, "train")
+        assert split.items == [Item("a", images / "a.jpg", masks / "a.png")]
+        assert split.notes == [f"{root}: the data are in {tmp_path}"]
+
+
+def test_a_folder_beside_the_data_is_not_the_data(tmp_path):
+    lay_out(tmp_path, NEW, "train", ["a.jpg"], ["a.png"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images of split 'train'"):
+        find_split(tmp_path / "empty", "train")
+
+
+def test_archives_in_folders_of_their_own(tmp_path):
+    images, _ = lay_out(tmp_path / "images_10k/bdd100k", NEW, "train", ["a.jpg"], [])
+    _, masks = lay_out(tmp_path / "sem_seg/bdd100k", NEW, "train", [], ["a.png"])
+    split = find_split(tmp_path, "train")
+    assert split.items == [Item("a", images / "a.jpg", masks / "a.png")]
+    assert split.notes[1:] == [f"train: the masks are in {masks}"]
+
+
+def test_two_data_sets_below_the_root(tmp_path):
+    for name in ("one", "two"):
+        lay_out(tmp_path / name, NEW, "train", ["a.jpg"], ["a.png"])
+    with pytest.raises(UserError, match=rf"train' more than once.*--bdd100k_root {tmp_path / 'one'}\)"):
         find_split(tmp_path, "train")
 
 
-def test_no_image_has_a_mask(tmp_path):
-    lay_out(tmp_path, NEW, "train", ["a.jpg", "b.jpg"], ["a_train_id.png"])
-    with pytest.raises(UserError, match=r"no mask here belongs to any image .*a\.jpg needs a\.png"):
+@pytest.mark.parametrize("images", [NEW, OLD])
+@pytest.mark.parametrize("masks", [NEW, OLD])
+@pytest.mark.parametrize("name", ["a.png", "a.PNG", "a.Png", "a_train_id.png", "a_train_id.PNG", "a_TRAIN_ID.png"])
+def test_masks_of_either_layout_in_any_case(tmp_path, images, masks, name):
+    (image_dir, _), (_, mask_dir) = (
+        lay_out(tmp_path, (images[0], "nothing/{}"), "train", ["a.jpg"], []),
+        lay_out(tmp_path, ("nothing/else/{}", masks[1]), "train", [], [name]),
+    )
+    split = find_split(tmp_path, "train")
+    assert split.items == [Item("a", image_dir / "a.jpg", mask_dir / name)] and not split.notes
+
+
+def test_masks_of_the_same_layout_come_first(tmp_path):
+    for layout in (NEW, OLD):
+        _, masks = lay_out(tmp_path / layout[2], layout, "train", ["a.jpg"], ["a.png"])
+        other = OLD if layout is NEW else NEW
+        lay_out(tmp_path / layout[2], ("nothing/{}", other[1]), "train", [], ["a.png"])
+        assert find_split(tmp_path / layout[2], "train").items[0].mask == masks / "a.png"
+
+
+def test_a_mask_that_belongs_to_nothing_beside_marked_and_plain_ones(tmp_path):
+    _, masks = lay_out(tmp_path, NEW, "train", ["a.jpg", "b.jpg"], ["a_train_id.png", "b.png", "c_train_id.png"])
+    split = find_split(tmp_path, "train")
+    assert [item.mask for item in split.items] == [masks / "a_train_id.png", masks / "b.png"]
+    assert split.masks_without_image == [masks / "c_train_id.png"]
+
+
+@pytest.mark.parametrize(
+    "names", [["b.png"], ["a.jpg", "b.jpg"], ["a.tif"], ["a_train_color.png"], ["a_labelIds.png"], ["a.json"]]
+)
+@pytest.mark.parametrize("layout", [NEW, OLD])
+def test_files_but_no_mask(tmp_path, names, layout):
+    lay_out(tmp_path, NEW, "train", ["a.jpg"], [])
+    folder = tmp_path / layout[1].format("train")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    said = rf"{folder}: holds {len(names)} files, such as {names[0]}, .*a\.jpg needs a\.png or a_train_id\.png"
+    with pytest.raises(UserError, match=said):
         find_split(tmp_path, "train")
+
+
+def test_masks_above_the_splits(tmp_path):
+    _, masks = lay_out(tmp_path, NEW, "train", ["a.jpg"], [])
+    (masks.parent / "a.png").touch()
+    with pytest.raises(UserError, match=rf"masks: holds masks of split 'train' \(move them into {masks}\)"):
+        find_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("colours", ["labels/sem_seg/colormaps/train", "seg/color_labels/train"])
+def test_colour_pictures_alone(tmp_path, colours):
+    lay_out(tmp_path, (NEW[0], colours), "train", ["a.jpg"], ["a.png"])
+    with pytest.raises(UserError, match=rf"{colours}: holds colour pictures, such as a\.png, but there are no masks"):
+        find_split(tmp_path, "train")
+
+
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    images, _ = lay_out(tmp_path, NEW, "train", ["a.jpg"], ["a.png"])
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
+    with pytest.raises(UserError, match=rf"{images}: cannot be read \(Permission denied\)"):
+        find_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize(("image", "mask"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_names_pair_in_either_unicode_form(tmp_path, image, mask):
+    image, mask = (unicodedata.normalize(form, "straße_é") for form in (image, mask))
+    images, masks = lay_out(tmp_path, NEW, "train", [f"{image}.jpg"], [f"{mask}.png"])
+    split = find_split(tmp_path, "train")
+    assert split.items == [Item(image, images / f"{image}.jpg", masks / f"{mask}.png")]
+    assert split.images_without_mask == split.masks_without_image == []
+
+
+def test_one_name_in_both_unicode_forms(tmp_path):
+    names = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
+    lay_out(tmp_path, NEW, "train", [f"{name}.jpg" for name in names], ["a.png"])
+    with pytest.raises(UserError) as error:
+        find_split(tmp_path, "train")
+    assert r"'\xe9.jpg'" in str(error.value) and r"'e\u0301.jpg'" in str(error.value)
 
 
 def test_two_images_of_one_name(tmp_path):
@@ -229,6 +348,92 @@ def test_what_is_no_image(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "b.png")
     with pytest.raises(UserError, match="not an 8-bit image"):
         read_image(tmp_path / "b.png")
+
+
+def draw_turned(folder, orientation, *, drawn_upright, size=(48, 32)):
+    """A picture with a bright corner and the mask of that corner, class 3, drawn on the one or the other view."""
+    mask = np.zeros(size, np.uint8)
+    mask[:16, :8] = 3
+    picture = Image.fromarray(np.repeat(mask[..., None] * 80, 3, axis=2))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(folder / "a.jpg", quality=100, subsampling=0, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(folder / "a.jpg")) if drawn_upright else picture
+    Image.fromarray((np.asarray(upright)[..., 0] > 120).astype(np.uint8) * 3).save(folder / "a.png")
+    return Item("a", folder / "a.jpg", folder / "a.png")
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize("drawn_upright", [True, False])
+def test_a_mask_lies_on_a_picture_that_exif_turns(tmp_path, orientation, drawn_upright):
+    image, mask = read_item(draw_turned(tmp_path, orientation, drawn_upright=drawn_upright))
+    assert mask is not None and mask.shape == ((32, 48) if drawn_upright else (48, 32))
+    assert np.count_nonzero(mask) == 128
+    assert ((image[..., 0] > 120) == (mask == 3)).all()
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(2, (48, 32)), (3, (48, 32)), (4, (48, 32)), (6, (32, 32))])
+@pytest.mark.parametrize("drawn_upright", [True, False])
+def test_a_mask_that_may_belong_to_either_view_is_rejected(tmp_path, orientation, size, drawn_upright):
+    item = draw_turned(tmp_path, orientation, drawn_upright=drawn_upright, size=size)
+    with pytest.raises(UserError, match=rf"a\.jpg: EXIF orientation {orientation}.*a\.png.*-auto-orient.*exiftool"):
+        read_item(item)
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 9])
+def test_an_orientation_that_turns_nothing(tmp_path, orientation):
+    image, mask = read_item(draw_turned(tmp_path, orientation, drawn_upright=True))
+    assert image.shape == (48, 32, 3) and mask is not None and mask.shape == (48, 32)
+
+
+def test_a_mask_of_neither_view(tmp_path):
+    item = draw_turned(tmp_path, 6, drawn_upright=True)
+    Image.new("L", (9, 9)).save(item.mask)
+    with pytest.raises(UserError, match=r"a\.png: mask is 9x9, its image 32x48"):
+        read_item(item)
+
+
+def draw_masks(root, masks):
+    """A split of one-pixel images, a mask for each."""
+    images, folder = lay_out(root, NEW, "train", [], [])
+    for index, mask in enumerate(masks):
+        Image.new("RGB", (1, 1)).save(images / f"{index:04}.png")
+        Image.fromarray(np.asarray(mask, np.uint8)).save(folder / f"{index:04}.png")
+    return find_split(root, "train")
+
+
+def test_good_masks_pass(tmp_path):
+    check_first_masks(draw_masks(tmp_path, [[[0, 7, 255]], [[7, 7, 0]], [[255, 255, 255]], [[18, 17, 16]]]))
+
+
+def test_masks_that_cannot_be_read_are_left_for_later(tmp_path):
+    split = draw_masks(tmp_path, [[[0]]] * 2)
+    split.items[0].mask.write_bytes(b"")
+    check_first_masks(split)
+
+
+@pytest.mark.parametrize(
+    ("mask", "said"),
+    [([[0, 42]], "holds labels 42"), ([[[1, 2, 3], [0, 0, 0]]], r"a colour-coded \(RGB\) picture")],
+)
+@pytest.mark.parametrize("bad", [range(40), [0], [39]])
+def test_wrong_labels_are_seen_in_the_first_masks(tmp_path, mask, said, bad):
+    split = draw_masks(tmp_path, [mask if index in bad else [[0, 1]] for index in range(40)])
+    count = 16 if len(bad) == 40 else 1
+    with pytest.raises(LabelError, match=rf"{said}.*wrong labels in {count} of the 16 masks checked"):
+        check_first_masks(split)
+
+
+@pytest.mark.parametrize("masks", [[[[7, 8, 11, 26, 23]]], [[[7, 8, 11]]] * 5 + [[[7, 11, 33]]]])
+def test_label_ids_are_named(tmp_path, masks):
+    with pytest.raises(LabelError, match=r"Cityscapes' label ids.*id2label.*labels/sem_seg/masks"):
+        check_first_masks(draw_masks(tmp_path, masks))
+
+
+def test_label_ids_below_nineteen_are_seen_by_their_shares(tmp_path):
+    label_ids = [[[4, 5, 0, 11, 11, 11, 17, 7, 7, 8]]] * 3  # static, dynamic, none, building, pole, road, sidewalk
+    with pytest.raises(LabelError, match=r"masks/train: label 7 \(traffic sign\) is 20 % of the 3 masks.*label ids"):
+        check_first_masks(draw_masks(tmp_path, label_ids))
 
 
 def test_mask_values_come_as_they_are(tmp_path):

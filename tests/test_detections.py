@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from utils.bdd100k import CLASS_NAMES
+from utils.dataset import detected_prompts
 from utils.detections import Detections, read_detections
 from utils.errors import UserError
 
@@ -203,3 +205,13 @@ def test_file_that_cannot_be_read(path: Path, tmp_path: Path) -> None:
 def test_byte_order_mark_is_no_harm(path: Path) -> None:
     path.write_text(json.dumps([frame(label())]), encoding="utf-8-sig")
     assert len(read_detections(path).boxes) == 1
+
+
+def test_names_match_in_either_unicode_form(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    box = {"category": "car", "box2d": {"x1": 0, "y1": 0, "x2": 3, "y2": 3}}
+    path = tmp_path / "det.json"
+    for written, asked in ((composed, decomposed), (decomposed, composed)):
+        path.write_text(json.dumps([{"name": f"{written}.jpg", "labels": [box]}]))
+        found = detected_prompts(read_detections(path).boxes, asked, 8, 8, 8, "stretch")
+        assert found["class_ids"].tolist() == [13]

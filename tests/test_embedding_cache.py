@@ -178,6 +178,49 @@ def test_an_image_that_changed_is_encoded_again(
         cache.read(2)  # as a run would that goes on with the old picture
 
 
+def test_another_split_of_the_same_names_sizes_and_dates_is_another(
+    npy: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, encoded: list[int]
+) -> None:
+    """As archives hold them that give all files one date."""
+    splits = [shutil.copytree(npy / "train", tmp_path / name / "train") for name in ("one", "two")]
+    for index, split in enumerate(splits):
+        for path in (split / "imgs").iterdir():
+            np.save(path, np.roll(np.load(path), 8 * index, axis=0))
+            os.utime(path, ns=(1, 1))
+    caches = []
+    for split in splits:
+        encoded.clear()
+        caches.append(prepare(split, segmenter, sam_file, str(tmp_path / "cache")))
+        assert sum(encoded) == 8  # an empty image and all of the split
+    image = torch.from_numpy(NpyFolder(splits[1]).read_image(0)).permute(2, 0, 1)[None]
+    torch.testing.assert_close(caches[1].read(0)[0], segmenter.encode(image)[0][0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_that_moves_with_its_images_reads_none_of_them(
+    split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(split, segmenter, sam_file)
+    split.parent.rename(tmp_path / "moved")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("an image was read")
+
+    monkeypatch.setattr(NpyFolder, "read_image", refuse)
+    prepare(tmp_path / "moved" / "train", segmenter, sam_file)
+
+
+def test_entries_of_older_versions_which_record_no_path(
+    split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:
+        signature = embedding_cache._signature
+        older.setattr(embedding_cache, "_signature", lambda *paths: signature(*paths).rsplit(" ", 1)[0])
+        prepare(split, segmenter, sam_file)
+    encoded.clear()
+    prepare(split, segmenter, sam_file)
+    assert encoded == []
+
+
 @pytest.mark.parametrize(
     "key, value",
     [("sam_sha256", "0" * 64), ("resize_mode", "pad"), ("stored_in", "float16"), ("format_version", 1)],

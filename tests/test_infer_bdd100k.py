@@ -25,6 +25,7 @@ from tests.conftest import IMAGE_SIZE, run_script, write_split
 from utils import checkpoint, engine
 from utils.bdd100k import CLASS_NAMES, NUM_CLASSES
 from utils.dataset import NpyFolder
+from utils.errors import UserError
 from utils.model import BoxSegmenter, build_model
 
 # The specification's form; the values are the run's.
@@ -194,6 +195,55 @@ def test_visualize_draws_each_image_up_to_twenty(
     picture = cv2.imread(str(drawn / f"{names[0]}.png"))
     assert picture is not None
     assert picture.shape[1] > 3 * picture.shape[0]  # three pictures of 16:9 side by side, though stored as squares
+
+
+def test_a_second_evaluation_leaves_nothing_of_the_first(
+    infer: Callable[..., dict[str, Any]], npy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    infer("--val_npy_path", npy / "train", "--visualize", "--save_predictions")
+    (out / "visualizations" / "mine.png").touch()
+    capsys.readouterr()
+    infer("--visualize")
+    said = capsys.readouterr().out
+    names = {path.stem for path in (npy / "val" / "imgs").iterdir()}
+    assert {path.stem for path in (out / "visualizations").iterdir()} == {*names, "mine"}
+    assert not list((out / "predictions").iterdir())
+    assert f"{out}: 17 files of an earlier evaluation are replaced" in said  # 3 results and 2 x 7 pictures
+    assert f"{out / 'visualizations'}: 1 other files stay there, such as mine.png" in said
+    infer()
+    assert [path.name for path in (out / "visualizations").iterdir()] == ["mine.png"]
+
+
+def test_a_failure_midway_leaves_no_earlier_result(
+    infer: Callable[..., dict[str, Any]],
+    sam_file: Path,
+    npy: Path,
+    tmp_path: Path,
+    error_of: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    infer("--visualize")
+    drawn = infer_bdd100k.save_comparison
+
+    def fail(path: Path, *arrays: np.ndarray) -> None:
+        if path.stem.endswith("1"):
+            raise UserError(f"{path}: cannot be written")
+        drawn(path, *arrays)
+
+    monkeypatch.setattr(infer_bdd100k, "save_comparison", fail)
+    assert "cannot be written" in error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--visualize")
+    left = sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert left == [".pictures.json", f"{sorted((npy / 'val' / 'imgs').iterdir())[0].stem}.png"]
+
+
+def test_what_is_refused_costs_no_earlier_result(
+    infer: Callable[..., dict[str, Any]], sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    infer("--visualize")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--eval_size", "original")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
 def test_visualize_stops_after_the_first_twenty(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,6 +118,39 @@ def test_a_damaged_picture_is_told_and_the_others_are_segmented(
     assert len(list((tmp_path / "out" / "overlays").iterdir())) == len(sizes)
 
 
+def test_a_picture_that_went_bad_keeps_no_overlay_of_before(
+    infer: Callable[..., int | None], semantic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path / "in")
+    flags = ["--model_checkpoint", semantic, "--images", tmp_path / "in", "--save_predictions"]
+    assert not infer(*flags)
+    for folder in ("overlays", "predictions"):
+        (tmp_path / "out" / folder / "other.txt").touch()
+    (tmp_path / "in" / "tall.jpg").write_bytes(b"damaged")
+    (tmp_path / "in" / "wide.jpg").unlink()
+    capsys.readouterr()
+    assert infer(*flags) == 1
+    said = capsys.readouterr().out
+    for folder in ("overlays", "predictions"):
+        names = {path.stem for path in (tmp_path / "out" / folder).iterdir()}
+        assert names == {"large", "tiny", "wide", "other"}  # who gives other pictures keeps those of before
+        assert f"{tmp_path / 'out' / folder}: 3 pictures of an earlier run are replaced" in said
+        assert f"{tmp_path / 'out' / folder}: 2 other files stay there" in said
+
+
+def test_frames_of_a_longer_video_do_not_stay(
+    infer: Callable[..., int | None], semantic: Path, tmp_path: Path
+) -> None:
+    clip = write_video(tmp_path / "clip.mp4")
+    saved = tmp_path / "out" / "predictions"
+    saved.mkdir(parents=True)
+    for name in ("clip_000007", "clip_x", "otherclip_000007"):
+        (saved / f"{name}.png").touch()
+    assert not infer("--model_checkpoint", semantic, "--images", clip, "--save_predictions")
+    frames = {f"clip_{index:06}" for index in range(5)}
+    assert {path.stem for path in saved.iterdir()} == {*frames, "clip_x", "otherclip_000007"}
+
+
 def test_a_video_among_pictures_is_told(
     infer: Callable[..., int | None], semantic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +209,31 @@ def test_original_size_equals_bdd100ks_toolkit_on_the_saved_pngs(
         assert results["labelled_pixels"] > 3 * 144 * 256 * 0.9
         assert results["miou"] == pytest.approx(theirs.summary()["mIoU"] / 100, abs=1e-9)
         assert "at the original size" in (tmp_path / "out" / "evaluation_results.txt").read_text()
+
+
+def test_original_masks_are_found_and_checked_as_preprocessing_does(
+    infer: Callable[..., int | None],
+    scenes: Path,
+    semantic: Path,
+    sam_file: Path,
+    npy: Path,
+    tmp_path: Path,
+    error_of: Callable[..., str],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--model_checkpoint", semantic, "--eval_size", "original", "--bdd100k_root", tmp_path / "data"]
+    shutil.copytree(scenes, tmp_path / "data" / "bdd100k")
+    masks = tmp_path / "data" / "bdd100k" / "labels" / "sem_seg" / "masks" / "val"
+    for path in masks.iterdir():
+        path.rename(path.with_suffix(".PNG"))
+    assert not infer(*flags)
+    assert f"{tmp_path / 'data'}: the data are in {tmp_path / 'data' / 'bdd100k'}\n" in capfd.readouterr().out
+    path = sorted(masks.iterdir())[-1]
+    with Image.open(path) as mask:
+        Image.new("L", mask.size, 26).save(path)
+    before = read_results(tmp_path / "out")
+    assert "holds labels 26" in error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), *flags)
+    assert read_results(tmp_path / "out") == before  # told before anything was replaced
 
 
 def write_detections(path: Path, names: list[str], category: str = "car") -> Path:

@@ -7,8 +7,9 @@ import pytest
 
 from utils.bdd100k import CLASS_NAMES
 from utils.errors import UserError
-from utils.manifest import FORMAT_VERSION, Manifest, ManifestItem, read_manifest
+from utils.manifest import FORMAT_VERSION, Manifest, ManifestItem, read_manifest, source_of
 
+BAD_SOURCES: list[Any] = [[], {"a": 3}, {"a": ["b"]}, {"a": [["b", 1]]}, {"a": [["b", 1, 1.5]]}]
 BAD_NAMES: list[Any] = ["../a", "/etc/a", "", "..", "a/b", 3]
 
 
@@ -22,6 +23,25 @@ def test_round_trip(tmp_path):
     manifest().write(tmp_path)
     assert read_manifest(tmp_path) == manifest()
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_sources_round_trip_and_older_files_have_none(tmp_path):
+    sources = {"a": [["/data/a.jpg", 7, 10**18 + 1], ["/data/a.png", 8, 0]]}
+    manifest(sources=sources).write(tmp_path)
+    assert read_manifest(tmp_path).sources == sources
+    manifest().write(tmp_path)
+    assert "sources" not in json.loads((tmp_path / "manifest.json").read_text())
+    assert read_manifest(tmp_path).sources is None
+
+
+def test_a_source_is_the_file_that_a_link_leads_to(tmp_path):
+    (tmp_path / "a").write_bytes(b"123")
+    (tmp_path / "link").symlink_to("a")
+    assert source_of(tmp_path / "link") == source_of(tmp_path / "a") == [
+        str(tmp_path / "a"), 3, (tmp_path / "a").stat().st_mtime_ns
+    ]  # fmt: skip
+    with pytest.raises(FileNotFoundError):
+        source_of(tmp_path / "b")
 
 
 def test_the_file_as_others_read_it(tmp_path):
@@ -90,6 +110,7 @@ def test_another_format_version(tmp_path):
         {"items": [ManifestItem("a", 720, 1280, [0] * 18, 0)]},
         {"items": [ManifestItem("a", 0, 1280, [0] * 19, 0)]},
         *[{"items": [ManifestItem(name, 7, 8, [0] * 19, 0)]} for name in BAD_NAMES],
+        *[{"sources": sources} for sources in BAD_SOURCES],
     ],
 )
 def test_values_that_are_never_written(tmp_path, changes):

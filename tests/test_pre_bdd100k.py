@@ -153,11 +153,15 @@ def test_the_older_layout_gives_the_same(run, data, tmp_path):
     for mask in (data / "labels/sem_seg/masks/train").iterdir():
         shutil.copy(mask, old / "seg/labels/train" / f"{mask.stem}_train_id.png")
     assert run("--splits", "train", root=old, out="from_old")[0] == 0
-    assert contents(tmp_path / "from_old") == contents(tmp_path / "out")
+    made, old_made = (contents(tmp_path / name) for name in ("out", "from_old"))
+    assert read_manifest(tmp_path / "from_old/train").items == read_manifest(tmp_path / "out/train").items
+    for both in (made, old_made):
+        del both["train/manifest.json"]  # which names the files that all was made of
+    assert made == old_made
 
 
 def test_several_processes_give_and_say_the_same(run, data, tmp_path):
-    label_42(data / "labels/sem_seg/masks/train", None)
+    other_size(data / "labels/sem_seg/masks/train", None)
     _, _, errors = run("--splits", "train")
     assert run("--splits", "train", "--num_workers", 2, out="two") == (1, ANY, errors) and len(errors) == 1
     assert contents(tmp_path / "two") == contents(tmp_path / "out")
@@ -186,9 +190,9 @@ def test_an_image_is_written_while_the_next_is_decoded(data, tmp_path, monkeypat
     for kind in ("imgs", "gts"):
         (tmp_path / "out" / kind).mkdir(parents=True)
     settings = pre_bdd100k.Settings(32, "uint8", "stretch")
-    jobs = [pre_bdd100k.Job(item, tmp_path / "out", settings) for item in find_split(data, "train").items]
-    assert [entry if isinstance(entry, str) else entry.name for entry in pre_bdd100k.process(jobs)] == ["a", "b", "c"]
-    assert all(pre_bdd100k.is_done(job) for job in jobs)
+    jobs = pre_bdd100k.make_jobs(find_split(data, "train"), tmp_path / "out", settings, None)
+    assert [getattr(entry, "name", entry) for entry in pre_bdd100k.process(jobs)] == ["a", "b", "c"]
+    assert all(pre_bdd100k.is_whole(job) for job in jobs)
 
 
 def test_a_split_without_masks(run, data, tmp_path):
@@ -313,19 +317,66 @@ def no_mask(masks, images):
     ],
 )
 def test_a_bad_item_is_named_and_the_rest_is_done(run, data, tmp_path, spoil, said):
+    others = [f"z{index:02}" for index in range(29)]  # so that b is none of the masks that are checked first
+    draw(data, "train", others)
     spoil(data / "labels/sem_seg/masks/train", data / "images/10k/train")
-    refused(run(), *said)
-    assert [item.name for item in read_manifest(tmp_path / "out/train").items] == ["a", "c"]
+    result = run()
+    refused(result, *said)
+    assert [item.name for item in read_manifest(tmp_path / "out/train").items] == ["a", "c", *others]
     for kind in ("imgs", "gts"):
-        assert [path.name for path in sorted((tmp_path / "out/train" / kind).iterdir())] == ["a.npy", "c.npy"]
+        written = [path.stem for path in sorted((tmp_path / "out/train" / kind).iterdir())]
+        assert written == ["a", "c", *others]
     assert [item.name for item in read_manifest(tmp_path / "out/val").items] == ["v"]
+    # Where one mask has wrong labels, others may have them too.
+    assert ("train_bdd100k.py" in result[1]) == (spoil not in (label_42, rgb_mask, palette_mask))
+
+
+@pytest.mark.parametrize("spoil", [label_42, rgb_mask, palette_mask])
+def test_wrong_labels_stop_before_the_first_write(run, data, tmp_path, spoil):
+    spoil(data / "labels/sem_seg/masks/train", None)
+    refused(run(), "masks/train/b.png: ", "labels/sem_seg/masks/", "wrong labels in 1 of the 3 masks checked")
+    assert not (tmp_path / "out").exists()
+
+
+def test_many_failures_are_grouped(run, data, tmp_path, capsys):
+    draw(data, "train", [f"x{index:02}" for index in range(30)])
+    images, masks = data / "images/10k/train", data / "labels/sem_seg/masks/train"
+    for index in range(25):
+        Image.new("L", (4 + index, 4)).save(masks / f"x{index:02}.png")
+    truncated_jpeg(masks, images)
+    status, _, errors = run("--splits", "train")
+    assert status == 1 and len(errors) == 12
+    assert "b.jpg: truncated" in errors[0] and all("mask is" in error for error in errors[1:11])
+    assert errors[11] == f"error: {tmp_path}/out/train: ... and 15 more like the last one"
+
+
+def test_a_split_that_is_unlabelled_throughout_is_said_to_be_so(data, tmp_path, capsys):
+    for mask in (data / "labels/sem_seg/masks/train").iterdir():
+        Image.new("L", (48, 24), 255).save(mask)
+    flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--image_size", 32]
+    assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags])) == 0
+    said = capsys.readouterr()
+    assert f"warning: {tmp_path}/out/train: all masks are 255 (not labelled) throughout" in said.err
+    assert f"-i {tmp_path}/out/train" not in said.out
+
+
+def test_a_photograph_is_turned_as_its_mask_was_drawn(run, data, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images = data / "images/10k/train"
+    Image.open(images / "b.jpg").transpose(Image.Transpose.ROTATE_90).save(images / "b.jpg", exif=exif, quality=100)
+    for _ in range(2):  # written, and taken over
+        assert run("--splits", "train")[0] == 0
+        items = {item.name: item for item in read_manifest(tmp_path / "out/train").items}
+        assert (items["b"].height, items["b"].width, items["b"].pixels) == (24, 48, items["a"].pixels)
+    assert np.abs(load(tmp_path, "out/train/imgs/b.npy") - load(tmp_path, "out/train/imgs/a.npy")).max() < 0.02
 
 
 def test_an_item_that_went_bad_leaves_nothing_behind(run, data, tmp_path):
     run()
-    label_42(data / "labels/sem_seg/masks/train", None)
+    other_size(data / "labels/sem_seg/masks/train", None)
     os.utime(data / "labels/sem_seg/masks/train/b.png", (time.time() + 10,) * 2)
-    refused(run(), "labels 42")
+    refused(run(), "mask is 24x48")
     assert not [path for path in contents(tmp_path / "out/train") if "b.npy" in path]
 
 
@@ -457,9 +508,105 @@ def test_what_is_not_whole_or_is_out_of_date_is_redone(run, data, tmp_path, spoi
         os.utime(path, ns=(10**18, 4 * 10**18))  # far in the future: newer than every source
     spoil(folder / "b.npy", data / "images/10k/train/b.jpg")
     status, said, _ = run("--splits", "train")
-    assert status == 0 and contents(tmp_path / "out") == first
+    if spoil is newer_source:
+        now = {**contents(tmp_path / "out"), "train/manifest.json": first["train/manifest.json"]}
+        assert status == 0 and now == first and "1 of 3 images are done again" in said
+    else:
+        assert status == 0 and contents(tmp_path / "out") == first
     redone = {name for name, when in times(folder).items() if when != 4 * 10**18}
     assert redone == {"b.npy"} and "2 of them by an earlier run" in said
+
+
+def replace_by(mask, label, when=None):
+    """Put another mask in the place of one, with an older date than any output."""
+    Image.new("L", (48, 24), label).save(mask.with_suffix(".new"), "PNG")
+    os.utime(mask.with_suffix(".new"), (1.6e9, 1.6e9) if when is None else when)
+    os.replace(mask.with_suffix(".new"), mask)
+
+
+def test_an_older_mask_is_another_mask(run, data, tmp_path):
+    run("--splits", "train")
+    replace_by(data / "labels/sem_seg/masks/train/b.png", 5)
+    before = times(tmp_path / "out/train/gts")
+    status, said, _ = run("--splits", "train")
+    assert status == 0 and (load(tmp_path, "out/train/gts/b.npy") == 5).all()
+    assert f"{tmp_path}/out/train: 1 of 3 images are done again: " in said and "2 of them by an earlier run" in said
+    assert {name for name, when in times(tmp_path / "out/train/gts").items() if when != before[name]} == {"b.npy"}
+    assert "done again" not in run("--splits", "train")[1]
+
+
+@pytest.mark.parametrize("linked", ["root", "folder", "file"])
+def test_a_link_to_other_files_is_other_files(run, data, tmp_path, linked):
+    """Files of the same names, bytes and dates in all."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    data.rename(one)
+    shutil.copytree(one, two)
+    for mask in (two / "labels/sem_seg/masks/train").iterdir():
+        Image.fromarray(np.where(np.asarray(Image.open(mask)) == 13, np.uint8(14), 255)).save(mask)
+        time_of = (one / mask.relative_to(two)).stat()
+        os.utime(mask, ns=(time_of.st_atime_ns, time_of.st_mtime_ns))
+    below = {"root": ".", "folder": "labels/sem_seg/masks/train", "file": "labels/sem_seg/masks/train/b.png"}[linked]
+    link = tmp_path / "link"
+    if linked != "root":
+        shutil.copytree(one, link)
+        shutil.rmtree(link / below) if linked == "folder" else (link / below).unlink()
+    for target, car, changed in ((one, 13, 0), (two, 14, 1 if linked == "file" else 3)):
+        (link / below).unlink(missing_ok=True) if linked != "root" else link.unlink(missing_ok=True)
+        (link if linked == "root" else link / below).symlink_to(target / below)
+        status, said, _ = run("--splits", "train", root=link)
+        assert status == 0 and car in load(tmp_path, "out/train/gts/b.npy")
+        assert ("done again" in said) == bool(changed) and f"{changed} of 3" in (said if changed else "0 of 3")
+
+
+def test_another_root_with_the_same_names_is_done_again(run, data, tmp_path):
+    run("--splits", "train")
+    shutil.copytree(data, tmp_path / "copy")  # dates too
+    status, said, _ = run("--splits", "train", root=tmp_path / "copy")
+    assert status == 0 and "3 of 3 images are done again" in said and "by an earlier run" not in said
+
+
+def test_what_is_stopped_before_it_is_done_again_is_not_taken_over(run, data, tmp_path, monkeypatch):
+    """The record of the sources is written before the arrays: old ones must not pass for new."""
+    run("--splits", "train")
+    replace_by(data / "labels/sem_seg/masks/train/b.png", 5)
+
+    def stop(*args):
+        raise UserError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pre_bdd100k, "run_jobs", stop)
+        refused(run("--splits", "train"), "stopped")
+    assert run("--splits", "train")[0] == 0
+    assert (load(tmp_path, "out/train/gts/b.npy") == 5).all()
+
+
+def test_a_mask_that_changes_while_it_is_read_is_done_again(run, data, tmp_path, monkeypatch):
+    read, mask = pre_bdd100k.read_item, data / "labels/sem_seg/masks/train/b.png"
+
+    def read_and_replace(item):
+        result = read(item)
+        if item.name == "b":
+            replace_by(mask, 5)
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pre_bdd100k, "read_item", read_and_replace)
+        run("--splits", "train")
+    assert run("--splits", "train")[0] == 0
+    assert (load(tmp_path, "out/train/gts/b.npy") == 5).all()
+
+
+def test_a_folder_of_an_older_version_is_done_again_and_said_to_be(run, data, tmp_path):
+    run("--splits", "train")
+    path = tmp_path / "out/train/manifest.json"
+    fields = json.loads(path.read_text())
+    del fields["sources"]
+    path.write_text(json.dumps(fields))
+    replace_by(data / "labels/sem_seg/masks/train/b.png", 5)
+    status, said, _ = run("--splits", "train")
+    assert status == 0 and "3 of 3 images are done again: an older version wrote them" in said
+    assert (load(tmp_path, "out/train/gts/b.npy") == 5).all()
+    assert "3 of them by an earlier run" in run("--splits", "train")[1]
 
 
 def test_leftovers_of_killed_processes_go(run, tmp_path, monkeypatch):

@@ -8,8 +8,69 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.errors import UserError
 from utils.prediction import MapRule
-from utils.report import write_report
+from utils.report import begin_pictures, begin_results, write_report
+
+RESULTS = ("evaluation_results.txt", "evaluation_results.json", "confusion_matrix.png")
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_an_evaluation_wrote_goes_and_what_it_did_not_write_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin_results(tmp_path, {"visualizations": ["a"], "predictions": ["a", "b"]})
+    assert capsys.readouterr().out == ""
+    touch(*(tmp_path / name for name in RESULTS), tmp_path / "visualizations/a.png")
+    touch(*(tmp_path / "predictions" / name for name in ("a.png", "b.png")))
+    mine = [tmp_path / name for name in ("mine.txt", "visualizations/mine.png", "predictions/mine.png")]
+    touch(*mine, tmp_path / "predictions/c.png")  # the last as by an older version
+    begin_results(tmp_path, {"visualizations": [], "predictions": ["c"]})
+    (tmp_path / ".pictures.json").unlink()
+    assert files(tmp_path) == {str(path.relative_to(tmp_path)) for path in mine}
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{tmp_path}: 7 files of an earlier evaluation are replaced"
+    assert said[1] == f"{tmp_path}/visualizations: 1 other files stay there, such as mine.png"
+    assert len(said) == 3
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["", "[]", "3", '{"visualizations": 3}', '{"visualizations": [3, "../mine", "/mine", "", "a\\u0000"]}',
+     '{"..": ["mine"], "": ["mine"], "/": ["mine"]}'],
+)  # fmt: skip
+def test_a_damaged_or_hostile_record_removes_nothing_else(tmp_path: Path, record: str) -> None:
+    touch(tmp_path / "mine.png", tmp_path / "visualizations/other.png")
+    (tmp_path / ".pictures.json").write_text(record)
+    begin_results(tmp_path, {})
+    assert files(tmp_path) == {"mine.png", "visualizations/other.png"}
+
+
+def test_a_result_that_cannot_be_removed(tmp_path: Path) -> None:
+    touch(tmp_path / "evaluation_results.txt/a")
+    with pytest.raises(UserError, match=r"evaluation_results\.txt: cannot be removed \(.*give another --output_dir"):
+        begin_results(tmp_path, {})
+
+
+def test_pictures_of_this_run_go_and_others_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin_pictures(tmp_path / "nowhere", ".jpg", lambda name: True)
+    assert capsys.readouterr().out == ""
+    touch(*(tmp_path / name for name in ("a.jpg", "a.png", "b.jpg", ".a.jpg")))
+    begin_pictures(tmp_path, ".jpg", lambda name: name == "a")
+    assert files(tmp_path) == {"a.png", "b.jpg", ".a.jpg"}
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}: 1 pictures of an earlier run are replaced",
+        f"{tmp_path}: 2 other files stay there, such as a.png",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import infer_bdd100k
 import train_bdd100k
 from segment_anything import build_sam_vit_tiny
-from tests.conftest import IMAGE_SIZE, log_of, write_split
+from tests.conftest import IMAGE_SIZE, log_of, run_script, write_split
 from utils import checkpoint, cli
 from utils.bdd100k import IGNORE_LABEL
 from utils.run import Run
@@ -430,6 +430,35 @@ def test_resuming_a_run_of_another_image_size(
     shutil.copytree(run, tmp_path / "run")
     line = error_of(train_bdd100k, *good_flags(tmp_path), "-i", data, *resume(tmp_path))
     assert f"was trained with image size {IMAGE_SIZE}, not {size}" in line
+
+
+@pytest.mark.parametrize(("flag", "split"), [("-i", "train"), ("--val_npy_path", "val")])
+def test_resuming_on_data_that_changed(
+    flag: str, split: str, run_copy: Path, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    data = tmp_path / "npy"
+    shutil.copytree(npy, data)  # of which the place does not matter
+    flags = ["-model_type", "vit_tiny", "-checkpoint", sam_file, "--device", "cpu", "-num_workers", 0, "-lr", "1e-3",
+             "-num_epochs", 3, "-i", data / "train", "--val_npy_path", data / "val", "--resume", run_copy]
+    manifest = json.loads((data / split / "manifest.json").read_text())
+    pixels = manifest["items"][0]["pixels"]
+    pixels[0], pixels[15] = pixels[0] - 1, pixels[15] + 1  # a corrected mask
+    whole = (data / split / "manifest.json").read_text()
+    (data / split / "manifest.json").write_text(json.dumps(manifest))
+    line = error_of(train_bdd100k, *flags)
+    assert f"{run_copy}/medsam_model_latest.pth: began with other data than {flag} has now" in line
+    (data / split / "manifest.json").write_text(whole)
+    run_script(train_bdd100k, *flags)
+    assert len(log_of(run_copy)) == 3
+
+
+def test_resuming_a_run_without_a_record_of_its_data(train: Train, run_copy: Path, npy: Path) -> None:
+    path = run_copy / checkpoint.LATEST
+    payload = torch.load(path, weights_only=True)
+    del payload["args"]["train_data"], payload["args"]["val_data"]
+    torch.save(payload, path)
+    train(run_copy.parent, "-num_epochs", 3, "--resume", run_copy, "--val_npy_path", npy / "val", "-lr", "1e-3")
+    assert len(log_of(run_copy)) == 3
 
 
 def test_resuming_on_another_sam_file(run: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -11,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from utils.augment import draw_view, fixed_view
-from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
+from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES, match_key
 from utils.boxes import class_boxes, jitter_boxes, to_frame
 from utils.errors import UserError
 from utils.files import check_npy
@@ -82,6 +85,12 @@ class NpyFolder:
     def class_pixels(self) -> torch.Tensor:
         """Labelled pixels of each class in the whole split, (NUM_CLASSES,) int64."""
         return torch.tensor([item.pixels for item in self.items]).sum(dim=0)
+
+    @property
+    def digest(self) -> str:
+        """What tells the split from another, or from itself with other masks; not where its files are."""
+        what = [self.image_size, self.resize_mode, [asdict(item) for item in self.items]]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def _path(self, kind: str, name: str) -> Path:
         return self.folder / kind / f"{name}.npy"
@@ -255,7 +264,7 @@ def detected_prompts(
     detected: BoxesByName, name: str, height: int, width: int, image_size: int, resize_mode: str
 ) -> dict[str, torch.Tensor]:
     """The prompts of one image, by its name, in the S x S frame; none where the detector found nothing."""
-    class_ids, boxes = detected.get(name, (np.zeros(0, np.int64), np.zeros((0, 4))))
+    class_ids, boxes = detected.get(match_key(name), (np.zeros(0, np.int64), np.zeros((0, 4))))
     return box_prompts(class_ids, to_frame(boxes, height, width, image_size, resize_mode))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.bdd100k import CLASS_NAMES
+from utils.bdd100k import CLASS_NAMES, match_key
 from utils.errors import UserError
 from utils.files import read_json
 
@@ -32,9 +32,9 @@ _FORMAT_HINT = "give the JSON of a whole split in Scalabel's format, such as det
 class Detections:
     """The boxes of each image, and the labels that are of none of the 19 classes."""
 
-    # By image name without suffix, one entry per frame: class ids, (K,) int64, and boxes, (K, 4) float64 xyxy in
-    # pixels of the original image, inclusive. K is 0 where nothing was found. In the file's order, a class any number
-    # of times; not clipped, since the file need not know the image's size.
+    # By `match_key` of the image name without suffix, one entry per frame: class ids, (K,) int64, and boxes, (K, 4)
+    # float64 xyxy in pixels of the original image, inclusive. K is 0 where nothing was found. In the file's order, a
+    # class any number of times; not clipped, since the file need not know the image's size.
     boxes: dict[str, tuple[np.ndarray, np.ndarray]]
     left_out: dict[str, int]  # boxes per category, in lower case, that maps to no class
 
@@ -51,7 +51,7 @@ def read_detections(path: Path) -> Detections:
     labelled = False
     for index, frame in enumerate(_read_frames(path)):
         name, labels = _check_frame(path, index, frame)
-        stem = Path(name).stem
+        stem = match_key(Path(name).stem)
         if stem in boxes:
             raise UserError(f"{path}: image {stem!r} is in more than one frame; keep one, with all its labels")
         labelled = labelled or bool(labels)

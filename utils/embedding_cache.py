@@ -7,8 +7,8 @@ training touches of it is in the page cache, not in the process. In float16, the
 (`utils.reduction`), by a projection that is fitted once and kept in the folder for all its splits.
 
 Entries are written whole or not at all, so a run that is stopped goes on where it was. Before use each entry is
-checked: its checksum against damage, and the picture it was made of by length and time of modification; only if these
-differ is the picture itself read, and its SHA-256 compared. What fails is encoded again, and said.
+checked: its checksum against damage, and the picture it was made of by length, time of modification and path; only if
+these differ is the picture itself read, and its SHA-256 compared. What fails is encoded again, and said.
 """
 
 from __future__ import annotations
@@ -464,7 +464,7 @@ class _Writer:
         except OSError as error:
             raise _no_place(folder, error) from None
         loader = Loader(
-            _PendingImages(request, pending),
+            _PendingImages(request, pending, folder),
             batch_size=max(1, self.batch_size // request.num_views),  # images of which all views are held
             num_workers=self.num_workers,
         )
@@ -571,7 +571,9 @@ def _check(path: Path, request: Request, index: int, identity: str) -> tuple[str
     if not isinstance(views, list) or views[: len(expected)] != expected:
         return "without the views that are asked for", ""
     picture = metadata.get("image_sha256", "")
-    is_same_file = metadata.get("image_file") == _signature(source.image_path(index))
+    signature = _signature(source.image_path(index), path.parent)
+    of_older_versions = signature.rsplit(" ", 1)[0]  # which recorded no path
+    is_same_file = metadata.get("image_file") in (signature, of_older_versions)
     if not picture or not (is_same_file or picture == _digest(source.read_image(index))):
         return "of images that have changed since", ""
     return "", picture
@@ -594,12 +596,14 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _signature(path: Path) -> str:
+def _signature(path: Path, folder: Path) -> str:
+    """Bytes, time of modification and path of a picture; seen from the cache's folder, as both may move together."""
     try:
         stat = path.stat()
     except OSError as error:
         raise UserError(f"{path}: became unreadable while it was in use ({error.strerror})") from None
-    return f"{stat.st_size} {stat.st_mtime_ns}"
+    way = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    return f"{stat.st_size} {stat.st_mtime_ns} {os.fsencode(way).hex()}"  # plain text, whatever is in a path
 
 
 def _digest(image: np.ndarray) -> str:
@@ -609,16 +613,18 @@ def _digest(image: np.ndarray) -> str:
 class _PendingImages(Dataset[dict[str, Any]]):
     """views: K x S x S x 3, as stored; and what an entry says of its image."""
 
-    def __init__(self, request: Request, indexes: list[int]) -> None:
+    def __init__(self, request: Request, indexes: list[int], folder: Path) -> None:
         self.request = request
         self.indexes = indexes
+        self.folder = folder
 
     def __len__(self) -> int:
         return len(self.indexes)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         index, source, num_views = self.indexes[i], self.request.source, self.request.num_views
-        signature = _signature(source.image_path(index))  # before reading: a change meanwhile is a change after
+        # Before reading: a change meanwhile is a change after.
+        signature = _signature(source.image_path(index), self.folder)
         image, name, size = source.read_image(index), source.items[index].name, source.fitted_size(index)
         return {
             "views": torch.stack([fixed_view(name, number).image(image, size) for number in range(num_views)]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,19 @@ FORMAT_VERSION = 1
 IMAGE_DTYPES = ("float32", "float16", "uint8")
 RESIZE_MODES = ("stretch", "pad")
 MAX_IMAGE_SIZE = 4096  # four times SAM's own; a file that claims more is not let to have that much memory
+
+
+Source = list[str | int]  # what tells a file from any other: real path, bytes, time of modification in ns
+
+
+def source_of(path: Path) -> Source:
+    """Identify a file, or the one that a link leads to.
+
+    Raises:
+        OSError: it is missing.
+    """
+    status = path.stat()
+    return [os.path.realpath(path), status.st_size, status.st_mtime_ns]
 
 
 def is_image_size(value: Any) -> bool:
@@ -43,11 +57,15 @@ class Manifest:
     items: list[ManifestItem]
     format_version: int = FORMAT_VERSION
     class_names: list[str] = field(default_factory=lambda: list(CLASS_NAMES))
+    # The files that each image's arrays are made of: image and mask, by name. While `complete` is False, also of those
+    # that are not written yet. None: an older version wrote this.
+    sources: dict[str, list[Source]] | None = None
 
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json`, atomically."""
+        fields = {key: value for key, value in asdict(self).items() if key != "sources" or value is not None}
         with atomic_write(folder / "manifest.json") as file:
-            file.write(json.dumps(asdict(self), indent=1).encode())
+            file.write(json.dumps(fields, indent=1).encode())
 
 
 def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
@@ -91,9 +109,14 @@ def _check(manifest: Manifest) -> None:
         and manifest.class_names == list(CLASS_NAMES)
         and all(_is_item(item, manifest) for item in manifest.items)
         and len({item.name for item in manifest.items}) == len(manifest.items)
+        and (manifest.sources is None or all(_is_source(s) for files in manifest.sources.values() for s in files))
     )
     if not good:
         raise ValueError("a field has a value that pre_bdd100k.py does not write")
+
+
+def _is_source(source: Any) -> bool:
+    return isinstance(source, list) and [type(field) for field in source] == [str, int, int]
 
 
 def _is_item(item: ManifestItem, manifest: Manifest) -> bool:

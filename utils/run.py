@@ -162,6 +162,28 @@ def require_same_cache(stored_in: str | None, latest: Latest | None) -> None:
                     "run")
 
 
+def require_same_data(data: Mapping[str, str | None], info: ModelInfo, latest: Latest | None) -> None:
+    """Check that a resumed run has the model and the data that it began with, before the data are encoded.
+
+    Losses, and the mIoU that the best model is chosen by, cannot be compared with those of other data. Runs of older
+    versions have no record of their data.
+
+    Args:
+        data: the digest of the split behind each flag, None without one; the keys are "train_data" and "val_data".
+
+    Raises:
+        UserError: the run began with others.
+    """
+    if latest is None:
+        return
+    latest.state["info"].require_same(info, latest.path)
+    for key, flag in {"train_data": "-i", "val_data": "--val_npy_path"}.items():
+        then = latest.state["args"].get(key)
+        if then is not None and data[key] not in (then, None):
+            raise UserError(f"{latest.path}: began with other data than {flag} has now (other images or other masks); "
+                            "give the data that it began with, or start a new run")
+
+
 def _is_run_state(state: Any) -> bool:
     """Whether all that is looked at, but for the states that the optimizer and the like check themselves, is there."""
     return (
