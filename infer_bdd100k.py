@@ -39,6 +39,7 @@ from utils.engine import predictions_and_labels
 from utils.errors import UserError, printable
 from utils.files import make_folder
 from utils.geometry import resize_image, unframe
+from utils.loader import usable_workers
 from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter, build_model
 from utils.pictures import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
@@ -103,7 +104,7 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     make_folders(args)
 
     dataset = EvaluationDataset(source, boxes)
-    loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": usable_workers(args.num_workers)}
     use_caches({dataset: 1}, model, info, precision, where=args.cache_embeddings, dtype=args.cache_dtype, **loading)
     loader = evaluation_loader(dataset, **loading, precision=precision)
     confusion = ConfusionMatrix(precision.device)

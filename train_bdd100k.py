@@ -42,6 +42,7 @@ from utils.data import evaluation_loader, training_dataset, training_loader, use
 from utils.dataset import EvaluationDataset, NpyFolder, TrainingDataset
 from utils.embedding_cache import DTYPES
 from utils.engine import evaluate, settle_gradient_order, train_one_epoch
+from utils.loader import usable_workers
 from utils.metrics import mean_iou
 from utils.model import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
 from utils.optim import SCHEDULES, build_optimizer, build_scheduler
@@ -208,6 +209,7 @@ def main(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, precision: Precision) -> None:
     torch.manual_seed(args.seed)
+    args.num_workers = usable_workers(args.num_workers)
     effective_batch_size = args.batch_size * args.grad_acc_steps * distributed.world_size()
     config = {**vars(args), "effective_batch_size": effective_batch_size}
     try:

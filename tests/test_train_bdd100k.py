@@ -506,6 +506,15 @@ def test_resuming_looks_at_the_small_file_first(inputs: Path, error_of: Callable
     assert "--seed is 1, but" in error_of(train_bdd100k, *good_flags(inputs), *resume(inputs, "--seed", 1))
 
 
+@pytest.mark.parametrize("cache", ["off", "auto"])  # auto does not go on without one
+def test_shared_memory_that_is_too_small_is_told_before_anything_is_begun(
+    cache: str, inputs: Path, error_of: Callable[..., str], little_shared_memory: None
+) -> None:
+    line = error_of(train_bdd100k, *good_flags(inputs), "-num_workers", 2, "--cache_embeddings", cache)
+    assert line.startswith("error: /dev/shm has 64 KiB free") and "--shm-size" in line and "--num_workers 0" in line
+    assert not (inputs / "work").exists()
+
+
 def test_a_full_gpu_is_told_in_one_line(
     inputs: Path, monkeypatch: pytest.MonkeyPatch, error_of: Callable[..., str]
 ) -> None:

@@ -106,7 +106,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         status = main() or 0
     except UserError as error:
         _wait_for_turn(error)
-        print(f"error: {printable(_message(error))}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that is left is to end: a second one would be a traceback
@@ -133,12 +133,3 @@ def _wait_for_turn(error: UserError | None) -> None:
         print(file=sys.stderr)  # the first one's progress bar may stand there
     if isinstance(error, LostPeerError):
         time.sleep(5)
-
-
-def _message(error: UserError) -> str:
-    """The error's own line, also where a loader's worker process met it.
-
-    PyTorch raises such an error again with the worker's whole traceback as its text, at the end of which is
-    `utils.errors.UserError: ` and the line that a user is meant to read.
-    """
-    return str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()

@@ -16,7 +16,7 @@ class LostPeerError(UserError):
 
 
 class LostWorkerError(UserError):
-    """A loader's worker process has ended."""
+    """A loader's worker process has ended, or cannot hand over a batch."""
 
 
 class NotSavedError(UserError):
