@@ -76,6 +76,8 @@ def get_args_parser() -> cli.Parser:
     flag("eval_size", choices=["frame", "original"], default="frame",
          help="score in the preprocessed S x S frame, or at the original size against the masks of --bdd100k_root")
     flag("bdd100k_root", type=Path, help="the unpacked BDD100K, for --eval_size original")
+    # torch.distributed.launch passes it; the environment says the same.
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

@@ -128,7 +128,7 @@ def _wait_for_turn(error: UserError | None) -> None:
     That is the first of a machine where all of them met the same, and whoever met the cause where others only lost it.
     What it needs to notice is a tenth of a second, and a process some to end; on a machine with much other work, more.
     """
-    if "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get("RANK") and os.environ.get("LOCAL_RANK") not in (None, "", "0"):
         time.sleep(10)
         print(file=sys.stderr)  # the first one's progress bar may stand there
     if isinstance(error, LostPeerError):
