@@ -43,6 +43,7 @@ from utils.dataset import EvaluationDataset, NpyFolder, TrainingDataset
 from utils.embedding_cache import DTYPES
 from utils.engine import evaluate, settle_gradient_order, train_one_epoch
 from utils.loader import usable_workers
+from utils.log import require_loggers
 from utils.metrics import mean_iou
 from utils.model import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
 from utils.optim import SCHEDULES, build_optimizer, build_scheduler
@@ -54,7 +55,17 @@ from utils.precision import (
     resolve_precision,
     telling_out_of_memory,
 )
-from utils.run import AUTO, FinishedError, Latest, Run, cache_to_use, find_latest, read_latest, require_same_cache
+from utils.run import (
+    AUTO,
+    FinishedError,
+    Latest,
+    Run,
+    cache_to_use,
+    find_latest,
+    read_latest,
+    require_room,
+    require_same_cache,
+)
 
 # What a resumed run must share with its beginning, by the names that the user knows.
 KEPT_ON_RESUME = {
@@ -221,8 +232,11 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
         # Who starts a job again without knowing how far it came is told, and not that it failed.
         distributed.say(str(finished))
         return
+    if latest is None:  # one that is resumed must not end for want of them
+        distributed.on_main(lambda: require_loggers(tensorboard=args.use_tensorboard, wandb=args.use_wandb))
     dataset, val_dataset = load_data(args)
     segmenter, info = load_model(args, dataset.source, precision)
+    distributed.on_main(lambda: require_room(args.work_dir, latest, segmenter, args.keep_last))
     model = distributed.wrap(segmenter, precision.device)
     loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     passes = {dataset: args.num_epochs} | (

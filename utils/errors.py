@@ -19,6 +19,10 @@ class LostWorkerError(UserError):
     """A loader's worker process has ended, or cannot hand over a batch."""
 
 
+class DivergedError(UserError):
+    """A loss or a gradient is not finite."""
+
+
 class NotSavedError(UserError):
     """A file of the run cannot be written."""
 
