@@ -42,6 +42,7 @@ $(VENV)/.installed: setup.py | $(VENV)/bin/python
 
 $(VENV)/.tested: setup.py | $(VENV)/bin/python
 	$(PY) -m pip install -q -e ".[test]"
+	$(PY) -m pip install -q --upgrade --no-deps --target $(VENV)/oracle segment-anything==1.0  # a namesake of ours
 	touch $@ $(VENV)/.installed
 
 clean:

@@ -40,6 +40,7 @@ from utils.engine import predictions_and_labels
 from utils.errors import UserError, printable
 from utils.files import make_folder
 from utils.geometry import resize_image, unframe
+from utils.loader import usable_workers
 from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter, build_model
 from utils.pictures import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
@@ -79,6 +80,8 @@ def get_args_parser() -> cli.Parser:
     flag("eval_size", choices=["frame", "original"], default="frame",
          help="score in the preprocessed S x S frame, or at the original size against the masks of --bdd100k_root")
     flag("bdd100k_root", type=Path, help="the unpacked BDD100K, for --eval_size original")
+    # torch.distributed.launch passes it; the environment says the same.
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
@@ -108,7 +111,7 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     make_folders(args)
 
     dataset = EvaluationDataset(source, boxes)
-    loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": usable_workers(args.num_workers)}
     use_caches({dataset: 1}, model, info, precision, where=args.cache_embeddings, dtype=args.cache_dtype, **loading)
     loader = evaluation_loader(dataset, **loading, precision=precision)
     confusion = ConfusionMatrix(precision.device)

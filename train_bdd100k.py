@@ -42,6 +42,8 @@ from utils.data import evaluation_loader, training_dataset, training_loader, use
 from utils.dataset import EvaluationDataset, NpyFolder, TrainingDataset
 from utils.embedding_cache import DTYPES
 from utils.engine import evaluate, settle_gradient_order, train_one_epoch
+from utils.loader import usable_workers
+from utils.log import require_loggers
 from utils.metrics import mean_iou
 from utils.model import SEGMENTERS, Segmenter, build_model
 from utils.optim import SCHEDULES, build_optimizer, build_scheduler
@@ -61,6 +63,7 @@ from utils.run import (
     cache_to_use,
     find_latest,
     read_latest,
+    require_room,
     require_same_cache,
     require_same_data,
 )
@@ -220,6 +223,7 @@ def main(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace, precision: Precision) -> None:
     torch.manual_seed(args.seed)
+    args.num_workers = usable_workers(args.num_workers)
     effective_batch_size = args.batch_size * args.grad_acc_steps * distributed.world_size()
     losses = " + ".join(SEGMENTERS[args.prompt_mode].LOSSES)
     config = {**vars(args), "effective_batch_size": effective_batch_size, "losses": losses}
@@ -232,11 +236,14 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
         # Who starts a job again without knowing how far it came is told, and not that it failed.
         distributed.say(str(finished))
         return
+    if latest is None:  # one that is resumed must not end for want of them
+        distributed.on_main(lambda: require_loggers(tensorboard=args.use_tensorboard, wandb=args.use_wandb))
     dataset, val_dataset = load_data(args)
     segmenter, info = load_model(args, dataset.source, precision)
     data = {"train_data": dataset.source.digest, "val_data": val_dataset.source.digest if val_dataset else None}
     require_same_data(data, info, latest)
     config |= data
+    distributed.on_main(lambda: require_room(args.work_dir, latest, segmenter, args.keep_last))
     model = distributed.wrap(segmenter, precision.device)
     loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     passes = {dataset: args.num_epochs} | (

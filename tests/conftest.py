@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,30 @@ def quick_start() -> dict[str, str]:
     """What a process of a script's own is to find in its environment: one thread, and tests/quick_start on its path."""
     folders = [str(Path(__file__).parent / "quick_start"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
+
+
+def with_shared_memory_of(
+    size: str, command: Sequence[object], **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command with a /dev/shm of its own, as a container has it; skip the test where that is not allowed."""
+    mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 99; exec "$@"'
+    words = ["unshare", "--mount", "bash", "-c", mount, "-", *map(str, command)]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, **options)
+    except FileNotFoundError:
+        pytest.skip("needs unshare(1)")
+    if done.returncode == 99 or done.stderr.startswith("unshare:"):
+        pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
+    return done
+
+
+@pytest.fixture
+def little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A /dev/shm that has 64 KiB, as the system tells it, and two usable cores."""
+    real = os.statvfs
+    little = SimpleNamespace(f_blocks=16, f_bavail=16, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: little if Path(path) == Path("/dev/shm") else real(path))
+    monkeypatch.setattr("utils.loader.usable_cores", lambda: 2)
 
 
 @pytest.fixture

@@ -26,17 +26,13 @@ _NAME = "segment_anything"
 def public_sam() -> ModuleType:
     """The public package, whose import name is that of ours, imported beside it.
 
-    It is looked up where pip put it, imported while ours is out of `sys.modules`, and taken out again, so that
-    `import segment_anything` means our package before and after. Its parts are reached as attributes:
-    `public_sam().modeling.image_encoder.Block`.
+    It is imported while ours is out of `sys.modules`, and taken out again, so that `import segment_anything` means our
+    package before and after. Its parts are reached as attributes: `public_sam().modeling.image_encoder.Block`.
 
     Raises:
         UserError: it is not installed, or ours is in its place.
     """
-    try:
-        folder = importlib.metadata.distribution("segment-anything").locate_file("")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError("segment-anything==1.0, to compare with, is not installed; pip install -e '.[test]'") from None
+    folder = _public_folder()
     ours, path = _take_out(), sys.path.copy()
     sys.path.insert(0, str(folder))
     try:
@@ -46,10 +42,25 @@ def public_sam() -> ModuleType:
         _take_out()
         sys.modules.update(ours)
         sys.path[:] = path
-    # `pip install .` without -e puts our package over the public one, and we would compare with ourselves.
-    if hasattr(public, "CheckpointError"):
-        raise UserError(f"{public.__file__} is not the public segment-anything==1.0; install it anew, and ours with -e")
+    # What installs ours over the public one would have us compare with ourselves.
+    where = Path(str(public.__file__)).resolve()
+    if where.parents[1] != folder.resolve() or hasattr(public, "build_sam_vit_tiny"):
+        raise UserError(f"{where} is not the public segment-anything==1.0; {_HOW_TO_INSTALL}")
     return public
+
+
+OWN_FOLDER = Path(sys.prefix) / "oracle"  # where the Makefile puts it, and nothing can collide with it
+_HOW_TO_INSTALL = f"pip install --upgrade --no-deps --target {OWN_FOLDER} segment-anything==1.0"
+
+
+def _public_folder() -> Path:
+    """The folder that the public package is in: its own, or else the one that pip puts packages into."""
+    if (OWN_FOLDER / _NAME).is_dir():
+        return OWN_FOLDER
+    try:
+        return Path(str(importlib.metadata.distribution("segment-anything").locate_file("")))
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"segment-anything==1.0, to compare with, is not installed; {_HOW_TO_INSTALL}") from None
 
 
 def public_tiny(ours: Sam) -> Any:

@@ -118,8 +118,9 @@ def test_without_the_public_package_they_say_how_to_have_it(
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     monkeypatch.setattr(common, "public_sam", oracles.public_sam.__wrapped__)  # which remembers no import
+    monkeypatch.setattr(oracles, "OWN_FOLDER", Path("nowhere"))
     line = error_of(encoder, *TINY)
-    assert "segment-anything==1.0, to compare with, is not installed; pip install -e '.[test]'" in line
+    assert "segment-anything==1.0, to compare with, is not installed; pip install --upgrade --no-deps --target" in line
 
 
 def test_functions_are_measured_in_turn() -> None:

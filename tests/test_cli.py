@@ -203,6 +203,8 @@ def test_training_commands_of_the_specification() -> None:
 
 def test_inference_command_of_the_specification() -> None:
     args = parse_command(infer_bdd100k, INFERENCE)
+    launched = [parse_command(infer_bdd100k, INFERENCE, spelled) for spelled in ("--local-rank=1", "--local_rank=1")]
+    assert [{**parsed, "local_rank": None} for parsed in launched] == [args, args]
     assert args["visualize"] is True and args["batch_size"] == 1
     assert args["model_checkpoint"].name == "medsam_model_best.pth"
 
@@ -296,6 +298,8 @@ def test_run_says_what_to_do_after_ctrl_c(
     [
         ({}, UserError, 0),
         ({"RANK": "0", "LOCAL_RANK": "0"}, UserError, 0),
+        ({"RANK": "", "LOCAL_RANK": "1"}, UserError, 0),
+        ({"RANK": "0", "LOCAL_RANK": ""}, UserError, 0),
         ({"RANK": "3", "LOCAL_RANK": "1"}, UserError, 1),  # the first of the machine may have met it too
         ({"RANK": "0", "LOCAL_RANK": "0"}, LostPeerError, 1),  # the launcher knows about the other one, or nobody does
         ({"RANK": "1", "LOCAL_RANK": "1"}, LostPeerError, 2),

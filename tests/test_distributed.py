@@ -222,3 +222,104 @@ def test_what_fails_in_the_main_process_fails_everywhere(group_of_one: None) -> 
     assert distributed.on_main(lambda: {"a": torch.ones(2)})["a"].sum() == 2
     with pytest.raises(UserError, match="no room"):
         distributed.on_main(fail)
+
+
+CPU = torch.device("cpu")
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_PORT")
+VARIABLES = (*NUMBERS, "MASTER_ADDR", "SLURM_NTASKS", "SLURM_NNODES", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+@pytest.fixture
+def launched_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """A function that sets up with these launcher's variables and no others."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def launched_with(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        distributed.setup(requested=False, world_size=None, node_rank=None, init_method="env://", device=CPU)
+
+    yield launched_with
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    distributed.cleanup()
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_an_empty_variable_is_an_unset_one(name: str, empty: str, launched_with: Callable[..., None]) -> None:
+    launched_with(**{"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", name: empty})
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert (distributed.local_rank(), distributed.local_world_size()) == (0, 1)
+
+
+def test_empty_variables_beside_a_launchers(launched_with: Callable[..., None]) -> None:
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    launched_with(RANK="0", WORLD_SIZE="1", LOCAL_RANK="", LOCAL_WORLD_SIZE="", GROUP_RANK="", **where)
+    assert torch.distributed.is_initialized()
+    assert (distributed.local_rank(), distributed.local_world_size()) == (0, 1)
+
+
+@pytest.mark.parametrize("value", ["x", "-1", "1.5", "²"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_variable_that_is_no_number_is_named(name: str, value: str, launched_with: Callable[..., None]) -> None:
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    with pytest.raises(UserError, match=f"^{name} is '.*' in the environment, which is no number; .*unset it"):
+        launched_with(**{"RANK": "0", "WORLD_SIZE": "1", **where, name: value})
+        # What the scripts ask first, for the device.
+        distributed.local_rank(), distributed.local_world_size()
+
+
+def test_a_rank_that_cannot_be(launched_with: Callable[..., None]) -> None:
+    with pytest.raises(UserError, match="RANK is 2 and WORLD_SIZE 2"):
+        launched_with(RANK="2", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+
+
+@pytest.mark.parametrize(
+    ("variables", "command"),
+    [
+        (
+            {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+            "srun --ntasks=1 --ntasks-per-node=1 --cpus-per-task=$SLURM_CPUS_ON_NODE "
+            "torchrun --standalone --nproc_per_node=2 train_bdd100k.py ...",
+        ),
+        (
+            {"SLURM_NTASKS": "8", "SLURM_NNODES": "2"},
+            "srun --ntasks=2 --ntasks-per-node=1 --cpus-per-task=$SLURM_CPUS_ON_NODE torchrun --nnodes=2 "
+            "--rdzv_backend=c10d --rdzv_id=$SLURM_JOB_ID --rdzv_endpoint=$(scontrol show hostnames | head -n 1):29500 "
+            "--nproc_per_node=4 train_bdd100k.py ...",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "torchrun --nproc_per_node=4 train_bdd100k.py ..."),
+        ({"PMI_SIZE": "4"}, "torchrun --nproc_per_node=4 train_bdd100k.py ..."),
+    ],
+)
+def test_tasks_without_a_launcher_are_warned_of_at_the_beginning_and_the_end(
+    variables: dict[str, str], command: str, launched_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train_bdd100k.py", "-i", "x"])
+    launched_with(**variables)
+    line = capsys.readouterr().err
+    assert line.startswith("warning: ") and line.endswith(f"; to share it: {command}\n") and line.count("\n") == 1
+    distributed.cleanup()
+    assert capsys.readouterr().err == line
+    with pytest.raises(UserError) as error:
+        distributed.setup(requested=True, world_size=None, node_rank=None, init_method="env://", device=CPU)
+    assert str(error.value) == f"distributed training needs a launcher: {command}"
+
+
+@pytest.mark.parametrize("variables", [{"SLURM_NTASKS": "1"}, {"SLURM_NTASKS": ""}, {"SLURM_NTASKS": "2(x2)"}, {}])
+def test_one_task_needs_no_launcher(
+    variables: dict[str, str], launched_with: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched_with(**variables)
+    distributed.cleanup()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_launcher_under_slurm_is_one(launched_with: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    launched_with(RANK="0", WORLD_SIZE="1", SLURM_NTASKS="2", **where)
+    distributed.cleanup()
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from tests.conftest import IMAGE_SIZE, write_split
 from utils.dataset import FILLER, BoxPromptDataset, NpyFolder, TrainingSampler, collate_training
 from utils.engine import Progress, train_one_epoch
-from utils.errors import UserError
+from utils.errors import DivergedError, UserError
 from utils.model import Segmenter, build_model
 from utils.optim import build_optimizer, build_scheduler
 from utils.precision import Precision
@@ -175,6 +176,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(model: S
     with pytest.raises(UserError, match=r"epoch 3, step 3: the loss is not finite for poisoned;") as error:
         train(model, [collate_training([data[i]]) for i in range(3)], grad_acc_steps=4, epoch=3)
     assert "weights were not touched" in str(error.value)
+    for key, value in weights(model).items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_gradient_that_is_not_finite_names_its_step_and_images(
+    model: Segmenter, dataset: Callable[..., BoxPromptDataset]
+) -> None:
+    data, before = dataset(2), weights(model)
+    parameter = next(model.mask_decoder.parameters())
+    hook = parameter.register_hook(lambda gradient: gradient * math.inf)
+    batches = [collate_training([data[i]]) for i in range(2)]
+    names = ", ".join(sorted(data[i]["name"] for i in range(2)))
+    with pytest.raises(DivergedError) as error:
+        train(model, batches, grad_acc_steps=2, epoch=3)
+    hook.remove()
+    said = f"epoch 3, step 2: the loss is finite, but not its gradient for {names}; the weights were not touched"
+    assert str(error.value).startswith(said) and "start a new run with a lower -lr" in str(error.value)
     for key, value in weights(model).items():
         assert torch.equal(value, before[key]), key
 

@@ -1,14 +1,18 @@
 """Files that are whole or absent."""
 
+import errno
 import os
+import tempfile
 import tracemalloc
 import warnings
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from utils.errors import UserError
-from utils.files import atomic_write, check_npy, remove_temporaries
+from utils.files import atomic_write, check_npy, make_folder, remove_temporaries, require_writable
 
 
 def test_atomic_write_replaces_only_at_the_end(tmp_path):
@@ -136,3 +140,27 @@ def test_a_header_that_claims_much_costs_no_memory(tmp_path, header):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**20
+
+
+def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+    require_writable(tmp_path, "--x")
+    require_writable(tmp_path / "new" / "er", "--x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "new"):
+        with pytest.raises(UserError, match=rf"{folder}: cannot be written \(Not a directory\); give another --x"):
+            require_writable(folder, "--x")
+
+    def refuse(**_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    number = errno.EROFS  # as root writes whatever its permissions
+    with pytest.raises(UserError, match="Read-only file system"):
+        make_folder(tmp_path / "new", "--x")  # which an evaluation would find out at its end
+    number = errno.ENOSPC
+    with pytest.raises(UserError, match=r"No space left on device: the disk at .* has .* MiB free; make room there"):
+        require_writable(tmp_path, "--x")

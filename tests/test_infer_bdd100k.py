@@ -377,6 +377,15 @@ def test_a_loader_process_that_is_killed(
     assert line.startswith("error: a loader process has ended (") and "lower -num_workers" in line
 
 
+@pytest.mark.parametrize("cache", ["off", "new"])
+def test_shared_memory_that_is_too_small(
+    cache: str, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str], little_shared_memory: None
+) -> None:
+    flags = [*good_flags(sam_file, npy, tmp_path), "--num_workers", 2, "--batch_size", 2]
+    line = error_of(infer_bdd100k, *flags, "--cache_embeddings", cache if cache == "off" else tmp_path / cache)
+    assert line.startswith("error: /dev/shm has 64 KiB free") and "--shm-size" in line and "--num_workers 0" in line
+
+
 def test_a_runs_folder_stands_for_its_best(infer: Callable[..., dict[str, Any]], decoder: Path) -> None:
     assert infer("--model_checkpoint", decoder.parent)["confusion_matrix"] == infer()["confusion_matrix"]
 

@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from tests.conftest import with_shared_memory_of
+from utils import loader as loader_module
 from utils.errors import LostWorkerError
-from utils.loader import Loader
+from utils.loader import Loader, require_shared_memory, sample_bytes, usable_workers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,3 +100,94 @@ def test_a_process_that_fails_ends_though_its_workers_ignore_signals(failure: st
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1 and ended.stderr.splitlines()[-1].endswith("rror: the reason")
+
+
+# Loads batches of 4 x 256 KiB in a worker and prints the error in one line.
+LOAD = """
+import torch
+from utils import cli
+from utils.loader import Loader
+class Data:
+    def __len__(self): return 8
+    def __getitem__(self, index): return {{"image": torch.ones(1 << 16), "parts": {parts}}}
+cli.run(lambda: [None for _ in Loader(Data(), batch_size=4, num_workers=1{options})] and None)
+"""
+
+
+@pytest.mark.parametrize("options", ["", ", collate_fn=lambda samples: samples"])  # collated in shared memory, or not
+def test_a_batch_for_which_there_is_no_shared_memory(options: str) -> None:
+    code = LOAD.format(parts="[]", options=options)
+    ended = with_shared_memory_of("256k", [sys.executable, "-c", code], cwd=ROOT, timeout=60)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 1
+    assert line.startswith("error: a loader process cannot hand over a batch: /dev/shm of 256 KiB is full (No space")
+    assert "--shm-size" in line and line.endswith("--num_workers 0")
+
+
+def test_shared_memory_that_takes_no_semaphore() -> None:
+    command = ["bash", "-c", f"head -c 9k /dev/zero > /dev/shm/x; exec {sys.executable} -c \"$0\"",
+               LOAD.format(parts="[]", options="")]  # fmt: skip
+    ended = with_shared_memory_of("8k", command, cwd=ROOT, timeout=60)
+    line = ended.stderr.splitlines()[-1]  # head complains too
+    assert ended.returncode == 1 and line.startswith("error: a loader process cannot") and "--num_workers 0" in line
+
+
+@pytest.mark.parametrize("limit", [24, 60])  # the worker meets it, or the main process
+def test_more_open_files_than_are_allowed(limit: int) -> None:
+    before = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
+    # torch opens files of its own as it is imported.
+    code = "import torch, utils.loader, utils.cli\n" + before
+    code += LOAD.format(parts="[torch.ones(1) for _ in range(9)]", options=", collate_fn=lambda samples: samples")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 1 and line.startswith("error: a loader process cannot hand over a batch (too many open")
+    assert "ulimit -n" in line
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_worker_and_not_in_a_wait_for_ever() -> None:
+    loader = Loader([0, 1], num_workers=1, collate_fn=lambda _: threading.Lock())  # type: ignore[arg-type]
+    with pytest.raises(LostWorkerError, match="a loader process has ended"):
+        next(iter(loader))
+
+
+def test_processes_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(LostWorkerError, match=r"cannot be started .*temporarily unavailable.*--num_workers 0"):
+        next(iter(Loader([0, 1], num_workers=1)))  # type: ignore[arg-type]
+
+
+def test_shared_memory_is_measured_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disk:
+        f_blocks, f_bavail, f_frsize = 16384, 15000, 4096  # the 64 MiB of a container
+
+    monkeypatch.setattr(os, "statvfs", lambda _: Disk)
+    batch = 4 * sample_bytes({"image": torch.zeros(1024, 1024, 3), "parts": [torch.zeros(1)]})
+    assert batch == 4 * (12 * 2**20 + 4096)
+    require_shared_memory(batch, 0)  # which needs none
+    with pytest.raises(LostWorkerError) as error:
+        require_shared_memory(batch, 4)
+    assert str(error.value) == (
+        "/dev/shm has 59 MiB free of 64 MiB, and loader processes (--num_workers 4) need up to 480 MiB there; start "
+        "the container with --shm-size 497m or more, or give --num_workers 0"
+    )
+    require_shared_memory(batch // 16, 4)
+    monkeypatch.setattr(loader_module.distributed, "local_world_size", lambda: 2)
+    with pytest.raises(LostWorkerError, match="60 MiB there"):
+        require_shared_memory(batch // 16, 4)
+    monkeypatch.setattr(Disk, "f_blocks", 0)  # no limit
+    require_shared_memory(batch, 4)
+
+
+@pytest.mark.parametrize(("asked", "processes", "given"), [(4, 1, 4), (9, 1, 6), (4, 2, 3), (4, 9, 1), (0, 9, 0)])
+def test_no_more_workers_than_cores(
+    asked: int, processes: int, given: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loader_module, "usable_cores", lambda: 6)
+    monkeypatch.setattr(loader_module.distributed, "local_world_size", lambda: processes)
+    assert usable_workers(asked) == given
+    said = capsys.readouterr().out
+    assert said.count("\n") == (given != asked)
+    assert given == asked or said.startswith(f"--num_workers {asked} is lowered to {given}: there are 6 usable cores")

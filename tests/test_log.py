@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils.errors import UserError
-from utils.log import RunLogger
+from utils.log import RunLogger, require_loggers
 
 
 def record(epoch: int, **figures: Any) -> dict[str, Any]:
@@ -23,8 +24,15 @@ def record(epoch: int, **figures: Any) -> dict[str, Any]:
 def logger(
     folder: Path, history: list[dict[str, Any]] | None = None, *, tensorboard: bool = False, wandb: bool = False
 ) -> RunLogger:
-    config = {"lr": 1e-3, "task_name": "街景"}
-    return RunLogger(folder, history=history or [], config=config, tensorboard=tensorboard, wandb=wandb)
+    """Of a run that is resumed if there is a history, be it of no epoch."""
+    return RunLogger(
+        folder,
+        history=history or [],
+        config={"lr": 1e-3, "task_name": "街景"},
+        resumed=history is not None,
+        tensorboard=tensorboard,
+        wandb=wandb,
+    )
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -41,6 +49,7 @@ class FakeWandb(ModuleType):
 
     def __init__(self, refusal: str | None = None) -> None:
         super().__init__("wandb")
+        self.id = "abc123"
         self.refusal = refusal
         self.said: list[Any] = []
         self.errors = ModuleType("wandb.errors")
@@ -114,6 +123,7 @@ def test_wandb_is_told_settings_and_figures(tmp_path: Path, monkeypatch: pytest.
     log.log_epoch(record(0, val_miou=0.5))
     log.close()
     settings, figures, end = wandb.said
+    assert "id" not in settings  # it is W&B that chooses
     assert settings["name"] == tmp_path.name and settings["dir"] == str(tmp_path)
     assert settings["config"] == {"lr": 1e-3, "task_name": "街景"}
     assert figures == (0, {"train_loss": 2.0, "val_miou": 0.5})
@@ -171,11 +181,95 @@ def test_what_wandb_or_tensorboard_cannot_take_is_told_once_and_costs_nothing(
     assert said.count("warning: ") == 1 and "failed (No space left on device); training goes on" in said
 
 
-def test_a_resumed_run_goes_on_without_wandb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("history", [[record(0)], []])  # of no epoch: it was stopped within the first
+def test_a_resumed_run_goes_on_without_its_loggers(
+    history: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(refusal="no network"))
-    log = logger(tmp_path, [record(0)], wandb=True)
+    log = logger(tmp_path, history, wandb=True)
     assert "no network" in capsys.readouterr().err
     log.log_epoch(record(1))
-    assert lines(tmp_path) == [record(0), record(1)]
+    assert lines(tmp_path) == [*history, record(1)]
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    log = logger(tmp_path, history, wandb=True, tensorboard=True)
+    assert capsys.readouterr().err.startswith("warning: TensorBoard or W&B failed (--use_tensorboard")
+    log.log_epoch(record(1))
+
+
+def test_a_resumed_run_of_wandb_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    logger(tmp_path, wandb=True)
+    logger(tmp_path, [], wandb=True)
+    assert (wandb.said[-1]["id"], wandb.said[-1]["resume"]) == ("abc123", "allow")
+    (tmp_path / "wandb_id.txt").write_text("../x\n")  # in a folder that came from elsewhere
+    wandb.id = "def456"
+    logger(tmp_path, [], wandb=True)
+    assert "id" not in wandb.said[-1]
+    logger(tmp_path, [], wandb=True)
+    assert wandb.said[-1]["id"] == "def456"
+
+
+# What a package may be that is found under the name: an older one that the others do not fit, or a folder of runs.
+BROKEN = {
+    "raises": ("raise AttributeError('np.float_ was\\nremoved')", "(AttributeError: np.float_ was removed)"),
+    "exits": ("raise SystemExit('no protobuf')", "(SystemExit: no protobuf)"),
+    "is another": ("x = 1", "has no attribute"),
+    "is a folder": (None, ""),
+}
+
+
+@pytest.mark.parametrize("package", ["wandb", "tensorboard"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_package_that_cannot_be_imported(package: str, case: str, tmp_path: Path) -> None:
+    source, reason = BROKEN[case]
+    folder = tmp_path / package
+    folder.mkdir()
+    if source:
+        (folder / "__init__.py").write_text(source)
+    # No other folder, as a package that is installed goes before a mere folder.
+    with patch.dict(sys.modules), patch.object(sys, "path", [str(tmp_path)]), pytest.raises(UserError) as error:
+        for name in [name for name in sys.modules if name.startswith((package, "torch.utils.tensorboard"))]:
+            del sys.modules[name]
+        require_loggers(tensorboard=package == "tensorboard", wandb=package == "wandb")
+    said = str(error.value)
+    assert said.startswith({"wandb": "-use_wandb: ", "tensorboard": "--use_tensorboard: "}[package])
+    assert f"cannot be imported from {folder}" in said and "\n" not in said
+    assert f"pip install -U {package}" in said
+    assert reason in said or (package, case) == ("tensorboard", "is another")  # of which torch asks the version
+
+
+def test_wandb_is_asked_to_log_in_before_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def login() -> None:
+        raise wandb.errors.Error("No API key configured.")
+
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(wandb, "login", login, raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(UserError, match="-use_wandb: No API key configured"):
+        require_loggers(tensorboard=False, wandb=True)
+    for mode in ("offline", "disabled", "dryrun"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        require_loggers(tensorboard=True, wandb=True)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    require_loggers(tensorboard=True, wandb=False)
+
+
+def test_what_wandb_or_tensorboard_raise_as_they_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError("the service\nis gone")
+
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(wandb, "init", fail)
+    with pytest.raises(UserError, match="-use_wandb: the service is gone"):
+        logger(tmp_path, wandb=True)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", fail)
+    with pytest.raises(UserError, match="--use_tensorboard: the service is gone"):
+        logger(tmp_path, tensorboard=True)

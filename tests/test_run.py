@@ -15,7 +15,7 @@ import torch
 
 from utils import checkpoint
 from utils.checkpoint import BEST, LATEST, ModelInfo
-from utils.errors import UserError
+from utils.errors import DivergedError, UserError
 from utils.run import AUTO, Latest, Run, find_latest, read_latest
 
 INFO = ModelInfo("vit_tiny", 64, "stretch", sam_sha256="ab" * 32)
@@ -213,3 +213,18 @@ def test_work_dir_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be made \(Not a directory\); give another --work_dir"):
         start(tmp_path / "file" / "work")
+
+
+@pytest.mark.parametrize(("config", "mend"), [({"use_amp": True}, " or leave out -use_amp"), ({"use_amp": False}, "")])
+def test_what_a_run_that_diverged_advises_can_be_followed(
+    config: dict[str, Any], mend: str, tmp_path: Path
+) -> None:
+    run = start(tmp_path)
+    run.config |= config
+    run.finish_epoch(record(0, 1.0))
+    with pytest.raises(DivergedError) as error, run.saving_on_failure():
+        raise DivergedError("epoch 1, step 2: not finite")
+    assert str(error.value) == (
+        "epoch 1, step 2: not finite; what was saved before it is whole: mend the images"
+        f"{mend}, and go on with --resume {run.folder}"
+    )

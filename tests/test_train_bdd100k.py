@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,10 @@ def test_logging_to_tensorboard_and_to_wandb_without_a_network(
     assert scalar.step == 0 and scalar.value == pytest.approx(log_of(folder)[0]["train_loss"])
     (record,) = folder.glob("wandb/offline-run-*/*.wandb")
     assert record.stat().st_size > 0
+    # A resumed run is the same one to W&B, which names its files by id.
+    train(tmp_path, "-num_epochs", 2, "-use_wandb", "--resume", folder)
+    records = list(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert len(records) == 2 and {path.name for path in records} == {record.name}
 
 
 def test_wandb_without_an_account(
@@ -261,10 +266,20 @@ def test_wandb_without_an_account(
     def refuse(**_: Any) -> None:
         raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
 
-    monkeypatch.setattr(wandb, "init", refuse)
+    for name, value in {"login": lambda **_: True, "init": refuse}.items():
+        monkeypatch.setattr(wandb, name, value)
     shutil.copy(sam_file, tmp_path / "sam.pth")
     line = error_of(train_bdd100k, *good_flags(tmp_path), "-i", npy / "train", "-use_wandb")
     assert "No API key configured. Use `wandb login`" in line and "WANDB_MODE=offline" in line
+
+
+def test_a_logger_that_cannot_be_used_is_told_before_the_data_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_of: Callable[..., str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "-use_wandb needs" in error_of(train_bdd100k, *good_flags(tmp_path), "-use_wandb")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "--use_tensorboard" in error_of(train_bdd100k, *good_flags(tmp_path), "--use_tensorboard")
 
 
 def test_a_decoder_overfits_two_images(train: Train, tmp_path: Path) -> None:
@@ -546,6 +561,29 @@ def test_resuming_looks_at_the_small_file_first(inputs: Path, error_of: Callable
     shutil.rmtree(inputs / "train" / "imgs")
     (inputs / "sam.pth").unlink()
     assert "--seed is 1, but" in error_of(train_bdd100k, *good_flags(inputs), *resume(inputs, "--seed", 1))
+
+
+@pytest.mark.parametrize("cache", ["off", "auto"])  # auto does not go on without one
+def test_shared_memory_that_is_too_small_is_told_before_anything_is_begun(
+    cache: str, inputs: Path, error_of: Callable[..., str], little_shared_memory: None
+) -> None:
+    line = error_of(train_bdd100k, *good_flags(inputs), "-num_workers", 2, "--cache_embeddings", cache)
+    assert line.startswith("error: /dev/shm has 64 KiB free") and "--shm-size" in line and "--num_workers 0" in line
+    assert not (inputs / "work").exists()
+
+
+def test_room_for_the_checkpoints_is_measured_before_long_work(
+    inputs: Path, error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 2**20))  # type: ignore[attr-defined]
+    monkeypatch.setattr(train_bdd100k, "use_caches", lambda *_, **__: pytest.fail("long work"))
+    line = error_of(train_bdd100k, *good_flags(inputs), "--keep_last", 9)
+    assert "work: the checkpoints need" in line and "has 1.0 MiB free; make room there, lower --keep_last" in line
+    assert not (inputs / "work").exists()
+    (inputs / "work").touch()
+    assert "work: cannot be written (Not a directory); give another -work_dir" in error_of(
+        train_bdd100k, *good_flags(inputs)
+    )
 
 
 def test_a_full_gpu_is_told_in_one_line(

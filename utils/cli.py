@@ -111,7 +111,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         status = main() or 0
     except UserError as error:
         _wait_for_turn(error)
-        print(f"error: {printable(_message(error))}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that is left is to end: a second one would be a traceback
@@ -133,17 +133,8 @@ def _wait_for_turn(error: UserError | None) -> None:
     That is the first of a machine where all of them met the same, and whoever met the cause where others only lost it.
     What it needs to notice is a tenth of a second, and a process some to end; on a machine with much other work, more.
     """
-    if "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get("RANK") and os.environ.get("LOCAL_RANK") not in (None, "", "0"):
         time.sleep(10)
         print(file=sys.stderr)  # the first one's progress bar may stand there
     if isinstance(error, LostPeerError):
         time.sleep(5)
-
-
-def _message(error: UserError) -> str:
-    """The error's own line, also where a loader's worker process met it.
-
-    PyTorch raises such an error again with the worker's whole traceback as its text, at the end of which is
-    `utils.errors.UserError: ` and the line that a user is meant to read.
-    """
-    return str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()

@@ -19,7 +19,7 @@ from utils.dataset import (
 )
 from utils.embedding_cache import Binding, Request, prepare_caches
 from utils.errors import UserError
-from utils.loader import Loader
+from utils.loader import Loader, require_shared_memory, sample_bytes
 from utils.model import Segmenter
 from utils.precision import Precision
 
@@ -92,6 +92,7 @@ def training_loader(
         world_size=distributed.world_size(),
         seed=seed,
     )
+    _require_shared_memory(dataset, batch_size, num_workers)
     return Loader(
         dataset,
         batch_sampler=sampler,
@@ -109,6 +110,7 @@ def evaluation_loader(
     Whole batches are dealt out: one of other images would round differently, and a process's figures with it.
     """
     every = range(len(dataset))
+    _require_shared_memory(dataset, batch_size, num_workers)
     batches = [list(every[i : i + batch_size]) for i in range(0, len(every), batch_size)]
     return Loader(
         dataset,
@@ -117,6 +119,13 @@ def evaluation_loader(
         collate_fn=collate_evaluation,
         pin_memory=precision.device.type == "cuda",
     )
+
+
+def _require_shared_memory(
+    dataset: TrainingDataset | EvaluationDataset, batch_size: int, num_workers: int
+) -> None:
+    if num_workers:
+        require_shared_memory(batch_size * sample_bytes(dataset[0]), num_workers)
 
 
 def use_caches(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -41,16 +43,21 @@ def setup(
     """
     if not _launched():
         if requested or (world_size or 1) > 1:
-            raise UserError(f"distributed training needs a launcher: {LAUNCH_HINT}")
+            raise UserError(f"distributed training needs a launcher: {_launch_by_tasks() or LAUNCH_HINT}")
         if node_rank or init_method != "env://":
             flag = f"--node_rank {node_rank}" if node_rank else f"--init_method {init_method}"
             raise UserError(f"{flag} is for several processes, which need a launcher: {LAUNCH_HINT}")
+        _warn_of_tasks()
         return
-    actual = int(os.environ["WORLD_SIZE"])
+    actual, own = _number("WORLD_SIZE") or 0, _number("RANK") or 0
+    if own >= actual:
+        raise UserError(f"RANK is {own} and WORLD_SIZE {actual} in the environment, but ranks are below the number of "
+                        "processes; start with torchrun, or unset both to run a single process")
+    _number("MASTER_PORT")
     if world_size is not None and world_size != actual:
         raise UserError(f"--world_size {world_size}, but the launcher started {actual} processes; make them agree")
     # GROUP_RANK is the launcher's name for the rank of this machine.
-    actual_node = int(os.environ.get("GROUP_RANK", "0"))
+    actual_node = _number("GROUP_RANK") or 0
     if node_rank is not None and node_rank != actual_node:
         raise UserError(f"--node_rank {node_rank}, but the launcher calls this node {actual_node}; make them agree")
     global _launcher
@@ -59,7 +66,7 @@ def setup(
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        store, number, size = next(dist.rendezvous(init_method, int(os.environ["RANK"]), actual))
+        store, number, size = next(dist.rendezvous(init_method, own, actual))
         # On a single machine torchrun keeps its store when it starts workers again: they would find the addresses of
         # those that are gone. Launchers of several machines do not count alike, and make a new one if told to (c10d).
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -82,7 +89,61 @@ def launcher_has_ended() -> bool:
 
 
 def _launched() -> bool:
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return None not in (_number("RANK"), _number("WORLD_SIZE"))
+
+
+def _number(name: str) -> int | None:
+    """What a launcher's variable says; an empty one counts as unset.
+
+    Raises:
+        UserError: it is no number.
+    """
+    text = os.environ.get(name, "").strip()
+    if text and not (text.isascii() and text.isdecimal()):
+        raise UserError(f"{name} is {text!r} in the environment, which is no number; start with torchrun, or unset it")
+    return int(text) if text else None
+
+
+# Who starts tasks without telling PyTorch of it, by the variable that has their number.
+_TASK_STARTERS = {"SLURM_NTASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+
+def _started_tasks() -> tuple[str, int] | None:
+    """The variable that says of several tasks, and their number."""
+    for name in _TASK_STARTERS:
+        text = os.environ.get(name, "")
+        if text.isdecimal() and int(text) > 1:
+            return name, int(text)
+    return None
+
+
+def _launch_by_tasks() -> str | None:
+    """The command that starts as many processes as there are tasks, with a launcher."""
+    tasks = _started_tasks()
+    if tasks is None:
+        return None
+    name, count = tasks
+    script = f"{Path(sys.argv[0]).name} ..."
+    if name != "SLURM_NTASKS":
+        return f"torchrun --nproc_per_node={count} {script}"
+    nodes = os.environ.get("SLURM_NNODES", "")
+    num_nodes = int(nodes) if nodes.isdecimal() and int(nodes) else 1
+    launcher = "--standalone"
+    if num_nodes > 1:
+        launcher = (f"--nnodes={num_nodes} --rdzv_backend=c10d --rdzv_id=$SLURM_JOB_ID "
+                    "--rdzv_endpoint=$(scontrol show hostnames | head -n 1):29500")
+    return (f"srun --ntasks={num_nodes} --ntasks-per-node=1 --cpus-per-task=$SLURM_CPUS_ON_NODE torchrun {launcher} "
+            f"--nproc_per_node={max(1, count // num_nodes)} {script}")
+
+
+def _warn_of_tasks() -> None:
+    """Tasks that know nothing of each other do the whole work each."""
+    tasks = _started_tasks()
+    if tasks:
+        name, count = tasks
+        print(f"warning: {name} is {count}, but no launcher started this process: each task that "
+              f"{_TASK_STARTERS[name]} starts does the whole work by itself; to share it: {_launch_by_tasks()}",
+              file=sys.stderr, flush=True)  # fmt: skip
 
 
 def cleanup() -> None:
@@ -90,6 +151,8 @@ def cleanup() -> None:
     gloo has under way ends with them."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    elif not _launched():
+        _warn_of_tasks()  # again, as the end of a log is what is read
 
 
 @contextmanager
@@ -125,13 +188,13 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """The rank among this machine's processes, which is the index of the card to use; known before `setup`."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if _launched() else 0
+    return (_number("LOCAL_RANK") or 0) if _launched() else 0
 
 
 def local_world_size() -> int:
     """How many processes were started on this machine; known before `setup`."""
     # A launcher that does not say has started at least those of lower rank.
-    return int(os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1)) if _launched() else 1
+    return (_number("LOCAL_WORLD_SIZE") or local_rank() + 1) if _launched() else 1
 
 
 def is_main() -> bool:

@@ -43,7 +43,7 @@ from utils.checkpoint import ModelInfo
 from utils.dataset import NpyFolder
 from utils.errors import Interrupted, LostWorkerError, UserError
 from utils.files import atomic_write, read_json, remove_temporaries
-from utils.loader import Loader
+from utils.loader import Loader, require_shared_memory, sample_bytes
 from utils.model import Features, Segmenter
 from utils.precision import Precision
 from utils.reduction import FIT_IMAGES, KEPT, Reduction
@@ -396,7 +396,7 @@ class _Writer:
         """Say what is about to be made, by encoding one empty image.
 
         Raises:
-            UserError: there is no room for it, or no folder can be made.
+            UserError: there is no room for it, on disk or in shared memory, or no folder can be made.
         """
         try:
             folder.mkdir(exist_ok=True)
@@ -412,6 +412,10 @@ class _Writer:
             self.reduces and self.reduction is None
         )
         stored = self._stored(features, self.reduction or (Reduction.blank(features) if self.reduces else None))
+        # Training hands over features of as many images, in place of views of pixels.
+        pixels = sample_bytes(torch.from_numpy(request.source.read_image(0)))
+        of_batch = max(self.batch_size * sample_bytes(stored), max(self.batch_size, request.num_views) * pixels)
+        require_shared_memory(of_batch, self.num_workers)
         needed = num_images * request.num_views * sum(tensor.nbytes for tensor in stored)
         free = shutil.disk_usage(folder).free
         if needed + ROOM_TO_LEAVE > free:

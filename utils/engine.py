@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.dataset import FILLER, TrainingDataset, collate_training
-from utils.errors import UserError
+from utils.errors import DivergedError
 from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter
 from utils.precision import Precision
@@ -73,7 +73,7 @@ def train_one_epoch(
         overflow).
 
     Raises:
-        UserError: the loss is not finite; the weights are then as after the last good step.
+        DivergedError: the loss or its gradient is not finite; the weights are then as after the last good step.
     """
     parts: tuple[str, ...] = distributed.unwrap(model).LOSSES  # type: ignore[assignment]
     model.train()
@@ -91,8 +91,10 @@ def train_one_epoch(
         if not last_of_group:
             continue
 
-        stop = group.reduce(f"epoch {epoch}, step {step + 1}", stop=watch is not None and watch.stop_requested())
-        _normalise_gradients(model, optimizer, scaler, group.num_samples, clip_grad_norm)
+        where = f"epoch {epoch}, step {step + 1}"
+        stop = group.reduce(where, stop=watch is not None and watch.stop_requested())
+        if not _normalise_gradients(model, optimizer, scaler, group.num_samples, clip_grad_norm):
+            raise _diverged(f"{where}: the loss is finite, but not its gradient", group.names)
         if _step(optimizer, scaler):
             scheduler.step()
         else:
@@ -169,12 +171,15 @@ class _StepSums:
         self.sums, stops = reduced[:-1], reduced[-1]
         if not bool(self.sums.isfinite().all()):
             bad = [name for name, finite in zip(self.names, torch.cat(self.finite).tolist()) if not finite]
-            names = sorted({name for some in distributed.all_gather(bad) for name in some})
-            raise UserError(
-                f"{where}: the loss is not finite for {', '.join(names)}; the weights were not touched. "
-                "Check these files, lower -lr, or train without -use_amp"
-            )
+            raise _diverged(f"{where}: the loss is not finite", bad)
         return bool(stops)
+
+
+def _diverged(what: str, names: list[str]) -> DivergedError:
+    """The error, which all processes raise, each with the names of its own images."""
+    everywhere = sorted({name for some in distributed.all_gather(names) for name in some})
+    return DivergedError(f"{what} for {', '.join(everywhere)}; the weights were not touched. Check these images, or "
+                         "start a new run with a lower -lr or without -use_amp")
 
 
 def _means(parts: tuple[str, ...], totals: Tensor) -> dict[str, float]:
@@ -199,8 +204,10 @@ def _normalise_gradients(
     scaler: torch.amp.GradScaler,
     num_samples: float,
     clip_grad_norm: float,
-) -> None:
+) -> bool:
     """Turn the gradient of the summed loss into that of the mean over all the samples of the step, and clip it.
+
+    False if it is not finite.
 
     Dividing by the number over all processes, and not each process by its own, is what makes the result the same
     for every layout, uneven last batches included.
@@ -212,8 +219,7 @@ def _normalise_gradients(
     torch._foreach_mul_(gradients, distributed.world_size() / max(num_samples, 1))
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm or float("inf"))
     # With the fp16 scaler an overflow is expected now and then: it skips the step and lowers its scale.
-    if not scaler.is_enabled() and not bool(norm.isfinite()):
-        raise UserError("the gradient is not finite though the loss is; the weights were not touched. Lower -lr")
+    return scaler.is_enabled() or bool(norm.isfinite())
 
 
 def predictions_and_labels(

@@ -16,7 +16,11 @@ class LostPeerError(UserError):
 
 
 class LostWorkerError(UserError):
-    """A loader's worker process has ended."""
+    """A loader's worker process has ended, or cannot hand over a batch."""
+
+
+class DivergedError(UserError):
+    """A loss or a gradient is not finite."""
 
 
 class NotSavedError(UserError):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -67,10 +68,14 @@ def _give_up_name(path: Path, name: Path) -> None:
 
 def _room(path: Path, error: OSError) -> str:
     """Which disk it is that has no room, if that is the error."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return ""
-    disk = next((folder for folder in path.absolute().parents if folder.is_mount()), path.parent)
-    return f": the disk at {disk} has {shutil.disk_usage(disk).free / 2**20:.1f} MiB free; make room there"
+    return f": {free_room(path)}; make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+
+
+def free_room(path: Path) -> str:
+    """Which disk `path` is on, or will be, and what is free there, in words."""
+    path = path.absolute()
+    disk = next((folder for folder in (path, *path.parents) if folder.is_mount()), path.parent)
+    return f"the disk at {disk} has {shutil.disk_usage(disk).free / 2**20:.1f} MiB free"
 
 
 def earlier(path: Path, number: int) -> Path:
@@ -78,16 +83,32 @@ def earlier(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}.{number}{path.suffix}") if number else path
 
 
+def require_writable(folder: Path, flag: str) -> None:
+    """Check that a file can be written in `folder` or, if it is not there, in the one that it will be made in.
+
+    Raises:
+        UserError: it cannot; `flag` names another.
+    """
+    try:
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        reason = f"{error.strerror}{_room(folder, error)}"
+        raise UserError(f"{folder}: cannot be written ({reason}); give another {flag}") from None
+
+
 def make_folder(folder: Path, flag: str) -> None:
     """Make `folder`, if it is not there, and those that it is in.
 
     Raises:
-        UserError: it cannot be made; `flag` names another.
+        UserError: it cannot be made or written; `flag` names another.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); give another {flag}") from None
+    require_writable(folder, flag)
 
 
 def remove_temporaries(folder: Path) -> None:

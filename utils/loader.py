@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import atexit
+import errno
+import math
 import multiprocessing
+import multiprocessing.queues
+import os
 import re
 import signal
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from utils.errors import LostWorkerError
+from utils import distributed
+from utils.errors import LostWorkerError, UserError
+from utils.parallel import usable_cores
 from utils.stopping import SIGNALS
+
+SHARED_MEMORY = Path("/dev/shm")  # where PyTorch puts batches that one process hands to another
+PREFETCHED = 2  # batches that DataLoader asks of each worker in advance
+HELD = 2  # by the main process: the batch in use and the one before it
+PAGE = 4096
 
 
 class Loader(DataLoader):
@@ -28,32 +42,140 @@ class Loader(DataLoader):
         Args:
             options: as `DataLoader` has them.
         """
-        super().__init__(dataset, worker_init_fn=_ignore_signals, generator=torch.Generator(), **options)
+        super().__init__(dataset, worker_init_fn=_prepare_worker, generator=torch.Generator(), **options)
+        if self.num_workers:
+            self.collate_fn = _IntoSharedMemory(self.collate_fn)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # PyTorch names its own iterator
         """
         Raises:
-            LostWorkerError: a worker process has ended, most often as the system killed it.
+            LostWorkerError: a worker process cannot be started, cannot hand over a batch, or has ended, most often as
+                the system killed it.
+            UserError: what the data set raised in a worker, without PyTorch's traceback of it.
         """
         handler = signal.getsignal(signal.SIGCHLD)
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what is half made can only be ended with noise
         try:
+            if self.num_workers:
+                multiprocessing.Lock()  # without room for a semaphore, what PyTorch half makes ends with noise
             batches = super().__iter__()
+        except OSError as error:  # of a semaphore, which lies in shared memory too, or of a fork
+            raise LostWorkerError(f"a loader process cannot be started ({error.strerror or error}); give "
+                                  "--num_workers 0") from None
         finally:
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         try:
             yield from batches
-        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter if it ends while it hands over a tensor
+        except UserError as error:
+            kind = type(error)
+            raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()) from None
+        except (RuntimeError, OSError, EOFError) as error:  # EOFError if it ends while it hands over a tensor
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             is_own = "Caught " in reason or (isinstance(error, RuntimeError) and not _LOST.search(reason))
             if is_own or self.num_workers == 0:
                 raise  # it is the data set's
+            for worker in getattr(batches, "_workers", ()):
+                if worker.exitcode == -signal.SIGBUS:  # where the system gives memory that it does not have
+                    reason = os.strerror(errno.ENOSPC)
+                elif (worker.exitcode or 0) > 0:
+                    reason = os.strerror(worker.exitcode)
+            if untold := _not_handed_over(reason):
+                raise untold from None
             raise LostWorkerError(f"a loader process has ended ({reason}): if it was for lack of memory, lower "
                                   "-num_workers") from None
 
 
-_LOST = re.compile(r"DataLoader worker \(pid|Pin memory thread exited")
+_LOST = re.compile(r"DataLoader worker \(pid|Pin memory thread exited|ancdata|Too many open files|unable to mmap")
+
+
+@dataclass(frozen=True)
+class _IntoSharedMemory:
+    """Collates a batch in a worker and puts it into shared memory there and then, where a failure can be told.
+
+    The thread that sends batches would do so too, but it drops a batch that it cannot send, and the main process would
+    wait for it for ever.
+    """
+
+    collate: Callable[[Any], Any]
+
+    def __call__(self, samples: Any) -> Any:
+        try:
+            batch = self.collate(samples)
+            for tensor in _tensors(batch):
+                tensor.share_memory_()
+        except (RuntimeError, OSError) as error:
+            if untold := _not_handed_over(str(error)):
+                raise untold from None
+            raise
+        return batch
+
+
+def _not_handed_over(reason: str) -> LostWorkerError | None:
+    """The error to raise if `reason` is one of those for which a batch cannot be handed over."""
+    if "Too many open files" in reason or "ancdata" in reason:  # a batch has an open file for each tensor
+        return LostWorkerError("a loader process cannot hand over a batch (too many open files); raise the limit with "
+                               "ulimit -n 65536, or give --num_workers 0")
+    if "shared memory" in reason or "unable to mmap" in reason or reason == os.strerror(errno.ENOSPC):
+        return LostWorkerError(f"a loader process cannot hand over a batch: {SHARED_MEMORY}{_size()} is full "
+                               f"({reason.rpartition(': ')[2]}); start the container with a larger --shm-size, or give "
+                               "--num_workers 0")
+    return None
+
+
+def _size() -> str:
+    try:
+        disk = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return ""
+    return f" of {_bytes(disk.f_blocks * disk.f_frsize)}"
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 2**20:,.0f} MiB" if number >= 2**20 else f"{number / 2**10:,.0f} KiB"
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+def sample_bytes(sample: Any) -> int:
+    """What a sample takes in shared memory, of which a tensor has whole pages."""
+    return sum(math.ceil(tensor.nbytes / PAGE) * PAGE for tensor in _tensors(sample))
+
+
+def require_shared_memory(bytes_of_batch: int, num_workers: int) -> None:
+    """Check that batches which wait to be used fit, those of all processes of this machine.
+
+    Raises:
+        LostWorkerError: they do not, so that a worker would fail sooner or later.
+    """
+    try:
+        disk = os.statvfs(SHARED_MEMORY)
+    except OSError:  # macOS has none of this name; on Linux, PyTorch tells what fails
+        return
+    needed = bytes_of_batch * (PREFETCHED * num_workers + HELD) * distributed.local_world_size()
+    if num_workers and disk.f_blocks and needed > disk.f_bavail * disk.f_frsize:  # without blocks it has no limit
+        raise LostWorkerError(
+            f"{SHARED_MEMORY} has {_bytes(disk.f_bavail * disk.f_frsize)} free of "
+            f"{_bytes(disk.f_blocks * disk.f_frsize)}, and loader processes (--num_workers {num_workers}) need up to "
+            f"{_bytes(needed)} there; start the container with --shm-size {math.ceil(needed / 2**20) + 16}m or more, "
+            "or give --num_workers 0"
+        )
+
+
+def usable_workers(num_workers: int) -> int:
+    """`num_workers`, or as many as there are cores for each process of this machine, which is said."""
+    cores, processes = usable_cores(), distributed.local_world_size()
+    most = max(1, cores // processes)
+    if num_workers > most:
+        shared = f" for {processes} processes" if processes > 1 else ""
+        distributed.say(f"--num_workers {num_workers} is lowered to {most}: there are {cores} usable cores{shared}")
+    return min(num_workers, most)
 
 
 @atexit.register
@@ -64,7 +186,13 @@ def _end_workers() -> None:
             process.kill()
 
 
-def _ignore_signals(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     """Who signals all of a job would else kill its workers under the step to be finished."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+
+
+def _end_worker(error: Exception, batch: Any) -> NoReturn:
+    """End a worker whose batch cannot be sent; the main process, which sees that, reads the reason in the status."""
+    os._exit(error.errno if isinstance(error, OSError) and error.errno else 1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +19,62 @@ from utils.files import atomic_write
 from utils.visualize import save_loss_curve
 
 CONFIG = "config.json"
+WANDB_ID = "wandb_id.txt"  # with it, a resumed run goes on in the same run of W&B
+
+
+def require_loggers(*, tensorboard: bool, wandb: bool) -> None:
+    """Check before long work that the loggers which are asked for can be imported, and that W&B is logged in.
+
+    Raises:
+        UserError: one cannot be used.
+    """
+    if tensorboard:
+        _summary_writer()
+    if wandb:
+        login = _wandb("login")
+        if os.environ.get("WANDB_MODE", "online") in ("online", "shared", "run"):
+            with _wandb_problems():
+                login()
 
 
 class RunLogger:
     """Writes each epoch's figures to `log.jsonl`, `loss_curve.png` and, where asked, TensorBoard and W&B."""
 
     def __init__(
-        self, folder: Path, *, history: list[dict[str, Any]], config: dict[str, Any], tensorboard: bool, wandb: bool
+        self,
+        folder: Path,
+        *,
+        history: list[dict[str, Any]],
+        config: dict[str, Any],
+        resumed: bool,
+        tensorboard: bool,
+        wandb: bool,
     ) -> None:
         """
         Args:
             folder: the run's folder.
-            history: the epochs before this start of the run, [] unless resumed; `log.jsonl` is cut back to them.
+            history: the epochs before this start of the run; `log.jsonl` is cut back to them.
             config: the resolved configuration, written to `config.json`.
+            resumed: TensorBoard or W&B may fail, with a warning.
 
         Raises:
-            UserError: TensorBoard or W&B was asked for and is not installed, W&B does not let us in, or a file cannot
-                be written.
+            UserError: TensorBoard or W&B cannot be used and the run is new, or a file cannot be written.
         """
         self.folder = folder
         self.history = list(history)
         self._warned = False
-        self._writer = _tensorboard_writer(folder, first_epoch=len(history)) if tensorboard else None
-        try:
-            self._wandb = _wandb_run(folder, config) if wandb else None
-        except UserError as error:
-            if not history:
-                raise
-            self._warn(str(error))  # a resumed run has begun with it, and must not end for want of it
-            self._wandb = None
+
+        def start(make: Callable[[], Any]) -> Any:
+            try:
+                return make()
+            except UserError as error:
+                if not resumed:
+                    raise
+                self._warn(str(error))
+                return None
+
+        self._writer = start(lambda: _tensorboard_writer(folder, first_epoch=len(history))) if tensorboard else None
+        self._wandb = start(lambda: _wandb_run(folder, config)) if wandb else None
         # In a folder that came from elsewhere, a link is replaced, not written through.
         with atomic_write(folder / CONFIG) as file:
             file.write((json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
@@ -88,7 +118,7 @@ class RunLogger:
         try:
             yield
         except Exception as error:  # a full disk, a connection or a process that was lost: each has its own
-            self._warn(" ".join(str(error).split()) or type(error).__name__)
+            self._warn(_reason(error))
 
     def _warn(self, reason: str) -> None:
         if not self._warned:
@@ -106,23 +136,63 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _tensorboard_writer(folder: Path, first_epoch: int) -> Any:
+    writer = _summary_writer()
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError('--use_tensorboard needs TensorBoard: pip install -e ".[log]"') from None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+        return writer(str(folder / "tensorboard"), purge_step=first_epoch)
+    except Exception as error:  # a folder that cannot be written, or libraries that do not fit each other
+        raise UserError(f"--use_tensorboard: {_reason(error)}") from None
+
+
+def _summary_writer() -> Any:
+    return _import("torch.utils.tensorboard", "SummaryWriter", "--use_tensorboard", "TensorBoard", "tensorboard")
+
+
+def _wandb(attribute: str) -> Any:
+    return _import("wandb", attribute, "-use_wandb", "Weights & Biases", "wandb")
+
+
+def _import(module: str, attribute: str, flag: str, name: str, package: str) -> Any:
+    """What `module`, which needs `package`, has by the name of `attribute`."""
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as error:  # a version that does not fit another package may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            raise UserError(f'{flag} needs {name}: pip install -e ".[log]"') from None
+        where = None
+        with suppress(Exception):  # of a module that has no place
+            spec = importlib.util.find_spec(package)
+            where = spec and (spec.origin or next(iter(spec.submodule_search_locations or ()), None))
+        reason = f"{type(error).__name__}: {_reason(error)}"
+        raise UserError(f"{flag}: {name} cannot be imported from {where or package} ({reason}); "
+                        f"pip install -U {package}, or remove what is there under its name") from None
+
+
+@contextmanager
+def _wandb_problems() -> Iterator[None]:
+    """A context in which whatever W&B raises is one line."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # no account, no network, a service that does not start
+        reason = _reason(error)
+        raise UserError(f"-use_wandb: {reason} (WANDB_MODE=offline needs neither account nor network)") from None
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _wandb_run(folder: Path, config: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError('-use_wandb needs Weights & Biases: pip install -e ".[log]"') from None
+    init = _wandb("init")
     # Without a connection its end would be waited for without end; what was not sent stays there for `wandb sync`.
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
+    settings: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        known = (folder / WANDB_ID).read_text().strip()
+        if re.fullmatch(r"[\w-]{1,64}", known, re.ASCII):
+            settings = {"id": known, "resume": "allow"}
     # WANDB_MODE=offline keeps everything in the run's folder, to be uploaded later or never.
-    try:
-        return wandb.init(project="sam-bdd100k", name=folder.name, dir=str(folder), config=config)
-    except wandb.errors.Error as error:  # no account, or no network
-        reason = " ".join(str(error).split())
-        raise UserError(f"-use_wandb: {reason} (WANDB_MODE=offline needs neither account nor network)") from None
+    with _wandb_problems():
+        run = init(project="sam-bdd100k", name=folder.name, dir=str(folder), config=config, **settings)
+    with atomic_write(folder / WANDB_ID) as file:
+        file.write(f"{run.id}\n".encode())
+    return run

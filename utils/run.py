@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,8 @@ from torch import Tensor
 from utils import checkpoint, distributed
 from utils.checkpoint import BEST, LATEST, ModelInfo
 from utils.engine import Progress
-from utils.errors import LostPeerError, NotSavedError, UserError
-from utils.files import remove_temporaries
+from utils.errors import DivergedError, LostPeerError, NotSavedError, UserError
+from utils.files import free_room, remove_temporaries, require_writable
 from utils.log import CONFIG, RunLogger
 from utils.model import Segmenter
 from utils.stopping import StopSignals
@@ -130,6 +131,24 @@ def read_latest(
     if any("val_miou" in record for record in latest.history) and not choose_by_miou:
         raise UserError(f"{path}: its best model was chosen by mIoU; give --val_npy_path again, or start a new run")
     return latest
+
+
+def require_room(work_dir: Path, latest: Latest | None, model: Segmenter, keep_last: int) -> None:
+    """Check that the run's folder can be written and has room for its checkpoints, before long work.
+
+    Raises:
+        UserError: it cannot, or has not.
+    """
+    folder = latest.path.parent if latest else work_dir
+    require_writable(folder, "-work_dir" if latest is None else "folder: copy the run to one that can be written")
+    of_weights = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    # The best has the weights; each latest, those that are kept and the one that is being written, two moments too.
+    needed = of_weights * (1 + 3 * (keep_last + 2))
+    taken = sum(path.stat().st_size for path in folder.glob("*.pth")) if latest else 0
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if needed > taken + shutil.disk_usage(place).free:
+        raise UserError(f"{folder}: the checkpoints need {(needed - taken) / 2**20:.0f} MiB, but {free_room(place)}; "
+                        "make room there, lower --keep_last, or give another -work_dir")
 
 
 def cache_to_use(where: str, latest: Latest | None) -> str:
@@ -254,7 +273,14 @@ class Run:
         else:
             self.folder = distributed.on_main(lambda: _new_folder(work_dir, task_name))
         self.logger = (
-            RunLogger(self.folder, history=self.history, config=self.config, tensorboard=tensorboard, wandb=wandb)
+            RunLogger(
+                self.folder,
+                history=self.history,
+                config=self.config,
+                resumed=latest is not None,
+                tensorboard=tensorboard,
+                wandb=wandb,
+            )
             if distributed.is_main()
             else None
         )
@@ -330,7 +356,10 @@ class Run:
                 self._saved = self._position  # if not by this process, by the main one, which loses it now
             if isinstance(error, LostPeerError) and self.stop.signalled:
                 raise self.stop.interrupt("") from None
-            raise type(error)(f"{str(error).rstrip()}{self._after_failing()}") from error
+            mend = "mend that, and"
+            if isinstance(error, DivergedError):  # -lr must stay what it was
+                mend = "mend the images" + (" or leave out -use_amp" if self.config.get("use_amp") else "") + ", and"
+            raise type(error)(f"{str(error).rstrip()}{self._after_failing(mend)}") from error
 
     @property
     def _resume_flag(self) -> str:
@@ -379,10 +408,10 @@ class Run:
         except UserError as error:
             raise NotSavedError(f"{error}{self._after_failing()}") from error
 
-    def _after_failing(self) -> str:
+    def _after_failing(self, mend: str = "mend that, and") -> str:
         if not self._saved:
             return "; nothing was saved yet"
-        return f"; what was saved before it is whole: mend that, and go on with {self._resume_flag}"
+        return f"; what was saved before it is whole: {mend} go on with {self._resume_flag}"
 
     def _rng(self) -> dict[str, Tensor]:
         device = next(self.model.mask_decoder.parameters()).device
