@@ -30,9 +30,10 @@ from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.modeling import Sam
 from segment_anything.modeling.common import pixels_to_map
 from utils import cli
-from utils.augment import AUGMENTATIONS, fixed_view
+from utils.augment import fixed_view
 from utils.bdd100k import NUM_CLASSES
 from utils.boxes import class_boxes, jitter_boxes
+from utils.choices import AUGMENTATIONS
 from utils.dataset import NpyFolder
 from utils.errors import UserError
 from utils.losses import semantic_losses
