@@ -24,30 +24,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from segment_anything.build_sam import CONFIGS, file_digest
-from utils import checkpoint, cli, distributed
-from utils.bdd100k import check_first_masks, find_split, match_key, read_mask, read_size
-from utils.checkpoint import ModelInfo
-from utils.data import evaluation_loader, use_caches
-from utils.dataset import BoxesByName, EvaluationDataset, NpyFolder, detected_prompts
-from utils.detections import read_detections
-from utils.embedding_cache import DTYPES
-from utils.engine import predictions_and_labels
-from utils.errors import UserError, printable
-from utils.files import make_folder
-from utils.geometry import resize_image, unframe
-from utils.loader import usable_workers
-from utils.metrics import ConfusionMatrix
-from utils.model import Segmenter, build_model
-from utils.pictures import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
-from utils.precision import AMP_DTYPES, AMP_HELP, Precision, resolve_precision, telling_out_of_memory
-from utils.prediction import MAP_RULES, MapRule, Prediction, predict
-from utils.report import begin_pictures, begin_results, write_report
-from utils.visualize import save_comparison, save_labels
+from utils import cli
+from utils.choices import AMP_DTYPES, AMP_HELP, CACHE_DTYPES, MAP_RULES, MODEL_TYPES, MapRule
 
 NUM_PICTURES = 20
 
@@ -60,7 +38,7 @@ def get_args_parser() -> cli.Parser:
     flag("model_checkpoint", type=Path, help="a run's folder, or its best (default: none, SAM as it is)")
     flag("sam_checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM, for its encoders")
     parser.add_switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
-    flag("model_type", choices=list(CONFIGS), default="vit_b", help="which SAM")
+    flag("model_type", choices=MODEL_TYPES, default="vit_b", help="which SAM")
     flag("boxes", type=Path, help="detections in Scalabel's JSON to prompt with, instead of the ground truth's boxes")
     rules = "; ".join(f"{rule}: {text}" for rule, text in MAP_RULES.items())
     flag("map_rule", choices=list(MAP_RULES), help=f"how masks become one map. {rules} (default: argmax, and "
@@ -70,7 +48,7 @@ def get_args_parser() -> cli.Parser:
     flag("cache_embeddings", default="auto",
          help="features of a labelled split, as train_bdd100k.py keeps them: auto, those beside the images, if there "
          "are any; a folder, where they are kept from now on; or off")
-    flag("cache_dtype", choices=list(DTYPES), default="float16", help="what cached features are stored in")
+    flag("cache_dtype", choices=CACHE_DTYPES, default="float16", help="what cached features are stored in")
     flag("num_workers", type=cli.non_negative_int, default=2, help="loader processes")
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_switch("use_amp", help="mixed precision")
@@ -83,6 +61,34 @@ def get_args_parser() -> cli.Parser:
     # torch.distributed.launch passes it; the environment says the same.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+if __name__ == "__main__":
+    get_args_parser().parse_args()  # --help and a mistyped flag are answered before imports that take seconds
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from segment_anything.build_sam import CONFIGS, file_digest
+from utils import checkpoint, distributed
+from utils.bdd100k import check_first_masks, find_split, match_key, read_mask, read_size
+from utils.checkpoint import ModelInfo
+from utils.data import evaluation_loader, use_caches
+from utils.dataset import BoxesByName, EvaluationDataset, NpyFolder, detected_prompts
+from utils.detections import read_detections
+from utils.engine import predictions_and_labels
+from utils.errors import UserError, printable
+from utils.files import make_folder
+from utils.geometry import resize_image, unframe
+from utils.loader import usable_workers
+from utils.metrics import ConfusionMatrix
+from utils.model import Segmenter, build_model
+from utils.pictures import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
+from utils.precision import Precision, resolve_precision, telling_out_of_memory
+from utils.prediction import Prediction, predict
+from utils.report import begin_pictures, begin_results, write_report
+from utils.visualize import save_comparison, save_labels
 
 
 def main(args: argparse.Namespace) -> int:

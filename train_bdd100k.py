@@ -32,40 +32,15 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from segment_anything.build_sam import CONFIGS, file_digest
-from utils import checkpoint, cli, distributed
-from utils.augment import AUGMENTATIONS
-from utils.checkpoint import ModelInfo
-from utils.data import evaluation_loader, training_dataset, training_loader, use_caches, validation_dataset
-from utils.dataset import EvaluationDataset, NpyFolder, TrainingDataset
-from utils.embedding_cache import DTYPES
-from utils.engine import evaluate, settle_gradient_order, train_one_epoch
-from utils.loader import usable_workers
-from utils.log import require_loggers
-from utils.metrics import mean_iou
-from utils.model import SEGMENTERS, Segmenter, build_model
-from utils.optim import SCHEDULES, build_optimizer, build_scheduler
-from utils.precision import (
+from utils import cli
+from utils.choices import (
     AMP_DTYPES,
     AMP_HELP,
-    Precision,
-    make_deterministic,
-    resolve_precision,
-    telling_out_of_memory,
-)
-from utils.run import (
-    AUTO,
-    FinishedError,
-    Latest,
-    Run,
-    cache_to_use,
-    find_latest,
-    read_latest,
-    require_room,
-    require_same_cache,
-    require_same_data,
+    AUGMENTATIONS,
+    CACHE_DTYPES,
+    MODEL_TYPES,
+    PROMPT_MODES,
+    SCHEDULES,
 )
 
 # What a resumed run must share with its beginning, by the names that the user knows.
@@ -117,9 +92,9 @@ def get_args_parser() -> cli.Parser:
     flag("val_every", type=cli.positive_int, default=1, help="epochs from one validation to the next")
     flag("task_name", default="BDD100K-SAM-MaskDecoder", help="the run's folder is <work_dir>/<task_name>-<time>")
     flag("work_dir", type=Path, default=Path("work_dir"), help="where runs are kept")
-    flag("prompt_mode", choices=list(SEGMENTERS), default="box",
+    flag("prompt_mode", choices=PROMPT_MODES, default="box",
          help="box: a class's box in, its mask out. semantic: no box, one map of all classes")
-    flag("model_type", choices=list(CONFIGS), default="vit_b", help="which SAM")
+    flag("model_type", choices=MODEL_TYPES, default="vit_b", help="which SAM")
     flag("checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM checkpoint")
     parser.add_switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
     flag("resume", type=Path, help="a run's folder, or its medsam_model_latest.pth, to go on with; auto: the task's "
@@ -155,7 +130,7 @@ def get_args_parser() -> cli.Parser:
     flag("cache_embeddings", default="auto",
          help="encode each image once and keep the features: in a folder; auto, beside the images if that spares work "
          "and the disk has room; or off")
-    flag("cache_dtype", choices=list(DTYPES), default="float16", help="what cached features are stored in")
+    flag("cache_dtype", choices=CACHE_DTYPES, default="float16", help="what cached features are stored in")
     flag("cache_views", type=cli.positive_int,
          help="views of each image in the cache: itself, its mirror image, then random ones (default: "
          f"{', '.join(f'{name} {views}' for name, views in AUGMENTATIONS.items())})")
@@ -195,6 +170,43 @@ def _by_mode(name: str) -> str:
 
 def _by_preset(name: str) -> str:
     return f"(default: {PRESETS[None][name]}, or as --preset has it)"
+
+
+if __name__ == "__main__":
+    get_args_parser().parse_args()  # --help and a mistyped flag are answered before imports that take seconds
+
+import monai.losses  # noqa: F401  now, and not within the first step
+import torch
+
+from segment_anything.build_sam import file_digest
+from utils import checkpoint, distributed
+from utils.checkpoint import ModelInfo
+from utils.data import evaluation_loader, training_dataset, training_loader, use_caches, validation_dataset
+from utils.dataset import EvaluationDataset, NpyFolder, TrainingDataset
+from utils.engine import evaluate, settle_gradient_order, train_one_epoch
+from utils.loader import usable_workers
+from utils.log import require_loggers
+from utils.metrics import mean_iou
+from utils.model import SEGMENTERS, Segmenter, build_model
+from utils.optim import build_optimizer, build_scheduler
+from utils.precision import (
+    Precision,
+    make_deterministic,
+    resolve_precision,
+    telling_out_of_memory,
+)
+from utils.run import (
+    AUTO,
+    FinishedError,
+    Latest,
+    Run,
+    cache_to_use,
+    find_latest,
+    read_latest,
+    require_room,
+    require_same_cache,
+    require_same_data,
+)
 
 
 def main(args: argparse.Namespace) -> None:

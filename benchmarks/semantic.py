@@ -30,9 +30,10 @@ from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.modeling import Sam
 from segment_anything.modeling.common import upscaled_masks
 from utils import cli
-from utils.augment import AUGMENTATIONS, fixed_view
+from utils.augment import fixed_view
 from utils.bdd100k import NUM_CLASSES
 from utils.boxes import class_boxes, jitter_boxes
+from utils.choices import AUGMENTATIONS
 from utils.dataset import NpyFolder, box_prompts, collate_training
 from utils.errors import UserError
 from utils.losses import COMPETING_WEIGHT, semantic_losses

@@ -6,6 +6,8 @@ import multiprocessing
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,10 +18,15 @@ import pytest
 import infer_bdd100k
 import pre_bdd100k
 import train_bdd100k
-from utils import cli
+from segment_anything.build_sam import CONFIGS
+from utils import choices, cli
 from utils.dataset import BoxPromptDataset, NpyFolder
+from utils.embedding_cache import DTYPES
 from utils.errors import Interrupted, LostPeerError, UserError
 from utils.loader import Loader
+from utils.model import SEGMENTERS
+
+ROOT = Path(train_bdd100k.__file__).parent
 
 REQUIRED: dict[ModuleType, list[str]] = {
     pre_bdd100k: ["--bdd100k_root", "data"],
@@ -231,6 +238,39 @@ def test_bad_value_is_told_in_one_line(
 ) -> None:
     line = error_of(script, *REQUIRED[script], flag, value)
     assert flag in line and complaint in line
+
+
+# Prints the exit status of a command line, and what it has imported of these.
+IMPORTS = """
+import runpy, sys
+sys.argv[:] = sys.argv[1:]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    print("\\nended", end.code, *(name for name in ("torch", "monai", "matplotlib") if name in sys.modules))
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["pre_bdd100k", "train_bdd100k", "infer_bdd100k", "utils.ckpt_convert", "utils.compare", "utils.scenes"]
+)
+@pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("--no_such_flag", 2)])
+def test_a_command_line_is_answered_before_what_takes_seconds_to_import(module: str, flag: str, status: int) -> None:
+    command = [sys.executable, "-c", IMPORTS, module, flag]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == f"ended {status}"
+
+
+def test_inference_needs_no_monai() -> None:
+    code = "import sys, infer_bdd100k; print('monai' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n"
+
+
+def test_the_choices_are_those_that_there_are() -> None:
+    assert set(choices.MODEL_TYPES) == set(CONFIGS)
+    assert set(choices.PROMPT_MODES) == set(SEGMENTERS)
+    assert set(choices.CACHE_DTYPES) == set(DTYPES)
 
 
 def exit_of(main: Callable[[], int | None], capfd: pytest.CaptureFixture[str]) -> tuple[Any, str]:

@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader
 
 from tests.conftest import IMAGE_SIZE, write_split
 from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
+from utils.choices import MapRule
 from utils.dataset import BoxPromptDataset, EvaluationDataset, NpyFolder, collate_evaluation
 from utils.engine import evaluate
 from utils.geometry import fitted_size
 from utils.model import build_model
 from utils.precision import Precision
-from utils.prediction import MapRule, Prediction, merge_masks, predict
+from utils.prediction import Prediction, merge_masks, predict
 
 CPU = Precision(torch.device("cpu"))
 MODES = ["box", "semantic"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.choices import MapRule
 from utils.errors import UserError
-from utils.prediction import MapRule
 from utils.report import begin_pictures, begin_results, write_report
 
 RESULTS = ("evaluation_results.txt", "evaluation_results.json", "confusion_matrix.png")

@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# --augment, and how many views of an image a cache holds unless the user says. "flip" has no more than two.
-AUGMENTATIONS = {"none": 1, "flip": 2, "full": 4}
 LEAST_AREA = 0.35  # of the picture, in a random crop; a cached view is seen again and again, and must not be a bad one
 MOST_STRETCH = 4 / 3  # of one side of a crop against the other
 MOST_CHANGE = 0.25  # of brightness and of contrast

@@ -14,13 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
-from segment_anything import CheckpointError
-from segment_anything.build_sam import CONFIGS, PATCH_SIZE, file_digest, read_state_dict
-from utils import checkpoint, cli
-from utils.checkpoint import DECODER_PREFIX, ModelInfo
-from utils.errors import UserError
+from utils import cli
 
 # What the public package's registry builds, and the one input size that it builds them for.
 PUBLIC_MODELS = ("vit_b", "vit_l", "vit_h")
@@ -35,6 +29,18 @@ def get_args_parser() -> cli.Parser:
     flag("output", type=Path, required=True, help="the SAM checkpoint to write")
     parser.add_switch("overwrite", help="replace the output if it exists")
     return parser
+
+
+if __name__ == "__main__":
+    get_args_parser().parse_args()  # --help and a mistyped flag are answered before imports that take seconds
+
+from torch import Tensor
+
+from segment_anything import CheckpointError
+from segment_anything.build_sam import CONFIGS, PATCH_SIZE, file_digest, read_state_dict
+from utils import checkpoint
+from utils.checkpoint import DECODER_PREFIX, ModelInfo
+from utils.errors import UserError
 
 
 def join(model_checkpoint: Path, sam_checkpoint: Path) -> tuple[dict[str, Tensor], ModelInfo]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from utils import distributed
-from utils.augment import AUGMENTATIONS
 from utils.checkpoint import ModelInfo
+from utils.choices import AUGMENTATIONS
 from utils.dataset import (
     BoxPromptDataset,
     EvaluationDataset,

@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils import distributed
+from utils.choices import MapRule
 from utils.dataset import FILLER, TrainingDataset, collate_training
 from utils.errors import DivergedError
 from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter
 from utils.precision import Precision
-from utils.prediction import MapRule, Prediction, features_of, predict
+from utils.prediction import Prediction, features_of, predict
 
 
 @dataclass

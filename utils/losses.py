@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceLoss
 from torch import Tensor
 
 from utils.bdd100k import IGNORE_LABEL
@@ -12,8 +14,13 @@ from utils.bdd100k import IGNORE_LABEL
 COMPETING_WEIGHT = 4.0  # of the cross-entropy beside the losses of each mask by itself
 MAX_CLASS_WEIGHT = 20.0  # a class of a few pixels shall not outweigh all the others
 
-# Squared denominator, as MedSAM trains its mask decoder (Ma et al., 2024).
-_dice_loss = DiceLoss(sigmoid=False, squared_pred=True, reduction="none")
+
+@functools.cache
+def _dice_loss() -> Any:
+    """With a squared denominator, as MedSAM trains its mask decoder (Ma et al., 2024)."""
+    from monai.losses import DiceLoss  # here, as it takes seconds to import and inference needs none of it
+
+    return DiceLoss(sigmoid=False, squared_pred=True, reduction="none")
 
 
 def compared(low_res_masks: Tensor, labels: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +92,7 @@ def prompt_losses(
     bce = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none") * labelled
     num_labelled = labelled.flatten(2).sum(-1).clamp(min=1)
     # Masked after the sigmoid: a masked logit would still be a probability of one half.
-    dice = _dice_loss((logits.sigmoid() * labelled).flatten(0, 1)[:, None], target.float().flatten(0, 1)[:, None])
+    dice = _dice_loss()((logits.sigmoid() * labelled).flatten(0, 1)[:, None], target.float().flatten(0, 1)[:, None])
 
     with torch.no_grad():  # the true IoU is what the IoU head should say; the mask is not to be moved by it
         claimed = (logits > 0) & labelled
@@ -174,7 +181,7 @@ def semantic_losses(
     one_hot = F.one_hot(target, logits.shape[1]).permute(0, 3, 1, 2) * labelled[:, None]  # B x C x h x w
     probabilities = log_probabilities.exp() * labelled[:, None]
     occurs = one_hot.flatten(2).any(-1)  # B x C
-    dice = _dice_loss(probabilities, one_hot.float())[..., 0, 0] * occurs
+    dice = _dice_loss()(probabilities, one_hot.float())[..., 0, 0] * occurs
     return {
         "ce": ce.flatten(1).sum(-1) / num_labelled,
         "dice": dice.sum(-1) / occurs.sum(-1).clamp(min=1),

@@ -7,8 +7,6 @@ import math
 import torch
 from torch import nn
 
-SCHEDULES = ("constant", "cosine", "step")
-
 
 # 修改点 6: 仅优化 Mask Decoder 参数
 def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:

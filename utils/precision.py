@@ -13,9 +13,7 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-AMP_DTYPES = ("auto", "fp16", "bf16")
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # those with which it is deterministic; the first costs some 24 MiB of a GPU
-AMP_HELP = "auto: bf16 where the hardware has it, else fp16 on a GPU and float32 on a CPU"
 
 
 @dataclass(frozen=True)

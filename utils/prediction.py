@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +13,10 @@ from torch import Tensor
 
 from segment_anything.modeling import Sam
 from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
+from utils.choices import MapRule
 from utils.geometry import fitted_size, pixels_in_box, restore
 from utils.model import Features, Segmenter
 from utils.precision import Precision
-
-MapRule = Literal["argmax", "box_threshold", "threshold"]
-MAP_RULES: dict[MapRule, str] = {
-    "argmax": "a pixel goes to the highest logit among the classes whose box holds it",
-    "box_threshold": "the same, but only where that logit is above 0",
-    "threshold": "a pixel goes to the highest logit above 0, inside or outside its box",
-}
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from utils import distributed
+from utils.choices import MAP_RULES, MapRule
 from utils.errors import UserError, printable
 from utils.files import atomic_write, read_json
 from utils.metrics import format_details, format_report, results_dict
-from utils.prediction import MAP_RULES, MapRule
 from utils.visualize import save_confusion_matrix
 
 _SIZES = {"frame": "in the preprocessed S x S frame", "original": "at the original size of the images"}
