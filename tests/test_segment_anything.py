@@ -5,11 +5,16 @@ Every comparison records its relative error: `pytest tests/test_segment_anything
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import inspect
 import io
+import operator
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +22,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+import segment_anything
 from segment_anything import (
     CheckpointError,
     SamPredictor,
+    build_sam,
     build_sam_vit_b,
     build_sam_vit_tiny,
+    modeling,
     sam_model_registry,
 )
 from segment_anything.build_sam import read_state_dict
-from segment_anything.modeling import Sam, image_encoder
+from segment_anything.modeling import MaskDecoder, Sam, image_encoder
 from segment_anything.utils.transforms import ResizeLongestSide
 from tests.oracles import Payload, public_sam, relative_error
 
@@ -296,6 +305,519 @@ def test_preprocess_and_postprocess(vit_b: tuple[Sam, Any], compare: Compare) ->
     assert not vit_b[0].preprocess(image)[..., 614:, :].any()  # zeros are the mean colour: padded after normalising
     low_res = torch.randn(2, 3, 256, 256, generator=generator)
     compare("postprocess_masks", *(sam.postprocess_masks(low_res, (614, 1024), (300, 500)) for sam in vit_b))
+
+
+# --- The public package's calls: each class, function and form, on random weights of a small SAM
+
+
+def small_sam(modeling: Any) -> Any:
+    """A SAM of 128 pixels, built by the constructors of `modeling`: ours or the public package's."""
+    return modeling.Sam(
+        image_encoder=modeling.ImageEncoderViT(
+            depth=2, embed_dim=48, img_size=128, mlp_ratio=3, norm_layer=partial(nn.LayerNorm, eps=1e-6), num_heads=4,
+            patch_size=16, qkv_bias=True, use_rel_pos=True, global_attn_indexes=[1], window_size=5, out_chans=32,
+        ),
+        prompt_encoder=modeling.PromptEncoder(
+            embed_dim=32, image_embedding_size=(8, 8), input_image_size=(128, 128), mask_in_chans=16
+        ),
+        mask_decoder=modeling.MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=modeling.TwoWayTransformer(depth=2, embedding_dim=32, mlp_dim=64, num_heads=2),
+            transformer_dim=32,
+            iou_head_depth=3,
+            iou_head_hidden_dim=24,
+        ),
+        pixel_mean=[123.675, 116.28, 103.53],
+        pixel_std=[58.395, 57.12, 57.375],
+    ).eval()  # fmt: skip
+
+
+def pair_of(make: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """What `make` makes of our `modeling` and of the public one, on the same random weights."""
+    torch.manual_seed(0)
+    ours, theirs = make(modeling), make(public_sam().modeling)
+    randomise(ours)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours, theirs
+
+
+@pytest.fixture
+def small() -> tuple[Any, Any]:
+    return pair_of(small_sam)
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+SMALL_EMBEDDING = random(1, 32, 8, 8)
+SMALL_BOXES = torch.tensor([[10.0, 20, 90, 120], [0, 0, 127, 127], [5, 60, 50, 70], [3, 3, 9, 9], [64, 0, 80, 127]])
+
+
+def decoder_inputs(sam: Any, **prompts: Any) -> dict[str, Tensor]:
+    given: dict[str, Any] = {"points": None, "boxes": None, "masks": None}
+    sparse, dense = sam.prompt_encoder(**(given | (prompts or {"boxes": SMALL_BOXES})))
+    return {
+        "image_embeddings": SMALL_EMBEDDING,
+        "image_pe": sam.prompt_encoder.get_dense_pe(),
+        "sparse_prompt_embeddings": sparse,
+        "dense_prompt_embeddings": dense,
+    }
+
+
+def compare_all(compare: Compare, what: str, ours: Any, theirs: Any) -> None:
+    """Tensors, or tuples of them."""
+    pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
+    for i, (actual, expected) in enumerate(pairs):
+        assert actual.dtype == expected.dtype
+        compare(f"{what} {i}", actual.detach(), expected.detach())
+
+
+PUBLIC_MODULES = (
+    "predictor", "modeling.common", "modeling.image_encoder", "modeling.mask_decoder", "modeling.prompt_encoder",
+    "modeling.sam", "modeling.transformer", "utils.transforms",
+)  # fmt: skip
+
+
+def public_signatures() -> dict[str, Any]:
+    """Every function and method that the public package defines, by its place: "predictor.SamPredictor.predict"."""
+    found: dict[str, Any] = {}
+    for place in PUBLIC_MODULES:
+        for name, value in vars(operator.attrgetter(place)(public_sam())).items():
+            if getattr(value, "__module__", "") != f"segment_anything.{place}":
+                continue
+            members = {f".{k}": v for k, v in vars(value).items()} if inspect.isclass(value) else {"": value}
+            for member, function in members.items():
+                if member == ".__init__" or (callable(function) and not member.startswith(".__")):
+                    found[f"{place}.{name}{member}"] = function
+    return found
+
+
+def test_every_public_function_takes_the_same_arguments() -> None:
+    """Names, order and kinds; a default is the public one where that has one."""
+    signatures = public_signatures()
+    assert len(signatures) >= 60
+    for place, theirs in signatures.items():
+        ours = operator.attrgetter(place)(segment_anything)
+        pairs = zip_longest(inspect.signature(ours).parameters.values(), inspect.signature(theirs).parameters.values())
+        for mine, public in pairs:
+            assert (mine.name, mine.kind) == (public.name, public.kind), place
+            if public.default is not public.empty:
+                default = list(mine.default) if isinstance(public.default, list) else mine.default
+                assert default == public.default, f"{place} {mine.name}"
+
+
+def test_every_module_has_the_public_attributes(small: tuple[Any, Any]) -> None:
+    ours, theirs = (dict(sam.named_modules()) for sam in small)
+    assert list(ours) == list(theirs)
+    for name, module in theirs.items():
+        assert type(ours[name]).__name__ == type(module).__name__, name
+        assert vars(module).keys() <= vars(ours[name]).keys(), name
+    assert vars(public_sam().SamPredictor(small[1])).keys() <= vars(SamPredictor(small[0])).keys()
+
+
+def test_builders_are_called_as_the_public_ones(tmp_path: Path) -> None:
+    assert sam_model_registry["default"] is sam_model_registry["vit_h"] is build_sam
+    for name in ("build_sam", "build_sam_vit_h", "build_sam_vit_l", "build_sam_vit_b"):
+        (checkpoint, *further) = inspect.signature(getattr(segment_anything, name)).parameters.values()
+        assert (checkpoint.name, checkpoint.default) == ("checkpoint", None)
+        assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in further)
+    path = tmp_path / "sam.pth"
+    torch.save(random_tiny(256).state_dict(), path)
+    assert not sam_model_registry["vit_tiny"](str(path)).training
+
+
+_ENCODERS: dict[str, dict[str, Any]] = {
+    "public defaults": {},  # no windows and no relative positions
+    "positions": {"use_rel_pos": True, "rel_pos_zero_init": False},
+    "windows without positions": {"window_size": 3, "global_attn_indexes": (0,), "use_abs_pos": False},
+    "windows, no biases": {"window_size": 4, "use_rel_pos": True, "qkv_bias": False, "act_layer": nn.ReLU},
+    "channels and patches": {"in_chans": 4, "patch_size": 8, "mlp_ratio": 2.5, "act_layer": nn.SiLU},
+    "another norm": {"norm_layer": partial(nn.RMSNorm, eps=1e-3), "window_size": 5, "use_rel_pos": True},
+}
+
+
+@pytest.mark.parametrize("options", _ENCODERS.values(), ids=_ENCODERS)
+@torch.no_grad()
+def test_encoders_of_other_options(compare: Compare, options: dict[str, Any]) -> None:
+    sizes = {"img_size": 96, "embed_dim": 24, "depth": 2, "num_heads": 3, "out_chans": 16}
+    ours, theirs = pair_of(lambda m: m.ImageEncoderViT(**sizes, **options))
+    images = random(2, options.get("in_chans", 3), 96, 96)
+    compare("encoder", ours(images), theirs(images))
+
+
+@torch.no_grad()
+def test_blocks_are_called_one_by_one(small: tuple[Any, Any], compare: Compare) -> None:
+    encoder = small[0].image_encoder
+    images = random(2, 3, 128, 128)
+    x = encoder.patch_embed(images) + encoder.pos_embed
+    for block, public_block in zip(encoder.blocks, small[1].image_encoder.blocks):
+        compare("block", block(x), public_block(x))
+        x = block(x)
+        compare("attention of a map", block.attn(x), public_block.attn(x))
+    compare("neck", encoder.neck(x.permute(0, 3, 1, 2)), small[1].image_encoder(images))
+
+
+@torch.no_grad()
+def test_window_and_position_helpers(compare: Compare) -> None:
+    ours, theirs = modeling.image_encoder, public_sam().modeling.image_encoder
+    for height, width in ((7, 12), (10, 10), (3, 2)):
+        x = random(2, height, width, 6)
+        (windows, padded), (public_windows, public_padded) = (m.window_partition(x, 5) for m in (ours, theirs))
+        assert torch.equal(windows, public_windows) and padded == public_padded
+        assert torch.equal(ours.window_unpartition(windows, 5, padded, (height, width)), x)
+    table = random(9, 6)
+    for q_size, k_size in ((5, 5), (4, 7), (7, 4), (2, 6)):
+        compare("get_rel_pos", *(m.get_rel_pos(q_size, k_size, table) for m in (ours, theirs)))
+    q, attn = random(3, 4 * 5, 6), random(3, 4 * 5, 2 * 7)
+    biased = (m.add_decomposed_rel_pos(attn, q, table, random(13, 6), (4, 5), (2, 7)) for m in (ours, theirs))
+    compare("add_decomposed_rel_pos", *biased)
+
+
+_PROMPTS: dict[str, dict[str, Any]] = {
+    "one box": {"boxes": SMALL_BOXES[:1]},
+    "five boxes": {"boxes": SMALL_BOXES},
+    "points": {"points": (random(2, 3, 2, scale=40), torch.tensor([[1, 0, -1], [0, 1, 1]]))},
+    "many points": {"points": (random(2, 60, 2, scale=40), torch.ones(2, 60))},
+    "boxes and masks": {"boxes": SMALL_BOXES, "masks": random(5, 1, 32, 32)},
+    "nothing": {"points": None},
+}
+
+
+@pytest.mark.parametrize("prompts", _PROMPTS.values(), ids=_PROMPTS)
+@torch.no_grad()
+def test_the_decoder_takes_prompts_of_one_image(
+    small: tuple[Any, Any], compare: Compare, prompts: dict[str, Any]
+) -> None:
+    inputs, public_inputs = (decoder_inputs(sam, **prompts) for sam in small)
+    ours, theirs = (sam.mask_decoder for sam in small)
+    for multimask_output in (False, True):
+        expected = theirs(**public_inputs, multimask_output=multimask_output)
+        compare_all(compare, "masks, IoU", ours(**inputs, multimask_output=multimask_output), expected)
+        compare_all(compare, "positional", ours(*inputs.values(), multimask_output), expected)
+    compare_all(compare, "all masks", ours.predict_masks(**inputs), theirs.predict_masks(**public_inputs))
+
+
+@torch.no_grad()
+def test_the_decoder_takes_images_with_one_prompt_each(small: tuple[Any, Any], compare: Compare) -> None:
+    """As MedSAM's training does with a decoder of its own; the public 1.0 takes one image at a time."""
+    inputs, images = decoder_inputs(small[0]), random(5, 32, 8, 8)
+    together = small[0].mask_decoder(**{**inputs, "image_embeddings": images}, multimask_output=True)
+    for i in range(5):
+        single = {key: value[i : i + 1] for key, value in inputs.items() if key.endswith("prompt_embeddings")}
+        alone = small[1].mask_decoder(
+            **single, image_embeddings=images[i : i + 1], image_pe=inputs["image_pe"], multimask_output=True
+        )
+        compare_all(compare, "masks, IoU", tuple(part[i : i + 1] for part in together), alone)
+    with pytest.raises(AssertionError, match="5 prompts for 3 images: give one for each, or"):
+        small[0].mask_decoder(**{**inputs, "image_embeddings": images[:3]}, multimask_output=True)
+
+
+@torch.no_grad()
+def test_the_decoders_parts_take_maps(compare: Compare) -> None:
+    def decoder(m: Any) -> Any:
+        transformer = m.TwoWayTransformer(3, 32, 4, 48, activation=nn.GELU, attention_downsample_rate=4)
+        return m.MaskDecoder(transformer=transformer, transformer_dim=32, activation=nn.Tanh, num_multimask_outputs=2)
+
+    ours, theirs = pair_of(decoder)
+    image, pe, tokens = random(2, 32, 6, 9), random(2, 32, 6, 9, seed=1), random(2, 7, 32)
+    compare_all(compare, "transformer", ours.transformer(image, pe, tokens), theirs.transformer(image, pe, tokens))
+    compare("upscaling", ours.output_upscaling(image), theirs.output_upscaling(image))
+    q, k = random(2, 5, 32), random(2, 7, 32, seed=1)
+    names = [f"transformer.layers.0.{kind}" for kind in ("self_attn", "cross_attn_token_to_image")]
+    for name in (*names, "transformer.final_attn_token_to_image"):
+        compare(name, *(decoder.get_submodule(name)(q, k, k) for decoder in (ours, theirs)))
+    block, public_block = (decoder.transformer.layers[1] for decoder in (ours, theirs))
+    compare_all(compare, "block", block(q, k, q, k), public_block(q, k, q, k))
+    masks = ours.predict_masks(image[:1], pe[:1], tokens[:1], image[1:])
+    compare_all(compare, "masks", masks, theirs.predict_masks(image[:1], pe[:1], tokens[:1], image[1:]))
+
+
+def test_mlps(compare: Compare) -> None:
+    for sigmoid_output in (False, True):
+        ours, theirs = pair_of(lambda m: m.mask_decoder.MLP(8, 16, 4, 3, sigmoid_output=sigmoid_output))  # noqa: B023
+        compare("MLP", ours(random(5, 8)).detach(), theirs(random(5, 8)).detach())
+    ours, theirs = pair_of(lambda m: m.common.MLPBlock(embedding_dim=8, mlp_dim=16))
+    compare("MLPBlock", ours(random(5, 8)).detach(), theirs(random(5, 8)).detach())
+
+
+@torch.no_grad()
+def test_position_encodings_and_prompt_embeddings(small: tuple[Any, Any], compare: Compare) -> None:
+    ours, theirs = (sam.prompt_encoder for sam in small)
+    coords = random(2, 3, 2, scale=50)
+    for name, arguments in (("forward_with_coords", (coords, (100, 128))), ("_pe_encoding", (coords / 50,))):
+        compare(name, *(getattr(encoder.pe_layer, name)(*arguments) for encoder in (ours, theirs)))
+    labels = torch.tensor([[0, 1, -1], [1, 1, 0]])
+    for pad in (False, True):
+        compare("points", *(encoder._embed_points(coords, labels, pad=pad) for encoder in (ours, theirs)))
+    compare("boxes", *(encoder._embed_boxes(SMALL_BOXES) for encoder in (ours, theirs)))
+    compare("masks", *(encoder._embed_masks(random(2, 1, 32, 32)) for encoder in (ours, theirs)))
+    assert ours._get_batch_size(None, SMALL_BOXES, None) == 5 and ours._get_batch_size(None, None, None) == 1
+    for scale, deviation in ((None, 1), (-3.0, 1), (5.0, 5)):
+        layer = modeling.prompt_encoder.PositionEmbeddingRandom(2000, scale)
+        assert 0.9 * deviation < layer.positional_encoding_gaussian_matrix.std() < 1.1 * deviation
+
+
+def test_sam_takes_a_list_of_images(small: tuple[Any, Any], compare: Compare) -> None:
+    wide, high = random(3, 96, 128, scale=60).abs(), random(3, 128, 70, seed=1, scale=60).abs()
+    batch: list[dict[str, Any]] = [
+        {"image": wide, "original_size": (120, 160), "boxes": SMALL_BOXES[:2]},
+        {"image": high, "original_size": (64, 35), "point_coords": random(3, 2, 2, scale=30),
+         "point_labels": torch.ones(3, 2)},
+        {"image": wide, "original_size": (30, 40), "boxes": SMALL_BOXES, "mask_inputs": random(5, 1, 32, 32)},
+        {"image": high, "original_size": (128, 70)},
+    ]  # fmt: skip
+    for multimask_output in (False, True):
+        ours, theirs = (sam(batch, multimask_output=multimask_output) for sam in small)
+        for record, actual, expected in zip(batch, ours, theirs, strict=True):
+            assert actual.keys() == expected.keys()
+            for name in ("iou_predictions", "low_res_logits"):
+                assert not actual[name].requires_grad
+                compare(name, actual[name], expected[name])
+            assert actual["masks"].dtype == torch.bool and actual["masks"].shape == expected["masks"].shape
+            assert actual["masks"].shape[-2:] == record["original_size"]
+            assert (actual["masks"] != expected["masks"]).float().mean() < 1e-3  # logits next to 0 round either way
+
+
+# --- Adapters, hooks and parts of a client's own
+
+
+class LoRA(nn.Module):
+    """Two narrow layers beside one that is frozen."""
+
+    def __init__(self, layer: nn.Linear, seed: int) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Parameter(random(2, layer.in_features, seed=seed, scale=0.3))
+        self.up = nn.Parameter(random(layer.out_features, 2, seed=seed + 1, scale=0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+def linears(module: nn.Module) -> list[str]:
+    return [name for name, part in module.named_modules() if type(part) is nn.Linear]
+
+
+def with_lora(sam: Any, names: Iterable[str]) -> Any:
+    for i, name in enumerate(names):
+        parent, _, leaf = name.rpartition(".")
+        setattr(sam.get_submodule(parent), leaf, LoRA(sam.get_submodule(name), seed=i))
+    return sam
+
+
+def encode_and_decode(sam: Any) -> Tensor:
+    """One number that everything in the encoder and the decoder has a share in."""
+    inputs = {**decoder_inputs(sam), "image_embeddings": sam.image_encoder(random(1, 3, 128, 128))}
+    masks, ious = sam.mask_decoder.predict_masks(**inputs)
+    return (masks * random(*masks.shape, seed=3)).sum() + (ious * random(*ious.shape, seed=4)).sum()
+
+
+def test_lora_on_every_linear_layer_is_run_and_trained(small: tuple[Any, Any], compare: Compare) -> None:
+    names = linears(small[0])
+    assert names == linears(small[1]) and len(names) > 50
+    ours, theirs = (with_lora(sam, names) for sam in small)
+    results = [encode_and_decode(sam) for sam in (ours, theirs)]
+    compare("with LoRA", *(result.detach() for result in results))
+    for result in results:
+        result.backward()
+    for name in names:
+        for part in ("down", "up"):
+            actual, expected = (sam.get_submodule(name).get_parameter(part).grad for sam in (ours, theirs))
+            compare(f"gradient of {name}.{part}", actual, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["lora", "parametrized", "patched", "subclass", "no bias"])
+def test_an_adapted_layer_among_plain_ones_is_run(small: tuple[Any, Any], compare: Compare, kind: str) -> None:
+    """One layer at a time, so that each fast path meets each layer that it would take the weights of."""
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Halved(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / 2
+
+    def adapt(sam: Any, name: str) -> None:
+        layer = sam.get_submodule(name)
+        if kind == "lora":
+            with_lora(sam, [name])
+        elif kind == "parametrized":
+            parametrize.register_parametrization(layer, "weight", Halved())
+        elif kind == "patched":  # as accelerate's offloading does
+            layer.forward = lambda x, forward=layer.forward: 3 * forward(x)
+        elif kind == "subclass":
+            layer.__class__ = Doubled
+        else:
+            layer.bias = None
+
+    names = [*(name for name in linears(small[0]) if "transformer.layers.1" in name or "blocks.0" in name),
+             *(f"mask_decoder.transformer.final_attn_token_to_image.{part}_proj" for part in ("q", "k", "v", "out"))]
+    assert len(names) == 22
+    before = encode_and_decode(small[0]).item()
+    for name in names:
+        ours, theirs = (copy.deepcopy(sam) for sam in small)
+        for sam in (ours, theirs):
+            adapt(sam, name)
+        actual, expected = (encode_and_decode(sam) for sam in (ours, theirs))
+        if not (kind == "no bias" and "k_proj" in name):  # which changes all scores of a query alike
+            assert abs(actual.item() - before) > 1e-5 * abs(before), f"{kind} on {name} changes nothing"
+        compare(f"{kind} on {name}", actual, expected)
+
+
+@pytest.mark.parametrize("hooks", ["all", "one at a time", "before", "global"])
+@torch.no_grad()
+def test_hooks_see_what_they_see_in_the_public_package(small: tuple[Any, Any], hooks: str) -> None:
+    """Each module, as often and with the same shapes."""
+    def run(sam: Any, names: list[str]) -> list[tuple[str, list[tuple[int, ...]]]]:
+        seen: list[tuple[str, list[tuple[int, ...]]]] = []
+        place = {module: name for name, module in sam.named_modules()}
+
+        def see(module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            if module in place:
+                seen.append((place[module], [tuple(x.shape) for x in (*inputs, *outputs) if isinstance(x, Tensor)]))
+
+        register = {"before": nn.Module.register_forward_pre_hook}.get(hooks, nn.Module.register_forward_hook)
+        handles = [register(sam.get_submodule(name), see) for name in names]  # type: ignore[operator]
+        if hooks == "global":
+            handles = [nn.modules.module.register_module_forward_hook(see)]
+        if any(name.startswith("image_encoder") for name in names):
+            sam.image_encoder(random(1, 3, 128, 128))
+        if any(name.startswith("mask_decoder") for name in names):
+            sam.mask_decoder(**decoder_inputs(sam), multimask_output=True)
+        for handle in handles:
+            handle.remove()
+        return sorted(seen)  # masks are made of what may be made in any order
+
+    called = [name for name, module in small[1].named_modules() if type(module).forward is not nn.Module.forward]
+    called = [name for name in called if name and not isinstance(small[1].get_submodule(name), nn.Embedding)]
+    for names in [[name] for name in called] if hooks == "one at a time" else [called]:
+        ours, theirs = (run(sam, names) for sam in small)
+        assert ours == theirs
+        if names == ["mask_decoder.transformer.layers.0.cross_attn_token_to_image.k_proj"]:
+            assert ours == [(names[0], [(5, 64, 32), (5, 64, 16)])]
+
+
+def test_hooks_on_the_way_back_are_called(small: tuple[Any, Any]) -> None:
+    sam, seen = small[0], set()
+    for name in linears(sam):
+        sam.get_submodule(name).register_full_backward_hook(lambda *_, name=name: seen.add(name))
+    encode_and_decode(sam).backward()
+    assert seen == set(linears(sam))
+
+
+def test_plain_layers_take_the_fast_path(small: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Projected image tokens, windows and full-size channels would be made by these."""
+    def forbidden(*_: Any) -> Any:
+        raise AssertionError("the general formula was used")
+
+    attention = modeling.transformer.Attention
+    general = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda self, q, k, v: general(self, q, k, v) if q is k else forbidden())
+    monkeypatch.setattr(nn.ConvTranspose2d, "forward", forbidden)
+    monkeypatch.setattr(image_encoder, "window_partition", forbidden)
+    small[0].image_encoder(random(1, 3, 128, 128))
+    small[0].mask_decoder(**decoder_inputs(small[0]), multimask_output=False)
+
+
+@torch.no_grad()
+def test_parts_that_a_client_puts_in_place_of_ours(small: tuple[Any, Any], compare: Compare) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, module: nn.Module, factor: float) -> None:
+            super().__init__()
+            self.module = module
+            self.factor = factor
+
+        def forward(self, *inputs: Any, **named: Any) -> Any:
+            sizes = {len(x) for x in (*inputs, *named.values()) if x.ndim > 2 and len(x) > 1}
+            assert len(sizes) <= 1  # the public package knows of no prompts that share an image
+            output = self.module(*inputs, **named)
+            return (self.factor * output[0], output[1]) if isinstance(output, tuple) else self.factor * output
+
+    replaced = (
+        "image_encoder.patch_embed", "image_encoder.blocks.0", "image_encoder.blocks.0.attn",
+        "image_encoder.blocks.1.attn", "image_encoder.blocks.0.mlp", "image_encoder.blocks.0.norm2",
+        "image_encoder.neck", "mask_decoder.transformer",
+        "mask_decoder.transformer.layers.0", "mask_decoder.transformer.layers.1",
+        "mask_decoder.transformer.layers.0.cross_attn_token_to_image",
+        "mask_decoder.transformer.layers.1.cross_attn_image_to_token",
+        "mask_decoder.transformer.final_attn_token_to_image", "mask_decoder.transformer.layers.0.mlp",
+        "mask_decoder.output_upscaling", "mask_decoder.output_upscaling.0", "mask_decoder.output_upscaling.1",
+        "mask_decoder.output_upscaling.2", "mask_decoder.output_hypernetworks_mlps.1",
+    )  # fmt: skip
+    for name in replaced:
+        ours, theirs = (copy.deepcopy(sam) for sam in small)
+        for sam in (ours, theirs):
+            parent, _, leaf = name.rpartition(".")
+            setattr(sam.get_submodule(parent), leaf, Wrapped(sam.get_submodule(name), 1.5))
+        compare(f"{name} replaced", encode_and_decode(ours), encode_and_decode(theirs))
+
+
+def test_a_decoder_of_a_clients_own_is_asked(small: tuple[Any, Any]) -> None:
+    class OneMask(MaskDecoder):
+        def predict_masks(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            masks, ious = super().predict_masks(*args, **kwargs)
+            return masks + 1000, ious
+
+    decoder, inputs = small[0].mask_decoder, decoder_inputs(small[0])
+    expected = decoder(**inputs, multimask_output=True)[0] + 1000
+    decoder.__class__ = OneMask
+    torch.testing.assert_close(decoder(**inputs, multimask_output=True)[0], expected)
+
+
+# --- Devices, types, copies
+
+
+def test_the_encoder_on_a_device_that_it_does_not_know(small: tuple[Any, Any]) -> None:
+    """Anything but a CPU: CUDA, MPS, XPU; here one that computes nothing."""
+    encoder = small[0].image_encoder.to("meta")
+    assert encoder(torch.zeros(2, 3, 128, 128, device="meta")).shape == (2, 32, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float16, 0.02), (torch.bfloat16, 0.1), (torch.float64, 1e-5)], ids=str
+)
+def test_a_predictor_in_another_type(small: tuple[Any, Any], dtype: torch.dtype, error: float) -> None:
+    prompt: dict[str, Any] = {**_POINTS, **_BOX, "mask_input": random(1, 32, 32).numpy(), "return_logits": True}
+    results = []
+    for sam in (copy.deepcopy(small[0]).to(dtype), small[0]):
+        predictor = SamPredictor(sam)
+        predictor.set_image(IMAGE)
+        features = predictor.get_image_embedding()
+        assert features.dtype == next(sam.parameters()).dtype
+        results.append((features.detach().float(), *predictor.predict(**prompt)))
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < error
+    numpy_type = np.float32 if dtype == torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
+    assert {array.dtype for array in results[0][1:]} == {np.dtype(numpy_type)}  # type: ignore[union-attr]
+
+
+def test_copies_and_pickles_give_the_same(small: tuple[Any, Any]) -> None:
+    expected = encode_and_decode(small[0])
+    for sam in (copy.deepcopy(small[0]), pickle.loads(pickle.dumps(small[0]))):
+        assert torch.equal(encode_and_decode(sam), expected)
+
+
+@torch.no_grad()
+def test_an_exported_decoder_takes_any_number_of_tokens(small: tuple[Any, Any]) -> None:
+    class AllMasks(nn.Module):
+        def __init__(self, decoder: Any) -> None:
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+            return self.decoder.predict_masks(*inputs)
+
+    def inputs(count: int) -> tuple[Tensor, ...]:
+        return tuple(decoder_inputs(small[0], points=(random(1, count, 2, scale=40), torch.ones(1, count))).values())
+
+    decoder = small[0].mask_decoder
+    shapes = (None, None, {1: torch.export.Dim("tokens", min=2, max=100)}, None)
+    exported = torch.export.export(AllMasks(decoder), inputs(2), dynamic_shapes=(shapes,)).module()
+    for count in (1, 5, 40):
+        assert relative_error(exported(*inputs(count))[0], decoder.predict_masks(*inputs(count))[0]) < TOLERANCE
 
 
 # --- B images x Q prompts

@@ -78,7 +78,10 @@ def how_to_load(output: Path, state: Mapping[str, Tensor], info: ModelInfo) -> s
     name, size = info.model_type, info.image_size
     table_size = state["image_encoder.pos_embed"].shape[1] * PATCH_SIZE
     at_its_size = size == CONFIGS[name].image_size
-    notes = ["one mask for each box was trained: ask for it with multimask_output=False"]
+    notes = [
+        "box training trains the single-mask token, which is mask 0: call with multimask_output=False; export to ONNX "
+        "without return_single_mask and take mask 0"
+    ]
     if info.resize_mode == "stretch":
         notes.append("it was trained on images stretched to a square; SamPredictor pads instead: stretch them first")
     if not at_its_size:
