@@ -32,12 +32,13 @@ from utils.bdd100k import (
     Split,
     count_labels,
     find_split,
+    foreign_pictures,
     read_image,
     read_mask,
     read_size,
 )
-from utils.errors import UserError, printable
-from utils.files import atomic_write, check_npy, remove_temporaries
+from utils.errors import UnreadableError, UserError, printable
+from utils.files import atomic_write, check_npy, exists, remove_temporaries
 from utils.geometry import resize_image, resize_mask
 from utils.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, read_manifest
 from utils.parallel import run_jobs, usable_cores
@@ -136,7 +137,8 @@ def prepare(job: Job) -> tuple[ManifestItem | str, dict[Path, np.ndarray]]:
             height, width = image.shape[:2]
             mask = read_mask(item.mask, height, width) if item.mask else None
     except UserError as error:
-        for path in job.outputs:
+        # What the system does not let us read may well be what the outputs were made of.
+        for path in [] if isinstance(error, UnreadableError) else job.outputs:
             path.unlink(missing_ok=True)
         return str(error), {}
     arrays = []
@@ -171,7 +173,7 @@ def began_before(folder: Path, settings: Settings, labelled: bool) -> bool:
     Raises:
         UserError: it holds files of other settings, or of unknown ones.
     """
-    if not (folder / "manifest.json").exists():
+    if not exists(folder / "manifest.json"):
         if any(folder.glob("imgs/*.npy")) or any(folder.glob("gts/*.npy")):
             raise UserError(f"{folder}: holds .npy files but no manifest.json (--overwrite deletes and redoes them)")
         return False
@@ -193,7 +195,7 @@ def check_disk(output: Path, jobs: list[Job], overwrite: bool) -> None:
         channels = (3 * itemsize + (job.item.mask is not None) for job in todo)
         return sum(job.settings.image_size**2 * count for job, count in zip(todo, channels))
 
-    place = next(path for path in (output, *output.absolute().parents) if path.exists())
+    place = next(path for path in (output, *output.absolute().parents) if exists(path))
     free = shutil.disk_usage(place).free
     if overwrite:  # these go before the first write
         free += sum(path.stat().st_size for folder in {job.folder for job in jobs} for path in folder.glob("*/*.npy"))
@@ -291,6 +293,9 @@ def main(args: Namespace) -> int:
         if not split.labelled and name != "test":
             print(f"warning: without masks, {name} is nothing to train or score on; BDD100K's are a download of their "
                   "own, to be unpacked into the same folder", file=sys.stderr, flush=True)
+        if foreign := foreign_pictures(split.items[0].image.parent):
+            print(printable(f"warning: {name}: {len(foreign)} pictures are of formats that are not read and were left "
+                            f"out, such as {foreign[0]}; convert them to JPEG or PNG"), file=sys.stderr, flush=True)
     errors: list[str] = []
     try:
         for name, manifest in manifests.items():

@@ -198,8 +198,9 @@ def test_what_is_no_source_is_one_clear_error(tmp_path: Path) -> None:
     assert "not a video" in error_of(texts / "a.txt")  # which FFmpeg would draw, letter by letter
     (tmp_path / "a.npy").write_bytes(bytes(5000))
     assert "not a video" in error_of(tmp_path / "a.npy")
-    for suffix in ("bmp", "webp", "tif"):  # of which FFmpeg would make videos of one frame
-        assert "not a video" in error_of(write_picture(tmp_path / f"still.{suffix}", picture(16, 16)))
+    for suffix, kind in (("gif", "GIF"), ("jp2", "JPEG 2000"), ("avif", "AVIF")):  # which may be videos to FFmpeg
+        path = write_picture(tmp_path / f"still.{suffix}", picture(16, 16))
+        assert f"a {kind} picture, which is not read here; convert it to JPEG" in error_of(path)
     (tmp_path / "damaged.jpg").write_bytes(b"\xff\xd8 and no more")
     assert "JPEG" in error_of(tmp_path / "damaged.jpg")
 
