@@ -43,7 +43,7 @@ from utils.dataset import EvaluationDataset, NpyFolder, TrainingDataset
 from utils.embedding_cache import DTYPES
 from utils.engine import evaluate, settle_gradient_order, train_one_epoch
 from utils.metrics import mean_iou
-from utils.model import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
+from utils.model import SEGMENTERS, TRAIN_FLAGS, Segmenter, SemanticSegmenter, build_model
 from utils.optim import SCHEDULES, build_optimizer, build_scheduler
 from utils.precision import (
     AMP_DTYPES,
@@ -301,6 +301,7 @@ def load_model(args: argparse.Namespace, source: NpyFolder, precision: Precision
         image_size=source.image_size,
         prompt_mode=args.prompt_mode,
         check_hash=args.verify_checkpoint,
+        flags=TRAIN_FLAGS,
     ).to(precision.device)
     if isinstance(segmenter, SemanticSegmenter):
         segmenter.balance_classes(source.class_pixels())
