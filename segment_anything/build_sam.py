@@ -164,7 +164,7 @@ def read_state_dict(path: Path, model_type: str) -> dict[str, Tensor]:
     state = foreign.sam_state(payload)
     kind = foreign.kind_of(_names(payload))
     if kind == foreign.OURS:
-        raise FineTunedError(f"{path}: {foreign.OURS}, not a SAM checkpoint")
+        raise FineTunedError(f"{path}: holds something else than a SAM state dict: {foreign.OURS}")
     if kind not in (None, foreign.SAM):
         raise CheckpointError(f"{path}: {kind}")
     if state is None:

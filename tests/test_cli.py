@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import shlex
 import shutil
 import signal
@@ -325,3 +327,22 @@ def test_run_keeps_the_traceback_of_a_bug() -> None:
 
     with pytest.raises(ZeroDivisionError):
         cli.run(main)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOSPC])
+def test_a_path_that_the_system_refuses_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused() -> None:
+        raise OSError(number, os.strerror(number), "data/x")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(refused)
+    assert end.value.code == 1 and capsys.readouterr().err == f"error: data/x: cannot be used ({os.strerror(number)})\n"
+
+
+@pytest.mark.parametrize("error", [OSError("no path"), FileNotFoundError(errno.ENOENT, "ours to look for", "x")])
+def test_other_errors_of_the_system_are_bugs(error: OSError) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(OSError, match=r"no path|ours to look for"):
+        cli.run(fail)

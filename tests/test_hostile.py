@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.build_sam import load_state_dict, read_state_dict
 from segment_anything.utils.plain_load import load_plain
 from tests.conftest import IMAGE_SIZE, run_script
-from tests.oracles import Payload
+from tests.oracles import TENSOR, Payload, torch_archive
 from utils import ckpt_convert, pictures
 from utils.bdd100k import read_image, read_size
 from utils.checkpoint import ModelInfo, load_checkpoint, save_best
@@ -179,6 +180,63 @@ def test_what_would_be_larger_inside_than_outside(value: Any, legacy: bool, tmp_
         load_plain(path)
     with pytest.raises(CheckpointError, match=rf"{path}: truncated, or not a PyTorch checkpoint of plain tensors"):
         read_state_dict(path, "vit_tiny")
+
+
+ODICT = b"ccollections\nOrderedDict\n)R"
+# What an opcode is applied to, of which PyTorch looks at the names alone; and what is said of it.
+MISUSES = {
+    "item of a list": (b"]K\0K\x01s", "does to a list what is done to a dict"),
+    "items of a list": (b"](K\0K\x01u", "does to a list what is done to a dict"),
+    "items of a tensor": (TENSOR + b"(K\0K\x01u", "does to a tensor what is done to a dict"),
+    "items of a string": (b"X\x01\0\0\0b(K\0K\x01u", "does to a str what is done to a dict"),
+    "items of a class": (b"ctorch\nFloatStorage\n(K\0K\x01u", "does to a global what is done to a dict"),
+    "items of what is remembered": (b"]q\x05}q\x060h\x05(K\0K\x01u", "has an opcode POP"),
+    "an odd number of items": (b"}(K\0K\x01K\x02u", "a key without a value"),
+    "append to a dict": (b"}K\0a", "does to a dict what is done to a list"),
+    "append to a tensor": (TENSOR + b"(K\0e", "does to a tensor what is done to a list"),
+    "state of a tensor": (TENSOR + TENSOR[TENSOR.index(b"(X") : TENSOR.index(b"Q") + 1] + b"K\0\x86b", "by a tuple"),
+    "state of a tensor, a dict": (TENSOR + b"}b", "does to a tensor what is done to a ordered dict"),
+    "state of a dict": (b"}}b", "does to a dict what is done to a ordered dict"),
+    "state that is a list": (ODICT + b"]b", "sets the state of a value by a list"),
+    "call of a storage's type": (b"ctorch\nFloatStorage\nK\x7f\x85R", "calls torch FloatStorage"),
+    "tensor of no storage": (b"ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\0)K\x01tR", "calls torch._utils _rebuild"),
+    "parameter of no tensor": (b"ctorch._utils\n_rebuild_parameter\n](\x89}tR", "takes more|calls|done to"),
+    "below the mark": (b"](K\x01\x86", "takes more from the stack than there is"),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_opcodes_are_held_against_what_they_are_applied_to(misuse: str, tmp_path: Path) -> None:
+    opcodes, said = MISUSES[misuse]
+    path = tmp_path / "a.pth"
+    path.write_bytes(torch_archive(opcodes))
+    with pytest.raises(ValueError, match=rf"{path}: damaged") as error:
+        load_plain(path)
+    assert re.search(said, str(error.value.__cause__)), error.value.__cause__
+
+
+@pytest.mark.parametrize("length", [0, 15, 17, 400])
+def test_a_storage_has_the_bytes_that_the_pickle_says(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(torch_archive(TENSOR))
+    assert torch.equal(load_plain(path)["a"], torch.zeros(4))
+    path.write_bytes(torch_archive(ODICT + b"}b"))
+    assert load_plain(path) == {"a": {}}
+    path.write_bytes(torch_archive(TENSOR, bytes(length)))
+    with pytest.raises(ValueError, match=rf"{path}: damaged") as error:
+        load_plain(path)
+    assert "storage 0 is not of the size that the pickle says" in str(error.value.__cause__)
+
+
+def test_a_storage_of_the_older_format_is_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.zeros(100)}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    assert load_plain(path)["a"].shape == (100,)
+    path.write_bytes(data.replace(b"Kd", b"M\xff\xff"))  # elements, in the storage and in the shape
+    with pytest.raises(ValueError, match=rf"{path}: damaged") as error:
+        load_plain(path)
+    assert "claims more bytes than there are" in str(error.value.__cause__)
 
 
 def _rezip(path: Path, compression: int, repeats: int = 1) -> None:

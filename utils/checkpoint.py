@@ -96,17 +96,14 @@ def load_checkpoint(path: Path, flags: CheckpointFlags = INFER_FLAGS) -> dict[st
         raise cannot_be_read(path, error) from None
     except ValueError:
         payload = None
-    kind = None if _is_checkpoint(payload) else foreign.kind_of_file(path)
-    if kind == foreign.SAM:
-        raise UserError(f"{path}: {kind}, not one of train_bdd100k.py; give it as {flags.sam}, and as {flags.ours} "
-                        f"what train_bdd100k.py wrote ({LATEST if flags.ours == '--resume' else BEST})")
-    if kind not in (None, foreign.OURS):
-        raise UserError(f"{path}: not a checkpoint of train_bdd100k.py, but {kind}")
-    if payload is None:
-        raise UserError(f"{path}: truncated, or not a checkpoint of train_bdd100k.py; take another one")
     if not _is_checkpoint(payload):
-        hint = f"give a SAM checkpoint as {flags.sam} and a fine-tuned one as {flags.ours}"
-        raise UserError(f"{path}: not a checkpoint of train_bdd100k.py ({hint})")
+        kind = foreign.kind_of_file(path)
+        if kind not in (None, foreign.OURS, foreign.SAM):
+            raise UserError(f"{path}: not a checkpoint of train_bdd100k.py, but {kind}")
+        if kind != foreign.SAM and payload is None:
+            raise UserError(f"{path}: truncated, or not a checkpoint of train_bdd100k.py; take another one")
+        raise UserError(f"{path}: not a checkpoint of train_bdd100k.py (give a SAM checkpoint as {flags.sam} and a "
+                        f"fine-tuned one as {flags.ours}){f'; it is {kind}' if kind == foreign.SAM else ''}")
     if payload["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path}: format {payload['format_version']}, this version reads {FORMAT_VERSION}")
     if payload["class_names"] != list(CLASS_NAMES):
