@@ -235,9 +235,9 @@ def _picture_targets(folder: Path, image: np.ndarray, labels: np.ndarray) -> dic
         exif[0x0112] = 6
         drawn.save(buffer, "PNG" if kind in ("png", "mask") else "JPEG", exif=exif, **options)
         pictures[kind] = buffer.getvalue()
-    for kind, options in (("webp", {}), ("bmp", {}), ("tiff", {"compression": "tiff_lzw"})):
+    for kind, packing in (("webp", {}), ("bmp", {}), ("tiff", {"compression": "tiff_lzw"})):
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, kind, **options)
+        Image.fromarray(image).save(buffer, kind, **packing)
         pictures[kind] = buffer.getvalue()
 
     def read(data: bytes) -> None:

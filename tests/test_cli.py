@@ -252,13 +252,19 @@ def test_run_prints_a_user_error_in_one_line(capfd: pytest.CaptureFixture[str]) 
     assert exit_of(main, capfd) == (1, "error: a.npy: no such file; make it\n")
 
 
+@pytest.mark.parametrize(
+    ("becomes", "what"),
+    [("gone", "became unreadable"), ("a loop", "cannot be read (Too many levels of symbolic links)")],
+)
 def test_run_prints_a_loader_workers_error_in_one_line(
-    npy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    npy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], becomes: str, what: str
 ) -> None:
     folder = shutil.copytree(npy / "train", tmp_path / "train")
     dataset = BoxPromptDataset(NpyFolder(folder), classes_per_image=1, bbox_shift=0, seed=0)
     victim = sorted(folder.glob("imgs/*.npy"))[0]
     victim.unlink()  # after the check, as when a disk goes away
+    if becomes == "a loop":
+        victim.symlink_to(victim)
 
     def main() -> None:
         for _ in Loader(dataset, num_workers=1):
@@ -268,7 +274,7 @@ def test_run_prints_a_loader_workers_error_in_one_line(
     for worker in multiprocessing.active_children():  # as the script's end does, for which they would wait here
         worker.kill()
     assert status == 1
-    assert said.startswith(f"error: {victim}: became unreadable") and said.count("\n") == 1
+    assert said.startswith(f"error: {victim}: {what}") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -384,7 +384,7 @@ def test_what_the_system_says_of_a_file_is_told(tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch, pytest.raises(UnreadableError) as error:
         patch.setattr(call, refuse)
         data[0]
-    assert str(error.value) == f"{tmp_path / 'train' / 'imgs' / '0.npy'}: cannot be read (Stale file handle)"
+    assert str(error.value) == f"{tmp_path / 'train' / 'gts' / '0.npy'}: cannot be read (Stale file handle)"
 
 
 @pytest.mark.parametrize("kind", ["training", "evaluation"])

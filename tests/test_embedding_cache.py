@@ -170,7 +170,8 @@ def test_what_the_system_says_of_an_entry_is_no_damage(
     cache = prepare(split, segmenter, sam_file, where=str(tmp_path / "cache"))
     assert cache is not None
     entry = entry_path(cache.folder, cache.entries[0][0])
-    before, real = entry.read_bytes(), {"utils.embedding_cache.safe_open": safe_open, "os.stat": os.stat}[call]
+    before = entry.read_bytes()
+    real: Callable[..., Any] = os.stat if call == "os.stat" else safe_open
     encoded.clear()
 
     def refuse(path: Any, *arguments: Any, **keywords: Any) -> Any:

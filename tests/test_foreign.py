@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import train_bdd100k
 from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.build_sam import CONFIGS, file_digest, read_state_dict
 from tests.conftest import IMAGE_SIZE
-from tests.oracles import Payload
+from tests.oracles import Payload, torch_archive
 from utils import ckpt_convert
 from utils.checkpoint import ModelInfo, load_checkpoint, save_best, save_latest
 from utils.errors import UserError
@@ -157,19 +156,15 @@ KINDS: dict[str, tuple[Any, str]] = {
 def test_other_models_are_named(tmp_path: Path, kind: str, loadable: bool) -> None:
     payload, said = KINDS[kind]
     path = save(payload if loadable else {**payload, "callbacks": Payload(tmp_path / "made")}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=rf"a\.pth: a.*{said}"):
+    with pytest.raises(CheckpointError, match=rf"a\.pth: .*{said}"):
         read_state_dict(path, "vit_b")
-    with pytest.raises(UserError, match=rf"a\.pth: not a checkpoint of train_bdd100k\.py, but a.*{said}"):
+    with pytest.raises(UserError, match=rf"a\.pth: not a checkpoint of train_bdd100k\.py, but .*{said}"):
         load_checkpoint(path)
     assert not (tmp_path / "made").exists()
 
 
 def test_a_yolo_is_named_though_it_cannot_be_loaded(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    torch.save({"model": ONE}, buffer)
-    data = buffer.getvalue().replace(b"ctorch._utils\n_rebuild_tensor_v2\n", b"cultralytics.nn\n_rebuild_tasks_v2\n")
-    assert b"ultralytics" in data
-    (tmp_path / "FastSAM.pt").write_bytes(data)
+    (tmp_path / "FastSAM.pt").write_bytes(torch_archive(b"cultralytics.nn.tasks\nSegmentationModel\n)R"))
     with pytest.raises(CheckpointError, match=r"FastSAM\.pt: a checkpoint of Ultralytics \(FastSAM"):
         read_state_dict(tmp_path / "FastSAM.pt", "vit_b")
 
@@ -238,7 +233,8 @@ def test_the_systems_errors_are_told_as_such(
     tmp_path: Path, sam: dict[str, Tensor], ours: dict[str, Path], monkeypatch: pytest.MonkeyPatch, number: int,
     call: str,
 ) -> None:  # fmt: skip
-    paths = {read_state_dict: save(sam, tmp_path / "sam.pth"), load_checkpoint: ours["best"]}
+    sam_path = save(sam, tmp_path / "sam.pth")
+    paths: dict[Callable[..., Any], Path] = {read_state_dict: sam_path, load_checkpoint: ours["best"]}
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(number, "as the system says")
@@ -255,7 +251,8 @@ def test_an_error_inside_a_file_is_the_systems(
     tmp_path: Path, sam: dict[str, Tensor], ours: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The unpickler meets it as a file that ends early."""
-    paths = {read_state_dict: save(sam, tmp_path / "sam.pth"), load_checkpoint: ours["best"]}
+    sam_path = save(sam, tmp_path / "sam.pth")
+    paths: dict[Callable[..., Any], Path] = {read_state_dict: sam_path, load_checkpoint: ours["best"]}
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("PytorchStreamReader failed")

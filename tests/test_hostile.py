@@ -200,7 +200,7 @@ MISUSES = {
     "state that is a list": (ODICT + b"]b", "sets the state of a value by a list"),
     "call of a storage's type": (b"ctorch\nFloatStorage\nK\x7f\x85R", "calls torch FloatStorage"),
     "tensor of no storage": (b"ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\0)K\x01tR", "calls torch._utils _rebuild"),
-    "parameter of no tensor": (b"ctorch._utils\n_rebuild_parameter\n](\x89}tR", "takes more|calls|done to"),
+    "parameter of no tensor": (b"ctorch._utils\n_rebuild_parameter\n(]\x89}tR", "calls torch._utils _rebuild_param"),
     "below the mark": (b"](K\x01\x86", "takes more from the stack than there is"),
 }
 

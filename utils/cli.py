@@ -7,6 +7,7 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -150,7 +151,7 @@ def _wait_for_turn(error: UserError | None) -> None:
 def _message(error: UserError) -> str:
     """The error's own line, also where a loader's worker process met it.
 
-    PyTorch raises such an error again with the worker's whole traceback as its text, at the end of which is
-    `utils.errors.UserError: ` and the line that a user is meant to read.
+    PyTorch raises such an error again with the worker's whole traceback as its text, at the end of which is the class,
+    as in `utils.errors.UserError: `, and the line that a user is meant to read.
     """
-    return str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
+    return re.split(rf"{re.escape(UserError.__module__)}\.\w+: ", str(error))[-1].strip()

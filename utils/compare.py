@@ -37,8 +37,10 @@ def read_results(folder: Path) -> dict[str, Any]:
             raise ValueError("other keys of a class")
         figures = [results["miou"], *(entry["iou"] for entry in results["per_class"])]
         counts = [entry[key] for entry in results["per_class"] for key in ("id", "gt_pixels")]
-        if not all(isinstance(figure, float | int | None) for figure in figures):
+        if not all(figure is None or (isinstance(figure, float | int) and 0 <= figure <= 1) for figure in figures):
             raise ValueError("a figure that is none")
+        if not all(isinstance(entry["name"], str) for entry in results["per_class"]):
+            raise ValueError("a name that is none")
         if not all(isinstance(count, int) for count in counts):
             raise ValueError("a count that is none")
     except (FileNotFoundError, NotADirectoryError) as error:
