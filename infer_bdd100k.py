@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +31,25 @@ from utils.choices import AMP_DTYPES, AMP_HELP, CACHE_DTYPES, MAP_RULES, MODEL_T
 NUM_PICTURES = 20
 
 
+class _OnePath(argparse.Action):
+    """Takes one path; several come of a pattern that the shell has expanded."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        if len(values) > 1:
+            paths = [Path(value) for value in values]
+            folders, suffixes = ({path.parent for path in paths}, {path.suffix for path in paths})
+            folder = folders.pop() if len(folders) == 1 else Path("FOLDER")
+            pattern = folder / f"*{suffixes.pop() if len(suffixes) == 1 else ''}"
+            raise argparse.ArgumentError(self, f"takes one path, and got {len(values)}; if they are of a pattern, "
+                                               f"quote it: --images {shlex.quote(str(pattern))}")
+        setattr(namespace, self.dest, values[0])
+
+
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     flag = parser.add_flag
     flag("val_npy_path", type=Path, default=Path("data/bdd100k_npy/val"), help="split written by pre_bdd100k.py")
-    flag("images", help="your own pictures or video, instead of --val_npy_path")
+    flag("images", nargs="+", action=_OnePath, help="your own pictures or video, instead of --val_npy_path")
     flag("model_checkpoint", type=Path, help="a run's folder, or its best (default: none, SAM as it is)")
     flag("sam_checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM, for its encoders")
     parser.add_switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
@@ -217,6 +232,8 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
         print(printable(f"not segmented: {failure}"))
     for video in source.videos if isinstance(source, ImageFolder) else ():
         print(printable(f"not segmented: {video}: a video; give it to --images by itself"))
+    for picture in source.foreign if isinstance(source, ImageFolder) else ():
+        print(printable(f"not segmented: {picture}: of a format that is not read here; convert it to JPEG or PNG"))
     return 1 if failures else 0
 
 

@@ -37,11 +37,12 @@ from utils.bdd100k import (
     check_first_masks,
     count_labels,
     find_split,
+    foreign_pictures,
     read_item,
     read_size,
 )
-from utils.errors import UserError, printable
-from utils.files import atomic_write, check_npy, remove_temporaries
+from utils.errors import UnreadableError, UserError, printable
+from utils.files import atomic_write, check_npy, exists, remove_temporaries
 from utils.geometry import resize_image, resize_mask
 from utils.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, Source, read_manifest, source_of
 from utils.parallel import run_jobs, usable_cores
@@ -163,7 +164,8 @@ def prepare(job: Job) -> tuple[ManifestItem | Failure, dict[Path, np.ndarray]]:
             image, mask = read_item(item)
             height, width = image.shape[:2]
     except UserError as error:
-        for path in job.outputs:
+        # What the system does not let us read may well be what the outputs were made of.
+        for path in [] if isinstance(error, UnreadableError) else job.outputs:
             path.unlink(missing_ok=True)
         return Failure(str(error), kind_of(error, item)), {}
     arrays = []
@@ -208,7 +210,7 @@ def read_earlier(folder: Path, settings: Settings, labelled: bool) -> Manifest |
     Raises:
         UserError: it holds files of other settings, or of unknown ones.
     """
-    if not (folder / "manifest.json").exists():
+    if not exists(folder / "manifest.json"):
         if any(folder.glob("imgs/*.npy")) or any(folder.glob("gts/*.npy")):
             raise UserError(f"{folder}: holds .npy files but no manifest.json (--overwrite deletes and redoes them)")
         return None
@@ -225,7 +227,7 @@ def read_earlier(folder: Path, settings: Settings, labelled: bool) -> Manifest |
 def redone(folder: Path, earlier: Manifest, jobs: list[Job]) -> str | None:
     """A line that says which files of an earlier run are not taken over, if there are any."""
     if earlier.sources is None:
-        count = sum(any(path.exists() for path in job.outputs) for job in jobs)
+        count = sum(any(exists(path) for path in job.outputs) for job in jobs)
         why = "an older version wrote them, without a record of their sources"
     else:
         count = sum(job.item.name in earlier.sources and earlier.sources[job.item.name] != job.sources for job in jobs)
@@ -241,12 +243,12 @@ def check_disk(output: Path, jobs: list[Job], overwrite: bool) -> None:
         channels = (3 * itemsize + (job.item.mask is not None) for job in todo)
         return sum(job.settings.image_size**2 * count for job, count in zip(todo, channels))
 
-    place = next(path for path in (output, *output.absolute().parents) if path.exists())
+    place = next(path for path in (output, *output.absolute().parents) if exists(path))
     free = shutil.disk_usage(place).free
     # These go before the first write.
     old = (path for folder in {job.folder for job in jobs} for path in folder.glob("*/*.npy"))
     if not overwrite:
-        old = (path for job in todo for path in job.outputs if path.exists())
+        old = (path for job in todo for path in job.outputs if exists(path))
     free += sum(path.stat().st_size for path in old)
     itemsize = np.dtype(jobs[0].settings.image_dtype).itemsize
     if needed(itemsize) > free:
@@ -374,6 +376,9 @@ def main(args: Namespace) -> int:
         if not split.labelled and name != "test":
             print(f"warning: without masks, {name} is nothing to train or score on; BDD100K's are a download of their "
                   "own, to be unpacked into the same folder", file=sys.stderr, flush=True)
+        if foreign := foreign_pictures(split.items[0].image.parent):
+            print(printable(f"warning: {name}: {len(foreign)} pictures are of formats that are not read and were left "
+                            f"out, such as {foreign[0]}; convert them to JPEG or PNG"), file=sys.stderr, flush=True)
     errors: list[str] = []
     suspect: list[str] = []
     try:

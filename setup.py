@@ -20,10 +20,10 @@ setup(
     cmdclass={"install": InstallBeside},
     packages=find_packages(include=["segment_anything*", "utils*"]),
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.10",  # CVE-2025-32434, CVE-2026-24747: files that harm though weights_only=True
         "numpy",
-        "opencv-python-headless",
-        "pillow",
+        "opencv-python-headless>=4.12",  # CVE-2025-53644: of a JPEG
+        "pillow>=12",
         "monai",
         "safetensors",
         "torchvision",  # what --augment full does to images

@@ -187,7 +187,7 @@ from utils.engine import evaluate, settle_gradient_order, train_one_epoch
 from utils.loader import usable_workers
 from utils.log import require_loggers
 from utils.metrics import mean_iou
-from utils.model import SEGMENTERS, Segmenter, build_model
+from utils.model import SEGMENTERS, TRAIN_FLAGS, Segmenter, build_model
 from utils.optim import build_optimizer, build_scheduler
 from utils.precision import (
     Precision,
@@ -338,6 +338,7 @@ def load_model(args: argparse.Namespace, source: NpyFolder, precision: Precision
         image_size=source.image_size,
         prompt_mode=args.prompt_mode,
         check_hash=args.verify_checkpoint,
+        flags=TRAIN_FLAGS,
     ).to(precision.device)
     segmenter.balance_classes(source.class_pixels())
     digest = file_digest(args.checkpoint)

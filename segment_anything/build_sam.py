@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-from segment_anything.utils.plain_load import load_plain
+from segment_anything.utils import foreign
 
 PATCH_SIZE = 16
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, told in one line: which file, what is wrong with it, how to mend it."""
+
+
+class FineTunedError(CheckpointError):
+    """A checkpoint of `train_bdd100k.py` where a SAM file is wanted."""
 
 
 @dataclass(frozen=True)
@@ -130,22 +138,48 @@ sam_model_registry = {
 def read_state_dict(path: Path, model_type: str) -> dict[str, Tensor]:
     """Read a SAM state dict without ever running what a pickle may hold.
 
+    The file is PyTorch's or of safetensors. What trainers put around a state dict (MedSAM's `{"model": ...}`, DDP's
+    prefix) is left out, and the names of Hugging Face's `SamModel` are replaced by SAM's.
+
     Raises:
-        CheckpointError: `path` is missing, unreadable, or holds anything but named tensors.
+        CheckpointError: `path` is missing, unreadable, or holds anything but named tensors; a `FineTunedError`, it is
+            of `train_bdd100k.py`.
     """
     fetch = _fetch_hint(path, model_type)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint{fetch}")
     try:
-        state = load_plain(path)
+        mode = os.stat(path).st_mode
+        if S_ISDIR(mode) and (path / "model.safetensors").exists():
+            raise CheckpointError(f"{path}: a folder; give the file {path / 'model.safetensors'}")
+        if not S_ISREG(mode):
+            raise FileNotFoundError
+        payload = foreign.load(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path}: no such checkpoint{fetch}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except CheckpointError:
+        raise
     except ValueError as error:
-        raise CheckpointError(f"{path}: truncated, or not a PyTorch checkpoint of plain tensors{fetch}") from error
-    if not isinstance(state, dict) or not state or not all(
-        isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()
-        for key, value in state.items()
-    ):
+        kind = foreign.kind_of_file(path)
+        if kind in (None, foreign.SAM, foreign.OURS):  # damaged, or with more in it than tensors
+            raise CheckpointError(f"{path}: truncated, or not a PyTorch checkpoint of plain tensors{fetch}") from error
+        raise CheckpointError(f"{path}: {kind}") from error
+    state = foreign.sam_state(payload)
+    kind = foreign.kind_of(_names(payload))
+    if kind == foreign.OURS:
+        raise FineTunedError(f"{path}: holds something else than a SAM state dict: {foreign.OURS}")
+    if kind not in (None, foreign.SAM):
+        raise CheckpointError(f"{path}: {kind}")
+    if state is None:
         raise CheckpointError(f"{path}: holds something else than a SAM state dict{fetch}")
     return state
+
+
+def _names(payload: Any) -> Iterator[str]:
+    """The keys of nested dicts, two levels deep."""
+    for key, value in payload.items() if isinstance(payload, dict) else ():
+        yield str(key)
+        yield from map(str, value) if isinstance(value, dict) else ()
 
 
 def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, source: Path) -> None:
@@ -201,11 +235,14 @@ def check_file_hash(path: Path) -> None:
 
 
 def file_digest(path: Path, algorithm: str = "sha256") -> str:
-    """The hexadecimal digest of a file, read in pieces."""
+    """The hexadecimal digest of a file, read in pieces; an `OSError` of any of them names the file."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return digest.hexdigest()
 
 

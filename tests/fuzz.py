@@ -36,6 +36,7 @@ from safetensors.torch import save
 
 from segment_anything import CheckpointError
 from segment_anything.build_sam import CONFIGS, SamConfig, build_sam_of_type, load_state_dict, read_state_dict
+from tests.oracles import TENSOR, torch_archive
 from utils.bdd100k import CLASS_NAMES, read_image, read_mask, read_size
 from utils.boxes import class_boxes
 from utils.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_latest
@@ -156,6 +157,19 @@ def damaged_pickle(draw: st.DrawFn, archive: bytes) -> bytes:
     return output.getvalue()
 
 
+@st.composite
+def misused_opcodes(draw: st.DrawFn) -> bytes:
+    """A checkpoint whose pickle sets items, elements or the state of any value, or claims another size of a storage."""
+    values = [b"]", b"}", b")", b"N", b"K\x01", b"X\x01\0\0\0b", b"ccollections\nOrderedDict\n)R", TENSOR,
+              b"ctorch\nFloatStorage\n", TENSOR[TENSOR.index(b"(X") : TENSOR.index(b"Q") + 1]]  # fmt: skip
+    a, b, c = (draw(st.sampled_from(values)) for _ in range(3))
+    last = [b"s", b"a", b"b", b"R", b"\x86", b"0", b"Q"]
+    shapes = [a, a + b"(" + b + c + b"u", a + b"(" + b + b"e", a + b + c + b"s", a + b"(" + b + b"u"]
+    shapes += [a + b + end for end in last] + [a + b + b"\x85" + end for end in last]
+    opcodes = draw(st.sampled_from(shapes))
+    return torch_archive(opcodes, bytes(draw(st.sampled_from([16, 16, 0, 4, 15, 17, 4096]))))
+
+
 def damaged_checkpoint(payload: dict[str, Any]) -> st.SearchStrategy[bytes]:
     tensors = [torch.ones(3, dtype=torch.int64), torch.zeros(()), torch.ones(1).expand(10**6), torch.zeros(0, 2),
                torch.ones(2, 2, dtype=torch.complex64), torch.full((1, 1, 1, 16), float("nan"))]  # fmt: skip
@@ -165,7 +179,8 @@ def damaged_checkpoint(payload: dict[str, Any]) -> st.SearchStrategy[bytes]:
     old = io.BytesIO()
     torch.save(payload, old, _use_new_zipfile_serialization=False)
     raw = damaged([archive, old.getvalue()])
-    return structure | structure | damaged_pickle(archive) | raw | anything(b"PK\x03\x04", archive[:200], b"\x80\x02")
+    odd_bytes = anything(b"PK\x03\x04", archive[:200], b"\x80\x02")
+    return structure | structure | damaged_pickle(archive) | misused_opcodes() | raw | odd_bytes
 
 
 def _saved(payload: Any) -> bytes:
@@ -221,6 +236,10 @@ def _picture_targets(folder: Path, image: np.ndarray, labels: np.ndarray) -> dic
         exif[0x0112] = 6
         drawn.save(buffer, "PNG" if kind in ("png", "mask") else "JPEG", exif=exif, **options)
         pictures[kind] = buffer.getvalue()
+    for kind, packing in (("webp", {}), ("bmp", {}), ("tiff", {"compression": "tiff_lzw"})):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, kind, **packing)
+        pictures[kind] = buffer.getvalue()
 
     def read(data: bytes) -> None:
         path = folder / "picture.png"  # what it is called says nothing: a reader goes by the content
@@ -235,7 +254,9 @@ def _picture_targets(folder: Path, image: np.ndarray, labels: np.ndarray) -> dic
     png = damaged([pictures["png"], pictures["mask"]]) | damaged_chunks(pictures["png"])
     png = png | anything(b"\x89PNG\r\n\x1a\n")
     jpeg = damaged([pictures["jpeg"], pictures["progressive"]]) | anything(b"\xff\xd8\xff\xe0", b"\xff\xd8\xff\xe1")
-    return {"PNG": Target(png, read), "JPEG": Target(jpeg, read)}
+    others = damaged([pictures[kind] for kind in ("webp", "bmp", "tiff")])
+    others = others | anything(b"RIFF\x40\0\0\0WEBP", b"BM", b"II*\0")
+    return {"PNG": Target(png, read), "JPEG": Target(jpeg, read), "other pictures": Target(others, read)}
 
 
 def _data_targets(folder: Path, split: Path) -> dict[str, Target]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import shlex
 import shutil
 import signal
@@ -292,13 +294,19 @@ def test_run_prints_a_user_error_in_one_line(capfd: pytest.CaptureFixture[str]) 
     assert exit_of(main, capfd) == (1, "error: a.npy: no such file; make it\n")
 
 
+@pytest.mark.parametrize(
+    ("becomes", "what"),
+    [("gone", "became unreadable"), ("a loop", "cannot be read (Too many levels of symbolic links)")],
+)
 def test_run_prints_a_loader_workers_error_in_one_line(
-    npy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    npy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], becomes: str, what: str
 ) -> None:
     folder = shutil.copytree(npy / "train", tmp_path / "train")
     dataset = BoxPromptDataset(NpyFolder(folder), classes_per_image=1, bbox_shift=0, seed=0)
     victim = sorted(folder.glob("imgs/*.npy"))[0]
     victim.unlink()  # after the check, as when a disk goes away
+    if becomes == "a loop":
+        victim.symlink_to(victim)
 
     def main() -> None:
         for _ in Loader(dataset, num_workers=1):
@@ -308,7 +316,7 @@ def test_run_prints_a_loader_workers_error_in_one_line(
     for worker in multiprocessing.active_children():  # as the script's end does, for which they would wait here
         worker.kill()
     assert status == 1
-    assert said.startswith(f"error: {victim}: became unreadable") and said.count("\n") == 1
+    assert said.startswith(f"error: {victim}: {what}") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -369,3 +377,22 @@ def test_run_keeps_the_traceback_of_a_bug() -> None:
 
     with pytest.raises(ZeroDivisionError):
         cli.run(main)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOSPC])
+def test_a_path_that_the_system_refuses_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused() -> None:
+        raise OSError(number, os.strerror(number), "data/x")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(refused)
+    assert end.value.code == 1 and capsys.readouterr().err == f"error: data/x: cannot be used ({os.strerror(number)})\n"
+
+
+@pytest.mark.parametrize("error", [OSError("no path"), FileNotFoundError(errno.ENOENT, "ours to look for", "x")])
+def test_other_errors_of_the_system_are_bugs(error: OSError) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(OSError, match=r"no path|ours to look for"):
+        cli.run(fail)

@@ -100,6 +100,8 @@ def test_a_folder_without_a_result(tmp_path: Path, error_of: Callable[..., str])
         b'{"miou": 0.5, "boxes": "oracle"}',
         b'{"miou": 0.5, "boxes": "oracle", "per_class": 3}',
         b'{"miou": 0.5, "boxes": "oracle", "per_class": [{"iou": 0.5}]}',
+        b'{"miou": 0.5, "boxes": "oracle", "per_class": [{"id": 0, "name": null, "iou": 0.5, "gt_pixels": 9}]}',
+        b'{"miou": 1' + b"0" * 400 + b', "boxes": "oracle", "per_class": []}',
     ],
 )
 def test_a_foreign_file(content: bytes, tmp_path: Path, error_of: Callable[..., str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -31,7 +32,7 @@ from utils.dataset import (
     collate_evaluation,
     collate_training,
 )
-from utils.errors import UserError
+from utils.errors import UnreadableError, UserError
 from utils.geometry import PAD_COLOR
 from utils.loader import Loader
 from utils.precision import Precision
@@ -416,6 +417,19 @@ def test_a_file_that_changes_or_goes_after_the_check_is_named(tmp_path: Path) ->
     path.unlink()
     with pytest.raises(UserError, match=rf"{path}: became unreadable while it was in use"):
         data[0]
+
+
+@pytest.mark.parametrize("call", ["builtins.open", "numpy.load"])
+def test_what_the_system_says_of_a_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    data = dataset(split_of(tmp_path, labels_of(1)))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch, pytest.raises(UnreadableError) as error:
+        patch.setattr(call, refuse)
+        data[0]
+    assert str(error.value) == f"{tmp_path / 'train' / 'gts' / '0.npy'}: cannot be read (Stale file handle)"
 
 
 @pytest.mark.parametrize("kind", ["training", "evaluation"])

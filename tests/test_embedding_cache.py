@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import os
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load
 
 import infer_bdd100k
@@ -30,7 +32,8 @@ from utils.augment import fixed_view
 from utils.checkpoint import ModelInfo
 from utils.dataset import EvaluationDataset, NpyFolder, SemanticDataset, collate_evaluation
 from utils.embedding_cache import Binding, EmbeddingCache, Request, entry_path, prepare_caches
-from utils.errors import Interrupted, LostWorkerError, UserError
+from utils.errors import Interrupted, LostWorkerError, UnreadableError, UserError
+from utils.files import cannot_be_read
 from utils.model import Features, Segmenter, build_model
 from utils.precision import Precision
 
@@ -157,6 +160,38 @@ def test_damage_is_found_and_mended(
     assert "1 of 7 entries are damaged\n" in capsys.readouterr().out
     for got, expected in zip(cache.read(5), before, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("call", ["utils.embedding_cache.safe_open", "os.stat"])
+def test_what_the_system_says_of_an_entry_is_no_damage(
+    split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, encoded: list[int],
+    monkeypatch: pytest.MonkeyPatch, call: str,
+) -> None:  # fmt: skip
+    cache = prepare(split, segmenter, sam_file, where=str(tmp_path / "cache"))
+    assert cache is not None
+    entry = entry_path(cache.folder, cache.entries[0][0])
+    before = entry.read_bytes()
+    real: Callable[..., Any] = os.stat if call == "os.stat" else safe_open
+    encoded.clear()
+
+    def refuse(path: Any, *arguments: Any, **keywords: Any) -> Any:
+        if str(path) == str(entry):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(call, refuse)
+        patch.setattr("utils.embedding_cache.require_readable", lambda path: open_refused(path))
+        with pytest.raises(UnreadableError, match=rf"{entry}: cannot be read \(Input/output error\)"):
+            prepare(split, segmenter, sam_file, where=str(tmp_path / "cache"))
+        if call != "os.stat":
+            with pytest.raises(UnreadableError, match=rf"{entry}: cannot be read \(Input/output error\)"):
+                cache.read(0)
+    assert not encoded and entry.read_bytes() == before
+
+
+def open_refused(path: Path) -> None:
+    raise cannot_be_read(path, OSError(errno.EIO, "Input/output error"))
 
 
 def test_an_image_that_changed_is_encoded_again(

@@ -11,8 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils.errors import UserError
-from utils.files import atomic_write, check_npy, make_folder, remove_temporaries, require_writable
+from utils.errors import UnreadableError, UserError
+from utils.files import (
+    atomic_write,
+    check_npy,
+    exists,
+    is_file,
+    is_folder,
+    listed,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    require_readable,
+    require_writable,
+    status,
+)
 
 
 def test_atomic_write_replaces_only_at_the_end(tmp_path):
@@ -164,3 +177,57 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     number = errno.ENOSPC
     with pytest.raises(UserError, match=r"No space left on device: the disk at .* has .* MiB free; make room there"):
         require_writable(tmp_path, "--x")
+# ---------------------------------------------------------------- what the system says
+
+
+def test_what_is_there(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    assert exists(tmp_path / "file") and is_file(tmp_path / "file") and not is_folder(tmp_path / "file")
+    assert exists(tmp_path) and is_folder(tmp_path) and not is_file(tmp_path)
+    for name in ("none", "file/x", "dangling", "a\0b"):
+        assert not any(look(tmp_path / name) for look in (exists, is_folder, is_file)), name
+    assert listed(tmp_path) == [tmp_path / "dangling", tmp_path / "file"]
+
+
+def test_a_loop_of_links_and_a_long_name_are_the_systems_errors(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UnreadableError, match=r"loop: cannot be read \(Too many levels of symbolic links\)"):
+        exists(tmp_path / "loop")
+    with pytest.raises(UnreadableError, match=r"cannot be read \(File name too long\)"):
+        is_file(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize(
+    ("call", "read"),
+    [
+        *[("os.stat", read) for read in (status, exists, is_file, is_folder)],
+        ("os.listdir", listed),
+        *[("builtins.open", read) for read in (require_readable, lambda path: check_npy(path, (2,), "uint8"))],
+        ("os.stat", lambda path: check_npy(path, (2,), "uint8")),
+    ],
+)
+def test_the_system_is_quoted(tmp_path, monkeypatch, number, call, read):
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros(2, np.uint8))
+    with monkeypatch.context() as patch:
+        patch.setattr(call, refusing(number))
+        with pytest.raises(UnreadableError) as error:
+            read(path)
+    assert str(error.value) == f"{path}: cannot be read ({os.strerror(number)})"
+
+
+def refusing(number):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def test_json_that_the_system_refuses(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("{}")
+    for call in ("os.stat", "pathlib.Path.read_bytes"):
+        with monkeypatch.context() as patch, pytest.raises(PermissionError):
+            patch.setattr(call, refusing(errno.EACCES))
+            read_json(tmp_path / "a.json")

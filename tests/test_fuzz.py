@@ -10,7 +10,8 @@ from segment_anything.build_sam import CONFIGS
 from tests.fuzz import Target, fuzz, make_targets
 
 EXAMPLES = 40
-KINDS = ["PNG", "JPEG", "npy", "manifest", "Scalabel", "evaluation", "checkpoint", "SAM file", "cache entry"]
+KINDS = ["PNG", "JPEG", "other pictures", "npy", "manifest", "Scalabel", "evaluation", "checkpoint", "SAM file",
+         "cache entry"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -32,13 +33,14 @@ from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.build_sam import load_state_dict, read_state_dict
 from segment_anything.utils.plain_load import load_plain
 from tests.conftest import IMAGE_SIZE, run_script
-from tests.oracles import Payload
+from tests.oracles import TENSOR, Payload, torch_archive
 from utils import ckpt_convert, pictures
-from utils.bdd100k import MAX_JPEG_SCANS, read_image, read_size
+from utils.bdd100k import read_image, read_size
 from utils.checkpoint import ModelInfo, load_checkpoint, save_best
 from utils.dataset import NpyFolder
 from utils.detections import read_detections
 from utils.errors import UserError, printable
+from utils.image_files import MAX_JPEG_SCANS
 from utils.manifest import MAX_IMAGE_SIZE, read_manifest
 from utils.model import BoxSegmenter, build_model
 
@@ -180,6 +182,63 @@ def test_what_would_be_larger_inside_than_outside(value: Any, legacy: bool, tmp_
         read_state_dict(path, "vit_tiny")
 
 
+ODICT = b"ccollections\nOrderedDict\n)R"
+# What an opcode is applied to, of which PyTorch looks at the names alone; and what is said of it.
+MISUSES = {
+    "item of a list": (b"]K\0K\x01s", "does to a list what is done to a dict"),
+    "items of a list": (b"](K\0K\x01u", "does to a list what is done to a dict"),
+    "items of a tensor": (TENSOR + b"(K\0K\x01u", "does to a tensor what is done to a dict"),
+    "items of a string": (b"X\x01\0\0\0b(K\0K\x01u", "does to a str what is done to a dict"),
+    "items of a class": (b"ctorch\nFloatStorage\n(K\0K\x01u", "does to a global what is done to a dict"),
+    "items of what is remembered": (b"]q\x05}q\x060h\x05(K\0K\x01u", "has an opcode POP"),
+    "an odd number of items": (b"}(K\0K\x01K\x02u", "a key without a value"),
+    "append to a dict": (b"}K\0a", "does to a dict what is done to a list"),
+    "append to a tensor": (TENSOR + b"(K\0e", "does to a tensor what is done to a list"),
+    "state of a tensor": (TENSOR + TENSOR[TENSOR.index(b"(X") : TENSOR.index(b"Q") + 1] + b"K\0\x86b", "by a tuple"),
+    "state of a tensor, a dict": (TENSOR + b"}b", "does to a tensor what is done to a ordered dict"),
+    "state of a dict": (b"}}b", "does to a dict what is done to a ordered dict"),
+    "state that is a list": (ODICT + b"]b", "sets the state of a value by a list"),
+    "call of a storage's type": (b"ctorch\nFloatStorage\nK\x7f\x85R", "calls torch FloatStorage"),
+    "tensor of no storage": (b"ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\0)K\x01tR", "calls torch._utils _rebuild"),
+    "parameter of no tensor": (b"ctorch._utils\n_rebuild_parameter\n(]\x89}tR", "calls torch._utils _rebuild_param"),
+    "below the mark": (b"](K\x01\x86", "takes more from the stack than there is"),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_opcodes_are_held_against_what_they_are_applied_to(misuse: str, tmp_path: Path) -> None:
+    opcodes, said = MISUSES[misuse]
+    path = tmp_path / "a.pth"
+    path.write_bytes(torch_archive(opcodes))
+    with pytest.raises(ValueError, match=rf"{path}: damaged") as error:
+        load_plain(path)
+    assert re.search(said, str(error.value.__cause__)), error.value.__cause__
+
+
+@pytest.mark.parametrize("length", [0, 15, 17, 400])
+def test_a_storage_has_the_bytes_that_the_pickle_says(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(torch_archive(TENSOR))
+    assert torch.equal(load_plain(path)["a"], torch.zeros(4))
+    path.write_bytes(torch_archive(ODICT + b"}b"))
+    assert load_plain(path) == {"a": {}}
+    path.write_bytes(torch_archive(TENSOR, bytes(length)))
+    with pytest.raises(ValueError, match=rf"{path}: damaged") as error:
+        load_plain(path)
+    assert "storage 0 is not of the size that the pickle says" in str(error.value.__cause__)
+
+
+def test_a_storage_of_the_older_format_is_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.zeros(100)}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    assert load_plain(path)["a"].shape == (100,)
+    path.write_bytes(data.replace(b"Kd", b"M\xff\xff"))  # elements, in the storage and in the shape
+    with pytest.raises(ValueError, match=rf"{path}: damaged") as error:
+        load_plain(path)
+    assert "claims more bytes than there are" in str(error.value.__cause__)
+
+
 def _rezip(path: Path, compression: int, repeats: int = 1) -> None:
     with zipfile.ZipFile(path) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
@@ -279,7 +338,7 @@ def png(width: int, height: int) -> bytes:
 def test_a_png_without_pixels(tmp_path: Path) -> None:
     data = png(8, 8)
     (tmp_path / "a.png").write_bytes(data[:33] + data[-12:])  # header and end
-    with pytest.raises(UserError, match=r"a\.png: cannot be decoded: list index out of range \(the file is damaged"):
+    with pytest.raises(UserError, match=r"a\.png: cannot be decoded: a PNG without pixels \(the file is damaged"):
         read_size(tmp_path / "a.png")
 
 
@@ -304,6 +363,9 @@ def test_a_header_that_claims_an_absurd_size(kind: str, tmp_path: Path, error_of
 def test_files_of_holes_are_not_read_whole(split: Path, tmp_path: Path) -> None:
     """A terabyte in the folder's listing, and nothing on the disk."""
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.jpg")
+    os.truncate(tmp_path / "a.jpg", 1 << 40)
+    assert read_image(tmp_path / "a.jpg").shape == (8, 8, 3)  # holes behind a picture are no harm
+    os.truncate(tmp_path / "a.jpg", 500)
     os.truncate(tmp_path / "a.jpg", 1 << 40)
     with pytest.raises(UserError, match=r"a\.jpg: has more bytes than the largest picture"):
         read_image(tmp_path / "a.jpg")

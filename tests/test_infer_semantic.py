@@ -162,6 +162,21 @@ def test_a_video_among_pictures_is_told(
         assert f"{folder / 'drive.mp4'}: a video; give it to --images by itself" in capsys.readouterr().out
 
 
+def test_pictures_of_other_formats_are_segmented_or_told(
+    infer: Callable[..., int | None], semantic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.webp", "b.bmp", "c.tif", "d.TIFF"):
+        Image.new("RGB", (48, 32)).save(folder / name)
+    (folder / "e.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    for images in (folder, folder / "*"):
+        assert not infer("--model_checkpoint", semantic, "--images", images)
+        said = capsys.readouterr().out
+        assert f"not segmented: {folder / 'e.HEIC'}: of a format that is not read here; convert it to JPEG" in said
+    assert sorted(path.name for path in (tmp_path / "out/overlays").iterdir()) == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+
+
 def test_saved_predictions_never_replace_the_pictures(
     semantic: Path, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
@@ -310,6 +325,7 @@ def empty(folder: Path) -> Path:
 
 
 def written(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     return path
 
@@ -328,6 +344,12 @@ BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
         "semantic", lambda f: ["--images", written(f / "x.mp4", "no video" * 99)], "x.mp4: not a video that OpenCV"),
     "empty folder": ("semantic", lambda f: ["--images", empty(f / "none")], "none: an empty folder"),
     "nothing there": ("semantic", lambda f: ["--images", f / "nowhere"], "nowhere: no such file or folder"),
+    "a pattern that the shell has expanded": (
+        "semantic", lambda f: ["--images", f / "a b.jpg", f / "c.jpg"],
+        "takes one path, and got 2; if they are of a pattern, quote it: --images '"),
+    "pictures of other formats alone": (
+        "semantic", lambda f: ["--images", written(f / "q" / "x.heic", "-").parent],
+        "directly in this folder, but 1 of other formats, such as x.heic: convert them to JPEG"),
     "unknown categories alone": (
         "box", lambda f: ["--boxes", write_detections(f / "d.json", SPLIT_NAMES, "ufo")], "only 'ufo'; rename"),
     "detections of other images": (

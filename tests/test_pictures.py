@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -17,7 +18,7 @@ from PIL import Image
 
 from utils import pictures
 from utils.bdd100k import IGNORE_LABEL, read_image
-from utils.errors import UserError
+from utils.errors import UnreadableError, UserError
 from utils.pictures import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
 
 RED, GREEN, BLUE = (200, 30, 40), (20, 180, 60), (30, 50, 210)
@@ -198,10 +199,39 @@ def test_what_is_no_source_is_one_clear_error(tmp_path: Path) -> None:
     assert "not a video" in error_of(texts / "a.txt")  # which FFmpeg would draw, letter by letter
     (tmp_path / "a.npy").write_bytes(bytes(5000))
     assert "not a video" in error_of(tmp_path / "a.npy")
-    for suffix in ("bmp", "webp", "tif"):  # of which FFmpeg would make videos of one frame
-        assert "not a video" in error_of(write_picture(tmp_path / f"still.{suffix}", picture(16, 16)))
+    for suffix, kind in (("gif", "GIF"), ("jp2", "JPEG 2000"), ("avif", "AVIF")):  # which may be videos to FFmpeg
+        path = write_picture(tmp_path / f"still.{suffix}", picture(16, 16))
+        assert f"a {kind} picture, which is not read here; convert it to JPEG" in error_of(path)
     (tmp_path / "damaged.jpg").write_bytes(b"\xff\xd8 and no more")
     assert "JPEG" in error_of(tmp_path / "damaged.jpg")
+
+
+def test_what_the_system_refuses_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_picture(tmp_path / "in" / "a.jpg", picture(8, 8))
+    write_picture(tmp_path / "in" / "b.jpg", picture(8, 8))
+
+    def refuse(path: Any, *_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.listdir", refuse)
+        assert error_of(tmp_path / "in") == f"{tmp_path / 'in'}: cannot be read (Permission denied)"
+        patch.setattr("glob.glob", lambda *_, **__: [])  # which keeps it to itself
+        with pytest.raises(UnreadableError, match=rf"{tmp_path / 'in'}: cannot be read \(Permission denied\)"):
+            find_source(str(tmp_path / "in" / "*.jpg"))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.stat", refuse)
+        assert error_of(tmp_path / "in") == f"{tmp_path / 'in'}: cannot be read (Permission denied)"
+    stat = os.stat
+
+    def refuse_b(path: Any, *arguments: Any, **keywords: Any) -> Any:
+        return refuse(path) if str(path).endswith("b.jpg") else stat(path, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:  # one of many ends no run
+        patch.setattr("os.stat", refuse_b)
+        read = dict(find_source(str(tmp_path / "in")))
+    assert isinstance(read["a"], np.ndarray)
+    assert str(read["b"]) == f"{tmp_path / 'in' / 'b.jpg'}: cannot be read (Permission denied)"
 
 
 def test_damaged_picture_does_not_end_the_run(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """pre_bdd100k.py as its user meets it: what is written, what is said, and what a stopped or a bad run leaves behind."""
 
+import errno
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import pre_bdd100k
 from utils import cli
 from utils.bdd100k import find_split
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, cannot_be_read
 from utils.manifest import read_manifest
 
 SCRIPT = Path(pre_bdd100k.__file__)
@@ -378,6 +379,33 @@ def test_an_item_that_went_bad_leaves_nothing_behind(run, data, tmp_path):
     os.utime(data / "labels/sem_seg/masks/train/b.png", (time.time() + 10,) * 2)
     refused(run(), "mask is 24x48")
     assert not [path for path in contents(tmp_path / "out/train") if "b.npy" in path]
+
+
+def test_what_the_system_does_not_let_us_read_costs_no_output(run, data, tmp_path, monkeypatch):
+    run()
+    before = contents(tmp_path / "out/train")
+
+    def stale(path):
+        raise cannot_be_read(path, OSError(errno.ESTALE, os.strerror(errno.ESTALE)))
+
+    monkeypatch.setattr("pre_bdd100k.read_size", stale)
+    status, _, errors = run("--splits", "train")
+    assert status == 1 and len(errors) == 3
+    assert f"{data}/images/10k/train/a.jpg: cannot be read (Stale file handle)" in errors[0]
+    left = contents(tmp_path / "out/train")
+    assert {path for path in left if path.endswith(".npy")} == {path for path in before if path.endswith(".npy")}
+
+
+def test_pictures_of_other_formats(run, data, tmp_path, capsys):
+    folder = data / "images/10k/test"
+    for name in ("u.webp", "v.bmp", "w.tif"):
+        Image.new("RGB", (48, 24)).save(folder / name)
+    (folder / "x.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--image_size", 32, "--splits", "test"]
+    assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags])) == 0
+    assert "1 pictures are of formats that are not read and were left out, such as" in (err := capsys.readouterr().err)
+    assert f"{folder / 'x.HEIC'}; convert them to JPEG" in err
+    assert [item.name for item in read_manifest(tmp_path / "out/test").items] == ["s", "t", "u", "v", "w"]
 
 
 def test_orphans_of_both_kinds(run, data, tmp_path):

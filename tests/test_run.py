@@ -15,7 +15,7 @@ import torch
 
 from utils import checkpoint
 from utils.checkpoint import BEST, LATEST, ModelInfo
-from utils.errors import DivergedError, UserError
+from utils.errors import DivergedError, UnreadableError, UserError
 from utils.run import AUTO, Latest, Run, find_latest, read_latest
 
 INFO = ModelInfo("vit_tiny", 64, "stretch", sam_sha256="ab" * 32)
@@ -157,6 +157,27 @@ def test_a_damaged_latest_gives_way_to_the_one_before(tmp_path: Path, capsys: py
         damage(run.folder / name)
     with pytest.raises(UserError, match=r"latest.1.pth: truncated, or not a checkpoint"):
         read(run.folder)
+
+
+def test_what_the_system_refuses_costs_nothing_that_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a new run nor the `latest` before it is taken instead."""
+    run = start(tmp_path)
+    for epoch in range(2):
+        run.finish_epoch(record(epoch, 1.0))
+
+    def refuse(path: Any, *_: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(UnreadableError) as error:
+        patch.setattr("os.listdir", refuse)
+        find_latest(AUTO, tmp_path, "Drawn")
+    assert str(error.value) == f"{tmp_path}: cannot be read (Permission denied)"
+    with monkeypatch.context() as patch, pytest.raises(UnreadableError) as error:
+        patch.setattr("utils.checkpoint.load_plain", lambda path, **_: refuse(path))
+        find_latest(run.folder, tmp_path, "Drawn")
+    assert str(error.value) == f"{run.folder / LATEST}: cannot be read (Permission denied)"
 
 
 def test_auto_takes_the_tasks_run_that_was_saved_last(tmp_path: Path) -> None:

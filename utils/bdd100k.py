@@ -5,6 +5,7 @@ Ids, names and colours are the `trainId` table of BDD100K (and of Cityscapes, wh
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import unicodedata
@@ -19,10 +20,10 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from utils.errors import UserError
+from utils.files import is_folder, listed
+from utils.image_files import ABSURD_SIZE, DAMAGED, FORMATS, MAX_PIXELS, read_picture_file
 
 IGNORE_LABEL = 255  # not labelled: in no loss, in no metric, never turned into a class
-MAX_PIXELS = (1 << 28) // 3  # 256 MiB of RGB, which is Pillow's own limit; a picture that claims more is not read
-MAX_JPEG_SCANS = 100  # a progressive JPEG has about ten; each is a pass over the whole picture, be it of a few bytes
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ _LABEL_ID_HINT = ("probably Cityscapes' label ids, not train ids: map each by id
                   "cityscapesscripts.helpers.labels")
 _MAX_LABEL_ID = 33  # Cityscapes' label ids; its train ids end at 18
 NUM_FIRST_MASKS = 16  # of a split, spread over it, that are read before the others
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")  # in any case
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # in any case
+# Pictures too, but not read here.
+FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl")
 
 # What turns the stored pixels upright, by EXIF orientation; 1 is upright already.
 _UPRIGHT: dict[object, Image.Transpose] = {
@@ -139,7 +142,7 @@ def find_split(root: Path, split: str) -> Split:
     if Path(split).name != split or split in ("", ".."):  # it names a folder to read and one to write: none elsewhere
         raise UserError(f"split {split!r}: not a plain folder name (use train, val or test)")
     try:
-        if not root.is_dir():
+        if not is_folder(root):
             raise UserError(f"{root}: no such folder (point --bdd100k_root at the unpacked BDD100K)")
         base, image_dir = _find_images(root, split)
         images = _by_name([path for path in _visible(image_dir) if path.suffix.lower() in IMAGE_SUFFIXES], "image")
@@ -167,7 +170,7 @@ def _find_images(root: Path, split: str) -> tuple[Path, Path]:
     for bases in _levels(root):
         found = {}
         for base in bases:
-            folders = [folder for folder in _in(base, _IMAGE_DIRS, split) if folder.is_dir()]
+            folders = [folder for folder in _in(base, _IMAGE_DIRS, split) if is_folder(folder)]
             filled = [folder for folder in folders if any(p.suffix.lower() in IMAGE_SUFFIXES for p in _visible(folder))]
             if filled:
                 found[base] = filled[0]
@@ -180,7 +183,7 @@ def _find_images(root: Path, split: str) -> tuple[Path, Path]:
         if found:
             return next(iter(found.items()))
     if empty:
-        raise UserError(f"{empty}: no .jpg or .png image in this folder")
+        raise UserError(f"{empty}: no .jpg or .png image (or WebP, BMP, TIFF) in this folder")
     places = " or ".join(map(str, _in(root, _IMAGE_DIRS, split)))
     raise UserError(f"{root}: no images of split {split!r} (looked for {places})")
 
@@ -282,44 +285,43 @@ def _folders(folder: Path) -> list[Path]:
 
 def _visible(folder: Path) -> list[Path]:
     """The folder's entries by name, without hidden ones (macOS packs a `._x.jpg` beside every `x.jpg`)."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    return [path for path in listed(folder) if not path.name.startswith(".")] if is_folder(folder) else []
+
+
+def foreign_pictures(folder: Path) -> list[Path]:
+    """Pictures of a folder that are of formats that are not read here."""
+    return [path for path in _visible(folder) if path.suffix.lower() in FOREIGN_SUFFIXES]
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open a JPEG or PNG without decoding it yet; whatever Pillow finds wrong, then or later, is a `UserError`."""
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would keep us waiting
-        raise UserError(f"{path}: not a regular file; take it out of the folder")
-    if path.is_file() and path.stat().st_size > 4 * MAX_PIXELS:  # JPEGs are read whole, be it a terabyte of holes
-        raise UserError(f"{path}: has more bytes than the largest picture that is read (it is damaged: get it again)")
+    """Open a picture without decoding it yet; whatever Pillow finds wrong, then or later, is a `UserError`."""
+    picture = read_picture_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and the like, which says nothing of the pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=("JPEG", "PNG")) as image:
-                image.verify()  # a PNG's checksums, which decoding alone does not compare; nothing for a JPEG
-            with Image.open(path, formats=("JPEG", "PNG")) as image:
+            with Image.open(io.BytesIO(picture.data), formats=FORMATS) as image:
                 if image.height * image.width > MAX_PIXELS:
                     raise Image.DecompressionBombError
+                if picture.exif:
+                    image.info["exif"] = picture.exif  # where Pillow looks for it
                 yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{path}: its header claims an absurd size, above {MAX_PIXELS / 1e6:.0f} megapixels "
-                        "(the file is damaged: get it again)") from None
+        raise UserError(f"{path}: {ABSURD_SIZE}") from None
     except Image.UnidentifiedImageError:
-        raise UserError(f"{path}: neither a JPEG nor a PNG image (the file is damaged: get it again)") from None
+        raise UserError(f"{path}: cannot be decoded: its header makes no sense {DAMAGED}") from None
     except UserError:
         raise
-    except Exception as error:  # damaged bytes lead Pillow to almost any: a PNG without pixels, to an IndexError
-        if isinstance(error, OSError) and error.errno is not None:  # the system's word: no such file, no permission
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        raise UserError(f"{path}: cannot be decoded: {error} (the file is damaged: get it again)") from None
+    except Exception as error:  # damaged bytes lead Pillow to almost any
+        raise UserError(f"{path}: cannot be decoded: {error} {DAMAGED}") from None
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image file, from its header alone.
+    """(height, width) of an image file, not decoded.
 
     Raises:
-        UserError: the file is missing or is no image.
+        UserError: the file is missing or truncated, or is no image.
     """
     with _opened(path) as image:
         return image.height, image.width
@@ -332,14 +334,14 @@ def read_image(path: Path, *, upright: bool = False) -> np.ndarray:
     turned as its EXIF orientation says, which is how every viewer shows it.
 
     Raises:
-        UserError: the file is missing, truncated (which OpenCV would fill with grey), damaged, or not of 8 bits.
+        UserError: the file is missing, truncated (which OpenCV would fill with grey), damaged, not of 8 bits, or of
+            a format that is not read.
     """
     with _opened(path) as image:
         if image.mode.startswith(("I", "F")):
             raise UserError(f"{path}: not an 8-bit image (Pillow mode {image.mode}); convert it to 8 bits a channel")
-        if image.format != "PNG":
-            _check_jpeg(path)
-        turn = _UPRIGHT.get(_orientation(image)) if upright else None
+        # Of a TIFF, Pillow turns the pixels itself.
+        turn = _UPRIGHT.get(_orientation(image)) if upright and image.format != "TIFF" else None
         image.load()  # np.asarray would swallow some errors of decoding
         picture = image if turn is None else image.transpose(turn)
         return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))  # convert() copies RGB too
@@ -351,20 +353,6 @@ def _orientation(image: Image.Image) -> object:
         return image.getexif().get(ExifTags.Base.Orientation)
     except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
         return None
-
-
-def _check_jpeg(path: Path) -> None:
-    """Check that a JPEG's last scan is followed by the end-of-image marker, and that it has not thousands of scans.
-
-    Neither marker can occur inside a scan. Pillow notices a file that is cut off, but takes one whose missing end was
-    filled with zeros, which is what an interrupted download or a full disk may leave, for an image with a flat lower
-    part.
-    """
-    data = path.read_bytes()
-    if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-        raise UserError(f"{path}: truncated, the JPEG has no end (the file is damaged: get it again)")
-    if (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
-        raise UserError(f"{path}: has {scans} scans, which would take hours to decode (save it anew, or leave it out)")
 
 
 def count_labels(mask: np.ndarray) -> np.ndarray:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from segment_anything.utils import foreign
 from segment_anything.utils.plain_load import load_plain
 from utils.bdd100k import CLASS_NAMES
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, cannot_be_read, is_file, is_folder
 from utils.manifest import RESIZE_MODES, is_image_size
-from utils.model import SEGMENTERS, Segmenter
+from utils.model import INFER_FLAGS, SEGMENTERS, CheckpointFlags, Segmenter
 
 FORMAT_VERSION = 1
 BEST = "medsam_model_best.pth"
@@ -76,25 +77,33 @@ def save_latest(
 
 def in_folder(path: Path, name: str) -> Path:
     """The file of that name, if `path` is a run's folder; else `path`, which is the file itself."""
-    return path / name if path.is_dir() else path
+    return path / name if is_folder(path) else path
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, flags: CheckpointFlags = INFER_FLAGS) -> dict[str, Any]:
     """Read a checkpoint of this project, or the best one of a run's folder, without running what a pickle may hold.
 
     Raises:
-        UserError: it is missing, damaged, or another kind of file.
+        UserError: it is missing, damaged, or another kind of file; an `UnreadableError`, the system does not let us
+            read it.
     """
     path = in_folder(path, BEST)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such checkpoint (train_bdd100k.py writes {BEST} and {LATEST})")
     try:
         payload = load_plain(path, strict=True)
+    except OSError as error:
+        raise cannot_be_read(path, error) from None
     except ValueError:
-        raise UserError(f"{path}: truncated, or not a checkpoint of train_bdd100k.py; take another one") from None
+        payload = None
     if not _is_checkpoint(payload):
-        hint = "give a SAM checkpoint as --sam_checkpoint and a fine-tuned one as --model_checkpoint"
-        raise UserError(f"{path}: not a checkpoint of train_bdd100k.py ({hint})")
+        kind = foreign.kind_of_file(path)
+        if kind not in (None, foreign.OURS, foreign.SAM):
+            raise UserError(f"{path}: not a checkpoint of train_bdd100k.py, but {kind}")
+        if kind != foreign.SAM and payload is None:
+            raise UserError(f"{path}: truncated, or not a checkpoint of train_bdd100k.py; take another one")
+        raise UserError(f"{path}: not a checkpoint of train_bdd100k.py (give a SAM checkpoint as {flags.sam} and a "
+                        f"fine-tuned one as {flags.ours}){f'; it is {kind}' if kind == foreign.SAM else ''}")
     if payload["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path}: format {payload['format_version']}, this version reads {FORMAT_VERSION}")
     if payload["class_names"] != list(CLASS_NAMES):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,8 @@ from segment_anything.build_sam import CONFIGS, PATCH_SIZE, file_digest, read_st
 from utils import checkpoint
 from utils.checkpoint import DECODER_PREFIX, ModelInfo
 from utils.errors import UserError
+from utils.files import exists, is_folder, status
+from utils.model import INFER_FLAGS
 
 
 def join(model_checkpoint: Path, sam_checkpoint: Path) -> tuple[dict[str, Tensor], ModelInfo]:
@@ -63,7 +66,7 @@ def join(model_checkpoint: Path, sam_checkpoint: Path) -> tuple[dict[str, Tensor
     try:
         sam = read_state_dict(sam_checkpoint, info.model_type)
     except CheckpointError as error:
-        raise UserError(str(error)) from None
+        raise INFER_FLAGS.about(error) from None
     info.require_same(replace(info, sam_sha256=file_digest(sam_checkpoint)), model_checkpoint)
     if getattr(sam.get("image_encoder.pos_embed"), "ndim", None) != 4:  # which says what size the file is of
         raise UserError(f"{sam_checkpoint}: not a {info.model_type} SAM checkpoint: it has no table of positions")
@@ -106,11 +109,12 @@ def how_to_load(output: Path, state: Mapping[str, Tensor], info: ModelInfo) -> s
 def main(args: argparse.Namespace) -> None:
     output: Path = args.output
     for source in (checkpoint.in_folder(args.model_checkpoint, checkpoint.BEST), args.sam_checkpoint):
-        if output.exists() and source.exists() and output.samefile(source):
+        ours, theirs = status(output), status(source)
+        if ours and theirs and os.path.samestat(ours, theirs):
             raise UserError(f"{output}: is one of the two files to join; give another --output")
-    if output.is_dir():
+    if is_folder(output):
         raise UserError(f"{output}: is a folder; give --output the name of a file")
-    if output.exists() and not args.overwrite:
+    if exists(output) and not args.overwrite:
         raise UserError(f"{output}: exists already; give another --output, or --overwrite to replace it")
     state, info = join(args.model_checkpoint, args.sam_checkpoint)
     checkpoint.save_whole(output, state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import math
 import os
@@ -15,6 +16,10 @@ from typing import Any, NoReturn
 from utils.errors import Interrupted, LostPeerError, UserError, printable
 from utils.manifest import MAX_IMAGE_SIZE
 from utils.memory import keep_freed_memory
+
+# What the system says of a path that is none of our mistakes.
+_REFUSALS = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS,
+             errno.ENAMETOOLONG, errno.ELOOP, errno.ENODEV, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,7 +107,8 @@ def image_size(text: str) -> int:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's `main` and exit with its status; a `UserError` is printed in one line, without a traceback.
 
-    So is Ctrl-C, with what to do next if `main` raises `KeyboardInterrupt` with a text, and `Interrupted`.
+    So is an `OSError` by which the system refuses a path. So is Ctrl-C, with what to do next if `main` raises
+    `KeyboardInterrupt` with a text, and `Interrupted`.
     """
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -113,6 +119,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _wait_for_turn(error)
         print(f"error: {printable(str(error))}", file=sys.stderr)
         status = 1
+    except BrokenPipeError:  # `| head` closed our output: nothing left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except OSError as error:
+        if error.filename is None or error.errno not in _REFUSALS:
+            raise
+        _wait_for_turn(None)
+        print(f"error: {printable(f'{error.filename}: cannot be used ({error.strerror})')}", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that is left is to end: a second one would be a traceback
         if isinstance(interrupt, Interrupted):
@@ -121,9 +136,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             message, status = str(interrupt) or "run the same command again", 130
         if message:
             print(f"interrupted: {message}", file=sys.stderr)
-    except BrokenPipeError:  # `| head` closed our output: nothing left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
     sys.exit(status)
 
 

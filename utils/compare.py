@@ -13,7 +13,7 @@ from typing import Any
 
 from utils import cli
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import cannot_be_read, read_json
 
 
 def get_args_parser() -> cli.Parser:
@@ -37,12 +37,16 @@ def read_results(folder: Path) -> dict[str, Any]:
             raise ValueError("other keys of a class")
         figures = [results["miou"], *(entry["iou"] for entry in results["per_class"])]
         counts = [entry[key] for entry in results["per_class"] for key in ("id", "gt_pixels")]
-        if not all(isinstance(figure, float | int | None) for figure in figures):
+        if not all(figure is None or (isinstance(figure, float | int) and 0 <= figure <= 1) for figure in figures):
             raise ValueError("a figure that is none")
+        if not all(isinstance(entry["name"], str) for entry in results["per_class"]):
+            raise ValueError("a name that is none")
         if not all(isinstance(count, int) for count in counts):
             raise ValueError("a count that is none")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); infer_bdd100k.py writes it") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); infer_bdd100k.py writes it") from None
+        raise cannot_be_read(path, error) from None
     except (ValueError, AttributeError, TypeError):
         raise UserError(f"{path}: not a result of infer_bdd100k.py") from None
     return results

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from utils.augment import draw_view, fixed_view
 from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES, match_key
 from utils.boxes import class_boxes, jitter_boxes, to_frame
-from utils.errors import UserError
-from utils.files import check_npy
+from utils.errors import UnreadableError, UserError
+from utils.files import cannot_be_read, check_npy
 from utils.geometry import fitted_size
 from utils.manifest import read_manifest
 
@@ -71,7 +71,11 @@ class NpyFolder:
         try:
             check_npy(path, *self._form[kind])  # once more, as NumPy would make room for whatever a header claims
             return np.load(path, allow_pickle=False)
-        except (UserError, OSError, ValueError, EOFError) as error:
+        except UnreadableError:
+            raise
+        except OSError as error:
+            raise cannot_be_read(path, error) from None
+        except (UserError, ValueError, EOFError) as error:
             raise UserError(f"{path}: became unreadable while it was in use ({error})") from None
 
     def image_path(self, index: int) -> Path:

@@ -18,7 +18,7 @@ import numpy as np
 
 from utils.bdd100k import CLASS_NAMES, match_key
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import cannot_be_read, read_json
 
 # Names of det_20 and of BDD100K's first release that differ from those of the 19 classes.
 _SYNONYMS = {"pedestrian": "person", "bike": "bicycle", "motor": "motorcycle"}
@@ -93,7 +93,7 @@ def _read_frames(path: Path) -> list[Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file ({_FORMAT_HINT})") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise cannot_be_read(path, error) from None
     except ValueError as error:  # not JSON, not text, a number of thousands of digits, absurdly deep
         raise UserError(f"{path}: not JSON ({error}); {_FORMAT_HINT}") from None
     frames = content.get("frames") if isinstance(content, dict) else content

@@ -27,6 +27,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ from utils.augment import fixed_view
 from utils.checkpoint import ModelInfo
 from utils.dataset import NpyFolder
 from utils.errors import Interrupted, LostWorkerError, UserError
-from utils.files import atomic_write, read_json, remove_temporaries
+from utils.files import atomic_write, cannot_be_read, exists, read_json, remove_temporaries, require_readable, status
 from utils.loader import Loader, require_shared_memory, sample_bytes
 from utils.model import Features, Segmenter
 from utils.precision import Precision
@@ -135,6 +136,8 @@ class EmbeddingCache:
                     return features
             raise UserError(f"{path}: was replaced while it was in use; start again, and it is made anew")
         except (OSError, SafetensorError) as error:
+            if exists(path):
+                require_readable(path)
             raise UserError(f"{path}: became unreadable while it was in use ({error}); start again, and it is made "
                             "anew") from None
 
@@ -175,7 +178,7 @@ def prepare_caches(
     root = first.parent / "embeddings" / binding.digest[:16] if is_auto else Path(where)
     # All processes must come to the same end, so that the main one looks. Nor should another machine ask for what is
     # not yet there: over NFS, it would for some time be answered out of its own memory.
-    if is_auto and requests[0].is_cheap and distributed.on_main(lambda: not root.exists()):
+    if is_auto and requests[0].is_cheap and distributed.on_main(lambda: not exists(root)):
         if requests[0].passes > 1:
             distributed.say(f"no cache of features: its {requests[0].num_views} views of an image take as many "
                             f"encodings as {requests[0].passes} epochs, or more")
@@ -210,7 +213,7 @@ def _require_one_disk(root: Path) -> None:
         try:
             (root / token).touch()
         except OSError as error:  # a cache that may only be read can be whole on each machine
-            if not (root / "cache.json").exists():
+            if not exists(root / "cache.json"):
                 raise _no_place(root, error) from None
             return "cache.json"
         return token
@@ -218,7 +221,7 @@ def _require_one_disk(root: Path) -> None:
     if distributed.world_size() == 1:
         return
     name = distributed.on_main(leave)
-    seen = distributed.all_gather((root / name).exists())
+    seen = distributed.all_gather(os.path.exists(root / name))
     if name == token:
         with suppress(OSError):
             (root / token).unlink()
@@ -344,7 +347,7 @@ class _Writer:
     def _read_reduction(self) -> tuple[Reduction | None, str]:
         """The projection, if there is to be one and the cache has it, and the identity of a cache that has it."""
         path = self.root / "projection.safetensors"
-        if not self.reduces or not path.exists():
+        if not self.reduces or not exists(path):
             return None, self.binding.digest
         num_blocks = len(self.segmenter.feature_blocks)
         channels = num_blocks * self.segmenter.sam.image_encoder.embed_dim
@@ -358,7 +361,7 @@ class _Writer:
                 reduction = Reduction(tensors["mean"].float(), tensors["basis"].float(), num_blocks)
                 return reduction, hashlib.sha256("{binding} {sha256}".format(**known).encode()).hexdigest()
         except (OSError, SafetensorError, TypeError):
-            pass
+            require_readable(path)
         distributed.say(f"{path}: damaged, or of another cache; it is made anew, and so are the entries that went "
                         "through it")
         return None, self.binding.digest
@@ -372,7 +375,7 @@ class _Writer:
         _in_rounds(_find_pending(folder, request, self.identity, share, pending, pictures))
         num_pending = sum(distributed.all_gather(len(pending)))
         if num_pending and self.is_auto and request.is_cheap:
-            if folder.exists():
+            if exists(folder):
                 distributed.say(f"{folder}: not read, as {num_pending} of {len(source.items)} images have no good "
                                 f"entry; to have it completed, give --cache_embeddings {shlex.quote(str(self.root))}")
             return None
@@ -555,9 +558,10 @@ def _find_pending(
 
 def _check(path: Path, request: Request, index: int, identity: str) -> tuple[str, str]:
     """Why an entry cannot be used, or the SHA-256 of its image; the other is empty."""
-    if not path.exists():
+    found = status(path)
+    if not found:
         return "missing", ""
-    if not path.is_file():
+    if not S_ISREG(found.st_mode):
         return "no regular files", ""
     source = request.source
     try:
@@ -568,6 +572,7 @@ def _check(path: Path, request: Request, index: int, identity: str) -> tuple[str
             return "damaged", ""
         views = json.loads(metadata.get("views_are", ""))
     except (OSError, SafetensorError, TypeError, ValueError):  # the last two: of a type unknown to NumPy, or no JSON
+        require_readable(path)
         return "damaged", ""
     if metadata.get("binding") != identity:
         return "of another cache", ""
@@ -605,7 +610,7 @@ def _signature(path: Path, folder: Path) -> str:
     try:
         stat = path.stat()
     except OSError as error:
-        raise UserError(f"{path}: became unreadable while it was in use ({error.strerror})") from None
+        raise cannot_be_read(path, error) from None
     way = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
     return f"{stat.st_size} {stat.st_mtime_ns} {os.fsencode(way).hex()}"  # plain text, whatever is in a path
 

@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class UnreadableError(UserError):
+    """The system does not let us read a path, which says nothing of what is there."""
+
+
 class LostPeerError(UserError):
     """Another process of the job has ended, which cut off a collective; that process knows the reason."""
 

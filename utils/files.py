@@ -12,13 +12,79 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UnreadableError, UserError
 
 MAX_JSON = 1 << 30  # bytes; the boxes of det_20's 70,000 training images have some hundred million
+
+
+def cannot_be_read(path: Path, error: OSError) -> UnreadableError:
+    """The system's own word, such as "Permission denied"."""
+    return UnreadableError(f"{path}: cannot be read ({error.strerror or error})")
+
+
+def status(path: Path) -> os.stat_result | None:
+    """What the system says of a path, links followed; None where nothing is there.
+
+    `Path.exists` and the like are not used: by Python's version, they raise what the system says, or take it for
+    "nothing is there".
+
+    Raises:
+        UnreadableError: it cannot be told (no permission, an I/O error, a stale handle).
+    """
+    try:
+        return os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last, of a name that no file can have
+        return None
+    except OSError as error:
+        raise cannot_be_read(path, error) from None
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there; raises as `status`."""
+    return status(path) is not None
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; raises as `status`."""
+    found = status(path)
+    return found is not None and S_ISDIR(found.st_mode)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there; raises as `status`."""
+    found = status(path)
+    return found is not None and S_ISREG(found.st_mode)
+
+
+def listed(folder: Path) -> list[Path]:
+    """What is in a folder, sorted.
+
+    Raises:
+        UnreadableError: it cannot be listed.
+    """
+    try:
+        return sorted(folder / name for name in os.listdir(folder))
+    except OSError as error:
+        raise cannot_be_read(folder, error) from None
+
+
+def require_readable(path: Path) -> None:
+    """Read a file to its end, for what its reader took for damage may be the system's error.
+
+    Raises:
+        UnreadableError: the system does not let us read it.
+    """
+    try:
+        with open(path, "rb") as file:
+            while file.read(1 << 20):
+                pass
+    except OSError as error:
+        raise cannot_be_read(path, error) from None
 
 
 @contextmanager
@@ -90,7 +156,7 @@ def require_writable(folder: Path, flag: str) -> None:
         UserError: it cannot; `flag` names another.
     """
     try:
-        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        place = next(path for path in (folder, *folder.absolute().parents) if exists(path))
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
@@ -114,8 +180,8 @@ def make_folder(folder: Path, flag: str) -> None:
 def remove_temporaries(folder: Path) -> None:
     """Remove what runs that were killed inside `atomic_write` left anywhere below `folder`; no other may be at work."""
     for path in folder.rglob(".*.*.tmp"):
-        if path.is_symlink() or not path.is_dir():  # a folder of such a name is nothing that we left
-            path.unlink(missing_ok=True)
+        with suppress(OSError):  # what cannot be removed is in nobody's way; a folder is nothing that we left
+            path.unlink()
 
 
 def read_json(path: Path) -> Any:
@@ -124,9 +190,10 @@ def read_json(path: Path) -> Any:
         OSError: it cannot be read.
         ValueError: it is no JSON, or absurdly deep.
     """
-    if path.exists() and not path.is_file():  # a pipe would keep us waiting, a device would never end
+    found = os.stat(path)
+    if not S_ISREG(found.st_mode):  # a pipe would keep us waiting, a device would never end
         raise OSError(errno.EINVAL, "not a regular file")
-    if path.stat().st_size > MAX_JSON:
+    if found.st_size > MAX_JSON:
         raise OSError(errno.EFBIG, f"larger than {MAX_JSON >> 20} MiB")
     try:
         return json.loads(path.read_bytes())
@@ -138,11 +205,13 @@ def check_npy(path: Path, shape: tuple[int, ...], dtype: str) -> None:
     """Check by header and length, without reading it, that a file is a whole .npy array of `shape` and `dtype`.
 
     Raises:
-        UserError: it is missing, damaged, truncated, of another shape or type, or holds pickled objects.
+        UserError: it is missing, damaged, truncated, of another shape or type, or holds pickled objects; an
+            `UnreadableError`, the system does not let us read it.
     """
     hint = "run pre_bdd100k.py again, which mends it"
     try:
-        if path.exists() and not path.is_file():  # a pipe would keep us waiting
+        found = os.stat(path)
+        if not S_ISREG(found.st_mode):  # a pipe would keep us waiting
             raise ValueError
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("error")  # of headers that are no Python, or Python 2's
@@ -150,9 +219,11 @@ def check_npy(path: Path, shape: tuple[int, ...], dtype: str) -> None:
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError
             actual_shape, fortran_order, actual_dtype = np.lib.format.read_array_header_1_0(file)
-            missing = file.tell() + actual_dtype.itemsize * math.prod(actual_shape) - path.stat().st_size
-    except FileNotFoundError:
+            missing = file.tell() + actual_dtype.itemsize * math.prod(actual_shape) - found.st_size
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; {hint}") from None
+    except OSError as error:
+        raise cannot_be_read(path, error) from None
     except Exception:  # NumPy tokenizes and evaluates a header, and damaged ones raise almost anything there
         raise UserError(f"{path}: damaged, or not an .npy file; {hint}") from None
     if actual_dtype.hasobject:

@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.bdd100k import CLASS_NAMES, MAX_PIXELS, NUM_CLASSES
 from utils.errors import UserError
-from utils.files import atomic_write, read_json
+from utils.files import atomic_write, cannot_be_read, is_folder, read_json
 
 FORMAT_VERSION = 1
 IMAGE_DTYPES = ("float32", "float16", "uint8")
@@ -76,7 +76,7 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
             `allow_incomplete`) is of a run that was stopped before its end.
     """
     path = folder / "manifest.json"
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"{folder}: no such folder (make it with pre_bdd100k.py)")
     try:
         fields = read_json(path)
@@ -90,7 +90,7 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
             raise UserError(f"{folder}: is above the splits; give one of them, such as {split.parent}") from None
         raise UserError(f"{path}: not found; {folder} was not written by pre_bdd100k.py") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise cannot_be_read(path, error) from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path}: not a manifest of pre_bdd100k.py; run it again with --overwrite") from None
     if not (manifest.complete or allow_incomplete):

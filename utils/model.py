@@ -8,6 +8,7 @@ that the loops know of neither.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from segment_anything import CheckpointError, sam_model_registry
-from segment_anything.build_sam import PATCH_SIZE
+from segment_anything.build_sam import PATCH_SIZE, FineTunedError
 from segment_anything.modeling import Sam, SemanticDecoder
 from utils.bdd100k import NUM_CLASSES
 from utils.errors import UserError
@@ -163,8 +164,32 @@ class SemanticSegmenter(Segmenter):
 SEGMENTERS: dict[str, type[Segmenter]] = {"box": BoxSegmenter, "semantic": SemanticSegmenter}
 
 
+@dataclass(frozen=True)
+class CheckpointFlags:
+    """The flags of a script that take checkpoints, for what it says of a file that was given to the wrong one."""
+
+    sam: str = "--sam_checkpoint"
+    ours: str = "--model_checkpoint"
+
+    def about(self, error: CheckpointError) -> UserError:
+        """What `read_state_dict` raised, as the user of the script is told it."""
+        if isinstance(error, FineTunedError):
+            return UserError(f"{error}; give it as {self.ours}, and the SAM file it was trained on as {self.sam}")
+        return UserError(str(error))
+
+
+INFER_FLAGS = CheckpointFlags()  # and of utils.ckpt_convert
+TRAIN_FLAGS = CheckpointFlags(sam="-checkpoint", ours="--resume")
+
+
 def build_model(
-    model_type: str, sam_checkpoint: Path, *, image_size: int, prompt_mode: str = "box", check_hash: bool = False
+    model_type: str,
+    sam_checkpoint: Path,
+    *,
+    image_size: int,
+    prompt_mode: str = "box",
+    check_hash: bool = False,
+    flags: CheckpointFlags = INFER_FLAGS,
 ) -> Segmenter:
     """Build the segmenter of a prompt mode on a SAM file.
 
@@ -176,5 +201,5 @@ def build_model(
     try:
         sam = sam_model_registry[model_type](sam_checkpoint, image_size=image_size, check_hash=check_hash)
     except CheckpointError as error:
-        raise UserError(str(error)) from None
+        raise flags.about(error) from None
     return SEGMENTERS[prompt_mode](sam)

@@ -23,21 +23,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from types import TracebackType
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from utils.bdd100k import IMAGE_SUFFIXES, MAX_PIXELS, read_image, read_size
-from utils.errors import UserError
-from utils.files import atomic_write, make_folder
+from utils.bdd100k import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, read_image, read_size
+from utils.errors import UnreadableError, UserError
+from utils.files import atomic_write, cannot_be_read, is_folder, listed, make_folder, status
+from utils.image_files import MAX_PIXELS
 from utils.visualize import overlay
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")  # in any case; more is tried, see `find_source`
 DEFAULT_FPS = 25.0  # of a video whose header tells none
 _MAX_FPS = 240.0  # above it, the header tells the clock of a variable frame rate (such as 1000), not the frame rate
 _JPEG_QUALITY = 92
+_READ = "no .jpg, .jpeg or .png picture, nor .webp, .bmp or .tif,"
 _TAKES = "give a .jpg or .png picture, a folder of them, a quoted pattern such as 'drive/*.jpg', or a video"
 
 Frame = tuple[str, "np.ndarray | UserError"]  # a name and (H, W, 3) uint8 RGB, or why there is no image
@@ -49,6 +52,7 @@ class ImageFolder:
 
     pictures: dict[str, Path]  # by names that are unique, also where a file system takes upper case for lower
     videos: Sequence[Path] = ()  # that lie among them, and are sources by themselves only
+    foreign: Sequence[Path] = ()  # pictures that lie among them, of formats that are not read
 
     @property
     def count(self) -> int:
@@ -96,28 +100,45 @@ def find_source(spec: str) -> ImageFolder | Video:
     """What a user's path means: a picture, a folder of pictures, a glob pattern (`**` = any folders), or a video.
 
     A file of another suffix is a video if OpenCV reads two frames or more of it; by one alone, stills of formats that
-    are not read here (.webp, .bmp, ...) would pass for videos.
+    are not read here (.gif, .jp2, ...) would pass for videos.
 
     Raises:
-        UserError: nothing is there, or neither pictures nor a video that can be read.
+        UserError: nothing is there, or neither pictures nor a video that can be read; an `UnreadableError`, the system
+            does not let us look.
     """
     path = Path(os.path.expanduser(spec))
-    if spec and os.path.isdir(path):
+    found = status(path) if spec else None
+    if found and S_ISDIR(found.st_mode):
         return _folder(path)
-    if os.path.isfile(path):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+    if found and S_ISREG(found.st_mode):
+        if path.suffix.lower() in (*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES):
             read_size(path)  # one damaged picture among many is told at the end, the only one at once
             return ImageFolder({path.stem: path})
         return _video(path)
     if glob.has_magic(spec):
         matches = glob.glob(str(path), recursive=True)
         if not matches:
+            _require_listable(path)
             raise UserError(f"{spec}: the pattern matches nothing ({_TAKES})")
-        pictures = _pictures(map(Path, matches))
-        if not pictures:
-            raise UserError(f"{spec}: the pattern matches no .jpg, .jpeg or .png picture ({_TAKES})")
-        return ImageFolder(pictures, _of_kind(VIDEO_SUFFIXES, map(Path, matches)))
+        source = _folder_of(map(Path, matches))
+        if not source.pictures:
+            raise UserError(f"{spec}: the pattern matches {_READ} that is read here{_others(source)} ({_TAKES})")
+        return source
     raise UserError(f"{spec or repr(spec)}: no such file or folder ({_TAKES})")
+
+
+def _require_listable(pattern: Path) -> None:
+    """Raise an `UnreadableError` if a pattern matches nothing because its folder cannot be listed; `glob` says none."""
+    folder = next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
+    if is_folder(folder):
+        listed(folder)
+
+
+def _others(source: ImageFolder) -> str:
+    """What there is in place of pictures that are read."""
+    if source.foreign:
+        return f", but {len(source.foreign)} of other formats, such as {source.foreign[0].name}: convert them to JPEG"
+    return ""
 
 
 def refuse_overwriting(source: ImageFolder | Video, output: Path) -> None:
@@ -132,27 +153,33 @@ def refuse_overwriting(source: ImageFolder | Video, output: Path) -> None:
 
 
 def _folder(path: Path) -> ImageFolder:
-    try:
-        entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    entries = [entry for entry in listed(path) if not entry.name.startswith(".")]
     if not entries:
         raise UserError(f"{path}: an empty folder ({_TAKES})")
-    pictures = _pictures(entries)
-    if not pictures:
-        raise UserError(f"{path}: no .jpg, .jpeg or .png picture directly in this folder (for those in folders below, "
+    source = _folder_of(entries)
+    if not source.pictures:
+        raise UserError(f"{path}: {_READ} directly in this folder{_others(source)} (for those in folders below, "
                         f"give a quoted pattern such as '{path / '**' / '*.jpg'}'; videos one at a time)")
-    return ImageFolder(pictures, _of_kind(VIDEO_SUFFIXES, entries))
+    return source
 
 
-def _pictures(paths: Iterable[Path]) -> dict[str, Path]:
-    """Those of the paths that are picture files, sorted, by unique names."""
-    found = _of_kind(IMAGE_SUFFIXES, paths)
-    return dict(zip(_unique_names(found), found))
+def _folder_of(paths: Iterable[Path]) -> ImageFolder:
+    """Those of the paths that are files, sorted, by what their suffixes say."""
+    files = sorted(filter(_may_be_read, set(paths)))
+    pictures, videos, foreign = (
+        [path for path in files if path.suffix.lower() in suffixes]
+        for suffixes in (IMAGE_SUFFIXES, VIDEO_SUFFIXES, FOREIGN_SUFFIXES)
+    )
+    return ImageFolder(dict(zip(_unique_names(pictures), pictures)), videos, foreign)
 
 
-def _of_kind(suffixes: Sequence[str], paths: Iterable[Path]) -> list[Path]:
-    return sorted({path for path in paths if path.suffix.lower() in suffixes and os.path.isfile(path)})
+def _may_be_read(path: Path) -> bool:
+    """Whether a regular file is there, or one that the system does not tell us of: reading it says why, in its turn."""
+    try:
+        found = status(path)
+    except UnreadableError:
+        return True
+    return found is not None and S_ISREG(found.st_mode)
 
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:
@@ -184,7 +211,7 @@ def _video(path: Path) -> Video:
         with open(path, "rb") as file:
             start = file.read(4096)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise cannot_be_read(path, error) from None
     # FFmpeg makes a video of the letters of a text file, and follows the addresses in a playlist. A video's header
     # holds zeros, a text none.
     if b"\0" not in start:

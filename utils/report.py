@@ -11,7 +11,7 @@ from torch import Tensor
 from utils import distributed
 from utils.choices import MAP_RULES, MapRule
 from utils.errors import UserError, printable
-from utils.files import atomic_write, read_json
+from utils.files import atomic_write, is_folder, listed, read_json
 from utils.metrics import format_details, format_report, results_dict
 from utils.visualize import save_confusion_matrix
 
@@ -93,7 +93,7 @@ def _remove(paths: Iterable[Path]) -> int:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    return [path for path in listed(folder) if not path.name.startswith(".")] if is_folder(folder) else []
 
 
 def _tell_others(folder: Path) -> None:

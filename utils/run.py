@@ -21,10 +21,10 @@ from torch import Tensor
 from utils import checkpoint, distributed
 from utils.checkpoint import BEST, LATEST, ModelInfo
 from utils.engine import Progress
-from utils.errors import DivergedError, LostPeerError, NotSavedError, UserError
-from utils.files import free_room, remove_temporaries, require_writable
+from utils.errors import DivergedError, LostPeerError, NotSavedError, UnreadableError, UserError
+from utils.files import exists, free_room, is_folder, listed, remove_temporaries, require_writable, status
 from utils.log import CONFIG, RunLogger
-from utils.model import Segmenter
+from utils.model import TRAIN_FLAGS, Segmenter
 from utils.stopping import StopSignals
 
 AUTO = Path("auto")  # as --resume
@@ -59,23 +59,30 @@ def find_latest(resume: Path, work_dir: Path, task_name: str) -> Path | None:
         UserError: there is a `latest`, or a run's folder, but none that can be read.
     """
     if resume != AUTO:
-        return _newest_good(resume) if resume.is_dir() else resume
+        return _newest_good(resume) if is_folder(resume) else resume
     pattern = re.compile(re.escape(task_name) + r"-\d{8}-\d{4}(-\d+)?")
-    folders = [folder for folder in work_dir.glob("*") if pattern.fullmatch(folder.name) and _versions(folder)]
+    candidates = listed(work_dir) if is_folder(work_dir) else []
+    folders = [folder for folder in candidates if pattern.fullmatch(folder.name) and _versions(folder)]
     if not folders:
         return None
-    return _newest_good(max(folders, key=lambda folder: max(path.stat().st_mtime for path in _versions(folder))))
+    return _newest_good(max(folders, key=_last_saved))
+
+
+def _last_saved(folder: Path) -> float:
+    return max(found.st_mtime for found in map(status, _versions(folder)) if found)
 
 
 def _newest_good(folder: Path) -> Path:
     """The run's newest `latest` that can be read."""
-    if not _versions(folder) and (folder / CONFIG).exists():
+    if not _versions(folder) and exists(folder / CONFIG):
         raise UserError(f"{folder}: nothing was saved there, so there is nothing to resume; "
                         "run the same command without --resume")
     errors = []
     for path in _versions(folder) or [folder / LATEST]:
         try:
-            checkpoint.load_checkpoint(path)
+            checkpoint.load_checkpoint(path, TRAIN_FLAGS)
+        except UnreadableError:
+            raise  # it may be intact, and the one before would cost what was trained since
         except UserError as error:
             errors.append(error)
             continue
@@ -89,7 +96,8 @@ def _newest_good(folder: Path) -> Path:
 def _versions(folder: Path) -> list[Path]:
     """The run's `latest` and the numbered ones before it, newest first."""
     number = re.compile(re.escape(Path(LATEST).stem) + r"(?:\.(\d+))?" + re.escape(Path(LATEST).suffix))
-    found = {path: match for path in folder.glob("*") if (match := number.fullmatch(path.name))}
+    names = listed(folder) if is_folder(folder) else []
+    found = {path: match for path in names if (match := number.fullmatch(path.name)) and exists(path)}
     return sorted(found, key=lambda path: int(found[path][1] or 0))
 
 
@@ -110,7 +118,7 @@ def read_latest(
         UserError: `path` is nothing, or of a run that began with other settings; a `FinishedError`, of one that has its
             epochs already.
     """
-    state = checkpoint.load_checkpoint(path)
+    state = checkpoint.load_checkpoint(path, TRAIN_FLAGS)
     if "run_state" not in state:
         raise UserError(f"{path}: holds no state to resume from; give the run's {LATEST}")
     if not (isinstance(state.get("args"), dict) and _is_run_state(state["run_state"])):
@@ -145,7 +153,7 @@ def require_room(work_dir: Path, latest: Latest | None, model: Segmenter, keep_l
     # The best has the weights; each latest, those that are kept and the one that is being written, two moments too.
     needed = of_weights * (1 + 3 * (keep_last + 2))
     taken = sum(path.stat().st_size for path in folder.glob("*.pth")) if latest else 0
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    place = next(path for path in (folder, *folder.absolute().parents) if exists(path))
     if needed > taken + shutil.disk_usage(place).free:
         raise UserError(f"{folder}: the checkpoints need {(needed - taken) / 2**20:.0f} MiB, but {free_room(place)}; "
                         "make room there, lower --keep_last, or give another -work_dir")

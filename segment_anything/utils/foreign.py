@@ -1,0 +1,150 @@
+"""Checkpoints that other programs wrote: those that are a SAM in other words, and the names of those that are not."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from segment_anything.utils.plain_load import MAX_PICKLE, is_archive, load_plain, require_readable
+
+OURS = "a fine-tuned decoder of train_bdd100k.py"
+SAM = "a SAM checkpoint"
+# What a file is, by a name in it; the first that fits. Names may have prefixes, such as DDP's "module.".
+_KINDS = (
+    (r"^class_names$[\s\S]*^sam_sha256$|^sam_sha256$[\s\S]*^class_names$", OURS),
+    (r"^pytorch-lightning_version$", "a checkpoint of PyTorch Lightning: save the SAM in it by itself, with "
+     "torch.save(sam.state_dict(), FILE)"),
+    (r"^base_model\.model\.|\.lora_[AB]\.", "a LoRA adapter of PEFT: merge it into its SAM and save that, with "
+     "torch.save(sam.state_dict(), FILE)"),
+    (r"^ultralytics\.", "a checkpoint of Ultralytics (FastSAM, or another YOLO), which is not supported"),
+    (r"(^|\.)mask_decoder\.h[fq]_token\.", "a checkpoint of SAM-HQ, which is not supported"),
+    (r"(^|\.)image_encoder\.patch_embed\.seq\.",
+     "a checkpoint of MobileSAM, or of another SAM on TinyViT, which is not supported"),
+    (r"(^|\.)(detector|detector_model|tracker_model)\.", "a checkpoint of SAM 3, which is not supported"),
+    (r"(^|\.)(image_encoder\.trunk|vision_encoder\.backbone|memory_attention|sam_mask_decoder)\.",
+     "a checkpoint of SAM 2, which is not supported"),
+    (r"(^|\.)(image_encoder\.blocks|vision_encoder\.layers)\.0\.[\s\S]*(^|\.)mask_decoder\."
+     r"|(^|\.)mask_decoder\.[\s\S]*(^|\.)(image_encoder\.blocks|vision_encoder\.layers)\.0\.", SAM),
+)  # fmt: skip
+_WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys that trainers put a state dict under
+_PREFIXES = ("module.", "_orig_mod.")  # of DDP and of torch.compile
+
+# Hugging Face's SamModel -> SAM, each applied to what the ones before it made of a name.
+_FROM_HUGGING_FACE = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^(shared_image_embedding|prompt_encoder\.shared_embedding)\.positional_embedding$",
+         "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
+        (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
+        (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
+        (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
+        (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
+        (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
+        (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
+        (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
+        (r"^vision_encoder\.neck\.conv1\.", "image_encoder.neck.0."),
+        (r"^vision_encoder\.neck\.layer_norm1\.", "image_encoder.neck.1."),
+        (r"^vision_encoder\.neck\.conv2\.", "image_encoder.neck.2."),
+        (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
+        (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
+        (r"^vision_encoder\.", "image_encoder."),
+        (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
+        (r"\.layer_norm(\d)\.", r".norm\1."),
+        (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
+        (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
+        (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
+        # Of three layers, its MLPs number the one in the middle alone.
+        (r"(_mlps\.\d|iou_prediction_head)\.layers\.0\.", r"\1.layers.1."),
+        (r"(_mlps\.\d|iou_prediction_head)\.proj_in\.", r"\1.layers.0."),
+        (r"(_mlps\.\d|iou_prediction_head)\.proj_out\.", r"\1.layers.2."),
+    )
+)  # fmt: skip
+
+
+def load(path: Path) -> Any:
+    """What a PyTorch or a safetensors file holds, without running anything of it; raises as `load_plain`."""
+    if not _is_safetensors(path):
+        return load_plain(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        require_readable(path)
+        raise ValueError(f"{path}: damaged, or not a file of plain tensors") from error
+
+
+def sam_state(payload: Any) -> dict[str, Tensor] | None:
+    """The state dict in what was loaded, by the names that SAM has: without what trainers put around it, and with the
+    names of Hugging Face's `SamModel` replaced. None where there is no state dict."""
+    if not isinstance(payload, dict):
+        return None
+    for key in _WRAPPERS:
+        if isinstance(inner := payload.get(key), dict) and kind_of(map(str, inner)) == SAM:
+            payload = inner
+    if not payload or not all(
+        isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()
+        for key, value in payload.items()
+    ):
+        return None
+    state: dict[str, Tensor] = payload
+    while any(state and all(key.startswith(prefix) for key in state) for prefix in _PREFIXES):
+        state = {key.partition(".")[2]: value for key, value in state.items()}
+    if any(key.startswith("vision_encoder.") for key in state) and kind_of(state) == SAM:
+        state = {_from_hugging_face(key): value for key, value in state.items()}
+    return state
+
+
+def _from_hugging_face(key: str) -> str:
+    for pattern, replacement in _FROM_HUGGING_FACE:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def kind_of(names: Iterable[str]) -> str | None:
+    """What a file is that has these names in it, with what can be done about it; None where they tell nothing."""
+    text = "\n".join(names)
+    return next((kind for pattern, kind in _KINDS if re.search(pattern, text, re.MULTILINE)), None)
+
+
+def kind_of_file(path: Path) -> str | None:
+    """As `kind_of`, of a file that could not be loaded: nothing of it is run, and no tensor is read."""
+    try:
+        return kind_of(_names_in(path))
+    except Exception:  # damaged bytes lead the parsers to almost any; such a file has no names
+        return None
+
+
+def _names_in(path: Path) -> list[str]:
+    if _is_safetensors(path):
+        with open(path, "rb") as file:
+            header: Mapping[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return list(header)
+    if is_archive(path):
+        with zipfile.ZipFile(path) as archive:
+            (member,) = (one for one in archive.infolist() if one.filename.endswith("/data.pkl"))
+            with archive.open(member) as file:
+                streams = [io.BytesIO(file.read(MAX_PICKLE))]
+    else:
+        with open(path, "rb") as file:
+            stream = io.BytesIO(file.read(MAX_PICKLE))
+        streams = [stream] * 4  # the fourth is the object
+    names: list[str] = []
+    for stream in streams:
+        names += (str(argument) for opcode, argument, _ in pickletools.genops(stream) if isinstance(argument, str))
+    return names
+
+
+def _is_safetensors(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(9)
+    length = int.from_bytes(start[:8], "little")
+    return start[8:] == b"{" and length <= min(MAX_PICKLE, path.stat().st_size - 8)
