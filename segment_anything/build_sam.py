@@ -25,6 +25,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used, told in one line: which file, what is wrong with it, how to mend it."""
 
 
+class MissingCheckpointError(CheckpointError, FileNotFoundError):
+    """There is no such file; also what programs for the public package expect."""
+
+
 class FineTunedError(CheckpointError):
     """A checkpoint of `train_bdd100k.py` where a SAM file is wanted."""
 
@@ -154,7 +158,7 @@ def read_state_dict(path: Path, model_type: str) -> dict[str, Tensor]:
             raise FileNotFoundError
         payload = foreign.load(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path}: no such checkpoint{fetch}") from None
+        raise MissingCheckpointError(f"{path}: no such checkpoint{fetch}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     except CheckpointError:

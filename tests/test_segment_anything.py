@@ -1131,3 +1131,9 @@ def test_predictor_errors() -> None:
     predictor.reset_image()
     with pytest.raises(RuntimeError, match="call set_image first"):
         predictor.get_image_embedding()
+
+
+def test_a_missing_checkpoint_is_what_programs_for_either_package_catch(tmp_path: Path) -> None:
+    for expected in (FileNotFoundError, CheckpointError):
+        with pytest.raises(expected, match=r"none\.pth: no such checkpoint"):
+            sam_model_registry["vit_b"](checkpoint=tmp_path / "none.pth")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from segment_anything.modeling.common import MLP, ArgumentError, is_plain, pixel_upscaling, upscaled_masks
+from segment_anything.modeling.common import MLP, ArgumentError, LayerNorm2d, is_plain, pixel_upscaling, upscaled_masks
 from segment_anything.modeling.transformer import TwoWayTransformer, repeated
 
-__all__ = ["MLP", "MaskDecoder"]
+__all__ = ["MLP", "LayerNorm2d", "MaskDecoder"]  # the first two are found here in the public package too
 
 
 class MaskDecoder(nn.Module):
