@@ -46,6 +46,7 @@ from utils.choices import (
 # What a resumed run must share with its beginning, by the names that the user knows.
 KEPT_ON_RESUME = {
     "prompt_mode": "--prompt_mode",  # first: it decides the defaults of others
+    "losses": "the loss",
     "model_type": "-model_type",
     "lr": "-lr",
     "weight_decay": "-weight_decay",
@@ -55,7 +56,6 @@ KEPT_ON_RESUME = {
     "classes_per_image": "--classes_per_image",
     "bbox_shift": "--bbox_shift",
     "augment": "--augment",
-    "losses": "the loss",
     "cache_views": "--cache_views",
     "seed": "--seed",
 }
@@ -64,11 +64,12 @@ KEPT_ON_RESUME = {
 OF_INFERENCE = {"amp_dtype": "auto", "cache_embeddings": "auto", "cache_dtype": "float16"}
 
 MEMORY_ADVICE = ("lower -batch_size and raise --grad_acc_steps by the same factor, which changes nothing else; or add "
-                 "-use_amp, or preprocess at a smaller --image_size")
+                 "-use_amp, give a smaller --classes_per_image (box mode), or preprocess at a smaller --image_size")
 
 # What a card has room and arithmetic for; without --preset, what the specification has. All make optimizer steps of 16
-# images per process, so that a run means the same on each. Of an H200, those of cards held up to 2.8, 5.1 and 9.9 GB of
-# memory with vit_b at 1024 (docs/PERFORMANCE.md); the cards they are named after were not at hand.
+# images per process, so that a run means the same on each. With vit_b at 1024 in semantic mode, those of cards held up
+# to 2.8, 5.1 and 9.9 GB of an H200. In box mode, all 19 classes of an image take 4.1, 8.3 and 16.5 GiB, by counting
+# tensors.
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {"batch_size": 4, "grad_acc_steps": 4, "use_amp": False, "amp_dtype": "auto", "num_workers": 4},
     "2080ti": {"batch_size": 4, "grad_acc_steps": 4, "use_amp": True, "amp_dtype": "fp16", "num_workers": 4},
@@ -362,13 +363,14 @@ def next_command(args: argparse.Namespace, run: Run) -> str:
 
 def latest_of(args: argparse.Namespace, config: dict[str, Any]) -> Latest | None:
     """What `--resume` names, checked against the flags; None without it, and where `auto` finds nothing."""
+    unused = ("classes_per_image", "bbox_shift") if args.prompt_mode == "semantic" else ()
     path = args.resume and find_latest(args.resume, args.work_dir, args.task_name)
     if not path:
         return None
     return read_latest(
         path,
         config=config,
-        kept=KEPT_ON_RESUME,
+        kept={key: name for key, name in KEPT_ON_RESUME.items() if key not in unused},
         num_epochs=args.num_epochs,
         choose_by_miou=args.val_npy_path is not None,
     )

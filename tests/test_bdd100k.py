@@ -208,10 +208,10 @@ def test_colour_pictures_alone(tmp_path, colours):
 def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
     images, _ = lay_out(tmp_path, NEW, "train", ["a.jpg"], ["a.png"])
 
-    def refuse(self):
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
+    monkeypatch.setattr("os.listdir", refuse)
     with pytest.raises(UserError, match=rf"{images}: cannot be read \(Permission denied\)"):
         find_split(tmp_path, "train")
 

@@ -209,7 +209,7 @@ def test_a_second_evaluation_leaves_nothing_of_the_first(
     names = {path.stem for path in (npy / "val" / "imgs").iterdir()}
     assert {path.stem for path in (out / "visualizations").iterdir()} == {*names, "mine"}
     assert not list((out / "predictions").iterdir())
-    assert f"{out}: 17 files of an earlier evaluation are replaced" in said  # 3 results and 2 x 7 pictures
+    assert f"{out}: 17 files of an earlier evaluation are removed" in said  # 3 results and 2 x 7 pictures
     assert f"{out / 'visualizations'}: 1 other files stay there, such as mine.png" in said
     infer()
     assert [path.name for path in (out / "visualizations").iterdir()] == ["mine.png"]

@@ -38,7 +38,7 @@ def test_what_an_evaluation_wrote_goes_and_what_it_did_not_write_stays(
     (tmp_path / ".pictures.json").unlink()
     assert files(tmp_path) == {str(path.relative_to(tmp_path)) for path in mine}
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{tmp_path}: 7 files of an earlier evaluation are replaced"
+    assert said[0] == f"{tmp_path}: 7 files of an earlier evaluation are removed"
     assert said[1] == f"{tmp_path}/visualizations: 1 other files stay there, such as mine.png"
     assert len(said) == 3
 

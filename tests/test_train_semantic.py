@@ -55,6 +55,18 @@ def test_resumed_equals_straight_bit_for_bit(train: Train, run: Path, npy: Path,
         assert torch.equal(resumed[key], value), key
 
 
+def test_a_run_of_an_earlier_version_is_resumed(train: Train, npy: Path, tmp_path: Path) -> None:
+    """It does not name its loss, and a flag of box mode had another default."""
+    flags = ["--prompt_mode", "semantic", "--val_npy_path", npy / "val", "--lr_scheduler", "constant"]
+    folder = train(tmp_path, *flags, "-num_epochs", 1)
+    state = torch.load(folder / checkpoint.LATEST, weights_only=True)
+    del state["args"]["losses"]
+    state["args"]["classes_per_image"] = 1
+    torch.save(state, folder / checkpoint.LATEST)
+    train(tmp_path, *flags, "-num_epochs", 2, "--resume", folder)
+    assert len(log_of(folder)) == 2
+
+
 @pytest.mark.parametrize("prompt_mode", ["semantic", "box"])
 def test_another_image_size_than_the_sam_files(prompt_mode: str, train: Train, sam_file: Path, tmp_path: Path) -> None:
     side = IMAGE_SIZE + 32

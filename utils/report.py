@@ -39,7 +39,7 @@ def begin_results(output_dir: Path, pictures: Mapping[str, Iterable[str]]) -> No
     removed = _remove([*(output_dir / name for name in _RESULTS), *old])
     _remove([record])
     if removed:
-        distributed.say(printable(f"{output_dir}: {removed:,} files of an earlier evaluation are replaced"))
+        distributed.say(printable(f"{output_dir}: {removed:,} files of an earlier evaluation are removed"))
     for folder in _PICTURES:
         _tell_others(output_dir / folder)
     if coming:

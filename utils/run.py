@@ -156,7 +156,8 @@ def require_room(work_dir: Path, latest: Latest | None, model: Segmenter, keep_l
     place = next(path for path in (folder, *folder.absolute().parents) if exists(path))
     if needed > taken + shutil.disk_usage(place).free:
         raise UserError(f"{folder}: the checkpoints need {(needed - taken) / 2**20:.0f} MiB, but {free_room(place)}; "
-                        "make room there, lower --keep_last, or give another -work_dir")
+                        f"make room there, {'or ' if latest else ''}lower --keep_last"
+                        f"{'' if latest else ', or give another -work_dir'}")
 
 
 def cache_to_use(where: str, latest: Latest | None) -> str:
@@ -207,7 +208,7 @@ def require_same_data(data: Mapping[str, str | None], info: ModelInfo, latest: L
     for key, flag in {"train_data": "-i", "val_data": "--val_npy_path"}.items():
         then = latest.state["args"].get(key)
         if then is not None and data[key] not in (then, None):
-            raise UserError(f"{latest.path}: began with other data than {flag} has now (other images or other masks); "
+            raise UserError(f"{latest.path}: began with other data than {flag} has now (other names, sizes or labels); "
                             "give the data that it began with, or start a new run")
 
 
