@@ -50,7 +50,12 @@ def launch(sam_file: Path, npy: Path) -> Launch:
 
 
 def flat(state: dict[str, Tensor]) -> Tensor:
-    return torch.cat([value.flatten().double() for value in state.values()])
+    """The weights in one vector, but for the biases of keys.
+
+    Such a bias adds the same to all scores of a query, which softmax does not see: its gradient is rounding noise, which
+    Adam turns into full steps.
+    """
+    return torch.cat([value.flatten().double() for key, value in state.items() if not key.endswith("k_proj.bias")])
 
 
 # 20 steps. Seven images in batches of one divide by none of this: each epoch's second step is three and a filler.
@@ -87,9 +92,8 @@ def test_several_processes_give_the_weights_of_one(
     before = flat({key: value for key, value in start.items() if key.startswith("mask_decoder.")})
     difference, change = (several - single).norm().item(), (single - before).norm().item()
     print(f"relative to the weights {difference / single.norm().item():.1e}, to their change {difference / change:.1e}")
-    assert difference < 1e-5 * single.norm().item()
-    # Adam turns the rounding of vanishing gradients into steps, so that of the change it is a larger part.
-    assert difference < 1e-2 * change
+    assert difference < 1e-6 * single.norm().item()
+    assert difference < 1e-4 * change
 
 
 def test_two_processes_log_what_one_does(two_by_two: Path, one_by_four: Path) -> None:
