@@ -383,8 +383,7 @@ def main(args: Namespace) -> int:
     settings = Settings(args.image_size, args.image_dtype, args.resize_mode)
     # Everything that can be known to fail fails here, before the first write.
     splits = {name: find_split(args.bdd100k_root, name) for name in args.splits}
-    for split in splits.values():
-        check_first_masks(split)
+    doubts = [doubt for split in splits.values() if (doubt := check_first_masks(split))]
     jobs: dict[str, list[Job]] = {}
     earlier_items: dict[str, dict[str, ManifestItem]] = {}
     notes = [note for split in splits.values() for note in split.notes]
@@ -399,6 +398,8 @@ def main(args: Namespace) -> int:
 
     for note in dict.fromkeys(notes):
         print(printable(note), flush=True)
+    for doubt in doubts:
+        print(f"warning: {printable(doubt)}", file=sys.stderr, flush=True)
     manifests = {}
     for name, split in splits.items():
         sources = {job.item.name: job.sources for job in jobs[name] if job.sources}
@@ -446,7 +447,7 @@ def main(args: Namespace) -> int:
 
     for name, split in splits.items():
         report(args.output_path / name, split, manifests[name], kept=sum(job.done for job in jobs[name]))
-    command = None if suspect else next_command(args.output_path, manifests)
+    command = None if suspect or doubts else next_command(args.output_path, manifests)
     if command:
         print(f"\nNext:\n    {command}")
     sys.stdout.flush()  # before the errors, in whatever file the two may share

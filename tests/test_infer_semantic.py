@@ -251,6 +251,23 @@ def test_original_masks_are_found_and_checked_as_preprocessing_does(
     assert read_results(tmp_path / "out") == before  # told before anything was replaced
 
 
+def test_original_masks_of_odd_shares_are_warned_of(
+    infer: Callable[..., int | None],
+    scenes: Path,
+    semantic: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(scenes, tmp_path / "data")
+    masks = tmp_path / "data" / "labels" / "sem_seg" / "masks" / "val"
+    for path in masks.iterdir():
+        with Image.open(path) as mask:
+            Image.new("L", mask.size, 7).save(path)
+    assert not infer("--model_checkpoint", semantic, "--eval_size", "original", "--bdd100k_root", tmp_path / "data")
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert f"{masks}: label 7" in line and "id2label" in line
+
+
 def write_detections(path: Path, names: list[str], category: str = "car") -> Path:
     box = {"x1": 20, "y1": 30, "x2": 200.5, "y2": 120}
     frames = [{"name": f"{name}.jpg", "labels": [{"category": category, "box2d": box}] * 2} for name in names]

@@ -340,6 +340,19 @@ def test_wrong_labels_stop_before_the_first_write(run, data, tmp_path, spoil):
     assert not (tmp_path / "out").exists()
 
 
+def test_labels_whose_shares_are_odd_are_warned_of(data, tmp_path, capsys):
+    """They may be label ids, or good train ids of a street full of signs."""
+    for mask in (data / "labels/sem_seg/masks/train").iterdir():
+        Image.new("L", (48, 24), 7).save(mask)
+    flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--image_size", 32]
+    assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags])) == 0
+    said = capsys.readouterr()
+    (warning,) = [line for line in said.err.splitlines() if "warning: " in line]
+    assert f"warning: {data}/labels/sem_seg/masks/train: label 7" in warning and "id2label" in warning
+    assert [item.pixels[7] for item in read_manifest(tmp_path / "out/train").items] == [1024] * 3
+    assert "Next:" not in said.out
+
+
 def test_many_failures_are_grouped(run, data, tmp_path, capsys):
     draw(data, "train", [f"x{index:02}" for index in range(30)])
     images, masks = data / "images/10k/train", data / "labels/sem_seg/masks/train"
