@@ -386,7 +386,8 @@ def main(args: Namespace) -> int:
     doubts = [doubt for split in splits.values() if (doubt := check_first_masks(split))]
     jobs: dict[str, list[Job]] = {}
     earlier_items: dict[str, dict[str, ManifestItem]] = {}
-    notes = [note for split in splits.values() for note in split.notes]
+    places = "; ".join(note for split in splits.values() for note in split.notes)
+    notes = [places] if places else []
     for name, split in splits.items():
         folder = args.output_path / name
         earlier = None if args.overwrite else read_earlier(folder, settings, split.labelled)
@@ -398,8 +399,12 @@ def main(args: Namespace) -> int:
 
     for note in dict.fromkeys(notes):
         print(printable(note), flush=True)
+    if len({split.base for split in splits.values()}) > 1:
+        found = ", ".join(f"{name} in {split.base}" for name, split in splits.items())
+        print(printable(f"warning: the splits are in different folders ({found}); if they are not of one data set, "
+                        "give another --bdd100k_root"), file=sys.stderr, flush=True)
     for doubt in doubts:
-        print(f"warning: {printable(doubt)}", file=sys.stderr, flush=True)
+        print(printable(f"warning: {doubt}"), file=sys.stderr, flush=True)
     manifests = {}
     for name, split in splits.items():
         sources = {job.item.name: job.sources for job in jobs[name] if job.sources}

@@ -113,7 +113,7 @@ def test_root_above_the_data(tmp_path, deeper, layout):
     images, masks = lay_out(tmp_path / deeper, layout, "train", ["a.jpg"], [f"a{layout[2]}"])
     split = find_split(tmp_path, "train")
     assert split.items == [Item("a", images / "a.jpg", masks / f"a{layout[2]}")]
-    assert split.notes == [f"{tmp_path}: the data are in {tmp_path / deeper}"]
+    assert split.notes == [f"train: the images are in {images}"]
 
 
 @pytest.mark.parametrize("inside", ["images", "images/10k", "images/10k/train", "labels", "labels/sem_seg/masks/val"])
@@ -124,7 +124,7 @@ def test_root_inside_the_data(tmp_path, inside, monkeypatch):
         monkeypatch.chdir(tmp_path)
         split = find_split(root, "train")
         assert split.items == [Item("a", images / "a.jpg", masks / "a.png")]
-        assert split.notes == [f"{root}: the data are in {tmp_path}"]
+        assert split.notes == [f"train: the images are in {images}"]
 
 
 def test_a_folder_beside_the_data_is_not_the_data(tmp_path):
@@ -208,10 +208,10 @@ def test_colour_pictures_alone(tmp_path, colours):
 def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
     images, _ = lay_out(tmp_path, NEW, "train", ["a.jpg"], ["a.png"])
 
-    def refuse(self):
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
 
-    monkeypatch.setattr(type(tmp_path), "iterdir", refuse)
+    monkeypatch.setattr("os.listdir", refuse)
     with pytest.raises(UserError, match=rf"{images}: cannot be read \(Permission denied\)"):
         find_split(tmp_path, "train")
 

@@ -242,7 +242,7 @@ def test_original_masks_are_found_and_checked_as_preprocessing_does(
     for path in masks.iterdir():
         path.rename(path.with_suffix(".PNG"))
     assert not infer(*flags)
-    assert f"{tmp_path / 'data'}: the data are in {tmp_path / 'data' / 'bdd100k'}\n" in capfd.readouterr().out
+    assert f"val: the images are in {tmp_path / 'data' / 'bdd100k'}/images/10k/val\n" in capfd.readouterr().out
     path = sorted(masks.iterdir())[-1]
     with Image.open(path) as mask:
         Image.new("L", mask.size, 26).save(path)

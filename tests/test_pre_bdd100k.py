@@ -197,6 +197,37 @@ def test_an_image_is_written_while_the_next_is_decoded(data, tmp_path, monkeypat
     assert all(pre_bdd100k.is_whole(job) for job in jobs)
 
 
+def places(said):
+    return [line for line in said.splitlines() if "the images are in" in line]
+
+
+def test_data_below_the_root_are_told_in_one_line(data, tmp_path, capsys):
+    below = data / "bdd100k" / "bdd100k"
+    below.mkdir(parents=True)
+    for name in ("images", "labels"):
+        (data / name).rename(below / name)
+    flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--image_size", 32]
+    assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags])) == 0
+    said = capsys.readouterr()
+    (line,) = places(said.out)
+    images = below / "images/10k"
+    assert line == f"train: the images are in {images}/train; val: the images are in {images}/val"
+    assert "warning: " not in said.err
+
+
+def test_splits_of_different_folders_are_told(data, tmp_path, capsys):
+    shutil.rmtree(data / "images/10k/val")
+    shutil.rmtree(data / "labels/sem_seg/masks/val")
+    draw(data / "old", "val", ["v"])
+    flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--image_size", 32]
+    assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags])) == 0
+    said = capsys.readouterr()
+    assert places(said.out) == [f"val: the images are in {data}/old/images/10k/val"]
+    (line,) = [line for line in said.err.splitlines() if line.startswith("warning: ")]
+    assert line.startswith(f"warning: the splits are in different folders (train in {data}, val in {data}/old)")
+    assert "Next:" in said.out
+
+
 def test_a_split_without_masks(run, data, tmp_path):
     status, said, errors = run("--splits", "test")
     assert (status, errors) == (0, [])

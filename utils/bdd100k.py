@@ -85,9 +85,10 @@ class Split:
     labelled: bool
     image_dir: Path
     mask_dir: Path  # where the masks are, or were looked for first
+    base: Path  # the folder that the layout of the images is in
     images_without_mask: list[Path]
     masks_without_image: list[Path]
-    notes: list[str]  # a line for each place that is not the one the user named
+    notes: list[str]  # one for each place that is not in the folder the user named
 
 
 class LabelError(UserError):
@@ -150,7 +151,7 @@ def find_split(root: Path, split: str) -> Split:
         mask_dir, masks, orphans = _find_masks(root, base, image_dir, images, split)
     except OSError as error:
         raise UserError(f"{error.filename or root}: cannot be read ({error.strerror or error})") from None
-    notes = [] if base == root else [f"{root}: the data are in {base}"]
+    notes = [] if base == root else [f"{split}: the images are in {image_dir}"]
     if masks and not mask_dir.is_relative_to(base):
         notes.append(f"{split}: the masks are in {mask_dir}")
     return Split(
@@ -158,6 +159,7 @@ def find_split(root: Path, split: str) -> Split:
         labelled=bool(masks),
         image_dir=image_dir,
         mask_dir=mask_dir,
+        base=base,
         images_without_mask=[path for key, path in images.items() if masks and key not in masks],
         masks_without_image=orphans,
         notes=notes,
