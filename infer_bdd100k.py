@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -341,7 +342,8 @@ def original_masks(args: argparse.Namespace, source: NpyFolder) -> dict[str, Pat
     split = find_split(args.bdd100k_root, source.folder.resolve().name)
     for note in split.notes:
         distributed.say(printable(note))
-    check_first_masks(split)
+    if (doubt := check_first_masks(split)) and distributed.is_main():
+        print(f"warning: {printable(doubt)}", file=sys.stderr, flush=True)
     found = {match_key(item.name): item.mask for item in split.items if item.mask}
     masks = {}
     for item in source.items:

@@ -42,7 +42,7 @@ from utils.bdd100k import (
     read_size,
 )
 from utils.errors import UnreadableError, UserError, printable
-from utils.files import atomic_write, check_npy, exists, remove_temporaries
+from utils.files import atomic_write, cannot_be_read, check_npy, exists, is_file, remove_temporaries
 from utils.geometry import resize_image, resize_mask
 from utils.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, Source, read_manifest, source_of
 from utils.parallel import run_jobs, usable_cores
@@ -97,24 +97,55 @@ class Failure:
 
     message: str
     kind: str  # equal for what is grouped
+    stays: bool = False  # what an earlier run made of it
 
 
 WRONG_LABELS = "wrong labels"  # as a kind
 
 
 def make_jobs(split: Split, folder: Path, settings: Settings, earlier: Manifest | None) -> list[Job]:
-    """One job for each image; done are those whose files an earlier run has written from the same sources."""
+    """One job for each image; done are those whose files an earlier run has written from the same sources.
+
+    Raises:
+        UnreadableError: the system does not tell of a source, or does not let us read one whose outputs are replaced.
+    """
     known = (earlier and earlier.sources) or {}
     jobs = []
     for item in split.items:
-        try:
-            sources = [source_of(path) for path in (item.image, item.mask) if path]
-        except OSError:  # reading it will tell
-            sources = None
-        job = Job(item, folder, settings, sources=sources)
-        is_same = sources is not None and known.get(item.name) == sources
-        jobs.append(replace(job, done=is_same and is_whole(job)))
+        job = Job(item, folder, settings, sources=sources_of(item))
+        is_same = job.sources is not None and known.get(item.name) == job.sources
+        job = replace(job, done=is_same and is_whole(job))
+        if not job.done and any(exists(path) for path in job.outputs):  # which are deleted before it is read
+            require_openable(item)
+        jobs.append(job)
     return jobs
+
+
+def sources_of(item: Item) -> list[Source] | None:
+    """What tells the item's files from others; None if one is missing, which reading it will tell.
+
+    Raises:
+        UnreadableError: it cannot be told.
+    """
+    sources = []
+    for path in filter(None, (item.image, item.mask)):
+        try:
+            sources.append(source_of(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise cannot_be_read(path, error) from None
+    return sources
+
+
+def require_openable(item: Item) -> None:
+    """Raise UnreadableError if the system does not let us open one of the item's files."""
+    for path in filter(None, (item.image, item.mask)):
+        try:
+            if is_file(path):  # a pipe would keep us waiting
+                open(path, "rb").close()
+        except OSError as error:
+            raise cannot_be_read(path, error) from None
 
 
 def is_whole(job: Job) -> bool:
@@ -154,7 +185,8 @@ def prepare(job: Job) -> tuple[ManifestItem | Failure, dict[Path, np.ndarray]]:
 
     Returns:
         The manifest's entry, and the files that must be written before it is true: none if the job is done.
-        Or, for a bad image or mask, one line saying so; what was there of the item is deleted then.
+        Or, for a bad image or mask, one line saying so; what was there of the item is deleted then, unless the system
+        does not let us read what it may well be made of.
     """
     item, settings = job.item, job.settings
     try:
@@ -164,10 +196,10 @@ def prepare(job: Job) -> tuple[ManifestItem | Failure, dict[Path, np.ndarray]]:
             image, mask = read_item(item)
             height, width = image.shape[:2]
     except UserError as error:
-        # What the system does not let us read may well be what the outputs were made of.
-        for path in [] if isinstance(error, UnreadableError) else job.outputs:
+        stays = job.done and isinstance(error, UnreadableError)
+        for path in [] if stays else job.outputs:
             path.unlink(missing_ok=True)
-        return Failure(str(error), kind_of(error, item)), {}
+        return Failure(str(error), kind_of(error, item), stays), {}
     arrays = []
     if not job.done:
         arrays.append(resize_image(image, settings.image_size, settings.resize_mode))
@@ -351,20 +383,28 @@ def main(args: Namespace) -> int:
     settings = Settings(args.image_size, args.image_dtype, args.resize_mode)
     # Everything that can be known to fail fails here, before the first write.
     splits = {name: find_split(args.bdd100k_root, name) for name in args.splits}
-    for split in splits.values():
-        check_first_masks(split)
+    doubts = [doubt for split in splits.values() if (doubt := check_first_masks(split))]
     jobs: dict[str, list[Job]] = {}
-    notes = [note for split in splits.values() for note in split.notes]
+    earlier_items: dict[str, dict[str, ManifestItem]] = {}
+    places = "; ".join(note for split in splits.values() for note in split.notes)
+    notes = [places] if places else []
     for name, split in splits.items():
         folder = args.output_path / name
         earlier = None if args.overwrite else read_earlier(folder, settings, split.labelled)
         jobs[name] = make_jobs(split, folder, settings, earlier)
+        earlier_items[name] = {item.name: item for item in earlier.items} if earlier else {}
         if earlier and (note := redone(folder, earlier, jobs[name])):
             notes.append(note)
     check_disk(args.output_path, [job for split_jobs in jobs.values() for job in split_jobs], args.overwrite)
 
     for note in dict.fromkeys(notes):
         print(printable(note), flush=True)
+    if len({split.base for split in splits.values()}) > 1:
+        found = ", ".join(f"{name} in {split.base}" for name, split in splits.items())
+        print(printable(f"warning: the splits are in different folders ({found}); if they are not of one data set, "
+                        "give another --bdd100k_root"), file=sys.stderr, flush=True)
+    for doubt in doubts:
+        print(printable(f"warning: {doubt}"), file=sys.stderr, flush=True)
     manifests = {}
     for name, split in splits.items():
         sources = {job.item.name: job.sources for job in jobs[name] if job.sources}
@@ -390,13 +430,17 @@ def main(args: Namespace) -> int:
             for name, split in splits.items():
                 progress.set_description(name)
                 results = run_jobs(process, jobs[name], args.num_workers, progress.update)
-                items = [result for result in results if isinstance(result, ManifestItem)]
+                stay = {job.item.name for job, r in zip(jobs[name], results) if isinstance(r, Failure) and r.stays}
+                # What a stopped run left has no items; the record of its sources stays all the same.
+                known = [earlier_items[name].get(job.item.name) if job.item.name in stay else result
+                         for job, result in zip(jobs[name], results)]
+                items = [item for item in known if isinstance(item, ManifestItem)]
                 failures = [result for result in results if isinstance(result, Failure)]
                 wrong = sum(failure.kind == WRONG_LABELS for failure in failures)
                 suspect += [f"{args.output_path / name}: wrong labels in {wrong:,} masks"] if wrong else []
                 errors += grouped(args.output_path / name, failures) + unpaired(split)
-                written = {item.name for item in items}
-                sources = {key: files for key, files in (manifests[name].sources or {}).items() if key in written}
+                there = {item.name for item in items} | stay
+                sources = {key: files for key, files in (manifests[name].sources or {}).items() if key in there}
                 manifests[name] = replace(manifests[name], complete=True, items=items, sources=sources)
                 manifests[name].write(args.output_path / name)
     except KeyboardInterrupt:
@@ -408,7 +452,7 @@ def main(args: Namespace) -> int:
 
     for name, split in splits.items():
         report(args.output_path / name, split, manifests[name], kept=sum(job.done for job in jobs[name]))
-    command = None if suspect else next_command(args.output_path, manifests)
+    command = None if suspect or doubts else next_command(args.output_path, manifests)
     if command:
         print(f"\nNext:\n    {command}")
     sys.stdout.flush()  # before the errors, in whatever file the two may share

@@ -156,6 +156,27 @@ def test_what_follows_a_png_and_its_animation_do_not_matter(tmp_path: Path) -> N
         assert np.array_equal(read_image(tmp_path / "a.png"), PIXELS)
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1])
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "PNG"])
+def test_a_file_as_long_as_the_first_read_is_read(
+    tmp_path: Path, kind: str, more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(kind)
+    monkeypatch.setattr("utils.image_files._FIRST_READ", len(data) - more)
+    assert np.array_equal(read(tmp_path / "a", data), PIXELS)
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF"])
+def test_a_file_longer_than_the_largest_picture_is_named(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(kind)
+    monkeypatch.setattr("utils.image_files._FIRST_READ", len(data) - 9)
+    monkeypatch.setattr("utils.image_files.MAX_BYTES", len(data) - 1)
+    with pytest.raises(UserError, match="has more bytes than the largest picture that is read"):
+        read(tmp_path / "a", data)
+
+
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.99])
 @pytest.mark.parametrize("filled", [False, True])
 def test_a_cut_png_is_refused(tmp_path: Path, share: float, filled: bool) -> None:

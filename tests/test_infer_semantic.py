@@ -242,13 +242,30 @@ def test_original_masks_are_found_and_checked_as_preprocessing_does(
     for path in masks.iterdir():
         path.rename(path.with_suffix(".PNG"))
     assert not infer(*flags)
-    assert f"{tmp_path / 'data'}: the data are in {tmp_path / 'data' / 'bdd100k'}\n" in capfd.readouterr().out
+    assert f"val: the images are in {tmp_path / 'data' / 'bdd100k'}/images/10k/val\n" in capfd.readouterr().out
     path = sorted(masks.iterdir())[-1]
     with Image.open(path) as mask:
         Image.new("L", mask.size, 26).save(path)
     before = read_results(tmp_path / "out")
     assert "holds labels 26" in error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), *flags)
     assert read_results(tmp_path / "out") == before  # told before anything was replaced
+
+
+def test_original_masks_of_odd_shares_are_warned_of(
+    infer: Callable[..., int | None],
+    scenes: Path,
+    semantic: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(scenes, tmp_path / "data")
+    masks = tmp_path / "data" / "labels" / "sem_seg" / "masks" / "val"
+    for path in masks.iterdir():
+        with Image.open(path) as mask:
+            Image.new("L", mask.size, 7).save(path)
+    assert not infer("--model_checkpoint", semantic, "--eval_size", "original", "--bdd100k_root", tmp_path / "data")
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert f"{masks}: label 7" in line and "id2label" in line
 
 
 def write_detections(path: Path, names: list[str], category: str = "car") -> Path:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import namedtuple
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -196,6 +197,37 @@ def test_an_image_is_written_while_the_next_is_decoded(data, tmp_path, monkeypat
     assert all(pre_bdd100k.is_whole(job) for job in jobs)
 
 
+def places(said):
+    return [line for line in said.splitlines() if "the images are in" in line]
+
+
+def test_data_below_the_root_are_told_in_one_line(data, tmp_path, capsys):
+    below = data / "bdd100k" / "bdd100k"
+    below.mkdir(parents=True)
+    for name in ("images", "labels"):
+        (data / name).rename(below / name)
+    flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--image_size", 32]
+    assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags])) == 0
+    said = capsys.readouterr()
+    (line,) = places(said.out)
+    images = below / "images/10k"
+    assert line == f"train: the images are in {images}/train; val: the images are in {images}/val"
+    assert "warning: " not in said.err
+
+
+def test_splits_of_different_folders_are_told(data, tmp_path, capsys):
+    shutil.rmtree(data / "images/10k/val")
+    shutil.rmtree(data / "labels/sem_seg/masks/val")
+    draw(data / "old", "val", ["v"])
+    flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--image_size", 32]
+    assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags])) == 0
+    said = capsys.readouterr()
+    assert places(said.out) == [f"val: the images are in {data}/old/images/10k/val"]
+    (line,) = [line for line in said.err.splitlines() if line.startswith("warning: ")]
+    assert line.startswith(f"warning: the splits are in different folders (train in {data}, val in {data}/old)")
+    assert "Next:" in said.out
+
+
 def test_a_split_without_masks(run, data, tmp_path):
     status, said, errors = run("--splits", "test")
     assert (status, errors) == (0, [])
@@ -339,6 +371,19 @@ def test_wrong_labels_stop_before_the_first_write(run, data, tmp_path, spoil):
     assert not (tmp_path / "out").exists()
 
 
+def test_labels_whose_shares_are_odd_are_warned_of(data, tmp_path, capsys):
+    """They may be label ids, or good train ids of a street full of signs."""
+    for mask in (data / "labels/sem_seg/masks/train").iterdir():
+        Image.new("L", (48, 24), 7).save(mask)
+    flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--image_size", 32]
+    assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags])) == 0
+    said = capsys.readouterr()
+    (warning,) = [line for line in said.err.splitlines() if "warning: " in line]
+    assert f"warning: {data}/labels/sem_seg/masks/train: label 7" in warning and "id2label" in warning
+    assert [item.pixels[7] for item in read_manifest(tmp_path / "out/train").items] == [1024] * 3
+    assert "Next:" not in said.out
+
+
 def test_many_failures_are_grouped(run, data, tmp_path, capsys):
     draw(data, "train", [f"x{index:02}" for index in range(30)])
     images, masks = data / "images/10k/train", data / "labels/sem_seg/masks/train"
@@ -391,9 +436,82 @@ def test_what_the_system_does_not_let_us_read_costs_no_output(run, data, tmp_pat
     monkeypatch.setattr("pre_bdd100k.read_size", stale)
     status, _, errors = run("--splits", "train")
     assert status == 1 and len(errors) == 3
-    assert f"{data}/images/10k/train/a.jpg: cannot be read (Stale file handle)" in errors[0]
-    left = contents(tmp_path / "out/train")
-    assert {path for path in left if path.endswith(".npy")} == {path for path in before if path.endswith(".npy")}
+    assert f"{data}/labels/sem_seg/masks/train/a.png: cannot be read (Stale file handle)" in errors[0]
+    assert contents(tmp_path / "out/train") == before
+
+
+def replace_by_loop(path):
+    """A link to itself: the system's answer is an error, and not that nothing is there."""
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+@pytest.mark.parametrize("kind", ["images/10k", "labels/sem_seg/masks"])
+def test_a_source_that_the_system_refuses_stops_before_the_first_write(run, data, tmp_path, kind, flags):
+    run()
+    before = contents(tmp_path / "out")
+    source = next((data / kind / "train").glob("b.*"))
+    replace_by_loop(source)
+    refused(run(*flags), f"{source}: cannot be read (Too many levels of symbolic links)")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_source_that_is_missing_does_not_stop_the_others(run, data, tmp_path):
+    source = data / "images/10k/train/b.jpg"
+    source.unlink()
+    source.symlink_to("nothing")
+    refused(run("--splits", "train"), f"{source}: ")
+    assert [item.name for item in read_manifest(tmp_path / "out/train").items] == ["a", "c"]
+
+
+def refuse_to_open(monkeypatch, *paths):
+    """As where the system tells of a file, but does not let us open it; root may open all."""
+    real = open
+
+    def refusing(file, *args, **kwargs):
+        if file in paths:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return real(file, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refusing)
+
+
+@pytest.mark.parametrize("kind", ["images/10k", "labels/sem_seg/masks"])
+def test_a_new_source_that_cannot_be_opened_costs_no_output(run, data, tmp_path, kind, monkeypatch):
+    run()
+    before = contents(tmp_path / "out")
+    source = next((data / kind / "train").glob("b.*"))
+    os.utime(source, (time.time() + 10,) * 2)
+    refuse_to_open(monkeypatch, source)
+    refused(run(), f"{source}: cannot be read (Permission denied)")
+    assert contents(tmp_path / "out") == before
+
+
+def test_what_was_made_of_a_source_that_cannot_be_opened_stays(run, data, tmp_path, monkeypatch):
+    run("--splits", "train")
+    before = contents(tmp_path / "out")
+    source = data / "labels/sem_seg/masks/train/b.png"
+    with monkeypatch.context() as patch:
+        refuse_to_open(patch, source)
+        for _ in range(2):  # the second relies on what the first has left
+            refused(run("--splits", "train"), f"{source}: cannot be read (Permission denied)")
+            assert contents(tmp_path / "out") == before
+    assert run("--splits", "train")[0] == 0 and contents(tmp_path / "out") == before
+
+
+def test_a_source_that_cannot_be_opened_after_a_stopped_run_costs_no_output(run, data, tmp_path, monkeypatch):
+    run("--splits", "train")
+    before = contents(tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out/train")
+    replace(manifest, complete=False, items=[]).write(tmp_path / "out/train")
+    source = data / "labels/sem_seg/masks/train/b.png"
+    with monkeypatch.context() as patch:
+        refuse_to_open(patch, source)
+        refused(run("--splits", "train"), f"{source}: cannot be read (Permission denied)")
+    assert [item.name for item in read_manifest(tmp_path / "out/train").items] == ["a", "c"]
+    status, said, _ = run("--splits", "train")
+    assert status == 0 and "3 of them by an earlier run" in said and contents(tmp_path / "out") == before
 
 
 def test_pictures_of_other_formats(run, data, tmp_path, capsys):

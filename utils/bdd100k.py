@@ -85,9 +85,10 @@ class Split:
     labelled: bool
     image_dir: Path
     mask_dir: Path  # where the masks are, or were looked for first
+    base: Path  # the folder that the layout of the images is in
     images_without_mask: list[Path]
     masks_without_image: list[Path]
-    notes: list[str]  # a line for each place that is not the one the user named
+    notes: list[str]  # one for each place that is not in the folder the user named
 
 
 class LabelError(UserError):
@@ -150,7 +151,7 @@ def find_split(root: Path, split: str) -> Split:
         mask_dir, masks, orphans = _find_masks(root, base, image_dir, images, split)
     except OSError as error:
         raise UserError(f"{error.filename or root}: cannot be read ({error.strerror or error})") from None
-    notes = [] if base == root else [f"{root}: the data are in {base}"]
+    notes = [] if base == root else [f"{split}: the images are in {image_dir}"]
     if masks and not mask_dir.is_relative_to(base):
         notes.append(f"{split}: the masks are in {mask_dir}")
     return Split(
@@ -158,6 +159,7 @@ def find_split(root: Path, split: str) -> Split:
         labelled=bool(masks),
         image_dir=image_dir,
         mask_dir=mask_dir,
+        base=base,
         images_without_mask=[path for key, path in images.items() if masks and key not in masks],
         masks_without_image=orphans,
         notes=notes,
@@ -421,10 +423,13 @@ def _is_drawn_upright(image: Path, mask: Path) -> bool:
                     "-auto-orient` does; if on the stored one, remove the tag, as `exiftool -Orientation=` does)")
 
 
-def check_first_masks(split: Split) -> None:
+def check_first_masks(split: Split) -> str | None:
     """Read some masks, spread over the split, so that labels of another kind are told before any work.
 
     Masks that cannot be read are left to whoever reads them all.
+
+    Returns:
+        A line to warn with if the labels are allowed, but their shares are those of another kind.
 
     Raises:
         LabelError: some do not hold train ids.
@@ -444,7 +449,8 @@ def check_first_masks(split: Split) -> None:
     if wrong:
         raise LabelError(f"{wrong[0]}; wrong labels in {len(wrong)} of the {len(chosen)} masks checked")
     # Of label ids, 7 is the road, and no mask has 255. Of train ids, 7 is traffic signs, and 0 the road.
-    if not counts[IGNORE_LABEL] and counts[7] > max(counts.sum() / 8, counts[0]):
-        share = 100 * counts[7] / counts.sum()
-        raise LabelError(f"{split.mask_dir}: label 7 (traffic sign) is {share:.0f} % of the {len(chosen)} masks "
-                         f"checked, more than label 0 (road) ({_LABEL_ID_HINT}; or {_TRAIN_ID_HINT})")
+    if counts[IGNORE_LABEL] or counts[7] <= max(counts.sum() / 8, counts[0]):
+        return None
+    share = 100 * counts[7] / counts.sum()
+    return (f"{split.mask_dir}: label 7 (traffic sign) is {share:.0f} % of the {len(chosen)} masks checked, more than "
+            f"label 0 (road); look at them before training ({_LABEL_ID_HINT}; or {_TRAIN_ID_HINT})")

@@ -74,13 +74,11 @@ def read_picture_file(path: Path) -> PictureFile:
         with open(path, "rb") as file:
             data = file.read(_FIRST_READ)
             try:
-                return _picture(data)
+                return _picture(data, is_all=len(data) < _FIRST_READ)
             except _Cut:
                 rest = file.read(MAX_BYTES - len(data))
                 more = file.read(1)
-            if rest:
-                return _picture(data + rest)
-            raise _Cut
+            return _picture(data + rest, is_all=not more)
     except OSError as error:
         raise cannot_be_read(path, error) from None
     except _Bad as error:
@@ -92,7 +90,11 @@ def read_picture_file(path: Path) -> PictureFile:
         raise UserError(f"{path}: {what} {DAMAGED}") from None
 
 
-def _picture(data: bytes) -> PictureFile:
+def _picture(data: bytes, *, is_all: bool) -> PictureFile:
+    """
+    Args:
+        is_all: the file has no more bytes.
+    """
     if data.startswith(b"\xff\xd8\xff"):
         return _jpeg(data)
     if data.startswith(_PNG):
@@ -100,7 +102,7 @@ def _picture(data: bytes) -> PictureFile:
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _webp(data)
     if data.startswith((b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        if len(data) == _FIRST_READ:
+        if not is_all:
             raise _Cut  # perhaps: read on
         return PictureFile(data)
     for at, beginning, kind in _FOREIGN:
