@@ -52,8 +52,8 @@ def launch(sam_file: Path, npy: Path) -> Launch:
 def flat(state: dict[str, Tensor]) -> Tensor:
     """The weights in one vector, but for the biases of keys.
 
-    Such a bias adds the same to all scores of a query, which softmax does not see: its gradient is rounding noise, which
-    Adam turns into full steps.
+    Such a bias adds the same to all scores of a query, which softmax does not see: its gradient is rounding noise,
+    which Adam turns into full steps.
     """
     return torch.cat([value.flatten().double() for key, value in state.items() if not key.endswith("k_proj.bias")])
 
