@@ -34,7 +34,7 @@ from utils.dataset import (
 )
 from utils.errors import UnreadableError, UserError
 from utils.geometry import PAD_COLOR
-from utils.loader import Loader
+from utils.loader import Loader, sample_bytes
 from utils.precision import Precision
 
 
@@ -455,3 +455,20 @@ def test_a_signal_to_all_of_a_job_leaves_the_loading_to_who_started_it(kind: str
         data = EvaluationDataset(NpyFolder(npy / "val"), "oracle")
         loader = evaluation_loader(Signalled(), **options)  # type: ignore[arg-type]
     assert len(list(loader)) == -(-len(data) // 2)
+
+
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_no_more_shared_memory_is_asked_for_than_there_are_batches(
+    kind: str, npy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[tuple[int, int]] = []
+    monkeypatch.setattr("utils.data.require_shared_memory", lambda size, workers, count: needed.append((size, count)))
+    options: dict[str, Any] = {"batch_size": 2, "num_workers": 2, "precision": Precision(torch.device("cpu"))}
+    data: TrainingDataset | EvaluationDataset
+    if kind == "training":
+        data = dataset(npy)
+        training_loader(data, seed=0, grad_acc_steps=1, **options)
+    else:
+        data = EvaluationDataset(NpyFolder(npy / "val"), "oracle")
+        evaluation_loader(data, **options)
+    assert needed == [(2 * sample_bytes(data[0]), -(-len(data) // 2))]

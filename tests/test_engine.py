@@ -197,6 +197,21 @@ def test_a_gradient_that_is_not_finite_names_its_step_and_images(
         assert torch.equal(value, before[key]), key
 
 
+def test_an_image_without_a_prompt_in_the_step_is_not_named(
+    model: Segmenter, dataset: Callable[..., BoxPromptDataset]
+) -> None:
+    data = dataset(2)
+    parameter = next(model.mask_decoder.parameters())
+    hook = parameter.register_hook(lambda gradient: gradient * math.inf)
+    filler, good = data[FILLER], data[1]
+    assert filler["name"] != good["name"]
+    with pytest.raises(DivergedError) as error:
+        train(model, [collate_training([good]), collate_training([filler])], grad_acc_steps=2)
+    hook.remove()
+    assert f"its gradient for {good['name']};" in str(error.value)
+    assert "-use_amp" not in str(error.value)  # the run says so, if it has it
+
+
 def test_a_step_that_overflows_fp16_is_skipped_and_counted(
     sam_file: Path, dataset: Callable[..., BoxPromptDataset]
 ) -> None:

@@ -187,17 +187,19 @@ def test_ours_as_a_sam_file(
     which: str, ours: dict[str, Path], npy: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
     path = ours[which]
-    said = f"{path}: holds something else than a SAM state dict: a fine-tuned decoder of train_bdd100k.py; give it as "
+    said = f"{path}: holds something else than a SAM state dict: a fine-tuned decoder of train_bdd100k.py; "
     model = ["--model_type", "vit_tiny", "--device", "cpu"]
     infer = ["--val_npy_path", npy / "val", *model, "--output_dir", tmp_path / "out"]
-    assert said + "--model_checkpoint, and the SAM file it was trained on as --sam_checkpoint" in error_of(
+    infer_said = said + "give it as --model_checkpoint"
+    assert infer_said + ", and the SAM file it was trained on as --sam_checkpoint" in error_of(
         infer_bdd100k, *infer, "--sam_checkpoint", path
     )
     train = ["-i", npy / "train", *model, "-work_dir", tmp_path / "work"]
-    assert said + "--resume, and the SAM file it was trained on as -checkpoint" in error_of(
+    train_said = "-checkpoint takes the SAM file it was trained on; to go on with its run, give the run's folder, "
+    assert said + train_said + "which has a medsam_model_latest.pth, as --resume" in error_of(
         train_bdd100k, *train, "-checkpoint", path
     )
-    assert said + "--model_checkpoint" in error_of(
+    assert infer_said in error_of(
         ckpt_convert, "--model_checkpoint", path, "--sam_checkpoint", path, "--output", tmp_path / "o.pth"
     )
 

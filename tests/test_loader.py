@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +152,34 @@ def test_a_batch_that_cannot_be_sent_ends_the_worker_and_not_in_a_wait_for_ever(
         next(iter(loader))
 
 
+class Exiting(Dataset):
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        os._exit(self.status)
+
+
+@pytest.mark.parametrize("status", [1, 2, errno.ENOSPC])
+def test_the_status_of_a_crash_is_no_reason(status: int) -> None:
+    with pytest.raises(LostWorkerError, match=r"a loader process has ended \(DataLoader worker") as error:
+        list(Loader(Exiting(status), sampler=[0], num_workers=1))
+    assert os.strerror(status) not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.EIO, r"has ended \(Input/output"), (errno.ENOSPC, "cannot hand over")]
+)
+def test_a_batch_that_the_system_does_not_send_says_why(number: int, said: str) -> None:
+    class Unsendable:
+        def __reduce__(self) -> Any:
+            raise OSError(number, os.strerror(number))
+
+    loader = Loader([0, 1], num_workers=1, collate_fn=lambda _: Unsendable())  # type: ignore[arg-type]
+    with pytest.raises(LostWorkerError, match=said):
+        next(iter(loader))
+
+
 def test_processes_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def fork() -> int:
         raise BlockingIOError(11, "Resource temporarily unavailable")
@@ -174,6 +204,9 @@ def test_shared_memory_is_measured_before_work_begins(tmp_path: Path, monkeypatc
         "the container with --shm-size 497m or more, or give --num_workers 0"
     )
     require_shared_memory(batch // 16, 4)
+    require_shared_memory(batch, 4, num_batches=1)
+    with pytest.raises(LostWorkerError, match="need up to 96 MiB there"):
+        require_shared_memory(batch, 4, num_batches=2)
     monkeypatch.setattr(loader_module.distributed, "local_world_size", lambda: 2)
     with pytest.raises(LostWorkerError, match="60 MiB there"):
         require_shared_memory(batch // 16, 4)

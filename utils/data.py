@@ -92,7 +92,7 @@ def training_loader(
         world_size=distributed.world_size(),
         seed=seed,
     )
-    _require_shared_memory(dataset, batch_size, num_workers)
+    _require_shared_memory(dataset, batch_size, len(sampler), num_workers)
     return Loader(
         dataset,
         batch_sampler=sampler,
@@ -110,8 +110,9 @@ def evaluation_loader(
     Whole batches are dealt out: one of other images would round differently, and a process's figures with it.
     """
     every = range(len(dataset))
-    _require_shared_memory(dataset, batch_size, num_workers)
     batches = [list(every[i : i + batch_size]) for i in range(0, len(every), batch_size)]
+    most = -(-len(batches) // distributed.world_size())  # the same in all processes, so that all fail or none
+    _require_shared_memory(dataset, batch_size, most, num_workers)
     return Loader(
         dataset,
         batch_sampler=batches[distributed.rank() :: distributed.world_size()],
@@ -122,10 +123,10 @@ def evaluation_loader(
 
 
 def _require_shared_memory(
-    dataset: TrainingDataset | EvaluationDataset, batch_size: int, num_workers: int
+    dataset: TrainingDataset | EvaluationDataset, batch_size: int, num_batches: int, num_workers: int
 ) -> None:
     if num_workers:
-        require_shared_memory(batch_size * sample_bytes(dataset[0]), num_workers)
+        require_shared_memory(min(batch_size, len(dataset)) * sample_bytes(dataset[0]), num_workers, num_batches)
 
 
 def use_caches(

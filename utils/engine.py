@@ -95,7 +95,7 @@ def train_one_epoch(
         where = f"epoch {epoch}, step {step + 1}"
         stop = group.reduce(where, stop=watch is not None and watch.stop_requested())
         if not _normalise_gradients(model, optimizer, scaler, group.num_samples, clip_grad_norm):
-            raise _diverged(f"{where}: the loss is finite, but not its gradient", group.names)
+            raise _diverged(f"{where}: the loss is finite, but not its gradient", group.names_in_step())
         if _step(optimizer, scaler):
             scheduler.step()
         else:
@@ -151,6 +151,7 @@ class _StepSums:
         self.sums = torch.zeros(len(parts) + 1, dtype=torch.float64, device=device)  # and the number of samples
         self.names: list[str] = []
         self.finite: list[Tensor] = []
+        self.in_step: list[Tensor] = []
 
     def add(self, losses: dict[str, Tensor], valid: Tensor, names: list[str]) -> Tensor:
         """Add losses of the shape of `valid` (B, or B x Q) and return the sum to differentiate: a sum, as what it is
@@ -158,12 +159,17 @@ class _StepSums:
         parts = torch.stack([(losses[part] * valid).sum() for part in self.parts])
         self.sums += torch.cat([parts.detach(), valid.sum()[None]]).double()
         self.finite.append(sum(losses.values()).view(len(names), -1).isfinite().all(dim=1))  # type: ignore[union-attr]
+        self.in_step.append(valid.view(len(names), -1).any(dim=1))
         self.names += names
         return parts.sum()
 
     @property
     def num_samples(self) -> float:
         return self.sums[-1].item()
+
+    def names_in_step(self) -> list[str]:
+        """Of this process's images, those with a prompt that counts; the others give the step nothing."""
+        return [name for name, counts in zip(self.names, torch.cat(self.in_step).tolist()) if counts]
 
     def reduce(self, where: str, *, stop: bool) -> bool:
         """Sum over the processes; whether any of them gave `stop`. All of them fail where a loss is not finite."""
@@ -180,7 +186,7 @@ def _diverged(what: str, names: list[str]) -> DivergedError:
     """The error, which all processes raise, each with the names of its own images."""
     everywhere = sorted({name for some in distributed.all_gather(names) for name in some})
     return DivergedError(f"{what} for {', '.join(everywhere)}; the weights were not touched. Check these images, or "
-                         "start a new run with a lower -lr or without -use_amp")
+                         "start a new run with a lower -lr")
 
 
 def _means(parts: tuple[str, ...], totals: Tensor) -> dict[str, float]:

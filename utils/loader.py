@@ -28,6 +28,7 @@ SHARED_MEMORY = Path("/dev/shm")  # where PyTorch puts batches that one process 
 PREFETCHED = 2  # batches that DataLoader asks of each worker in advance
 HELD = 2  # by the main process: the batch in use and the one before it
 PAGE = 4096
+UNSENT = 64  # plus the system's number of the error: the exit status of a worker that cannot send; a crash has 1
 
 
 class Loader(DataLoader):
@@ -78,8 +79,8 @@ class Loader(DataLoader):
             for worker in getattr(batches, "_workers", ()):
                 if worker.exitcode == -signal.SIGBUS:  # where the system gives memory that it does not have
                     reason = os.strerror(errno.ENOSPC)
-                elif (worker.exitcode or 0) > 0:
-                    reason = os.strerror(worker.exitcode)
+                elif (number := (worker.exitcode or 0) - UNSENT) in errno.errorcode:
+                    reason = os.strerror(number)
             if untold := _not_handed_over(reason):
                 raise untold from None
             raise LostWorkerError(f"a loader process has ended ({reason}): if it was for lack of memory, lower "
@@ -148,8 +149,11 @@ def sample_bytes(sample: Any) -> int:
     return sum(math.ceil(tensor.nbytes / PAGE) * PAGE for tensor in _tensors(sample))
 
 
-def require_shared_memory(bytes_of_batch: int, num_workers: int) -> None:
+def require_shared_memory(bytes_of_batch: int, num_workers: int, num_batches: int | None = None) -> None:
     """Check that batches which wait to be used fit, those of all processes of this machine.
+
+    Args:
+        num_batches: that a process has at most, if it is known.
 
     Raises:
         LostWorkerError: they do not, so that a worker would fail sooner or later.
@@ -158,7 +162,10 @@ def require_shared_memory(bytes_of_batch: int, num_workers: int) -> None:
         disk = os.statvfs(SHARED_MEMORY)
     except OSError:  # macOS has none of this name; on Linux, PyTorch tells what fails
         return
-    needed = bytes_of_batch * (PREFETCHED * num_workers + HELD) * distributed.local_world_size()
+    waiting = PREFETCHED * num_workers + HELD
+    if num_batches is not None:
+        waiting = min(waiting, num_batches)
+    needed = bytes_of_batch * waiting * distributed.local_world_size()
     if num_workers and disk.f_blocks and needed > disk.f_bavail * disk.f_frsize:  # without blocks it has no limit
         raise LostWorkerError(
             f"{SHARED_MEMORY} has {_bytes(disk.f_bavail * disk.f_frsize)} free of "
@@ -195,4 +202,5 @@ def _prepare_worker(worker: int) -> None:
 
 def _end_worker(error: Exception, batch: Any) -> NoReturn:
     """End a worker whose batch cannot be sent; the main process, which sees that, reads the reason in the status."""
-    os._exit(error.errno if isinstance(error, OSError) and error.errno else 1)
+    known = isinstance(error, OSError) and error.errno in errno.errorcode
+    os._exit(UNSENT + error.errno if known else 1)
