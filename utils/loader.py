@@ -202,5 +202,5 @@ def _prepare_worker(worker: int) -> None:
 
 def _end_worker(error: Exception, batch: Any) -> NoReturn:
     """End a worker whose batch cannot be sent; the main process, which sees that, reads the reason in the status."""
-    known = isinstance(error, OSError) and error.errno in errno.errorcode
-    os._exit(UNSENT + error.errno if known else 1)
+    number = (error.errno or 0) if isinstance(error, OSError) else 0
+    os._exit(UNSENT + number if number in errno.errorcode else 1)
