@@ -59,7 +59,8 @@ def get_args_parser() -> cli.Parser:
     rules = "; ".join(f"{rule}: {text}" for rule, text in MAP_RULES.items())
     flag("map_rule", choices=list(MAP_RULES), help=f"how masks become one map. {rules} (default: argmax, and "
          "box_threshold with --boxes)")
-    flag("output_dir", type=Path, default=Path("inference_results"), help="where the results go")
+    flag("output_dir", type=Path, default=Path("inference_results"), help="where the results go; what an "
+         "earlier evaluation wrote there is removed")
     flag("batch_size", type=cli.positive_int, default=1, help="images encoded at once")
     flag("cache_embeddings", default="auto",
          help="features of a labelled split, as train_bdd100k.py keeps them: auto, those beside the images, if there "

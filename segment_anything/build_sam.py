@@ -196,7 +196,7 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
     actual = next((name for name, c in CONFIGS.items() if embedding is not None and embedding.ndim == 4
                    and c.embed_dim == embedding.shape[3]), None)  # fmt: skip
     if actual not in (None, model_type):
-        raise CheckpointError(f"{source}: a checkpoint of {actual}, not of {model_type}; pass model_type {actual}")
+        raise CheckpointError(f"{source}: a checkpoint of {actual}, not of {model_type}; give model_type {actual}")
     expected = sam.state_dict()
     global_blocks = [i for i, size in enumerate(sam.image_encoder.window_sizes) if not size]
     depends_on_size = {"image_encoder.pos_embed"} | {

@@ -82,7 +82,7 @@ def test_pictures_of_this_run_go_and_others_stay(tmp_path: Path, capsys: pytest.
         ("oracle", "threshold", "frame", ["map rule: threshold: a pixel goes to the highest logit above 0, inside or"]),
         ("none", "argmax", "original",
          ["no boxes: every map was made from the image alone", "at the original size", "map rule: each pixel goes to"]),
-        ("det.json", "box_threshold", "frame", ["boxes: det.json", "map rule: box_threshold: the same, but only"]),
+        ("det.json", "box_threshold", "frame", ["boxes: det.json", "map rule: box_threshold: a pixel goes to"]),
     ],
 )
 def test_says_what_was_measured_on_what(

@@ -187,7 +187,7 @@ def _find_images(root: Path, split: str) -> tuple[Path, Path]:
     if empty:
         raise UserError(f"{empty}: no .jpg or .png image (or WebP, BMP, TIFF) in this folder")
     places = " or ".join(map(str, _in(root, _IMAGE_DIRS, split)))
-    raise UserError(f"{root}: no images of split {split!r} (looked for {places})")
+    raise UserError(f"{root}: no images of split {split!r} (looked for {places}, here and up to two folders below)")
 
 
 def _find_masks(

@@ -17,6 +17,6 @@ AUGMENTATIONS = {"none": 1, "flip": 2, "full": 4}
 MapRule = Literal["argmax", "box_threshold", "threshold"]
 MAP_RULES: dict[MapRule, str] = {
     "argmax": "a pixel goes to the highest logit among the classes whose box holds it",
-    "box_threshold": "the same, but only where that logit is above 0",
+    "box_threshold": "a pixel goes to the highest logit above 0 among the classes whose box holds it",
     "threshold": "a pixel goes to the highest logit above 0, inside or outside its box",
 }

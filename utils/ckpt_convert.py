@@ -83,7 +83,8 @@ def how_to_load(output: Path, state: Mapping[str, Tensor], info: ModelInfo) -> s
     at_its_size = size == CONFIGS[name].image_size
     notes = [
         "box training trains the single-mask token, which is mask 0: call with multimask_output=False; export to ONNX "
-        "without return_single_mask and take mask 0"
+        "without return_single_mask and take mask 0. SamAutomaticMaskGenerator takes the other three masks, which were "
+        "not trained"
     ]
     if info.resize_mode == "stretch":
         notes.append("it was trained on images stretched to a square; SamPredictor pads instead: stretch them first")
