@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(PY) -m utils.scenes --output_dir demo/bdd100k --train 64 --val 24 --seed 0
 	$(PY) pre_bdd100k.py --bdd100k_root demo/bdd100k --output_path demo/npy --image_size 256 --image_dtype uint8
 	$(PY) infer_bdd100k.py $(ON_VAL) --output_dir demo/before
-	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name box -num_epochs 5 -lr 1e-3 --lr_scheduler cosine \
+	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name box -num_epochs 10 -lr 5e-4 --lr_scheduler cosine \
 		--bbox_shift 5
 	$(PY) infer_bdd100k.py $(ON_VAL) --model_checkpoint demo/work_dir/box-*/medsam_model_best.pth \
 		--output_dir demo/after --visualize
