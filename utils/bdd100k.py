@@ -142,15 +142,12 @@ def find_split(root: Path, split: str) -> Split:
     """
     if Path(split).name != split or split in ("", ".."):  # it names a folder to read and one to write: none elsewhere
         raise UserError(f"split {split!r}: not a plain folder name (use train, val or test)")
-    try:
-        if not is_folder(root):
-            raise UserError(f"{root}: no such folder (point --bdd100k_root at the unpacked BDD100K)")
-        base, image_dir = _find_images(root, split)
-        images = _by_name([path for path in _visible(image_dir) if path.suffix.lower() in IMAGE_SUFFIXES], "image")
-        images = dict(sorted(images.items(), key=lambda entry: entry[1].stem))  # not quite the order of file names
-        mask_dir, masks, orphans = _find_masks(root, base, image_dir, images, split)
-    except OSError as error:
-        raise UserError(f"{error.filename or root}: cannot be read ({error.strerror or error})") from None
+    if not is_folder(root):
+        raise UserError(f"{root}: no such folder (point --bdd100k_root at the unpacked BDD100K)")
+    base, image_dir = _find_images(root, split)
+    images = _by_name([path for path in _visible(image_dir) if path.suffix.lower() in IMAGE_SUFFIXES], "image")
+    images = dict(sorted(images.items(), key=lambda entry: entry[1].stem))  # not quite the order of file names
+    mask_dir, masks, orphans = _find_masks(root, base, image_dir, images, split)
     notes = [] if base == root else [f"{split}: the images are in {image_dir}"]
     if masks and not mask_dir.is_relative_to(base):
         notes.append(f"{split}: the masks are in {mask_dir}")

@@ -138,7 +138,7 @@ def _room(path: Path, error: OSError) -> str:
 
 
 def free_room(path: Path) -> str:
-    """Which disk `path` is on, or will be, and what is free there, in words."""
+    """Name the disk of `path`, which need not exist yet, and its free room, in words."""
     path = path.absolute()
     disk = next((folder for folder in (path, *path.parents) if folder.is_mount()), path.parent)
     return f"the disk at {disk} has {shutil.disk_usage(disk).free / 2**20:.1f} MiB free"

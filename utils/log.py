@@ -19,7 +19,7 @@ from utils.files import atomic_write
 from utils.visualize import save_loss_curve
 
 CONFIG = "config.json"
-WANDB_ID = "wandb_id.txt"  # with it, a resumed run goes on in the same run of W&B
+WANDB_ID = "wandb_id.txt"  # with it, a resumed run continues the same W&B run
 
 
 def require_loggers(*, tensorboard: bool, wandb: bool) -> None:

@@ -133,7 +133,7 @@ def competing_cross_entropy(logits: Tensor, target: Tensor, inside: Tensor, weig
 
 
 def _inside(boxes: Tensor, size: int, stride: int) -> Tensor:
-    """Which compared pixels each box holds: B x Q x 4 -> B x Q x S/stride x S/stride bool."""
+    """The compared pixels that each box holds: B x Q x 4 -> B x Q x S/stride x S/stride bool."""
     position = torch.arange(stride // 2, size, stride, device=boxes.device)
     first, last = boxes[..., :2, None], boxes[..., 2:, None]
     x, y = ((position >= first) & (position <= last)).unbind(2)  # B x Q x S/stride each

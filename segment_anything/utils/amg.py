@@ -138,7 +138,7 @@ def uncrop_masks(masks: Tensor, crop_box: Sequence[int], orig_h: int, orig_w: in
 def is_box_near_crop_edge(
     boxes: Tensor, crop_box: Sequence[int], orig_box: Sequence[int], atol: float = 20.0
 ) -> Tensor:
-    """Which boxes, N x 4 in the crop, come within `atol` pixels of an edge of the crop that is none of the image's."""
+    """Tell which boxes, N x 4 in the crop, are within `atol` pixels of a crop edge that is not an image edge."""
     in_image = uncrop_boxes_xyxy(boxes, crop_box).float()
     to_crop, to_image = ((in_image - torch.as_tensor(box, device=boxes.device)).abs() for box in (crop_box, orig_box))
     return ((to_crop <= atol) & (to_image > atol)).any(dim=1)
