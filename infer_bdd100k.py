@@ -73,7 +73,7 @@ def get_args_parser() -> cli.Parser:
     parser.add_switch("visualize", help=f"draw the first {NUM_PICTURES} images")
     parser.add_switch("save_predictions", help="write each image's train ids at its original size as PNG")
     flag("eval_size", choices=["frame", "original"], default="frame",
-         help="score in the preprocessed S x S frame, or at the original size against the masks of --bdd100k_root")
+         help="score in the preprocessed frame, or at the original size against the masks of --bdd100k_root")
     flag("bdd100k_root", type=Path, help="the unpacked BDD100K, for --eval_size original")
     # torch.distributed.launch passes it; the environment says the same.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
@@ -97,6 +97,7 @@ from utils.detections import read_detections
 from utils.engine import predictions_and_labels
 from utils.errors import UserError, printable
 from utils.files import make_folder
+from utils.frame import ImageSize
 from utils.geometry import resize_image, unframe
 from utils.loader import usable_workers
 from utils.metrics import ConfusionMatrix
@@ -263,7 +264,7 @@ def collate_pictures(
 
 
 def load_model(
-    args: argparse.Namespace, precision: Precision, frame: tuple[int, str] | None
+    args: argparse.Namespace, precision: Precision, frame: tuple[ImageSize, str] | None
 ) -> tuple[Segmenter, ModelInfo]:
     """SAM with the fine-tuned decoder, if one is given, which must belong to this SAM file and this data.
 

@@ -4,13 +4,14 @@
     python pre_bdd100k.py --bdd100k_root data/bdd100k --splits test --image_dtype uint8    # a quarter of the disk
     python pre_bdd100k.py --bdd100k_root data/bdd100k --resize_mode pad --overwrite        # keep the aspect ratio
 
-Writes `<output_path>/<split>/imgs/<name>.npy` (S, S, 3) RGB in [0, 1], `gts/<name>.npy` (S, S) uint8 with ids 0-18 and
+Writes `<output_path>/<split>/imgs/<name>.npy` (H, W, 3) RGB in [0, 1], `gts/<name>.npy` (H, W) uint8 with ids 0-18 and
 255 = not labelled, and `manifest.json`. A run that was stopped resumes when started again. An image is redone if its
 file or its mask is another one than before: another path, size or time of modification.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import shutil
@@ -43,6 +44,7 @@ from utils.bdd100k import (
 )
 from utils.errors import UnreadableError, UserError, printable
 from utils.files import atomic_write, cannot_be_read, check_npy, exists, is_file, remove_temporaries
+from utils.frame import ImageSize, frame_size
 from utils.geometry import resize_image, resize_mask
 from utils.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, Source, read_manifest, source_of
 from utils.parallel import run_jobs, usable_cores
@@ -55,7 +57,8 @@ def get_args_parser() -> cli.Parser:
     p = cli.Parser(description=__doc__)
     p.add_flag("bdd100k_root", type=Path, required=True, help="folder of the unpacked BDD100K")
     p.add_flag("output_path", type=Path, default=Path("data/bdd100k_npy"), help="folder to write")
-    p.add_flag("image_size", type=cli.image_size, default=1024, help="side S of the written arrays")
+    p.add_flag("image_size", type=cli.image_size, default=1024, help="side S of the written arrays, for a square; or "
+               "HxW, such as 576x1024, which keeps the shape of BDD100K's pictures. Multiples of 16")
     p.add_flag("splits", nargs="+", default=["train", "val"], help="splits to process")
     p.add_flag("num_workers", type=cli.positive_int, default=usable_cores(), help="processes")
     p.add_flag("image_dtype", choices=IMAGE_DTYPES, default="float32", help="uint8 holds 0-255, the others [0, 1]")
@@ -68,7 +71,7 @@ def get_args_parser() -> cli.Parser:
 class Settings:
     """What all files of a split have in common; files of other settings are never mixed in."""
 
-    image_size: int
+    image_size: ImageSize
     image_dtype: str
     resize_mode: str
 
@@ -149,8 +152,8 @@ def require_openable(item: Item) -> None:
 
 
 def is_whole(job: Job) -> bool:
-    size = job.settings.image_size
-    forms = [((size, size, 3), job.settings.image_dtype), ((size, size), "uint8")]
+    size = frame_size(job.settings.image_size)
+    forms = [((*size, 3), job.settings.image_dtype), (size, "uint8")]
     try:
         for path, (shape, dtype) in zip(job.outputs, forms):
             check_npy(path, shape, dtype)
@@ -273,7 +276,7 @@ def check_disk(output: Path, jobs: list[Job], overwrite: bool) -> None:
 
     def needed(itemsize: int) -> int:
         channels = (3 * itemsize + (job.item.mask is not None) for job in todo)
-        return sum(job.settings.image_size**2 * count for job, count in zip(todo, channels))
+        return sum(math.prod(frame_size(job.settings.image_size)) * count for job, count in zip(todo, channels))
 
     place = next(path for path in (output, *output.absolute().parents) if exists(path))
     free = shutil.disk_usage(place).free
@@ -367,7 +370,8 @@ def next_command(output: Path, manifests: dict[str, Manifest]) -> str | None:
     if train is None:
         return None
     model = "-model_type vit_b -checkpoint work_dir/SAM/sam_vit_b_01ec64.pth"
-    if manifests[train].image_size <= 256:  # what the built-in model was made for, and too little for SAM's
+    # What the built-in model was made for, and too little for SAM's.
+    if max(frame_size(manifests[train].image_size)) <= 256:
         model = "-model_type vit_tiny -checkpoint assets/sam_vit_tiny_scenes.pth"
     lines = [
         f"python train_bdd100k.py -i {shlex.quote(str(output / train))} -task_name BDD100K-SAM-MaskDecoder",

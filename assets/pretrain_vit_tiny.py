@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -37,6 +38,7 @@ from utils.boxes import jitter_boxes, mask_box
 from utils.dataset import NpyFolder
 from utils.errors import UserError
 from utils.files import atomic_write, make_folder
+from utils.frame import ImageSize, frame_size, image_size_of
 from utils.geometry import resize_image, resize_mask
 from utils.losses import prompt_losses
 from utils.optim import build_optimizer, build_scheduler
@@ -45,7 +47,6 @@ from utils.scenes import draw_scene
 
 OTHER = 254  # a pixel of a thing that was not asked for
 MIN_PIXELS = 24  # smaller things are specks at this size
-IMAGE_SIZE = CONFIGS["vit_tiny"].image_size
 SEED = 1_000_003  # far from the seeds of the demo and the tests
 
 
@@ -54,28 +55,31 @@ def get_args_parser() -> cli.Parser:
     parser.add_flag("output", type=Path, default=Path("assets/sam_vit_tiny_scenes.pth"), help="where the weights go")
     parser.add_flag("data", type=Path, help="learn from this split of pre_bdd100k.py, not from drawn scenes")
     parser.add_flag("init", type=Path, help="weights to start from (default: random ones)")
+    parser.add_flag("image_size", type=cli.image_size, default=CONFIGS["vit_tiny"].image_size,
+                    help="frame of drawn scenes; that of --data is the data's")
     parser.add_flag("num_scenes", type=cli.positive_int, default=1200, help="scenes to draw")
     parser.add_flag("num_steps", type=cli.positive_int, default=1500, help="optimizer steps")
     parser.add_flag("batch_size", type=cli.positive_int, default=8, help="images a step")
     parser.add_flag("num_prompts", type=cli.positive_int, default=4, help="things of each image a step")
     parser.add_flag("lr", type=cli.positive_float, default=8e-4, help="highest learning rate")
+    parser.add_switch("use_amp", help="bf16, of which some CPUs make two to three times the speed")
     return parser
 
 
-def draw_all(indices: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [draw(index) for index in indices]
+def draw_all(indices: list[int], image_size: ImageSize) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [draw(index, image_size) for index in indices]
 
 
-def draw(index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scene `index` as the encoder sees it: image, 256 x 256 x 3 uint8, and instances, 256 x 256 uint16."""
+def draw(index: int, image_size: ImageSize) -> tuple[np.ndarray, np.ndarray]:
+    """Scene `index` as the encoder sees it: image, H x W x 3 uint8, and instances, H x W uint16."""
     scene = draw_scene(np.random.default_rng((SEED, index)), 360, 640)
     # Two bytes of an instance id go through the resizing of labels one by one: nearest keeps them together.
-    low, high = (resize_mask(np.uint8(scene.instances >> shift & 255), 256, "stretch") for shift in (0, 8))
-    return resize_image(scene.image, 256, "stretch"), low.astype(np.uint16) | high.astype(np.uint16) << 8
+    low, high = (resize_mask(np.uint8(scene.instances >> shift & 255), image_size, "stretch") for shift in (0, 8))
+    return resize_image(scene.image, image_size, "stretch"), low.astype(np.uint16) | high.astype(np.uint16) << 8
 
 
 def read(source: NpyFolder, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Photograph `index`, S x S x 3 uint8, and its things, S x S uint16: 0 is what is not labelled."""
+    """Photograph `index`, H x W x 3 uint8, and its things, H x W uint16: 0 is what is not labelled."""
     image, labels = source.read(index)
     things = np.zeros(labels.shape, dtype=np.uint16)
     for class_id in np.setdiff1d(labels, [IGNORE_LABEL]):
@@ -101,21 +105,22 @@ def make_sample(
     for i, instance in enumerate(chosen):
         mask = instances == instance
         labels[mask] = i
-        boxes[i] = jitter_boxes(mask_box(mask)[None], len(image), 20, rng)[0]
+        boxes[i] = jitter_boxes(mask_box(mask)[None], image_size_of(mask.shape), 20, rng)[0]
     return image, labels, boxes, np.arange(num_prompts) < len(chosen)
 
 
-def train_step(sam: Sam, images: Tensor, labels: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-    """Losses, B x Q each, of one batch: images B x 3 x S x S uint8, labels B x S x S, boxes B x Q x 4."""
+def train_step(sam: Sam, images: Tensor, labels: Tensor, boxes: Tensor, use_amp: bool = False) -> dict[str, Tensor]:
+    """Losses, B x Q each, of one batch: images B x 3 x H x W uint8, labels B x H x W, boxes B x Q x 4."""
     b, q = boxes.shape[:2]
-    sparse, dense = sam.prompt_encoder(boxes=boxes.flatten(0, 1))
-    low_res_masks, iou_predictions = sam.mask_decoder(
-        image_embeddings=sam.image_encoder(sam.preprocess(images.float())),
-        image_pe=sam.prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse.unflatten(0, (b, q)),
-        dense_prompt_embeddings=dense.unflatten(0, (b, q)),
-        multimask_output=False,
-    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=use_amp):
+        sparse, dense = sam.prompt_encoder(boxes=boxes.flatten(0, 1))
+        low_res_masks, iou_predictions = sam.mask_decoder(
+            image_embeddings=sam.image_encoder(sam.preprocess(images.float())),
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse.unflatten(0, (b, q)),
+            dense_prompt_embeddings=dense.unflatten(0, (b, q)),
+            multimask_output=False,
+        )
     class_ids = torch.arange(q).expand(b, q)
     # At every fourth pixel, which is as fine as the masks are.
     return prompt_losses(low_res_masks[:, :, 0], iou_predictions[:, :, 0], labels, class_ids, stride=4)
@@ -127,26 +132,19 @@ def mean_loss(losses: dict[str, Tensor], valid: Tensor) -> Tensor:
     return (total * valid).sum() / valid.sum().clamp(min=1)
 
 
-def load_sam(init: Path | None) -> Sam:
+def load_sam(init: Path | None, image_size: ImageSize) -> Sam:
     try:
-        return build_sam_vit_tiny(init).train()
+        return build_sam_vit_tiny(init, image_size=frame_size(image_size)).train()
     except CheckpointError as error:
         raise UserError(str(error)) from None
-
-
-def open_split(folder: Path) -> NpyFolder:
-    source = NpyFolder(folder)
-    if source.image_size != IMAGE_SIZE:
-        raise UserError(f"{folder}: is of image size {source.image_size}, but vit_tiny's encoder takes {IMAGE_SIZE}; "
-                        f"preprocess with --image_size {IMAGE_SIZE}")
-    return source
 
 
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(SEED)
     rng = np.random.default_rng(SEED)
-    sam = load_sam(args.init)
-    source = open_split(args.data) if args.data else None
+    source = NpyFolder(args.data) if args.data else None
+    image_size = source.image_size if source else args.image_size
+    sam = load_sam(args.init, image_size)
     make_folder(args.output.parent, "--output")
     if args.output.is_dir():
         raise UserError(f"{args.output}: is a folder; give the name of a file as --output")
@@ -154,7 +152,8 @@ def main(args: argparse.Namespace) -> None:
         scenes = [read(source, index) for index in tqdm(range(len(source.items)), desc="reading", unit="image")]
     else:
         with tqdm(total=args.num_scenes, desc="drawing", unit="scene") as bar:
-            scenes = run_jobs(draw_all, list(range(args.num_scenes)), usable_cores(), bar.update)
+            draw_some = partial(draw_all, image_size=image_size)
+            scenes = run_jobs(draw_some, list(range(args.num_scenes)), usable_cores(), bar.update)
 
     optimizer = build_optimizer(sam, lr=args.lr, weight_decay=0.05)
     scheduler = build_scheduler(optimizer, "cosine", total_steps=args.num_steps, warmup_steps=args.num_steps // 20)
@@ -164,7 +163,7 @@ def main(args: argparse.Namespace) -> None:
         chosen = rng.integers(len(scenes), size=args.batch_size)
         samples = [make_sample(scenes[i][0], scenes[i][1], args.num_prompts, rng) for i in chosen]
         images, labels, boxes, valid = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
-        loss = mean_loss(train_step(sam, images.permute(0, 3, 1, 2), labels, boxes), valid)
+        loss = mean_loss(train_step(sam, images.permute(0, 3, 1, 2), labels, boxes, args.use_amp), valid)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(sam.parameters(), 1.0)

@@ -29,7 +29,7 @@ def get_args_parser(doc: str | None) -> cli.Parser:
     """The flags of every benchmark that runs a SAM of random weights."""
     parser = cli.Parser(doc)
     parser.add_flag("model_type", choices=list(CONFIGS), default="vit_b", help="which SAM, with random weights")
-    parser.add_flag("image_size", type=cli.image_size, default=1024, help="side of the square images")
+    parser.add_flag("image_size", type=cli.side_length, default=1024, help="side of the square images")
     parser.add_flag("repeats", type=cli.positive_int, default=3, help="times that each is measured; medians count")
     return parser
 

@@ -43,7 +43,7 @@ DRAWN = 32  # different scenes
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_flag("images", type=cli.positive_int, default=256, help="images to preprocess")
-    parser.add_flag("image_size", type=cli.image_size, default=1024, help="side of the arrays written")
+    parser.add_flag("image_size", type=cli.side_length, default=1024, help="side of the arrays written")
     parser.add_flag("image_dtype", choices=IMAGE_DTYPES, default="float32", help="what the images are written in")
     parser.add_flag("repeats", type=cli.positive_int, default=3, help="times that each is measured; medians count")
     return parser

@@ -5,7 +5,7 @@
 
 A row is the product's own decoder, loss, augmentation and optimizer with one thing changed. As the encoder is frozen,
 each view of an image is encoded once, and all rows and seeds train on these features in memory; `everything` alone runs
-the encoder in each step. The last epoch is scored on the split `val`, in the S x S frame. Each row and seed gives one
+the encoder in each step. The last epoch is scored on the split `val`, in the frame. Each row and seed gives one
 line of JSON.
 """
 
@@ -36,6 +36,7 @@ from utils.boxes import class_boxes, jitter_boxes
 from utils.choices import AUGMENTATIONS
 from utils.dataset import NpyFolder, box_prompts, collate_training
 from utils.errors import UserError
+from utils.frame import image_size_of
 from utils.losses import COMPETING_WEIGHT, semantic_losses
 from utils.metrics import ConfusionMatrix, iou_per_class, mean_iou
 from utils.model import BoxSegmenter, Features, Segmenter, SemanticSegmenter
@@ -197,8 +198,8 @@ ROWS = {
 class Split:
     """N images in V views each, as [view * N + image]; features in float16."""
 
-    images: Tensor  # VN x 3 x S x S uint8
-    labels: Tensor  # VN x S x S uint8
+    images: Tensor  # VN x 3 x H x W uint8
+    labels: Tensor  # VN x H x W uint8
     features: list[Tensor]  # VN x C x H x W each: image_embeddings, and the outputs of
     blocks: list[int]
     num_images: int
@@ -254,7 +255,8 @@ def random_boxes(labels: Tensor, classes: int | None, rng: np.random.Generator) 
     for label in labels.numpy():
         class_ids, boxes = class_boxes(label)
         chosen = rng.permutation(len(class_ids))[:classes]
-        boxes = jitter_boxes(boxes[chosen], len(label), BBOX_SHIFT * len(label) // 1024, rng).astype(np.float32)
+        shift = BBOX_SHIFT * max(label.shape) // 1024
+        boxes = jitter_boxes(boxes[chosen], image_size_of(label.shape), shift, rng).astype(np.float32)
         valid = torch.ones(len(chosen), dtype=torch.bool)
         samples.append({**box_prompts(class_ids[chosen], boxes), "valid": valid})
     return collate_training(samples)
@@ -308,7 +310,7 @@ def score(segmenter: Segmenter, data: Split) -> tuple[Tensor, Tensor]:
     confusion, by_threshold = ConfusionMatrix(), ConfusionMatrix()
     for i, label in enumerate(data.labels):
         features = data.batch(torch.tensor([i]), segmenter)
-        class_ids, boxes, size = torch.arange(NUM_CLASSES), None, label.shape[-1]
+        class_ids, boxes, size = torch.arange(NUM_CLASSES), None, label.shape
         if segmenter.PROMPTS:
             class_ids, boxes = (torch.from_numpy(array) for array in class_boxes(label.numpy()))
         masks = segmenter(features, *([] if boxes is None else [boxes.float()[None]]))[0][0]
@@ -335,7 +337,7 @@ def main(args: argparse.Namespace) -> None:
 
     def build_sam() -> Sam:
         try:
-            return build_sam_vit_tiny(args.sam_checkpoint, image_size=sources["train"].image_size)
+            return build_sam_vit_tiny(args.sam_checkpoint, image_size=sources["train"].frame_size)
         except CheckpointError as error:
             raise UserError(str(error)) from None
 

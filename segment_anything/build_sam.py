@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,7 @@ def build_sam_of_type(
     model_type: str,
     checkpoint: str | Path | None = None,
     *,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     check_hash: bool = False,
 ) -> Sam:
     """Build a SAM in eval mode, on the CPU, in float32.
@@ -77,8 +77,10 @@ def build_sam_of_type(
     Args:
         model_type: a key of `CONFIGS`.
         checkpoint: a SAM state dict to load, all of it; None leaves the weights random.
-        image_size: side of the square input in pixels, a multiple of 16; None is the model's own. Positions of a
-            checkpoint made at another size are resampled to it.
+        image_size: side of the square input in pixels, or its (H, W), multiples of 16; None is the model's own.
+            Positions of a checkpoint made at another square are resampled to a square. Of a frame that is none, they
+            are the top-left part of the checkpoint's, as SAM pads below and to the right; where a side is longer, of
+            the checkpoint's resampled to the square of that side.
         check_hash: compare the file with the hash in its name; see `check_file_hash`.
 
     Raises:
@@ -86,12 +88,14 @@ def build_sam_of_type(
     """
     config = CONFIGS[model_type]
     image_size = image_size or config.image_size
-    if image_size % PATCH_SIZE:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height % PATCH_SIZE or width % PATCH_SIZE:
         raise ValueError(f"image_size must be a multiple of {PATCH_SIZE}, got {image_size}")
-    grid_size = image_size // PATCH_SIZE
+    grid_size = (height // PATCH_SIZE, width // PATCH_SIZE)
+    side = height if height == width else max(height, width, config.image_size)  # of the square of positions
     sam = Sam(
         image_encoder=ImageEncoderViT(
-            img_size=image_size,
+            img_size=(height, width),
             patch_size=PATCH_SIZE,
             embed_dim=config.embed_dim,
             depth=config.depth,
@@ -104,8 +108,8 @@ def build_sam_of_type(
         ),
         prompt_encoder=PromptEncoder(
             embed_dim=config.prompt_embed_dim,
-            image_embedding_size=(grid_size, grid_size),
-            input_image_size=(image_size, image_size),
+            image_embedding_size=grid_size,
+            input_image_size=(side, side),
             mask_in_chans=16,
         ),
         mask_decoder=MaskDecoder(
@@ -115,6 +119,7 @@ def build_sam_of_type(
             transformer_dim=config.prompt_embed_dim,
         ),
     )
+    sam.prompt_encoder.position_grid_size = (side // PATCH_SIZE, side // PATCH_SIZE)
     if checkpoint is not None:
         path = Path(checkpoint)
         state = read_state_dict(path, model_type)
@@ -187,7 +192,7 @@ def _names(payload: Any) -> Iterator[str]:
 
 
 def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, source: Path) -> None:
-    """Load a whole SAM state dict strictly, its positions resampled to the model's image size where they differ.
+    """Load a whole SAM state dict strictly, its positions fitted to the model's image size where they differ.
 
     Raises:
         CheckpointError: names the keys that are missing, foreign or of another shape, and the model that would fit.
@@ -202,8 +207,9 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
     depends_on_size = {"image_encoder.pos_embed"} | {
         f"image_encoder.blocks.{i}.attn.rel_pos_{axis}" for i in global_blocks for axis in "hw"
     }
-    resampled = {key: _resample_positions(state[key], expected[key]) for key in depends_on_size & state.keys()}
-    state = {**state, **resampled}
+    grid_size = sam.prompt_encoder.image_embedding_size
+    fitted = {key: _fit_positions(state[key], expected[key], grid_size) for key in depends_on_size & state.keys()}
+    state = {**state, **fitted}
 
     missing = [key for key in expected if key not in state]
     foreign = [key for key in state if key not in expected]
@@ -250,20 +256,40 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
     return digest.hexdigest()
 
 
-def _resample_positions(value: Tensor, target: Tensor) -> Tensor:
+def _fit_positions(value: Tensor, target: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """Bring a position table to another grid: `pos_embed` in two dimensions, relative positions in one.
 
     What is no such table is returned as it is: it will be refused for its shape.
+
+    Args:
+        value: 1 x H x W x C, or 2L - 1 distances x C.
+        target: of the shape that is wanted.
+        grid_size: (H, W) of the model's image embedding.
     """
     if value.shape == target.shape or value.ndim != target.ndim or value.shape[-1] != target.shape[-1]:
         return value
     if not value.numel() or (value.ndim == 4 and value.shape[0] != 1):
         return value
+    is_square = grid_size[0] == grid_size[1]
     if value.ndim == 4:
-        grid = value.float().permute(0, 3, 1, 2)
-        resized = F.interpolate(grid, target.shape[1:3], mode="bicubic", align_corners=False)
-        return resized.permute(0, 2, 3, 1)
-    return F.interpolate(value.float().T[None], target.shape[0], mode="linear", align_corners=False)[0].T
+        if is_square or value.shape[1] != value.shape[2]:  # a table of another frame has no square to be part of
+            return _resample(value.permute(0, 3, 1, 2), target.shape[1:3]).permute(0, 2, 3, 1)
+        side = max(*grid_size, value.shape[1])
+        square = _resample(value.permute(0, 3, 1, 2), (side, side)).permute(0, 2, 3, 1)
+        return square[:, : grid_size[0], : grid_size[1]]
+    if is_square:
+        return _resample(value.T[None], target.shape[:1])[0].T
+    side = max(*grid_size, (len(value) + 1) // 2)
+    distances = _resample(value.T[None], (2 * side - 1,))[0].T  # from -(side - 1) to side - 1
+    start = (len(distances) - len(target)) // 2
+    return distances[start : start + len(target)]
+
+
+def _resample(x: Tensor, size: Sequence[int]) -> Tensor:
+    """N x C x ... -> N x C x `size`, of one dimension or two."""
+    if x.shape[2:] == tuple(size):
+        return x
+    return F.interpolate(x.float(), tuple(size), mode="bicubic" if x.ndim == 4 else "linear", align_corners=False)
 
 
 def _fetch_hint(path: Path, model_type: str) -> str:

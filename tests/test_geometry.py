@@ -120,9 +120,11 @@ def test_restore_passes_gradients():
     assert (logits.grad[:, 12:] == 0).all()
 
 
-def test_restore_wants_a_square():
-    with pytest.raises(ValueError, match=r"must be \(..., S, S\)"):
-        restore(torch.zeros(3, 4, 5), 9, 12, "stretch")
+def test_restore_from_a_frame_that_is_no_square():
+    columns = torch.arange(8.0).expand(1, 4, 8)  # a picture of 9 x 12 padded into 4 x 8 takes 4 x 5 of it
+    assert restore(columns, 4, 8, "stretch").equal(columns)
+    assert restore(columns, 4, 5, "pad").equal(columns[..., :5])
+    assert restore(columns, 9, 12, "pad").max() == 4
 
 
 @pytest.mark.parametrize("mode", ["stretch", "pad"])

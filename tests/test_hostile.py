@@ -41,7 +41,8 @@ from utils.dataset import NpyFolder
 from utils.detections import read_detections
 from utils.errors import UserError, printable
 from utils.image_files import MAX_JPEG_SCANS
-from utils.manifest import MAX_IMAGE_SIZE, read_manifest
+from utils.frame import MAX_IMAGE_SIZE
+from utils.manifest import read_manifest
 from utils.model import BoxSegmenter, build_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -318,7 +319,7 @@ def test_a_checkpoint_that_claims_an_absurd_image_size(size: int, tmp_path: Path
 
 
 def test_an_image_size_that_no_model_takes(sam_file: Path) -> None:
-    with pytest.raises(UserError, match="image size 100: no model takes it; preprocess at a multiple of 16"):
+    with pytest.raises(UserError, match="image size 100: no model takes it; preprocess at multiples of 16"):
         build_model("vit_tiny", sam_file, image_size=100)
 
 

@@ -77,7 +77,7 @@ def test_pictures_of_this_run_go_and_others_stay(tmp_path: Path, capsys: pytest.
     ("box_source", "map_rule", "eval_size", "says"),
     [
         ("oracle", "argmax", "frame",
-         ["oracle boxes: every class box was taken from the ground truth", "S x S frame",
+         ["oracle boxes: every class box was taken from the ground truth", "in the preprocessed frame",
           "map rule: argmax: a pixel goes to the highest logit among the classes whose box holds it"]),
         ("oracle", "threshold", "frame", ["map rule: threshold: a pixel goes to the highest logit above 0, inside or"]),
         ("none", "argmax", "original",

@@ -33,14 +33,14 @@ class View:
         """The view of an image, of the same shape and type, contiguous.
 
         Args:
-            frame: S x S x 3, in any type that images are stored in.
+            frame: H x W x 3, in any type that images are stored in.
             size: height and width of the picture in the upper left of the frame (`utils.geometry.fitted_size`).
         """
         height, width = size
         return torch.from_numpy(_framed(self._placed(self._colored(frame[:height, :width])), frame))
 
     def labels(self, frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """The same for labels, S x S uint8; no new ones come about."""
+        """The same for labels, H x W uint8; no new ones come about."""
         height, width = size
         return _framed(self._placed(frame[:height, :width]), frame)
 

@@ -1,7 +1,7 @@
 """Boxes around masks, the prompts of SAM's mask decoder.
 
-The one coordinate convention: a box is `(x_min, y_min, x_max, y_max)` in pixels of the S x S frame that the network
-sees, x to the right and y down, with **inclusive** corners inside the image: `0 <= x_min <= x_max <= S - 1`, the same
+The one coordinate convention: a box is `(x_min, y_min, x_max, y_max)` in pixels of the H x W frame that the network
+sees, x to the right and y down, with **inclusive** corners inside the image: `0 <= x_min <= x_max <= W - 1`, the same
 for y. A box around a single pixel has equal corners and a side of 1.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
+from utils.frame import ImageSize, frame_size
 from utils.geometry import fitted_size
 
 _INVALID_BIT = 31
@@ -74,8 +75,8 @@ def mask_box(mask: np.ndarray) -> np.ndarray:
     return np.array([xs[0], ys[0], xs[-1], ys[-1]], dtype=np.int64)
 
 
-def to_frame(boxes: np.ndarray, height: int, width: int, image_size: int, resize_mode: str) -> np.ndarray:
-    """Bring boxes of an original image into the S x S frame, to where `utils.geometry` brings the image.
+def to_frame(boxes: np.ndarray, height: int, width: int, image_size: ImageSize, resize_mode: str) -> np.ndarray:
+    """Bring boxes of an original image into the frame, to where `utils.geometry` brings the image.
 
     Corners move as the pixels whose centres they are. That is within 0.5 + |1 - scale| / 2 pixels of the tight box
     of the resized mask, which keeps or drops whole pixels.
@@ -97,7 +98,7 @@ def to_frame(boxes: np.ndarray, height: int, width: int, image_size: int, resize
     return np.clip(mapped, 0, fitted - 1).astype(np.float32)
 
 
-def jitter_boxes(boxes: np.ndarray, image_size: int, max_shift: int, rng: np.random.Generator) -> np.ndarray:
+def jitter_boxes(boxes: np.ndarray, image_size: ImageSize, max_shift: int, rng: np.random.Generator) -> np.ndarray:
     """Move each coordinate of each box by a random whole number of pixels, as prompts drawn by people are loose.
 
     The shift is uniform in [-m, m] with m the smaller of `max_shift` and a tenth of the box's side along that axis
@@ -106,7 +107,7 @@ def jitter_boxes(boxes: np.ndarray, image_size: int, max_shift: int, rng: np.ran
 
     Args:
         boxes: (K, 4), whole coordinates inside the image.
-        image_size: S; the result is clipped to 0 .. S - 1.
+        image_size: of the frame; the result is clipped to its pixels.
         max_shift: the most pixels by which a coordinate moves; 0 returns the boxes as they are.
         rng: the only source of chance.
 
@@ -117,4 +118,5 @@ def jitter_boxes(boxes: np.ndarray, image_size: int, max_shift: int, rng: np.ran
     # At most (side + 5) // 10 from either end: too little for the two ends of any side to pass each other.
     limit = np.minimum(max_shift, (sides + 5) // 10)[:, [0, 1, 0, 1]]  # K x 4
     shifts = rng.integers(-limit, limit, endpoint=True)
-    return np.clip(boxes + shifts, 0, image_size - 1).astype(boxes.dtype)
+    height, width = frame_size(image_size)
+    return np.clip(boxes + shifts, 0, np.array([width - 1, height - 1] * 2)).astype(boxes.dtype)

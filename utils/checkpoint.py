@@ -21,7 +21,8 @@ from segment_anything.utils.plain_load import load_plain
 from utils.bdd100k import CLASS_NAMES
 from utils.errors import UserError
 from utils.files import atomic_write, cannot_be_read, is_file, is_folder
-from utils.manifest import RESIZE_MODES, is_image_size
+from utils.frame import ImageSize, is_image_size
+from utils.manifest import RESIZE_MODES
 from utils.model import INFER_FLAGS, SEGMENTERS, CheckpointFlags, Segmenter
 
 FORMAT_VERSION = 1
@@ -35,7 +36,7 @@ class ModelInfo:
     """What a trained decoder belongs to; it is of no use with anything else."""
 
     model_type: str
-    image_size: int
+    image_size: ImageSize
     resize_mode: str
     sam_sha256: str
     prompt_mode: str = "box"
@@ -126,7 +127,9 @@ def _is_checkpoint(payload: Any) -> bool:
     return (
         isinstance(payload, dict)
         and all(type(payload.get(key)) is kind for key, kind in kinds.items())
-        and all(type(value) is (int if key == "image_size" else str) for key, value in payload["info"].items())
+        and all(
+            type(value) is str or (key == "image_size" and type(value) is int) for key, value in payload["info"].items()
+        )
         and all(is_flat(payload.get(key, {})) for key in ("args", "metrics"))
         and all(
             isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from utils.errors import Interrupted, LostPeerError, UserError, printable
-from utils.manifest import MAX_IMAGE_SIZE
+from utils.frame import MAX_IMAGE_SIZE, ImageSize, image_size_of
 from utils.memory import keep_freed_memory
 
 # What the system says of a path that is none of our mistakes.
@@ -93,7 +93,13 @@ def positive_int_or_all(text: str) -> int | str:
     return text if text == "all" else positive_int(text)
 
 
-def image_size(text: str) -> int:
+def image_size(text: str) -> ImageSize:
+    """Parse a side length in pixels, or HEIGHTxWIDTH; see `side_length`."""
+    height, by, width = text.lower().partition("x")
+    return image_size_of((side_length(height), side_length(width if by else height)))
+
+
+def side_length(text: str) -> int:
     """Parse a side length in pixels: a positive multiple of 16, the patch size of SAM's encoder, up to 4096."""
     value = number(int, 1, maximum=MAX_IMAGE_SIZE)(text)
     if value % 16:

@@ -18,6 +18,7 @@ from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES, match_key
 from utils.boxes import class_boxes, jitter_boxes, to_frame
 from utils.errors import UnreadableError, UserError
 from utils.files import cannot_be_read, check_npy
+from utils.frame import ImageSize, frame_size
 from utils.geometry import fitted_size
 from utils.manifest import read_manifest
 
@@ -42,7 +43,7 @@ class NpyFolder:
         self.image_size = manifest.image_size
         self.resize_mode = manifest.resize_mode
         self.items = manifest.items
-        frame = (manifest.image_size, manifest.image_size)
+        self.frame_size = frame = frame_size(manifest.image_size)
         self._form = {"imgs": ((*frame, 3), manifest.image_dtype), "gts": (frame, "uint8")}
         for item in self.items:
             for kind, (shape, dtype) in self._form.items():
@@ -53,11 +54,11 @@ class NpyFolder:
         return self.read_image(index), self.read_labels(index)
 
     def read_image(self, index: int) -> np.ndarray:
-        """S x S x 3 of the stored dtype. Raises `UserError` if the file has gone or changed since it was checked."""
+        """H x W x 3 of the stored dtype. Raises `UserError` if the file has gone or changed since it was checked."""
         return self._load("imgs", index)
 
     def read_labels(self, index: int) -> np.ndarray:
-        """S x S uint8 of 0-18 and 255; raises as `read_image` does, and a `UserError` of any other value."""
+        """H x W uint8 of 0-18 and 255; raises as `read_image` does, and a `UserError` of any other value."""
         labels = self._load("gts", index)
         foreign = labels[(labels >= NUM_CLASSES) & (labels != IGNORE_LABEL)]
         if foreign.size:  # a class that is none would be an index out of bounds, in a loss or on a GPU
@@ -146,7 +147,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A sample: image, S x S x 3 as stored, or features, as the cache has them; labels, S x S uint8; valid, bool,
+        """A sample: image, H x W x 3 as stored, or features, as the cache has them; labels, H x W uint8; valid, bool,
         False of `FILLER`; name; and more."""
         source_index = self.indices[max(index, 0)]
         rng = np.random.default_rng((self.seed, self.epoch, max(index, 0)))
@@ -187,7 +188,7 @@ class BoxPromptDataset(TrainingDataset):
         """
         Args:
             classes_per_image: the most classes of an image, drawn at random; None for all that occur.
-            bbox_shift: the most that a box's side may move, in pixels of the S x S frame.
+            bbox_shift: the most that a box's side may move, in pixels of the frame.
         """
         super().__init__(source, seed=seed, augment=augment, num_views=num_views)
         self.classes_per_image = classes_per_image
@@ -243,8 +244,8 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
         return len(self.source.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """image or features, as of `TrainingDataset`; labels: S x S uint8; name; with boxes, class_ids: K int64 and
-        boxes: K x 4 float32 in the S x S frame."""
+        """image or features, as of `TrainingDataset`; labels: H x W uint8; name; with boxes, class_ids: K int64 and
+        boxes: K x 4 float32 in the frame."""
         labels = self.source.read_labels(index)
         item = self.source.items[index]
         sample: dict[str, Any] = {"labels": torch.from_numpy(labels)}
@@ -265,9 +266,9 @@ def box_prompts(class_ids: np.ndarray, boxes: np.ndarray) -> dict[str, torch.Ten
 
 
 def detected_prompts(
-    detected: BoxesByName, name: str, height: int, width: int, image_size: int, resize_mode: str
+    detected: BoxesByName, name: str, height: int, width: int, image_size: ImageSize, resize_mode: str
 ) -> dict[str, torch.Tensor]:
-    """The prompts of one image, by its name, in the S x S frame; none where the detector found nothing."""
+    """The prompts of one image, by its name, in the frame; none where the detector found nothing."""
     class_ids, boxes = detected.get(match_key(name), (np.zeros(0, np.int64), np.zeros((0, 4))))
     return box_prompts(class_ids, to_frame(boxes, height, width, image_size, resize_mode))
 

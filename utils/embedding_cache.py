@@ -44,6 +44,7 @@ from utils.checkpoint import ModelInfo
 from utils.dataset import NpyFolder
 from utils.errors import Interrupted, LostWorkerError, UserError
 from utils.files import atomic_write, cannot_be_read, exists, read_json, remove_temporaries, require_readable, status
+from utils.frame import ImageSize
 from utils.loader import Loader, require_shared_memory, sample_bytes
 from utils.model import Features, Segmenter
 from utils.precision import Precision
@@ -63,7 +64,7 @@ class Binding:
 
     sam_sha256: str
     prompt_mode: str  # decides which features there are
-    image_size: int
+    image_size: ImageSize
     resize_mode: str
     pixel_mean: list[float]
     pixel_std: list[float]
@@ -407,9 +408,8 @@ class _Writer:
             raise _no_place(folder, error) from None
         if self.is_alone:
             remove_temporaries(self.root)
-        size = self.binding.image_size
         started = time.monotonic()
-        features = self._encode(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+        features = self._encode(torch.zeros(1, *request.source.frame_size, 3, dtype=torch.uint8))
         seconds = time.monotonic() - started
         seconds *= num_images * request.num_views / distributed.world_size() + FIT_IMAGES * (
             self.reduces and self.reduction is None
@@ -431,7 +431,7 @@ class _Writer:
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Features:
-        """B x S x S x 3, as stored -> features, on the device."""
+        """B x H x W x 3, as stored -> features, on the device."""
         self.segmenter.eval()
         with self.precision.autocast():
             return self.segmenter.encode(self.precision.images({"image": images}))
@@ -592,7 +592,7 @@ def _views(request: Request, index: int) -> str:
     """What an entry says of its views, so that none is taken for another one after the way of drawing has changed."""
     name, size = request.source.items[index].name, request.source.fitted_size(index)
     views = [asdict(fixed_view(name, number)) for number in range(request.num_views)]
-    if size != (request.source.image_size, request.source.image_size):
+    if size != request.source.frame_size:
         views = [{**view, "size": list(size)} for view in views]
     return json.dumps(views)
 
@@ -620,7 +620,7 @@ def _digest(image: np.ndarray) -> str:
 
 
 class _PendingImages(Dataset[dict[str, Any]]):
-    """views: K x S x S x 3, as stored; and what an entry says of its image."""
+    """views: K x H x W x 3, as stored; and what an entry says of its image."""
 
     def __init__(self, request: Request, indexes: list[int], folder: Path) -> None:
         self.request = request

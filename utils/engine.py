@@ -232,16 +232,16 @@ def _normalise_gradients(
 def predictions_and_labels(
     model: Segmenter, loader: Iterable[dict[str, Any]], precision: Precision, rule: MapRule = "argmax"
 ) -> Iterator[tuple[Prediction, Tensor]]:
-    """What the model says of each image, and its labels in the S x S frame."""
+    """What the model says of each image, and its labels in the frame."""
     for batch in loader:
         yield from zip(predict(model, batch, precision, rule), precision.to_device(batch["labels"]))
 
 
 def evaluate(model: Segmenter, loader: DataLoader, precision: Precision) -> ConfusionMatrix:
-    """Score predictions in the S x S frame over this process's share of a set, and sum over the processes."""
+    """Score predictions in the frame over this process's share of a set, and sum over the processes."""
     confusion = ConfusionMatrix(precision.device)
     progress = tqdm(loader, desc="validation", unit="batch", disable=not distributed.is_main(), leave=False)
     for prediction, labels in predictions_and_labels(model, progress, precision):
-        confusion.update(prediction.label_map(labels.shape[-1]), labels)
+        confusion.update(prediction.label_map(labels.shape), labels)
     distributed.all_reduce_sum(confusion.matrix)
     return confusion

@@ -1,9 +1,9 @@
-"""The S x S frame that images and masks are resized to, and the way back to the original size.
+"""The frame that images and masks are resized to, and the way back to the original size.
 
-`stretch` resizes both sides to S. `pad` resizes the longest side to S, keeps the aspect ratio and pads at the bottom
-and the right, as SAM does. Everything here follows one convention: a pixel is a small square and its value sits at its
-centre (OpenCV's default for images, `align_corners=False` in PyTorch), so that image, mask and prediction never drift
-apart.
+`stretch` resizes both sides to the frame's. `pad` keeps the aspect ratio: the picture fills the frame on one axis, and
+the rest is padded at the bottom or the right, as SAM does. Everything here follows one convention: a pixel is a small
+square and its value sits at its centre (OpenCV's default for images, `align_corners=False` in PyTorch), so that image,
+mask and prediction never drift apart.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from utils.bdd100k import IGNORE_LABEL
+from utils.frame import ImageSize, Size, frame_size
 from utils.manifest import RESIZE_MODES
 
 if TYPE_CHECKING:
@@ -26,16 +27,17 @@ if TYPE_CHECKING:
 PAD_COLOR = (124, 116, 104)  # RGB
 
 
-def fitted_size(height: int, width: int, image_size: int, resize_mode: str) -> tuple[int, int]:
-    """The (height, width) that a picture takes up in the S x S frame; the rest of the frame is padding.
+def fitted_size(height: int, width: int, image_size: ImageSize | Sequence[int], resize_mode: str) -> Size:
+    """The (height, width) that a picture takes up in the frame; the rest of the frame is padding.
 
     Raises:
         ValueError: unknown `resize_mode`.
     """
+    rows, columns = frame_size(image_size)
     if resize_mode == "stretch":
-        return image_size, image_size
+        return rows, columns
     if resize_mode == "pad":
-        scale = image_size / max(height, width)
+        scale = min(rows / height, columns / width)
         # Rounded as SAM rounds; a picture of extreme shape still keeps one pixel.
         return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
     raise ValueError(f"resize_mode must be one of {RESIZE_MODES}, got {resize_mode!r}")
@@ -57,22 +59,22 @@ def pixels_in_box(box: Sequence[float], size: tuple[int, int], fitted: tuple[int
     return slices[0], slices[1]
 
 
-def resize_image(image: np.ndarray, image_size: int, resize_mode: str) -> np.ndarray:
-    """Bring an RGB image, (H, W, 3) uint8, into the frame: (S, S, 3) uint8."""
+def resize_image(image: np.ndarray, image_size: ImageSize, resize_mode: str) -> np.ndarray:
+    """Bring an RGB image, (height, width, 3) uint8, into the frame: (H, W, 3) uint8."""
     height, width = fitted_size(image.shape[0], image.shape[1], image_size, resize_mode)
     # Area averaging keeps thin things (poles, lane marks) when shrinking, but is no interpolation when a side grows.
     shrinks = height <= image.shape[0] and width <= image.shape[1]
     resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    frame = np.empty((image_size, image_size, 3), dtype=np.uint8)
+    frame = np.empty((*frame_size(image_size), 3), dtype=np.uint8)
     frame[:height, :width] = resized
     frame[height:] = frame[:, width:] = PAD_COLOR  # painting all of it would take longer than all the rest
     return frame
 
 
-def resize_mask(mask: np.ndarray, image_size: int, resize_mode: str) -> np.ndarray:
-    """Bring a mask of labels, (H, W) uint8, into the frame: (S, S) uint8, no new labels, the padding 255."""
+def resize_mask(mask: np.ndarray, image_size: ImageSize, resize_mode: str) -> np.ndarray:
+    """Bring a mask of labels, (height, width) uint8, into the frame: (H, W) uint8, no new labels, the padding 255."""
     height, width = fitted_size(mask.shape[0], mask.shape[1], image_size, resize_mode)
-    frame = np.full((image_size, image_size), IGNORE_LABEL, dtype=np.uint8)
+    frame = np.full(frame_size(image_size), IGNORE_LABEL, dtype=np.uint8)
     # INTER_NEAREST takes the upper left of the candidates, half a pixel off from how the image is sampled.
     frame[:height, :width] = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
     return frame
@@ -84,15 +86,15 @@ def unframe(
     """Bring an image and a mask of the frame back to the original size, to be looked at.
 
     Args:
-        image: (S, S, 3), uint8, or floating in [0, 1].
-        mask: (S, S) uint8.
+        image: (H, W, 3), uint8, or floating in [0, 1].
+        mask: (H, W) uint8.
 
     Returns:
         (height, width, 3) uint8 and (height, width) uint8.
     """
     if image.dtype != np.uint8:
         image = (image.astype(np.float32) * 255).round().astype(np.uint8)
-    rows, columns = fitted_size(height, width, image.shape[0], resize_mode)
+    rows, columns = fitted_size(height, width, mask.shape, resize_mode)
     size = (width, height)
     return (
         cv2.resize(image[:rows, :columns], size, interpolation=cv2.INTER_LINEAR),
@@ -104,7 +106,7 @@ def restore(logits: torch.Tensor, height: int, width: int, resize_mode: str) -> 
     """Bring logits of the frame back to the original size of the picture, for an argmax or a threshold there.
 
     Args:
-        logits: (..., S, S) floating point, over the whole frame at its full size (upsample the mask decoder's quarter
+        logits: (..., H, W) floating point, over the whole frame at its full size (upsample what the mask decoder gives
             first). Any number of leading dimensions.
 
     Returns:
@@ -112,14 +114,12 @@ def restore(logits: torch.Tensor, height: int, width: int, resize_mode: str) -> 
         mixed into the picture's border.
 
     Raises:
-        ValueError: `logits` is not square in its last two dimensions, or `resize_mode` is unknown.
+        ValueError: `resize_mode` is unknown.
     """
     import torch.nn.functional as F  # here, not above: preprocessing's worker processes need no torch
 
     *leading, rows, columns = logits.shape
-    if rows != columns:
-        raise ValueError(f"logits must be (..., S, S), got {tuple(logits.shape)}")
-    fitted_height, fitted_width = fitted_size(height, width, rows, resize_mode)
+    fitted_height, fitted_width = fitted_size(height, width, (rows, columns), resize_mode)
     cropped = logits[..., :fitted_height, :fitted_width]
     planes = cropped.reshape(-1, 1, fitted_height, fitted_width)  # ... x h x w  ->  N x 1 x h x w
     resized = F.interpolate(planes, size=(height, width), mode="bilinear", align_corners=False)

@@ -30,12 +30,12 @@ def compared(low_res_masks: Tensor, labels: Tensor, stride: int) -> tuple[Tensor
     quarter of the labels' size, and a quarter of the work of all pixels. Only these pixels are interpolated.
 
     Args:
-        low_res_masks: B x K x h x h; h divides S, and the stride S / h.
-        labels: B x S x S.
+        low_res_masks: B x K x h x w; h divides H, W / w is the same, and `stride` divides it.
+        labels: B x H x W.
 
     Returns:
-        B x K x S/stride x S/stride float32, as `F.interpolate` has them (bilinear, not aligned to corners), and
-        B x S/stride x S/stride.
+        B x K x H/stride x W/stride float32, as `F.interpolate` has them (bilinear, not aligned to corners), and
+        B x H/stride x W/stride.
     """
     scale = labels.shape[-1] // low_res_masks.shape[-1]  # pixels of a logit
     first = stride // 2
@@ -72,9 +72,9 @@ def prompt_losses(
     Compared at the pixels that `compared` takes. Pixels of value 255 count in none of them.
 
     Args:
-        low_res_masks: B x Q x h x h logits.
+        low_res_masks: B x Q x h x w logits.
         iou_predictions: B x Q.
-        labels: B x S x S uint8.
+        labels: B x H x W uint8.
         class_ids: B x Q int64, 255 for a prompt that only pads the batch.
         boxes: B x Q x 4, xyxy in pixels of the frame, inclusive corners; None for masks that do not compete.
         weights: of the C classes in that competition.
@@ -87,7 +87,7 @@ def prompt_losses(
     b, q = class_ids.shape
     logits, labels = compared(low_res_masks, labels, stride)
     labelled = (labels != IGNORE_LABEL)[:, None].expand(b, q, -1, -1)
-    target = (labels[:, None] == class_ids[:, :, None, None]) & labelled  # B x Q x S/stride x S/stride
+    target = (labels[:, None] == class_ids[:, :, None, None]) & labelled  # B x Q x H/stride x W/stride
 
     bce = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none") * labelled
     num_labelled = labelled.flatten(2).sum(-1).clamp(min=1)
@@ -104,7 +104,8 @@ def prompt_losses(
         "iou": (iou_predictions.float() - true_iou).square(),
     }
     if boxes is not None and weights is not None:
-        inside = _inside(boxes, labels.shape[-1] * stride, stride) & (class_ids != IGNORE_LABEL)[:, :, None, None]
+        inside = _inside(boxes, labels.shape[1] * stride, labels.shape[2] * stride, stride)
+        inside &= (class_ids != IGNORE_LABEL)[:, :, None, None]
         padded_weights = F.pad(weights, (0, IGNORE_LABEL + 1 - len(weights)))  # a prompt that pads a batch has none
         losses["ce"] = competing_cross_entropy(logits, target, inside, padded_weights[class_ids])
     occurs = target.flatten(2).any(-1)
@@ -132,11 +133,11 @@ def competing_cross_entropy(logits: Tensor, target: Tensor, inside: Tensor, weig
     return COMPETING_WEIGHT * ce[:, None].expand_as(weights)
 
 
-def _inside(boxes: Tensor, size: int, stride: int) -> Tensor:
-    """The compared pixels that each box holds: B x Q x 4 -> B x Q x S/stride x S/stride bool."""
-    position = torch.arange(stride // 2, size, stride, device=boxes.device)
-    first, last = boxes[..., :2, None], boxes[..., 2:, None]
-    x, y = ((position >= first) & (position <= last)).unbind(2)  # B x Q x S/stride each
+def _inside(boxes: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """The compared pixels that each box holds: B x Q x 4 -> B x Q x H/stride x W/stride bool."""
+    first_x, first_y, last_x, last_y = boxes[..., None].unbind(2)  # B x Q x 1 each
+    x, y = (torch.arange(stride // 2, side, stride, device=boxes.device) for side in (width, height))
+    x, y = (x >= first_x) & (x <= last_x), (y >= first_y) & (y <= last_y)  # B x Q x W/stride, B x Q x H/stride
     return y[..., :, None] & x[..., None, :]
 
 
@@ -163,8 +164,8 @@ def semantic_losses(
     Compared at the pixels that `compared` takes. Pixels of value 255 count in neither.
 
     Args:
-        low_res_masks: B x C x h x h logits.
-        labels: B x S x S uint8.
+        low_res_masks: B x C x h x w logits.
+        labels: B x H x W uint8.
         weights: of the C classes in the cross-entropy.
         stride: see `compared`.
 

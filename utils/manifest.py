@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,12 +12,11 @@ from typing import Any
 from utils.bdd100k import CLASS_NAMES, MAX_PIXELS, NUM_CLASSES
 from utils.errors import UserError
 from utils.files import atomic_write, cannot_be_read, is_folder, read_json
+from utils.frame import ImageSize, frame_size, is_image_size
 
 FORMAT_VERSION = 1
 IMAGE_DTYPES = ("float32", "float16", "uint8")
 RESIZE_MODES = ("stretch", "pad")
-MAX_IMAGE_SIZE = 4096  # four times SAM's own; a file that claims more is not let to have that much memory
-
 
 Source = list[str | int]  # what tells a file from any other: real path, bytes, time of modification in ns
 
@@ -29,11 +29,6 @@ def source_of(path: Path) -> Source:
     """
     status = path.stat()
     return [os.path.realpath(path), status.st_size, status.st_mtime_ns]
-
-
-def is_image_size(value: Any) -> bool:
-    """Whether it is a side S that memory is given for; a model wants a multiple of 16 besides."""
-    return type(value) is int and 0 < value <= MAX_IMAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class ManifestItem:
 
 @dataclass(frozen=True)
 class Manifest:
-    image_size: int
+    image_size: ImageSize
     image_dtype: str
     resize_mode: str
     labelled: bool
@@ -132,5 +127,5 @@ def _is_item(item: ManifestItem, manifest: Manifest) -> bool:
         and item.height > 0
         and item.width > 0
         and item.height * item.width <= MAX_PIXELS
-        and all(0 <= count <= manifest.image_size**2 for count in (item.ignored, *item.pixels))
+        and all(0 <= count <= math.prod(frame_size(manifest.image_size)) for count in (item.ignored, *item.pixels))
     )

@@ -20,6 +20,7 @@ from segment_anything.build_sam import PATCH_SIZE, FineTunedError
 from segment_anything.modeling import Sam, SemanticDecoder
 from utils.bdd100k import NUM_CLASSES
 from utils.errors import UserError
+from utils.frame import ImageSize, frame_size
 from utils.losses import class_weights, prompt_losses, semantic_losses
 from utils.reduction import Reduction
 
@@ -60,7 +61,7 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Features:
-        """B x 3 x S x S RGB, uint8 or floating in [0, 1] -> what `forward` takes.
+        """B x 3 x H x W RGB, uint8 or floating in [0, 1] -> what `forward` takes.
 
         SAM's normalisation happens here, so that no caller can forget it.
         """
@@ -98,7 +99,7 @@ class BoxSegmenter(Segmenter):
     def forward(self, features: Features, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            boxes: B x Q x 4, xyxy in pixels of the S x S frame.
+            boxes: B x Q x 4, xyxy in pixels of the frame.
 
         Returns:
             low_res_masks, B x Q x 4h x 4w logits, and iou_predictions, B x Q.
@@ -190,7 +191,7 @@ def build_model(
     model_type: str,
     sam_checkpoint: Path,
     *,
-    image_size: int,
+    image_size: ImageSize,
     prompt_mode: str = "box",
     check_hash: bool = False,
     flags: CheckpointFlags = INFER_FLAGS,
@@ -200,10 +201,10 @@ def build_model(
     Raises:
         UserError: the file is missing, damaged, or of another model; or no model takes images of that size.
     """
-    if image_size % PATCH_SIZE:
-        raise UserError(f"image size {image_size}: no model takes it; preprocess at a multiple of {PATCH_SIZE}")
+    if any(side % PATCH_SIZE for side in frame_size(image_size)):
+        raise UserError(f"image size {image_size}: no model takes it; preprocess at multiples of {PATCH_SIZE}")
     try:
-        sam = sam_model_registry[model_type](sam_checkpoint, image_size=image_size, check_hash=check_hash)
+        sam = sam_model_registry[model_type](sam_checkpoint, image_size=frame_size(image_size), check_hash=check_hash)
     except CheckpointError as error:
         raise flags.about(error) from None
     return SEGMENTERS[prompt_mode](sam)

@@ -34,7 +34,7 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
 
     def images(self, batch: dict[str, Any]) -> Tensor:
-        """The batch's images on the device, B x 3 x S x S; stored as B x S x S x 3, they are channels-last there."""
+        """The batch's images on the device, B x 3 x H x W; stored as B x H x W x 3, they are channels-last there."""
         return self.to_device(batch["image"]).permute(0, 3, 1, 2)
 
     def to_device(self, tensor: Tensor) -> Tensor:

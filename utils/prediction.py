@@ -1,9 +1,9 @@
-"""From the decoder's logits to label maps, in the S x S frame and at any original size."""
+"""From the decoder's logits to label maps, in the frame and at any original size."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from segment_anything.modeling import Sam
 from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
 from utils.choices import MapRule
+from utils.frame import ImageSize, Size, frame_size
 from utils.geometry import fitted_size, pixels_in_box, restore
 from utils.model import Features, Segmenter
 from utils.precision import Precision
@@ -28,23 +29,24 @@ class Prediction:
     boxes: Tensor | None = None  # K x 4 xyxy on the CPU, in pixels of the frame: a mask claims no pixel outside its own
     threshold: float = -math.inf  # a pixel belongs to no class unless a logit is above it
 
-    def label_map(self, image_size: int) -> Tensor:
-        """The classes in the S x S frame: S x S uint8, 255 where no mask claims the pixel."""
-        planes = (self._frame_logits(i, image_size) for i in range(len(self.class_ids)))
-        size = (image_size, image_size)
+    def label_map(self, image_size: ImageSize | Sequence[int]) -> Tensor:
+        """The classes in the frame: H x W uint8, 255 where no mask claims the pixel."""
+        size = frame_size(image_size)
+        planes = (self._frame_logits(i, size) for i in range(len(self.class_ids)))
         return merge_masks(planes, self.class_ids, self.threshold, size, self._regions(size, size))
 
-    def original_label_map(self, height: int, width: int, *, image_size: int, resize_mode: str) -> Tensor:
+    def original_label_map(self, height: int, width: int, *, image_size: ImageSize, resize_mode: str) -> Tensor:
         """The same of the original image, height x width: it is the logits that are cropped and resized."""
+        frame = frame_size(image_size)
         planes = (
-            restore(self._frame_logits(i, image_size), height, width, resize_mode) for i in range(len(self.class_ids))
+            restore(self._frame_logits(i, frame), height, width, resize_mode) for i in range(len(self.class_ids))
         )
         regions = self._regions((height, width), fitted_size(height, width, image_size, resize_mode))
         return merge_masks(planes, self.class_ids, self.threshold, (height, width), regions)
 
-    def _frame_logits(self, index: int, image_size: int) -> Tensor:
+    def _frame_logits(self, index: int, size: Size) -> Tensor:
         mask = self.low_res_masks[index].float()[None, None]
-        return F.interpolate(mask, (image_size, image_size), mode="bilinear", align_corners=False)[0, 0]
+        return F.interpolate(mask, size, mode="bilinear", align_corners=False)[0, 0]
 
     def _regions(self, size: tuple[int, int], fitted: tuple[int, int]) -> list[tuple[slice, slice]] | None:
         return None if self.boxes is None else [pixels_in_box(box, size, fitted) for box in self.boxes.tolist()]
@@ -96,7 +98,7 @@ def predict(
     boxes, each image's boxes by themselves, up to MAX_PROMPTS in one call.
 
     Args:
-        batch: "image", B x S x S x 3, or "features" in its place, and in box mode lists of B "class_ids" (K int64) and
+        batch: "image", B x H x W x 3, or "features" in its place, and in box mode lists of B "class_ids" (K int64) and
             "boxes" (K x 4).
         rule: how masks become a map. "argmax" needs a box for every class that is in the image.
     """

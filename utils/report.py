@@ -15,7 +15,7 @@ from utils.files import atomic_write, is_folder, listed, read_json
 from utils.metrics import format_details, format_report, results_dict
 from utils.visualize import save_confusion_matrix
 
-_SIZES = {"frame": "in the preprocessed S x S frame", "original": "at the original size of the images"}
+_SIZES = {"frame": "in the preprocessed frame", "original": "at the original size of the images"}
 
 _RESULTS = ("evaluation_results.txt", "evaluation_results.json", "confusion_matrix.png")
 _PICTURES = ("visualizations", "predictions")

@@ -24,11 +24,11 @@ Order = tuple[Tensor, Tensor]  # of the tokens of a map in windows, and back: se
 
 
 class ImageEncoderViT(nn.Module):
-    """Normalised images, B x 3 x S x S -> image embeddings, B x out_chans x S/patch_size x S/patch_size."""
+    """Normalised images, B x 3 x H x W -> image embeddings, B x out_chans x H/patch_size x W/patch_size."""
 
     def __init__(
         self,
-        img_size: int = 1024,
+        img_size: int | tuple[int, int] = 1024,
         patch_size: int = 16,
         in_chans: int = 3,
         embed_dim: int = 768,
@@ -47,7 +47,7 @@ class ImageEncoderViT(nn.Module):
     ) -> None:
         """
         Args:
-            img_size: S, side of the square input in pixels.
+            img_size: side of the square input in pixels, or its (H, W).
             mlp_ratio: width of a block's hidden layer, in units of `embed_dim`.
             norm_layer: makes a block's norm of its width; SAM's has eps=1e-6.
             use_rel_pos: SAM's models have relative positions; the default is the public package's.
@@ -56,16 +56,17 @@ class ImageEncoderViT(nn.Module):
             global_attn_indexes: the blocks that attend over the whole image all the same.
         """
         super().__init__()
-        self.img_size = img_size
+        self.frame_size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size = max(self.frame_size)  # the longest side, as the public package's clients want it
         self.embed_dim = embed_dim
-        grid_size = img_size // patch_size
+        grid_size = (self.frame_size[0] // patch_size, self.frame_size[1] // patch_size)
         self.patch_embed = PatchEmbed(
             kernel_size=(patch_size, patch_size),
             stride=(patch_size, patch_size),
             in_chans=in_chans,
             embed_dim=embed_dim,
         )
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid_size, grid_size, embed_dim)) if use_abs_pos else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, *grid_size, embed_dim)) if use_abs_pos else None
         # Of each block; 0 where it attends over the whole image.
         self.window_sizes = [0 if i in global_attn_indexes else window_size for i in range(depth)]
         self.blocks = nn.ModuleList(
@@ -79,7 +80,7 @@ class ImageEncoderViT(nn.Module):
                 use_rel_pos=use_rel_pos,
                 rel_pos_zero_init=rel_pos_zero_init,
                 window_size=size,
-                input_size=(grid_size, grid_size),
+                input_size=grid_size,
             )
             for size in self.window_sizes
         )
@@ -116,7 +117,7 @@ class ImageEncoderViT(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """B x in_chans x S x S -> one token for each patch, B x H x W x C."""
+    """B x in_chans x H x W pixels -> one token for each patch, B x H x W x C."""
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ class PromptEncoder(nn.Module):
         """
         Args:
             image_embedding_size: (H, W) of the image embedding.
-            input_image_size: (H, W) of the frame, in pixels, that points and boxes lie in.
+            input_image_size: (H, W), in pixels, of the frame that positions are shares of.
             mask_in_chans: channels that masks go through.
             activation: on the way through them.
         """
@@ -36,6 +36,9 @@ class PromptEncoder(nn.Module):
         self.embed_dim = embed_dim
         self.image_embedding_size = image_embedding_size
         self.input_image_size = input_image_size
+        # (H, W) of the embedding of the frame that positions are shares of. The image embedding is its top-left part;
+        # `build_sam` enlarges it for a frame that is no square.
+        self.position_grid_size = image_embedding_size
         self.mask_input_size = (4 * image_embedding_size[0], 4 * image_embedding_size[1])
         self.pe_layer = PositionEmbeddingRandom(embed_dim // 2)
         self.num_point_embeddings = 4
@@ -54,7 +57,8 @@ class PromptEncoder(nn.Module):
 
     def get_dense_pe(self) -> Tensor:
         """Position encodings of the image embedding's grid, 1 x C x H x W."""
-        return self.pe_layer(self.image_embedding_size).unsqueeze(0)
+        height, width = self.image_embedding_size
+        return self.pe_layer(self.position_grid_size)[None, :, :height, :width]
 
     def forward(
         self,

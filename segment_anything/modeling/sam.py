@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segment_anything.modeling.common import ArgumentError
 from segment_anything.modeling.image_encoder import ImageEncoderViT
 from segment_anything.modeling.mask_decoder import MaskDecoder
 from segment_anything.modeling.prompt_encoder import PromptEncoder
@@ -41,6 +42,12 @@ class Sam(nn.Module):
         self.mask_decoder = mask_decoder
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """(H, W) in pixels of what the encoder takes."""
+        side = self.image_encoder.img_size  # another project's encoder may have a square alone
+        return getattr(self.image_encoder, "frame_size", (side, side))
 
     @property
     def device(self) -> torch.device:
@@ -89,15 +96,22 @@ class Sam(nn.Module):
         return outputs
 
     def preprocess(self, x: Tensor) -> Tensor:
-        """Normalise RGB images of 0..255, ... x 3 x H x W with H, W <= S, and zero-pad them to ... x 3 x S x S."""
+        """Normalise RGB images of 0..255, ... x 3 x H x W, and zero-pad them at the bottom and right to the frame.
+
+        Raises:
+            ArgumentError: an image is larger than the frame.
+        """
         x = ((x - self.pixel_mean) / self.pixel_std).to(self.pixel_mean.dtype)
-        size = self.image_encoder.img_size
-        return F.pad(x, (0, size - x.shape[-1], 0, size - x.shape[-2]))
+        height, width = self.frame_size
+        if x.shape[-2] > height or x.shape[-1] > width:
+            size = f"{x.shape[-2]} x {x.shape[-1]}"
+            raise ArgumentError(f"an image of {size} does not fit the model's {height} x {width}; resize it first")
+        return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
 
     def postprocess_masks(
         self, masks: Tensor, input_size: Sequence[int], original_size: Sequence[int]
     ) -> Tensor:
-        """Bring mask logits to the original image: upsample to the S x S frame, crop the padding, resize.
+        """Bring mask logits to the original image: upsample to the frame, crop the padding, resize.
 
         Args:
             masks: B x M x h x w logits as the decoder gives them.
@@ -107,7 +121,6 @@ class Sam(nn.Module):
         Returns:
             B x M x H x W logits at `original_size`.
         """
-        size = self.image_encoder.img_size
-        masks = F.interpolate(masks, (size, size), mode="bilinear", align_corners=False)
+        masks = F.interpolate(masks, self.frame_size, mode="bilinear", align_corners=False)
         masks = masks[..., : input_size[0], : input_size[1]]
         return F.interpolate(masks, tuple(original_size), mode="bilinear", align_corners=False)

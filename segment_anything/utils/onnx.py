@@ -86,7 +86,7 @@ class SamOnnxModel(nn.Module):
         encoder = self.model.prompt_encoder
         label = point_labels.unsqueeze(-1)
         # + 0.5: a coordinate names a pixel, and its position is the pixel's centre.
-        positions = encoder.pe_layer.forward_with_coords(point_coords + 0.5, (self.img_size, self.img_size))
+        positions = encoder.pe_layer.forward_with_coords(point_coords + 0.5, encoder.input_image_size)
         embedding = torch.where(label == -1, encoder.not_a_point_embed.weight, positions)
         for kind, learned in enumerate(encoder.point_embeddings):
             embedding = embedding + (label == kind) * learned.weight  # type: ignore[operator]
@@ -105,7 +105,7 @@ class SamOnnxModel(nn.Module):
 
     def mask_postprocessing(self, masks: Tensor, orig_im_size: Tensor) -> Tensor:
         """Logits of the decoder, 1 x M x 4h x 4w, at the original size: 1 x M x H x W."""
-        masks = F.interpolate(masks, (self.img_size, self.img_size), mode="bilinear", align_corners=False)
+        masks = F.interpolate(masks, self.model.frame_size, mode="bilinear", align_corners=False)
         # Tensors and not numbers, which would fix the example's size in the exported graph.
         scaled = self.resize_longest_image_size(orig_im_size, self.img_size)
         masks = masks[..., : scaled[0], : scaled[1]]
