@@ -40,8 +40,8 @@ from utils.checkpoint import ModelInfo, load_checkpoint, save_best
 from utils.dataset import NpyFolder
 from utils.detections import read_detections
 from utils.errors import UserError, printable
-from utils.image_files import MAX_JPEG_SCANS
 from utils.frame import MAX_IMAGE_SIZE
+from utils.image_files import MAX_JPEG_SCANS
 from utils.manifest import read_manifest
 from utils.model import BoxSegmenter, build_model
 
