@@ -287,6 +287,7 @@ def load_model(
         image_size=image_size,
         prompt_mode=prompt_mode,
         check_hash=args.verify_checkpoint,
+        decoder=state["model"] if state else None,
     )
     here = ModelInfo(args.model_type, image_size, resize_mode, file_digest(args.sam_checkpoint), prompt_mode)
     if state:

@@ -252,7 +252,7 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
     if latest is None:  # one that is resumed must not end for want of them
         distributed.on_main(lambda: require_loggers(tensorboard=args.use_tensorboard, wandb=args.use_wandb))
     dataset, val_dataset = load_data(args)
-    segmenter, info = load_model(args, dataset.source, precision)
+    segmenter, info = load_model(args, dataset.source, precision, latest)
     data = {"train_data": dataset.source.digest, "val_data": val_dataset.source.digest if val_dataset else None}
     require_same_data(data, info, latest)
     config |= data
@@ -332,7 +332,9 @@ def load_data(args: argparse.Namespace) -> tuple[TrainingDataset, EvaluationData
     return dataset, args.val_npy_path and validation_dataset(args.val_npy_path, source, args.prompt_mode)
 
 
-def load_model(args: argparse.Namespace, source: NpyFolder, precision: Precision) -> tuple[Segmenter, ModelInfo]:
+def load_model(
+    args: argparse.Namespace, source: NpyFolder, precision: Precision, latest: Latest | None
+) -> tuple[Segmenter, ModelInfo]:
     segmenter = build_model(
         args.model_type,
         args.checkpoint,
@@ -340,6 +342,7 @@ def load_model(args: argparse.Namespace, source: NpyFolder, precision: Precision
         prompt_mode=args.prompt_mode,
         check_hash=args.verify_checkpoint,
         flags=TRAIN_FLAGS,
+        decoder=latest.state["model"] if latest else None,
     ).to(precision.device)
     segmenter.balance_classes(source.class_pixels())
     digest = file_digest(args.checkpoint)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from segment_anything import build_sam_vit_tiny
 from segment_anything.modeling.common import MLP
-from segment_anything.modeling.semantic_decoder import ClassMLPs
+from segment_anything.modeling.semantic_decoder import ClassMLPs, doubled
 from tests.conftest import IMAGE_SIZE
 from utils.bdd100k import NUM_CLASSES
 from utils.model import SemanticSegmenter, build_model
@@ -27,11 +27,12 @@ def test_one_map_of_all_classes_and_nothing_untrained(model: SemanticSegmenter) 
     model.train()
     assert model.mask_decoder.training
     assert not any(m.training for part in (model.sam.image_encoder, model.sam.prompt_encoder) for m in part.modules())
-    features = model.encode(torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE))
+    images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    features = model.encode(images)
     assert [tuple(f.shape) for f in features] == [(2, 128, 4, 4)] + 4 * [(2, 192, 4, 4)]
     assert not any(feature.requires_grad for feature in features)
-    (masks,) = model(features)
-    assert masks.shape == (2, NUM_CLASSES, IMAGE_SIZE // 4, IMAGE_SIZE // 4)
+    (masks,) = model(model.with_pixels(features, images))
+    assert masks.shape == (2, NUM_CLASSES, IMAGE_SIZE // 2, IMAGE_SIZE // 2)
     labels = torch.randint(0, 19, (2, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
     torch.stack(list(model.losses((masks,), {"labels": labels}).values())).sum().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -87,8 +88,41 @@ def test_class_mlps_are_one_mlp_each() -> None:
 
 def test_each_image_of_a_batch_is_decoded_by_itself(model: SemanticSegmenter) -> None:
     torch.manual_seed(0)
-    features = model.encode(torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE))
+    images = torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE)
+    features = model.with_pixels(model.encode(images), images)
     together = model(features)[0]
     for i in range(3):
         alone = model(tuple(feature[i : i + 1] for feature in features))[0]
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_doubled_is_bilinear_interpolation() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 4)
+    expected = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(doubled(x), expected)
+
+
+def test_the_detail_path_sees_what_is_narrower_than_a_token(model: SemanticSegmenter) -> None:
+    """Two pictures of the same features: logits differ where the pixels do, and only around there."""
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    features = model.encode(images)
+    with_pole = images.clone()
+    with_pole[..., 60] = 0  # one column of pixels
+    masks, others = (model(model.with_pixels(features, seen))[0] for seen in (images, with_pole))
+    differs = (masks - others).abs().amax(dim=(0, 1, 2)) > 1e-6  # of each column of logits, two pixels wide
+    columns = differs.nonzero().flatten()
+    assert differs[30] and columns.min() > 10
+
+
+def test_a_decoder_without_a_detail_path_is_that_of_version_0_1(sam_file: Path) -> None:
+    sam = build_sam_vit_tiny(sam_file, image_size=IMAGE_SIZE)
+    before = SemanticSegmenter(sam, pixel_channels=0)
+    state = before.mask_decoder.state_dict()
+    assert not before.takes_pixels and not any("detail_path" in key for key in state)
+    built = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE, prompt_mode="semantic", decoder=state)
+    built.mask_decoder.load_state_dict(state)
+    features = built.encode(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    masks = built(features)[0]
+    assert masks.shape == (1, NUM_CLASSES, IMAGE_SIZE // 4, IMAGE_SIZE // 4) and masks.equal(before(features)[0])

@@ -114,7 +114,8 @@ class TrainingDataset(Dataset[dict[str, Any]]):
     processes draws the same.
     """
 
-    cache: FeatureCache | None = None  # once it is set, samples have features in place of pixels
+    cache: FeatureCache | None = None  # once it is set, samples have features
+    has_images = True  # in its samples; a model that takes no pixels needs none where there is a cache
 
     def __init__(self, source: NpyFolder, *, seed: int, augment: str, num_views: int) -> None:
         """
@@ -147,7 +148,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         self.epoch = epoch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """A sample: image, H x W x 3 as stored, or features, as the cache has them; labels, H x W uint8; valid, bool,
+        """A sample: image, H x W x 3 as stored; features, as the cache has them; labels, H x W uint8; valid, bool,
         False of `FILLER`; name; and more."""
         source_index = self.indices[max(index, 0)]
         rng = np.random.default_rng((self.seed, self.epoch, max(index, 0)))
@@ -162,7 +163,7 @@ class TrainingDataset(Dataset[dict[str, Any]]):
         sample: dict[str, Any] = {"labels": torch.from_numpy(labels), **self._prompts(source_index, labels, rng)}
         if self.cache:
             sample["features"] = self.cache.read(source_index, number)
-        else:
+        if self.has_images:
             sample["image"] = view.image(self.source.read_image(source_index), size)
         return {**sample, "valid": sample["valid"] & (index != FILLER), "name": name}
 
@@ -234,6 +235,7 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
     """
 
     cache: FeatureCache | None = None  # as of `TrainingDataset`
+    has_images = True
     num_views = 1
 
     def __init__(self, source: NpyFolder, boxes: BoxesByName | Literal["oracle"] | None) -> None:
@@ -251,7 +253,7 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
         sample: dict[str, Any] = {"labels": torch.from_numpy(labels)}
         if self.cache:
             sample["features"] = self.cache.read(index)
-        else:
+        if self.has_images:
             sample["image"] = torch.from_numpy(self.source.read_image(index))
         if self.boxes == "oracle":
             sample |= box_prompts(*class_boxes(labels))

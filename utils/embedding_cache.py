@@ -415,9 +415,10 @@ class _Writer:
             self.reduces and self.reduction is None
         )
         stored = self._stored(features, self.reduction or (Reduction.blank(features) if self.reduces else None))
-        # Training hands over features of as many images, in place of views of pixels.
+        # Training hands over features of as many images, in place of views of pixels or beside them.
         pixels = sample_bytes(torch.from_numpy(request.source.read_image(0)))
-        of_batch = max(self.batch_size * sample_bytes(stored), max(self.batch_size, request.num_views) * pixels)
+        of_training = sample_bytes(stored) + (pixels if self.segmenter.takes_pixels else 0)
+        of_batch = max(self.batch_size * of_training, max(self.batch_size, request.num_views) * pixels)
         require_shared_memory(of_batch, self.num_workers)
         needed = num_images * request.num_views * sum(tensor.nbytes for tensor in stored)
         free = shutil.disk_usage(folder).free

@@ -7,7 +7,7 @@ that the loops know of neither.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -34,6 +34,7 @@ class Segmenter(nn.Module):
     LOSSES: ClassVar[tuple[str, ...]]  # the parts that the loss is the sum of
     CLASS_WEIGHT_POWER: ClassVar[float]  # see `utils.losses.class_weights`
 
+    takes_pixels = False  # whether `forward` takes the picture itself as the last of the features
     feature_blocks: Sequence[int] = ()  # encoder blocks whose outputs are features, beside the embeddings
     image_pe: Tensor
     class_weights: Tensor
@@ -61,18 +62,26 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Features:
-        """B x 3 x H x W RGB, uint8 or floating in [0, 1] -> what `forward` takes.
+        """B x 3 x H x W RGB, uint8 or floating in [0, 1] -> what the frozen encoder makes of them.
 
         SAM's normalisation happens here, so that no caller can forget it.
         """
+        return self._encode(self._normalised(images))
+
+    @torch.no_grad()
+    def with_pixels(self, features: Features, images: Tensor) -> Features:
+        """The features of images, and the normalised images themselves: what `forward` takes if it takes pixels."""
+        return (*features, self._normalised(images))
+
+    def _normalised(self, images: Tensor) -> Tensor:
         scaled = images.float() * (1.0 if images.dtype == torch.uint8 else 255.0)
-        return self._encode(self.sam.preprocess(scaled))
+        return self.sam.preprocess(scaled)
 
     def _encode(self, x: Tensor) -> Features:
         return (self.sam.image_encoder(x),)
 
     def restore(self, stored: Features) -> Features:
-        """What a cache stores of features -> what `forward` takes, so that the decoder knows of no cache."""
+        """What a cache stores of features -> what `encode` gives, so that the decoder knows of no cache."""
         return self.reduction.expand(stored) if self.reduction else tuple(feature.float() for feature in stored)
 
     def balance_classes(self, pixels: Tensor) -> None:
@@ -129,24 +138,33 @@ class SemanticSegmenter(Segmenter):
     LOSSES = ("ce", "dice")
     CLASS_WEIGHT_POWER = 0.5
 
-    def __init__(self, sam: Sam, *, feature_blocks: Sequence[int] | None = None, stem_blocks: int = 3) -> None:
+    def __init__(
+        self,
+        sam: Sam,
+        *,
+        feature_blocks: Sequence[int] | None = None,
+        stem_blocks: int = 3,
+        pixel_channels: int = 16,
+    ) -> None:
         """
         Args:
             feature_blocks: encoder blocks whose outputs are joined in; None for those that attend over the whole image,
                 each of which ends a stage of the encoder.
-            stem_blocks: see `SemanticDecoder`.
+            stem_blocks, pixel_channels: see `SemanticDecoder`.
         """
         super().__init__(sam)
         encoder = sam.image_encoder
         if feature_blocks is None:
             feature_blocks = [i for i, size in enumerate(encoder.window_sizes) if not size]
         self.feature_blocks = feature_blocks
+        self.takes_pixels = pixel_channels > 0
         sam.mask_decoder = SemanticDecoder(  # type: ignore[assignment]
             mask_decoder=sam.mask_decoder,
             no_mask_embedding=sam.prompt_encoder.no_mask_embed.weight,
             num_classes=NUM_CLASSES,
             feature_channels=[encoder.embed_dim] * len(self.feature_blocks),
             stem_blocks=stem_blocks,
+            pixel_channels=pixel_channels,
         )
 
     def _encode(self, x: Tensor) -> Features:
@@ -154,9 +172,10 @@ class SemanticSegmenter(Segmenter):
         return (image_embeddings, *features)
 
     def forward(self, features: Features) -> tuple[Tensor]:
-        """Returns one tensor: low_res_masks, B x 19 x 4h x 4w logits."""
-        image_embeddings, *block_features = features
-        return (self.mask_decoder(image_embeddings, block_features, self.image_pe),)
+        """Returns one tensor: low_res_masks, B x 19 x H/2 x W/2 logits; H/4 x W/4 of a decoder that takes no pixels."""
+        image_embeddings, *others = features
+        pixels = others.pop() if self.takes_pixels else None
+        return (self.mask_decoder(image_embeddings, others, self.image_pe, pixels),)
 
     def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return semantic_losses(outputs[0], batch["labels"], self.class_weights)
@@ -195,8 +214,12 @@ def build_model(
     prompt_mode: str = "box",
     check_hash: bool = False,
     flags: CheckpointFlags = INFER_FLAGS,
+    decoder: Mapping[str, Tensor] | None = None,
 ) -> Segmenter:
     """Build the segmenter of a prompt mode on a SAM file.
+
+    Args:
+        decoder: the state dict that is to be loaded into it, if any.
 
     Raises:
         UserError: the file is missing, damaged, or of another model; or no model takes images of that size.
@@ -207,4 +230,6 @@ def build_model(
         sam = sam_model_registry[model_type](sam_checkpoint, image_size=frame_size(image_size), check_hash=check_hash)
     except CheckpointError as error:
         raise flags.about(error) from None
+    if prompt_mode == "semantic" and decoder and not any("detail_path." in key for key in decoder):
+        return SemanticSegmenter(sam, pixel_channels=0)  # trained by version 0.1
     return SEGMENTERS[prompt_mode](sam)

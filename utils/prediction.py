@@ -83,8 +83,10 @@ def merge_masks(
 def features_of(model: Segmenter, batch: dict[str, Any], precision: Precision) -> Features:
     """What `model.forward` takes of a batch's images: encoded now, or as they come out of a cache."""
     if "features" in batch:
-        return model.restore(tuple(precision.to_device(feature) for feature in batch["features"]))
-    return model.encode(precision.images(batch))
+        features = model.restore(tuple(precision.to_device(feature) for feature in batch["features"]))
+    else:
+        features = model.encode(precision.images(batch))
+    return model.with_pixels(features, precision.images(batch)) if model.takes_pixels else features
 
 
 MAX_PROMPTS = 64  # boxes decoded at once; a detector's hundreds would take GBs at 1024 x 1024
@@ -98,8 +100,8 @@ def predict(
     boxes, each image's boxes by themselves, up to MAX_PROMPTS in one call.
 
     Args:
-        batch: "image", B x H x W x 3, or "features" in its place, and in box mode lists of B "class_ids" (K int64) and
-            "boxes" (K x 4).
+        batch: "image", B x H x W x 3; "features" in its place, or beside it for a model that takes pixels; and in box
+            mode lists of B "class_ids" (K int64) and "boxes" (K x 4).
         rule: how masks become a map. "argmax" needs a box for every class that is in the image.
     """
     model.eval()

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segment_anything.modeling.common import MLP, LayerNorm2d, MLPBlock, pixel_upscaling, upscaled_masks
+from segment_anything.modeling.common import (
+    MLP,
+    LayerNorm2d,
+    MLPBlock,
+    pixel_upscaling,
+    upscaled_maps,
+    upscaled_masks,
+)
 from segment_anything.modeling.mask_decoder import MaskDecoder
 
 
@@ -33,6 +40,7 @@ class SemanticDecoder(nn.Module):
         feature_channels: Sequence[int],
         stem_blocks: int,
         detail_channels: int = 32,
+        pixel_channels: int = 16,
     ) -> None:
         """
         Args:
@@ -41,6 +49,7 @@ class SemanticDecoder(nn.Module):
             feature_channels: channels of each feature map of the encoder that is joined in.
             stem_blocks: residual blocks of the stem.
             detail_channels: channels beside the C/8 of SAM's upscaling.
+            pixel_channels: see `DetailPath`; 0 for none, as decoders of version 0.1 have it.
         """
         super().__init__()
         dim = mask_decoder.mask_tokens.embedding_dim
@@ -57,48 +66,134 @@ class SemanticDecoder(nn.Module):
             *(ConvBlock(dim) for _ in range(stem_blocks)),
         )
         self.detail_upscaling = pixel_upscaling(dim, dim // 2, detail_channels)
+        self.detail_path = DetailPath(dim // 8 + detail_channels, pixel_channels) if pixel_channels else None
         # All classes start as SAM's token for clear prompts. Alike, they would learn alike: noise tells them apart.
         token = mask_decoder.mask_tokens.weight.detach()[:1]
         self.mask_tokens = nn.Parameter(token + torch.randn(num_classes, dim))
         single_mask_mlp = mask_decoder.output_hypernetworks_mlps[0]
         assert isinstance(single_mask_mlp, MLP)
-        self.output_hypernetworks = ClassMLPs(single_mask_mlp, num_classes, detail_channels)
+        self.output_hypernetworks = ClassMLPs(single_mask_mlp, num_classes, detail_channels + pixel_channels)
         no_mask = no_mask_embedding.detach().view(1, -1, 1, 1).clone()
         self.register_buffer("no_mask_embedding", no_mask, persistent=False)  # the SAM file has it
 
-    def forward(self, image_embeddings: Tensor, features: Sequence[Tensor], image_pe: Tensor) -> Tensor:
+    def forward(
+        self,
+        image_embeddings: Tensor,
+        features: Sequence[Tensor],
+        image_pe: Tensor,
+        pixels: Tensor | None = None,
+    ) -> Tensor:
         """
         Args:
             image_embeddings: B x C x H x W.
             features: maps of encoder blocks, B x C_i x H x W each.
             image_pe: 1 x C x H x W, from `PromptEncoder.get_dense_pe`.
+            pixels: the normalised pictures, B x 3 x 16H x 16W, for the detail path.
 
         Returns:
-            low_res_masks, B x num_classes x 4H x 4W logits.
+            low_res_masks, B x num_classes x 8H x 8W logits; without a detail path, 4H x 4W.
         """
         normed = [norm(feature) for norm, feature in zip(self.feature_norms, features)]
         stem = self.stem(torch.cat([image_embeddings, *normed], dim=1))  # B x C x H x W
         x = image_embeddings + self.no_mask_embedding + stem
         tokens, image_tokens = self.transformer(x, image_pe, self.mask_tokens.expand(len(x), -1, -1))
-        weights = self.output_hypernetworks(tokens)  # B x num_classes x (C/8 + detail_channels)
+        weights = self.output_hypernetworks(tokens)  # B x num_classes x (C/8 + detail_channels + pixel_channels)
         details = stem.flatten(2).transpose(1, 2)
         upscalings = [(self.output_upscaling, image_tokens), (self.detail_upscaling, details)]
-        return upscaled_masks(weights, upscalings, (x.shape[2], x.shape[3]))
+        if self.detail_path is None:
+            return upscaled_masks(weights, upscalings, (x.shape[2], x.shape[3]))
+        assert pixels is not None, "the detail path takes the pictures"
+        upscaled = upscaled_maps(upscalings, (x.shape[2], x.shape[3]))  # B x 4H x 4W x (C/8 + detail_channels)
+        coarse, fine = self.detail_path(upscaled, pixels)
+        of_coarse, of_fine = weights.split([coarse.shape[-1], fine.shape[-1]], dim=2)
+        return doubled(_masks(of_coarse, coarse)) + _masks(of_fine, fine)
+
+
+def _masks(weights: Tensor, maps: Tensor) -> Tensor:
+    """B x M x C and B x H x W x C -> B x M x H x W."""
+    return (weights @ maps.flatten(1, 2).transpose(1, 2)).unflatten(2, maps.shape[1:3])
+
+
+class DetailPath(nn.Module):
+    """A light convolutional path from the picture's pixels, for what is narrower than a token of the encoder.
+
+    Channels are last throughout, as norms and linear layers want them.
+    """
+
+    def __init__(self, channels: int, pixel_channels: int) -> None:
+        """
+        Args:
+            channels: of the upscaled image tokens.
+            pixel_channels: of the pixels at stride 2; at stride 4 there are twice as many.
+        """
+        super().__init__()
+        c2, c4 = pixel_channels, 2 * pixel_channels
+        self.pixels_2 = nn.Conv2d(3, c2, kernel_size=3, stride=2, padding=1)
+        self.norm_2 = nn.LayerNorm(c2, eps=1e-6)
+        self.pixels_4 = nn.Conv2d(c2, c4, kernel_size=3, stride=2, padding=1)
+        self.norm_4 = nn.LayerNorm(c4, eps=1e-6)
+        self.block_4 = ConvBlock(c4, expansion=2)
+        self.join_4 = nn.Linear(channels + c4, channels)
+        self.joined_4 = ConvBlock(channels, expansion=2)
+        self.upscaling = nn.ConvTranspose2d(channels, c2, kernel_size=2, stride=2)
+        self.norm_joined_2 = nn.LayerNorm(2 * c2, eps=1e-6)
+        self.join_2 = nn.Conv2d(2 * c2, c2, kernel_size=3, padding=1)
+
+    def forward(self, upscaled: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            upscaled: B x H/4 x W/4 x channels.
+            pixels: B x 3 x H x W.
+
+        Returns:
+            B x H/4 x W/4 x channels, and B x H/2 x W/2 x pixel_channels.
+        """
+        pixels_2 = _rows(self.pixels_2(pixels.contiguous(memory_format=torch.channels_last)))
+        pixels_4 = _rows(self.pixels_4(_maps(F.gelu(self.norm_2(pixels_2)))))
+        pixels_4 = self.block_4.of_rows(self.norm_4(pixels_4))
+        coarse = upscaled + self.join_4(torch.cat([upscaled, pixels_4], dim=-1))
+        coarse = self.joined_4.of_rows(coarse)
+        joined = torch.cat([_rows(self.upscaling(_maps(coarse))), pixels_2], dim=-1)
+        return coarse, F.gelu(_rows(self.join_2(_maps(self.norm_joined_2(joined)))))
+
+
+def _rows(maps: Tensor) -> Tensor:
+    return maps.permute(0, 2, 3, 1)
+
+
+def _maps(rows: Tensor) -> Tensor:
+    return rows.permute(0, 3, 1, 2)
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Bilinear interpolation to twice the size, not aligned to corners: B x C x H x W -> B x C x 2H x 2W.
+
+    As `F.interpolate` has it, whose backward kernel is not deterministic on CUDA.
+    """
+    for dim in (2, 3):
+        n = x.shape[dim]
+        before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, n - 1)], dim)
+        after = torch.cat([x.narrow(dim, 1, n - 1), x.narrow(dim, n - 1, 1)], dim)
+        x = torch.stack([torch.lerp(before, x, 0.75), torch.lerp(x, after, 0.25)], dim + 1).flatten(dim, dim + 1)
+    return x
 
 
 class ConvBlock(nn.Module):
     """The residual block of ConvNeXt (Liu et al., 2022, arXiv 2201.03545), B x C x H x W -> the same."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, expansion: int = 4) -> None:
         super().__init__()
         self.spatial = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.mlp = MLPBlock(channels, 4 * channels, nn.GELU)
+        self.mlp = MLPBlock(channels, expansion * channels, nn.GELU)
 
     def forward(self, x: Tensor) -> Tensor:
         # Channels last, as linear layers are faster than convolutions of one pixel.
-        y = self.mlp(self.norm(self.spatial(x).permute(0, 2, 3, 1)))
-        return x + y.permute(0, 3, 1, 2)
+        return x + _maps(self.mlp(self.norm(_rows(self.spatial(x)))))
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """The same with channels last, B x H x W x C."""
+        return x + self.mlp(self.norm(_rows(self.spatial(_maps(x)))))
 
 
 class ClassMLPs(nn.Module):
