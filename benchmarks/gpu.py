@@ -116,7 +116,7 @@ def training(args: argparse.Namespace, precision: Precision) -> None:
     with precision.autocast():
         features = stored(segmenter, segmenter.encode(precision.images(batch)))
     images = batch.pop("image")
-    cached = {**batch, "features": features}
+    cached = {**batch, "features": features} | ({"image": images} if segmenter.takes_pixels else {})
     # Away, as in a run whose images are all in the cache.
     segmenter.sam.image_encoder.cpu()
     images = images.cpu()

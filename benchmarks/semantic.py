@@ -54,7 +54,7 @@ class LinearProbe(SemanticSegmenter):
 
     def __init__(self, sam: Sam) -> None:
         dim = sam.prompt_encoder.embed_dim
-        super().__init__(sam, feature_blocks=[])
+        super().__init__(sam, feature_blocks=[], pixel_channels=0)
         sam.mask_decoder = nn.Conv2d(dim, NUM_CLASSES, kernel_size=1)  # type: ignore[assignment]
 
     def forward(self, features: Features) -> tuple[Tensor]:
@@ -73,7 +73,7 @@ class PlainTokens(SemanticSegmenter):
     """SAM's decoder with a token and a hypernetwork for each class, and nothing else added."""
 
     def __init__(self, sam: Sam) -> None:
-        super().__init__(sam, feature_blocks=[])
+        super().__init__(sam, feature_blocks=[], pixel_channels=0)
         decoder: Any = self.mask_decoder
         for name in ("stem", "detail_upscaling", "feature_norms"):
             delattr(decoder, name)
@@ -88,6 +88,14 @@ class PlainTokens(SemanticSegmenter):
         tokens, image_tokens = decoder.transformer(x, self.image_pe, decoder.mask_tokens.expand(len(x), -1, -1))
         upscalings = [(decoder.output_upscaling, image_tokens)]
         return (upscaled_masks(decoder.output_hypernetworks(tokens), upscalings, (x.shape[2], x.shape[3])),)
+
+
+class PixelsAlone(SemanticSegmenter):
+    """The encoder's features are set to zero: what the path from the pixels makes of the classes by itself."""
+
+    def forward(self, features: Features) -> tuple[Tensor]:
+        *encoded, pixels = features
+        return super().forward((*(torch.zeros_like(feature) for feature in encoded), pixels))
 
 
 class CoarseLoss(SemanticSegmenter):
@@ -120,6 +128,11 @@ def with_blocks(indexes: list[int] | None) -> Callable[[Sam], SemanticSegmenter]
     return lambda sam: SemanticSegmenter(
         sam, feature_blocks=list(range(len(sam.image_encoder.blocks))) if indexes is None else indexes
     )
+
+
+def with_pixels(channels: int) -> Callable[[Sam], SemanticSegmenter]:
+    """Another number of channels of the path from the pixels; 0 for none."""
+    return lambda sam: SemanticSegmenter(sam, pixel_channels=channels)
 
 
 def alike(sam: Sam) -> SemanticSegmenter:
@@ -169,7 +182,12 @@ ROWS = {
     "box-weight-8": Row("the competing cross-entropy with weight 8", competing(8), num_views=1),
     "box-unbalanced": Row("no class weights in the competing cross-entropy", BoxSegmenter, num_views=1, balanced=False),
     "box-flip": Row("images and mirror images", BoxSegmenter, num_views=2),
+    "no-pixels": Row("no path from the pixels: the decoder of version 0.1", with_pixels(0)),
+    "pixels-alone": Row("control: the path from the pixels without the encoder's features", PixelsAlone),
+    "8-pixel-channels": Row("half as many channels of pixels", with_pixels(8)),
+    "32-pixel-channels": Row("twice as many channels of pixels", with_pixels(32)),
     "everything": Row("ceiling: the encoder is trained too, end to end", encoder_lr=3e-4),
+    "everything-no-pixels": Row("the same with the decoder of version 0.1", with_pixels(0), encoder_lr=3e-4),
     "cached": Row("trained on features as a cache has them: reduced to 4 MiB an image of vit_b", reduced=True),
     "plain-tokens": Row("no stem, no encoder blocks, no detail channels", PlainTokens),
     "no-blocks": Row("the stem sees the embedding alone", with_blocks([])),
@@ -207,10 +225,15 @@ class Split:
     def batch(self, indexes: Tensor, segmenter: Segmenter) -> Features:
         """What `segmenter` takes of some images."""
         maps = [0, *(1 + self.blocks.index(block) for block in segmenter.feature_blocks)]
-        return tuple(self.features[i][indexes].float() for i in maps)
+        features = tuple(self.features[i][indexes].float() for i in maps)
+        return segmenter.with_pixels(features, self.images[indexes]) if segmenter.takes_pixels else features
 
 
-def load_split(source: NpyFolder, sam: Sam, blocks: list[int], num_views: int) -> Split:
+def autocast(use_amp: bool) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=use_amp)
+
+
+def load_split(source: NpyFolder, sam: Sam, blocks: list[int], num_views: int, use_amp: bool) -> Split:
     images, labels = [], []
     for view in range(num_views):
         for i, item in enumerate(source.items):
@@ -221,15 +244,16 @@ def load_split(source: NpyFolder, sam: Sam, blocks: list[int], num_views: int) -
             images.append(seen.image(image, size).permute(2, 0, 1))
             labels.append(torch.from_numpy(seen.labels(label, size)))
     stacked = torch.stack(images)
-    features = encode(stacked, sam, blocks, desc=f"encoding {source.folder.name}")
+    features = encode(stacked, sam, blocks, use_amp, desc=f"encoding {source.folder.name}")
     return Split(stacked, torch.stack(labels), features, blocks, len(source.items))
 
 
 @torch.no_grad()
-def encode(images: Tensor, sam: Sam, blocks: list[int], desc: str) -> list[Tensor]:
+def encode(images: Tensor, sam: Sam, blocks: list[int], use_amp: bool, desc: str) -> list[Tensor]:
     pieces = []
     for some in tqdm(images.split(8), desc=desc, unit="batch", leave=False):
-        embeddings, features = sam.image_encoder.forward_features(sam.preprocess(some.float()), blocks)
+        with autocast(use_amp):
+            embeddings, features = sam.image_encoder.forward_features(sam.preprocess(some.float()), blocks)
         pieces.append([feature.half() for feature in (embeddings, *features)])
     return [torch.cat(feature) for feature in zip(*pieces)]
 
@@ -262,7 +286,9 @@ def random_boxes(labels: Tensor, classes: int | None, rng: np.random.Generator) 
     return collate_training(samples)
 
 
-def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_size: int, seed: int) -> float:
+def train(
+    segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_size: int, seed: int, use_amp: bool
+) -> float:
     """Train; returns the mean loss of the last epoch."""
     rng = np.random.default_rng(seed)
     steps_per_epoch = -(-data.num_images // batch_size)
@@ -286,10 +312,14 @@ def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_siz
             if isinstance(segmenter, BoxSegmenter):
                 batch |= random_boxes(batch["labels"], row.classes, rng)
             if row.encoder_lr:
-                features = segmenter._encode(segmenter.sam.preprocess(data.images[indexes].float()))
+                images = data.images[indexes]
+                with autocast(use_amp):
+                    features = segmenter._encode(segmenter.sam.preprocess(images.float()))
+                features = segmenter.with_pixels(features, images) if segmenter.takes_pixels else features
             else:
                 features = data.batch(indexes, segmenter)
-            outputs = segmenter(features, *(batch[key] for key in segmenter.PROMPTS))
+            with autocast(use_amp):
+                outputs = segmenter(features, *(batch[key] for key in segmenter.PROMPTS))
             parts = segmenter.losses(outputs, batch)
             loss = (torch.stack(list(parts.values())).sum(dim=0) * batch["valid"]).sum() / batch["valid"].sum()
             optimizer.zero_grad()
@@ -304,7 +334,7 @@ def train(segmenter: Segmenter, data: Split, row: Row, *, epochs: int, batch_siz
 
 
 @torch.no_grad()
-def score(segmenter: Segmenter, data: Split) -> tuple[Tensor, Tensor]:
+def score(segmenter: Segmenter, data: Split, use_amp: bool) -> tuple[Tensor, Tensor]:
     """The confusion matrix over a split of one view, with oracle boxes in boxed mode; and by the rule "threshold"."""
     segmenter.eval()
     confusion, by_threshold = ConfusionMatrix(), ConfusionMatrix()
@@ -313,7 +343,8 @@ def score(segmenter: Segmenter, data: Split) -> tuple[Tensor, Tensor]:
         class_ids, boxes, size = torch.arange(NUM_CLASSES), None, label.shape
         if segmenter.PROMPTS:
             class_ids, boxes = (torch.from_numpy(array) for array in class_boxes(label.numpy()))
-        masks = segmenter(features, *([] if boxes is None else [boxes.float()[None]]))[0][0]
+        with autocast(use_amp):
+            masks = segmenter(features, *([] if boxes is None else [boxes.float()[None]]))[0][0].float()
         confusion.update(Prediction(masks, class_ids, boxes).label_map(size), label)
         by_threshold.update(Prediction(masks, class_ids, threshold=Sam.mask_threshold).label_map(size), label)
     return confusion.matrix, by_threshold.matrix
@@ -328,6 +359,7 @@ def get_args_parser() -> cli.Parser:
     flag("row", choices=list(ROWS), nargs="+", default=["default"], help=rows)
     flag("epochs", type=cli.non_negative_int, default=30, help="passes over the data")
     flag("batch_size", type=cli.positive_int, default=8, help="images a step")
+    parser.add_switch("use_amp", help="bf16, of which some CPUs make two to three times the speed")
     flag("seed", type=cli.non_negative_int, nargs="+", default=[0], help="of weights and order")
     return parser
 
@@ -343,31 +375,38 @@ def main(args: argparse.Namespace) -> None:
 
     blocks = sorted({block for name in args.row for block in ROWS[name].build(build_sam()).feature_blocks})
     views = {"train": max(ROWS[name].num_views for name in args.row), "val": 1}
-    splits = {name: load_split(source, build_sam(), blocks, views[name]) for name, source in sources.items()}
+    splits = {name: load_split(source, build_sam(), blocks, views[name], args.use_amp) for name, source in sources.items()}
     pixels = sources["train"].class_pixels()
     for seed, name in product(args.seed, args.row):
         torch.manual_seed(seed)
         segmenter = ROWS[name].build(build_sam())
-        result = measure(segmenter, ROWS[name], splits, pixels, args.epochs, args.batch_size, seed)
-        about = {"data": args.data.name, "threads": torch.get_num_threads()}
+        result = measure(segmenter, ROWS[name], splits, pixels, args.epochs, args.batch_size, seed, args.use_amp)
+        about = {"data": args.data.name, "threads": torch.get_num_threads(), "use_amp": args.use_amp}
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         print(json.dumps({"row": name, **result, **about, "versions": versions}), flush=True)
 
 
 def measure(
-    segmenter: Segmenter, row: Row, splits: dict[str, Split], pixels: Tensor, epochs: int, batch_size: int, seed: int
+    segmenter: Segmenter,
+    row: Row,
+    splits: dict[str, Split],
+    pixels: Tensor,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    use_amp: bool,
 ) -> dict[str, Any]:
     """Train and score one row with one seed."""
     if row.balanced:
         segmenter.balance_classes(pixels)
     started = time.monotonic()
     data = reduced(splits["train"]) if row.reduced else splits["train"]
-    loss = train(segmenter, data, row, epochs=epochs, batch_size=batch_size, seed=seed)
+    loss = train(segmenter, data, row, epochs=epochs, batch_size=batch_size, seed=seed, use_amp=use_amp)
     seconds = time.monotonic() - started
     val = splits["val"]
     if row.encoder_lr:
-        val = replace(val, features=encode(val.images, segmenter.sam, val.blocks, desc="encoding anew"))
-    matrix, by_threshold = score(segmenter, val)
+        val = replace(val, features=encode(val.images, segmenter.sam, val.blocks, use_amp, desc="encoding anew"))
+    matrix, by_threshold = score(segmenter, val, use_amp)
     former = {"miou_by_threshold": round(mean_iou(by_threshold), 4)} if segmenter.PROMPTS else {}
     return {
         "change": row.change,
