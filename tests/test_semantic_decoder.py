@@ -103,17 +103,16 @@ def test_doubled_is_bilinear_interpolation() -> None:
     torch.testing.assert_close(doubled(x), expected)
 
 
-def test_the_detail_path_sees_what_is_narrower_than_a_token(model: SemanticSegmenter) -> None:
-    """Two pictures of the same features: logits differ where the pixels do, and only around there."""
+def test_the_detail_path_sees_pixels(model: SemanticSegmenter) -> None:
+    """A pole of one pixel is drawn where it stands, though the encoder's features know nothing of it."""
     torch.manual_seed(0)
     images = torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     features = model.encode(images)
     with_pole = images.clone()
-    with_pole[..., 60] = 0  # one column of pixels
+    with_pole[..., 40] = 0
     masks, others = (model(model.with_pixels(features, seen))[0] for seen in (images, with_pole))
-    differs = (masks - others).abs().amax(dim=(0, 1, 2)) > 1e-6  # of each column of logits, two pixels wide
-    columns = differs.nonzero().flatten()
-    assert differs[30] and columns.min() > 10
+    change = (masks - others).abs().mean(dim=(0, 1, 2))  # of each column of logits, two pixels wide
+    assert change.argmax() in (19, 20, 21)
 
 
 def test_a_decoder_without_a_detail_path_is_that_of_version_0_1(sam_file: Path) -> None:

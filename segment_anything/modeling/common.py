@@ -77,34 +77,26 @@ def upscaled_masks(
         B x M x 4H x 4W.
     """
     if all(_keeps_pixels_apart(module) for module, _ in upscalings):
-        rows = _upscaled_rows(upscalings)  # B x HW x 4 x 4 x C
+        parts = [_upscale_rows(module, tokens) for module, tokens in upscalings]
+        rows = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]  # B x HW x 4 x 4 x C
         masks = weights @ rows.flatten(1, 3).transpose(1, 2)  # B x M x 16HW
         return _pixels_to_map(masks.unflatten(2, (-1, 4, 4)), size)
     maps = torch.cat([module(tokens.transpose(1, 2).unflatten(2, size)) for module, tokens in upscalings], dim=1)
     return (weights @ maps.flatten(2)).unflatten(2, maps.shape[2:])
 
 
-def upscaled_maps(upscalings: Sequence[tuple[nn.Module, Tensor]], size: tuple[int, int]) -> Tensor:
-    """Image tokens, upscaled.
-
-    Args:
-        upscalings: `pixel_upscaling` modules, each with the tokens that it upscales, B x HW x C_i.
-        size: (H, W).
-
-    Returns:
-        B x 4H x 4W x C, the channels of the modules' outputs one after another.
-    """
-    x = _upscaled_rows(upscalings)
-    b, _, _, _, c = x.shape
-    h, w = size
-    x = x.view(b, h, w, 2, 2, 2, 2, c)  # row and column, those within the first upscaling, and the second
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, 4 * h, 4 * w, c)
+def upscaled_maps(upscaling: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The two stages of `pixel_upscaling`, channels last: B x H x W x C_in -> B x 2H x 2W x C_1, B x 4H x 4W x C_2."""
+    assert isinstance(upscaling, nn.Sequential)
+    first, norm, activation, second, last = upscaling
+    doubled = activation(norm.of_rows(doubled_map(first, x)))  # type: ignore[operator]
+    return doubled, last(doubled_map(second, doubled))
 
 
-def _upscaled_rows(upscalings: Sequence[tuple[nn.Module, Tensor]]) -> Tensor:
-    """B x HW x 4 x 4 x C: the sixteen pixels of each token; see `_pixels_to_map`."""
-    parts = [_upscale_rows(module, tokens) for module, tokens in upscalings]
-    return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+def doubled_map(conv: nn.Module, x: Tensor) -> Tensor:
+    """A transposed convolution of kernel and stride 2 with channels last, B x H x W x C -> B x 2H x 2W x C'."""
+    b, h, w, _ = x.shape
+    return _double_rows(conv, x).unflatten(3, (2, 2)).permute(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, -1)
 
 
 def _keeps_pixels_apart(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from segment_anything.modeling.common import (
     MLP,
     LayerNorm2d,
     MLPBlock,
+    doubled_map,
     pixel_upscaling,
     upscaled_maps,
     upscaled_masks,
@@ -66,7 +67,8 @@ class SemanticDecoder(nn.Module):
             *(ConvBlock(dim) for _ in range(stem_blocks)),
         )
         self.detail_upscaling = pixel_upscaling(dim, dim // 2, detail_channels)
-        self.detail_path = DetailPath(dim // 8 + detail_channels, pixel_channels) if pixel_channels else None
+        channels = (dim // 4 + dim // 2, dim // 8 + detail_channels)  # of the two upscalings, at strides 8 and 4
+        self.detail_path = DetailPath(*channels, pixel_channels) if pixel_channels else None
         # All classes start as SAM's token for clear prompts. Alike, they would learn alike: noise tells them apart.
         token = mask_decoder.mask_tokens.weight.detach()[:1]
         self.mask_tokens = nn.Parameter(token + torch.randn(num_classes, dim))
@@ -98,13 +100,17 @@ class SemanticDecoder(nn.Module):
         x = image_embeddings + self.no_mask_embedding + stem
         tokens, image_tokens = self.transformer(x, image_pe, self.mask_tokens.expand(len(x), -1, -1))
         weights = self.output_hypernetworks(tokens)  # B x num_classes x (C/8 + detail_channels + pixel_channels)
-        details = stem.flatten(2).transpose(1, 2)
-        upscalings = [(self.output_upscaling, image_tokens), (self.detail_upscaling, details)]
+        size = (x.shape[2], x.shape[3])
         if self.detail_path is None:
-            return upscaled_masks(weights, upscalings, (x.shape[2], x.shape[3]))
+            upscalings = [(self.output_upscaling, image_tokens), (self.detail_upscaling, _rows(stem).flatten(1, 2))]
+            return upscaled_masks(weights, upscalings, size)
         assert pixels is not None, "the detail path takes the pictures"
-        upscaled = upscaled_maps(upscalings, (x.shape[2], x.shape[3]))  # B x 4H x 4W x (C/8 + detail_channels)
-        coarse, fine = self.detail_path(upscaled, pixels)
+        upscaled = [
+            upscaled_maps(self.output_upscaling, image_tokens.unflatten(1, size)),
+            upscaled_maps(self.detail_upscaling, _rows(stem)),
+        ]
+        upscaled_8, upscaled_4 = (torch.cat(maps, dim=-1) for maps in zip(*upscaled))
+        coarse, fine = self.detail_path(upscaled_8, upscaled_4, pixels)
         of_coarse, of_fine = weights.split([coarse.shape[-1], fine.shape[-1]], dim=2)
         return doubled(_masks(of_coarse, coarse)) + _masks(of_fine, fine)
 
@@ -117,44 +123,57 @@ def _masks(weights: Tensor, maps: Tensor) -> Tensor:
 class DetailPath(nn.Module):
     """A light convolutional path from the picture's pixels, for what is narrower than a token of the encoder.
 
-    Channels are last throughout, as norms and linear layers want them.
+    The pixels meet the image tokens where these are upscaled, at strides 8, 4 and 2. Channels are last throughout, as
+    norms and linear layers want them.
     """
 
-    def __init__(self, channels: int, pixel_channels: int) -> None:
+    def __init__(self, channels_8: int, channels_4: int, pixel_channels: int, blocks_8: int = 2) -> None:
         """
         Args:
-            channels: of the upscaled image tokens.
-            pixel_channels: of the pixels at stride 2; at stride 4 there are twice as many.
+            channels_8, channels_4: of the image tokens, upscaled to strides 8 and 4.
+            pixel_channels: of the pixels at stride 2; twice as many at 4, and four times at 8.
+            blocks_8: residual blocks at stride 8.
         """
         super().__init__()
-        c2, c4 = pixel_channels, 2 * pixel_channels
+        c2, c4, c8, joined_8 = pixel_channels, 2 * pixel_channels, 4 * pixel_channels, 6 * pixel_channels
         self.pixels_2 = nn.Conv2d(3, c2, kernel_size=3, stride=2, padding=1)
-        self.norm_2 = nn.LayerNorm(c2, eps=1e-6)
-        self.pixels_4 = nn.Conv2d(c2, c4, kernel_size=3, stride=2, padding=1)
-        self.norm_4 = nn.LayerNorm(c4, eps=1e-6)
-        self.block_4 = ConvBlock(c4, expansion=2)
-        self.join_4 = nn.Linear(channels + c4, channels)
-        self.joined_4 = ConvBlock(channels, expansion=2)
-        self.upscaling = nn.ConvTranspose2d(channels, c2, kernel_size=2, stride=2)
-        self.norm_joined_2 = nn.LayerNorm(2 * c2, eps=1e-6)
-        self.join_2 = nn.Conv2d(2 * c2, c2, kernel_size=3, padding=1)
+        self.pixels_4 = nn.Sequential(RowNorm(c2), nn.GELU(), nn.Conv2d(c2, c4, kernel_size=3, stride=2, padding=1))
+        self.pixels_8 = nn.Sequential(RowNorm(c4), nn.GELU(), nn.Conv2d(c4, c8, kernel_size=3, stride=2, padding=1))
+        self.join_8 = nn.Sequential(nn.LayerNorm(channels_8 + c8, eps=1e-6), nn.Linear(channels_8 + c8, joined_8))
+        self.blocks_8 = nn.Sequential(*(ConvBlock(joined_8) for _ in range(blocks_8)))
+        self.upscaling_8 = nn.ConvTranspose2d(joined_8, channels_4, kernel_size=2, stride=2)
+        self.join_4 = nn.Sequential(nn.LayerNorm(channels_4 + c4, eps=1e-6), nn.Linear(channels_4 + c4, channels_4))
+        self.block_4 = ConvBlock(channels_4, kernel_size=3, expansion=2)
+        self.upscaling_4 = nn.ConvTranspose2d(channels_4, c2, kernel_size=2, stride=2)
+        self.join_2 = nn.Sequential(RowNorm(2 * c2), nn.Conv2d(2 * c2, c2, kernel_size=3, padding=1), nn.GELU())
 
-    def forward(self, upscaled: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, upscaled_8: Tensor, upscaled_4: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            upscaled: B x H/4 x W/4 x channels.
+            upscaled_8: B x H/8 x W/8 x channels_8.
+            upscaled_4: B x H/4 x W/4 x channels_4.
             pixels: B x 3 x H x W.
 
         Returns:
-            B x H/4 x W/4 x channels, and B x H/2 x W/2 x pixel_channels.
+            B x H/4 x W/4 x channels_4, and B x H/2 x W/2 x pixel_channels.
         """
-        pixels_2 = _rows(self.pixels_2(pixels.contiguous(memory_format=torch.channels_last)))
-        pixels_4 = _rows(self.pixels_4(_maps(F.gelu(self.norm_2(pixels_2)))))
-        pixels_4 = self.block_4.of_rows(self.norm_4(pixels_4))
-        coarse = upscaled + self.join_4(torch.cat([upscaled, pixels_4], dim=-1))
-        coarse = self.joined_4.of_rows(coarse)
-        joined = torch.cat([_rows(self.upscaling(_maps(coarse))), pixels_2], dim=-1)
-        return coarse, F.gelu(_rows(self.join_2(_maps(self.norm_joined_2(joined)))))
+        pixels_2 = self.pixels_2(pixels.contiguous(memory_format=torch.channels_last))
+        pixels_4 = self.pixels_4(pixels_2)
+        pixels_8 = self.pixels_8(pixels_4)
+        x = self.join_8(torch.cat([upscaled_8, _rows(pixels_8)], dim=-1))
+        x = _rows(self.blocks_8(_maps(x)))
+        coarse = upscaled_4 + doubled_map(self.upscaling_8, x)
+        coarse = coarse + self.join_4(torch.cat([coarse, _rows(pixels_4)], dim=-1))
+        coarse = _rows(self.block_4(_maps(coarse)))
+        fine = torch.cat([doubled_map(self.upscaling_4, coarse), _rows(pixels_2)], dim=-1)
+        return coarse, _rows(self.join_2(_maps(fine)))
+
+
+class RowNorm(nn.LayerNorm):
+    """A norm over the channels of B x C x H x W, which are last in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _maps(super().forward(_rows(x)))
 
 
 def _rows(maps: Tensor) -> Tensor:
@@ -181,19 +200,15 @@ def doubled(x: Tensor) -> Tensor:
 class ConvBlock(nn.Module):
     """The residual block of ConvNeXt (Liu et al., 2022, arXiv 2201.03545), B x C x H x W -> the same."""
 
-    def __init__(self, channels: int, expansion: int = 4) -> None:
+    def __init__(self, channels: int, kernel_size: int = 7, expansion: int = 4) -> None:
         super().__init__()
-        self.spatial = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
+        self.spatial = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.mlp = MLPBlock(channels, expansion * channels, nn.GELU)
 
     def forward(self, x: Tensor) -> Tensor:
         # Channels last, as linear layers are faster than convolutions of one pixel.
         return x + _maps(self.mlp(self.norm(_rows(self.spatial(x)))))
-
-    def of_rows(self, x: Tensor) -> Tensor:
-        """The same with channels last, B x H x W x C."""
-        return x + self.mlp(self.norm(_rows(self.spatial(_maps(x)))))
 
 
 class ClassMLPs(nn.Module):
