@@ -375,7 +375,9 @@ def main(args: argparse.Namespace) -> None:
 
     blocks = sorted({block for name in args.row for block in ROWS[name].build(build_sam()).feature_blocks})
     views = {"train": max(ROWS[name].num_views for name in args.row), "val": 1}
-    splits = {name: load_split(source, build_sam(), blocks, views[name], args.use_amp) for name, source in sources.items()}
+    splits = {
+        name: load_split(source, build_sam(), blocks, views[name], args.use_amp) for name, source in sources.items()
+    }
     pixels = sources["train"].class_pixels()
     for seed, name in product(args.seed, args.row):
         torch.manual_seed(seed)
