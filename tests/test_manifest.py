@@ -25,6 +25,13 @@ def test_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
+def test_a_frame_that_is_no_square(tmp_path):
+    wide = manifest(image_size="16x64")  # 1,024 pixels, as the items count
+    wide.write(tmp_path)
+    assert read_manifest(tmp_path) == wide
+    assert json.loads((tmp_path / "manifest.json").read_text())["image_size"] == "16x64"
+
+
 def test_sources_round_trip_and_older_files_have_none(tmp_path):
     sources = {"a": [["/data/a.jpg", 7, 10**18 + 1], ["/data/a.png", 8, 0]]}
     manifest(sources=sources).write(tmp_path)
@@ -102,7 +109,8 @@ def test_another_format_version(tmp_path):
     "changes",
     [
         {"image_size": 0},
-        {"image_size": "32"},
+        *[{"image_size": size} for size in ("32", "32x32", "32x", "x", "0x32", "32x5000", "032x64", 32.0, [32, 64])],
+        {"image_size": "31x33"},  # one pixel less than its items count
         {"image_dtype": "object"},
         {"resize_mode": "crop"},
         {"class_names": ["road"]},
