@@ -70,7 +70,7 @@ def test_padding_is_at_the_bottom_and_right_and_vanishes_in_the_model():
 @pytest.mark.parametrize(("shape", "size"), [((8, 16), "32x48"), ((16, 8), "32x48"), ((8, 16), "48x32")])
 def test_a_frame_that_is_no_square_is_padded(shape, size):
     rows, columns = (int(side) for side in size.split("x"))
-    height, width = fitted_size(*shape, size, "pad")
+    height, width = fitted_size(shape[0], shape[1], size, "pad")
     assert (height, width) == {((8, 16), "32x48"): (24, 48), ((16, 8), "32x48"): (32, 16)}.get((shape, size), (16, 32))
     frame = resize_image(np.full((*shape, 3), 200, np.uint8), size, "pad")
     labels = resize_mask(np.full(shape, 13, np.uint8), size, "pad")
@@ -168,7 +168,8 @@ def test_there_and_back(mode, shape, size):
     mask[shape[0] // 2 + 3 :, : shape[1] // 3] = 2
     in_frame = resize_mask(mask, size, mode)
     frame = torch.from_numpy(in_frame).long()
-    assert np.array_equal(unframe(np.zeros((*in_frame.shape, 3), np.uint8), in_frame, *shape, mode)[1], mask)
+    black = np.zeros((*in_frame.shape, 3), np.uint8)
+    assert np.array_equal(unframe(black, in_frame, shape[0], shape[1], mode)[1], mask)
     logits = torch.stack([(frame == label).float() for label in range(3)])
     assert torch.equal(restore(logits, shape[0], shape[1], mode).argmax(0), torch.from_numpy(mask).long())
 

@@ -1,5 +1,6 @@
 """manifest.json: what is written is read back, and nothing else is taken for one."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -30,6 +31,13 @@ def test_a_frame_that_is_no_square(tmp_path):
     wide.write(tmp_path)
     assert read_manifest(tmp_path) == wide
     assert json.loads((tmp_path / "manifest.json").read_text())["image_size"] == "16x64"
+
+
+def test_the_file_of_a_square_is_that_of_earlier_versions(tmp_path):
+    """To the byte, as the version before there were other frames wrote it."""
+    manifest(items=[ManifestItem("a", 720, 1280, [5, *[0] * 17, 4], 1015)]).write(tmp_path)
+    written = hashlib.sha256((tmp_path / "manifest.json").read_bytes()).hexdigest()
+    assert written == "389c2e7d482b5c67100393266432635546b3a85a5d23c68ea4c3f26f8411cbe5"
 
 
 def test_sources_round_trip_and_older_files_have_none(tmp_path):
