@@ -3,6 +3,7 @@
     python pre_bdd100k.py --bdd100k_root data/bdd100k --output_path data/bdd100k_npy --splits train val
     python pre_bdd100k.py --bdd100k_root data/bdd100k --splits test --image_dtype uint8    # a quarter of the disk
     python pre_bdd100k.py --bdd100k_root data/bdd100k --resize_mode pad --overwrite        # keep the aspect ratio
+    python pre_bdd100k.py --bdd100k_root data/bdd100k --image_size 576x1024                # that of the pictures
 
 Writes `<output_path>/<split>/imgs/<name>.npy` (H, W, 3) RGB in [0, 1], `gts/<name>.npy` (H, W) uint8 with ids 0-18 and
 255 = not labelled, and `manifest.json`. A run that was stopped resumes when started again. An image is redone if its
@@ -57,8 +58,8 @@ def get_args_parser() -> cli.Parser:
     p = cli.Parser(description=__doc__)
     p.add_flag("bdd100k_root", type=Path, required=True, help="folder of the unpacked BDD100K")
     p.add_flag("output_path", type=Path, default=Path("data/bdd100k_npy"), help="folder to write")
-    p.add_flag("image_size", type=cli.image_size, default=1024, help="side S of the written arrays, for a square; or "
-               "HxW, such as 576x1024, which keeps the shape of BDD100K's pictures. Multiples of 16")
+    p.add_flag("image_size", type=cli.image_size, default=1024, help="side of the square arrays, or HxW: 576x1024 has "
+               "the shape of BDD100K's pictures and half the tokens, 720x1280 every pixel; multiples of 16")
     p.add_flag("splits", nargs="+", default=["train", "val"], help="splits to process")
     p.add_flag("num_workers", type=cli.positive_int, default=usable_cores(), help="processes")
     p.add_flag("image_dtype", choices=IMAGE_DTYPES, default="float32", help="uint8 holds 0-255, the others [0, 1]")

@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from segment_anything import CheckpointError, build_sam_vit_tiny
-from segment_anything.build_sam import CONFIGS
+from segment_anything.build_sam import CONFIGS, load_state_dict, read_state_dict
 from segment_anything.modeling import Sam
 from utils import cli
 from utils.bdd100k import IGNORE_LABEL
@@ -134,7 +134,10 @@ def mean_loss(losses: dict[str, Tensor], valid: Tensor) -> Tensor:
 
 def load_sam(init: Path | None, image_size: ImageSize) -> Sam:
     try:
-        return build_sam_vit_tiny(init, image_size=frame_size(image_size)).train()
+        sam = build_sam_vit_tiny(image_size=frame_size(image_size))
+        if init:  # not by the builder: positions shall be shares of the square that the result is loaded with
+            load_state_dict(sam, read_state_dict(init, "vit_tiny"), model_type="vit_tiny", source=init)
+        return sam.train()
     except CheckpointError as error:
         raise UserError(str(error)) from None
 

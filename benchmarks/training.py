@@ -30,11 +30,12 @@ from segment_anything.modeling import Sam
 from utils import cli
 from utils.bdd100k import NUM_CLASSES
 from utils.checkpoint import ModelInfo
-from utils.dataset import BoxPromptDataset, NpyFolder, TrainingSampler, collate_training
+from utils.dataset import BoxPromptDataset, NpyFolder, TrainingDataset, TrainingSampler, collate_training
 from utils.embedding_cache import Binding, Request, prepare_caches
 from utils.engine import Progress, train_one_epoch
+from utils.frame import ImageSize, frame_size
 from utils.manifest import Manifest, ManifestItem
-from utils.model import BoxSegmenter, Features
+from utils.model import BoxSegmenter, Features, Segmenter
 from utils.optim import build_optimizer, build_scheduler
 from utils.precision import Precision
 from utils.prediction import features_of
@@ -77,20 +78,21 @@ class WithEncoder(BoxSegmenter):
         return (self.encoder(x),)
 
 
-def write_split(folder: Path, count: int, image_size: int) -> NpyFolder:
+def write_split(folder: Path, count: int, image_size: ImageSize) -> NpyFolder:
     """A preprocessed split of black images, and of labels of random squares."""
+    height, width = frame_size(image_size)
     rng = np.random.default_rng(0)
     items = []
     for kind in ("imgs", "gts"):
         (folder / kind).mkdir(parents=True)
     for i in range(count):
-        labels = rng.integers(CLASSES, size=(image_size // BLOCK, image_size // BLOCK), dtype=np.uint8)
+        labels = rng.integers(CLASSES, size=(height // BLOCK, width // BLOCK), dtype=np.uint8)
         labels = np.kron(labels, np.ones((BLOCK, BLOCK), np.uint8))
         np.save(folder / "gts" / f"{i}.npy", labels)
         # Nothing is written to it, so it takes no disk.
-        np.lib.format.open_memmap(folder / "imgs" / f"{i}.npy", "w+", np.float32, (image_size, image_size, 3))
+        np.lib.format.open_memmap(folder / "imgs" / f"{i}.npy", "w+", np.float32, (height, width, 3))
         counts = np.bincount(labels.ravel(), minlength=NUM_CLASSES).tolist()
-        items.append(ManifestItem(str(i), image_size, image_size, counts, 0))
+        items.append(ManifestItem(str(i), height, width, counts, 0))
     Manifest(image_size, "float32", "stretch", labelled=True, complete=True, items=items).write(folder)
     return NpyFolder(folder)
 
@@ -98,7 +100,7 @@ def write_split(folder: Path, count: int, image_size: int) -> NpyFolder:
 class Loop:
     """Epochs of the product's loop over the first images of a data set."""
 
-    def __init__(self, segmenter: BoxSegmenter, dataset: BoxPromptDataset, precision: Precision, batch: int) -> None:
+    def __init__(self, segmenter: Segmenter, dataset: TrainingDataset, precision: Precision, batch: int) -> None:
         self.segmenter, self.dataset, self.precision, self.batch_size = segmenter, dataset, precision, batch
         self.optimizer = build_optimizer(segmenter, lr=5e-5, weight_decay=0.01)
 
@@ -131,7 +133,7 @@ class Loop:
             with self.precision.autocast():
                 features = features_of(self.segmenter, batch, self.precision)
                 times.append(time.perf_counter())
-                outputs = self.segmenter(features, batch["boxes"])
+                outputs = self.segmenter(features, *(batch[name] for name in self.segmenter.PROMPTS))
             times.append(time.perf_counter())
             loss = torch.stack(list(self.segmenter.losses(outputs, batch).values())).sum(0).mean()
             times.append(time.perf_counter())

@@ -92,7 +92,10 @@ def build_sam_of_type(
     if height % PATCH_SIZE or width % PATCH_SIZE:
         raise ValueError(f"image_size must be a multiple of {PATCH_SIZE}, got {image_size}")
     grid_size = (height // PATCH_SIZE, width // PATCH_SIZE)
-    side = height if height == width else max(height, width, config.image_size)  # of the square of positions
+    path = Path(checkpoint) if checkpoint is not None else None
+    state = read_state_dict(path, model_type) if path else {}
+    trained_size = PATCH_SIZE * _square_side(state) or config.image_size
+    side = height if height == width else max(height, width, trained_size)  # of the square of positions
     sam = Sam(
         image_encoder=ImageEncoderViT(
             img_size=(height, width),
@@ -120,9 +123,7 @@ def build_sam_of_type(
         ),
     )
     sam.prompt_encoder.position_grid_size = (side // PATCH_SIZE, side // PATCH_SIZE)
-    if checkpoint is not None:
-        path = Path(checkpoint)
-        state = read_state_dict(path, model_type)
+    if path:
         if check_hash:
             check_file_hash(path)
         load_state_dict(sam, state, model_type=model_type, source=path)
@@ -208,7 +209,9 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
         f"image_encoder.blocks.{i}.attn.rel_pos_{axis}" for i in global_blocks for axis in "hw"
     }
     grid_size = sam.prompt_encoder.image_embedding_size
-    fitted = {key: _fit_positions(state[key], expected[key], grid_size) for key in depends_on_size & state.keys()}
+    # A frame that is no square is part of a square; a table of such a frame has none to be part of.
+    side = max(*grid_size, _square_side(state)) if grid_size[0] != grid_size[1] and _square_side(state) else None
+    fitted = {key: _fit_positions(state[key], expected[key], side) for key in depends_on_size & state.keys()}
     state = {**state, **fitted}
 
     missing = [key for key in expected if key not in state]
@@ -256,7 +259,13 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
     return digest.hexdigest()
 
 
-def _fit_positions(value: Tensor, target: Tensor, grid_size: tuple[int, int]) -> Tensor:
+def _square_side(state: dict[str, Tensor]) -> int:
+    """Side of the grid that a state dict's position embeddings are of; 0 where that is no square."""
+    table = state.get("image_encoder.pos_embed")
+    return table.shape[1] if table is not None and table.ndim == 4 and table.shape[1] == table.shape[2] else 0
+
+
+def _fit_positions(value: Tensor, target: Tensor, side: int | None) -> Tensor:
     """Bring a position table to another grid: `pos_embed` in two dimensions, relative positions in one.
 
     What is no such table is returned as it is: it will be refused for its shape.
@@ -264,25 +273,20 @@ def _fit_positions(value: Tensor, target: Tensor, grid_size: tuple[int, int]) ->
     Args:
         value: 1 x H x W x C, or 2L - 1 distances x C.
         target: of the shape that is wanted.
-        grid_size: (H, W) of the model's image embedding.
+        side: of the square that the wanted grid is the top-left part of; None to resample to the wanted grid.
     """
-    if value.shape == target.shape or value.ndim != target.ndim or value.shape[-1] != target.shape[-1]:
+    if value.ndim != target.ndim or value.shape[-1] != target.shape[-1] or not value.numel():
         return value
-    if not value.numel() or (value.ndim == 4 and value.shape[0] != 1):
-        return value
-    is_square = grid_size[0] == grid_size[1]
     if value.ndim == 4:
-        if is_square or value.shape[1] != value.shape[2]:  # a table of another frame has no square to be part of
-            return _resample(value.permute(0, 3, 1, 2), target.shape[1:3]).permute(0, 2, 3, 1)
-        side = max(*grid_size, value.shape[1])
-        square = _resample(value.permute(0, 3, 1, 2), (side, side)).permute(0, 2, 3, 1)
-        return square[:, : grid_size[0], : grid_size[1]]
-    if is_square:
-        return _resample(value.T[None], target.shape[:1])[0].T
-    side = max(*grid_size, (len(value) + 1) // 2)
-    distances = _resample(value.T[None], (2 * side - 1,))[0].T  # from -(side - 1) to side - 1
-    start = (len(distances) - len(target)) // 2
-    return distances[start : start + len(target)]
+        if value.shape[0] != 1:
+            return value
+        height, width = target.shape[1:3]
+        size = (height, width) if side is None else (side, side)
+        return _resample(value.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)[:, :height, :width]
+    count = len(target)
+    distances = _resample(value.T[None], (count if side is None else 2 * side - 1,))[0].T
+    start = (len(distances) - count) // 2  # the middle one is 0
+    return distances[start : start + count]
 
 
 def _resample(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -56,6 +56,10 @@ class SamPredictor:
         side, shape = self.model.image_encoder.img_size, tuple(transformed_image.shape)
         if len(shape) != 4 or shape[1] != 3 or max(shape[2:]) != side:
             raise ArgumentError(f"expected 1 x 3 x H x W with longest side {side}, got {shape}")
+        height, width = self.model.frame_size
+        if shape[2] > height or shape[3] > width:
+            raise ArgumentError(f"an image of {shape[2]} x {shape[3]} does not fit the model's {height} x {width}; "
+                                f"build the model with image_size={side}, which takes every shape")
         self.reset_image()
         self.original_size, self.input_size = tuple(original_image_size), shape[2:]
         (self.orig_h, self.orig_w), (self.input_h, self.input_w) = self.original_size, self.input_size

@@ -19,6 +19,7 @@ import train_bdd100k
 from segment_anything import build_sam_vit_tiny
 from utils import cli
 from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
+from utils.frame import image_size_of
 from utils.manifest import Manifest, ManifestItem
 from utils.scenes import write_dataset
 
@@ -133,7 +134,8 @@ def write_split(folder: Path, items: Mapping[str, tuple[np.ndarray, np.ndarray]]
         height, width = labels.shape
         counts = np.bincount(labels.ravel(), minlength=256).tolist()
         entries.append(ManifestItem(name, height, width, counts[:NUM_CLASSES], counts[IGNORE_LABEL]))
-    Manifest(len(labels), str(image.dtype), "stretch", labelled=True, complete=True, items=entries).write(folder)
+    size = image_size_of((height, width))
+    Manifest(size, str(image.dtype), "stretch", labelled=True, complete=True, items=entries).write(folder)
     return folder
 
 

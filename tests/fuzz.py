@@ -56,6 +56,7 @@ SMALL = SamConfig(16, 2, 2, (1,), image_size=SIZE, window_size=2, prompt_embed_d
 SECONDS = 60  # after which an input counts as hanging
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 60000, 10**9, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1]
 NAMES = ["", ".", "..", "../../x", "/etc/x", "a/b", "a\0b", "x" * 300, "\ud800", "\x1b[2J\nerror: x", "\u202ex"]
+NAMES += ["64x96", "4096x4096", "9x99999"]  # image sizes
 NUMBERS = [None, True, -1, 0, 1, 10**9, 2**63, 10**400, 0.5, -1e308, float("nan"), float("inf")]
 DEEP: list[Any] = []
 for _ in range(50):

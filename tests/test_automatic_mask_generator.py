@@ -114,6 +114,20 @@ def test_the_whole_is_equal_to_the_public_package(sam: Sam, public: Any, image: 
         assert (mask["segmentation"] != public_mask["segmentation"]).sum() <= 2
 
 
+def test_a_frame_that_is_no_square(sam: Sam, public: Any, image: np.ndarray, tmp_path: Path) -> None:
+    """Pictures that fit are segmented; one that does not is an error that says what to do."""
+    torch.save(sam.state_dict(), tmp_path / "sam.pth")
+    wide = build_sam_vit_tiny(tmp_path / "sam.pth", image_size=(96, 128))
+    ours = SamAutomaticMaskGenerator(wide, **SOME)
+    theirs = public_sam().SamAutomaticMaskGenerator(public, **SOME)
+    theirs.predictor = ours.predictor
+    actual, expected = ours.generate(image), theirs.generate(image)
+    assert len(actual) >= 5
+    np.testing.assert_equal(actual, expected)
+    with pytest.raises(ValueError, match="does not fit the model's 96 x 128; build the model with image_size=128"):
+        ours.generate(np.ascontiguousarray(image.transpose(1, 0, 2)))
+
+
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of pycocotools
 def test_a_compressed_mask_is_the_mask(sam: Sam, image: np.ndarray) -> None:
     from pycocotools import mask as coco

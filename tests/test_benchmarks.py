@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import common, encoder, gpu, inference, preprocessing, training
+from benchmarks import common, encoder, frames, gpu, inference, preprocessing, training
 from tests import oracles
 from tests.conftest import run_script
 from utils.bdd100k import find_split
@@ -63,6 +63,17 @@ def test_training(capsys: pytest.CaptureFixture[str]) -> None:
     assert classes["ratio"] == pytest.approx(classes["step_s"] / classes["one_class_step_s"], rel=1e-2)
     one, every = classes["peaks_mb"].values()
     assert every >= one == pytest.approx(memory["peaks_mb"][1], rel=1e-3)
+
+
+def test_frames(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model_type", "vit_tiny", "--image_size", "32x64", "--against", 64, "--images", 2, "--repeats", 1]
+    lines = lines_of(capsys, frames, *flags)
+    assert len(lines) == 8 and all("vit_tiny at 32x64 against 64" in line["figure"] for line in lines)
+    for line in lines:
+        kind = "bytes" if "bytes" in line["figure"] else "s"
+        assert line["ratio"] == pytest.approx(line[f"frame_{kind}"] / line[f"against_{kind}"], rel=1e-2)
+    box = next(line for line in lines if line["figure"].startswith("cached bytes of an image, box mode"))
+    assert box["against_bytes"] - box["frame_bytes"] == pytest.approx(128 * 8 * 2, abs=64)  # float16 of 8 tokens less
 
 
 def test_copies_make_up_the_number_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

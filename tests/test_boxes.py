@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from utils.boxes import class_boxes, jitter_boxes, mask_box, to_frame
+from utils.frame import frame_size
 from utils.geometry import fitted_size, resize_mask
 
 
@@ -90,10 +91,16 @@ def test_frame_worked_by_hand() -> None:
 
 
 @pytest.mark.parametrize("mode", ["stretch", "pad"])
-@pytest.mark.parametrize(("shape", "size"), [((720, 1280), 256), ((720, 1280), 1024), ((96, 54), 64), ((45, 80), 80)])
-def test_box_in_the_frame_is_the_box_of_the_resized_mask(shape: tuple[int, int], size: int, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((720, 1280), 256), ((720, 1280), 1024), ((96, 54), 64), ((45, 80), 80), ((720, 1280), "576x1024"),
+     ((96, 54), "64x96"), ((45, 80), "64x80"), ((54, 96), "96x64")],
+)  # fmt: skip
+def test_box_in_the_frame_is_the_box_of_the_resized_mask(
+    shape: tuple[int, int], size: int | str, mode: str
+) -> None:
     """Within a pixel: the mask keeps whole pixels, by their centres, and no scale here exceeds 2."""
-    rng = np.random.default_rng(size)
+    rng = np.random.default_rng(max(frame_size(size)))
     for _ in range(20):
         xs, ys = np.sort(rng.integers(0, shape[1], 2)), np.sort(rng.integers(0, shape[0], 2))
         box = np.array([xs[0], ys[0], xs[1], ys[1]])
@@ -104,6 +111,26 @@ def test_box_in_the_frame_is_the_box_of_the_resized_mask(shape: tuple[int, int],
         assert np.abs(mapped - boxes).max(initial=0) <= 1  # K is 0 if so thin a box has no pixel left
         height, width = fitted_size(*shape, size, mode)
         assert (mapped >= 0).all() and (mapped <= [width - 1, height - 1] * 2).all()
+
+
+def test_a_frame_that_is_no_square_worked_by_hand() -> None:
+    boxes = np.array([[0, 0, 1279, 719], [100, 50, 100, 50], [-40, 700.25, 90.75, 9999]])
+    expected = np.array([[0, 0, 1023, 575], [79.9, 39.9, 79.9, 39.9], [0, 560.1, 72.5, 575]])
+    for mode in ("stretch", "pad"):  # the frame has the picture's shape
+        assert to_frame(boxes, 720, 1280, "576x1024", mode) == pytest.approx(expected, abs=1e-3)
+    upright = np.array([[0, 0, 719, 1279], [719, 1279, 900, 1500]])  # 0.45 in both; the picture is 324 columns wide
+    assert to_frame(upright, 1280, 720, "576x1024", "pad") == pytest.approx(
+        np.array([[0, 0, 323, 575], [323, 575, 323, 575]]), abs=0.3
+    )
+
+
+@pytest.mark.parametrize(("image_size", "corner"), [("64x96", [95, 63]), ("96x64", [63, 95]), (64, [63, 63])])
+def test_jitter_is_clipped_on_each_axis_by_its_own_side(image_size: int | str, corner: list[int]) -> None:
+    boxes = np.tile([0, 0, *corner], (300, 1))
+    moved = jitter_boxes(boxes, image_size, 20, np.random.default_rng(0))
+    assert moved.min(axis=0)[:2].tolist() == [0, 0]
+    assert moved.max(axis=0)[2:].tolist() == corner
+    assert (moved[:, 2:] < corner).any(axis=0).all() and (moved[:, :2] > 0).any(axis=0).all()
 
 
 @pytest.mark.parametrize("max_shift", [1, 5, 20, 500])

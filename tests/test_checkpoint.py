@@ -197,6 +197,13 @@ def test_another_format_version(best: Path) -> None:
         load_checkpoint(rewrite(best, format_version=2))
 
 
+def test_a_frame_that_is_no_square(best: Path) -> None:
+    payload = load_checkpoint(rewrite(best, info={**asdict(INFO), "image_size": "64x96"}))
+    assert payload["info"].image_size == "64x96"
+    with pytest.raises(UserError, match="with image size 64x96, not 64; preprocess the data at that --image_size"):
+        payload["info"].require_same(INFO, best)
+
+
 @pytest.mark.parametrize("names", [["road", "car"], list(reversed(CLASS_NAMES)), []])
 def test_other_classes(best: Path, names: list[str]) -> None:
     said = rf"{best}: trained on {len(names)} classes, which are not BDD100K's 19"

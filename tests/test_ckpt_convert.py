@@ -22,6 +22,7 @@ from tests.conftest import IMAGE_SIZE, run_script
 from tests.oracles import public_sam, relative_error
 from utils import ckpt_convert
 from utils.checkpoint import BEST, LATEST, ModelInfo, load_checkpoint, load_decoder, save_best
+from utils.frame import ImageSize, frame_size
 from utils.model import BoxSegmenter, build_model
 
 TOLERANCE = 1e-4
@@ -152,8 +153,8 @@ def test_the_tensors_of_sam_keep_their_type(run: Path, sam_file: Path, tmp_path:
 INFO = ModelInfo("vit_b", 1024, "pad", sam_sha256="ab" * 32)
 
 
-def advice(info: ModelInfo, table_size: int) -> str:
-    table = torch.empty(1, table_size // 16, table_size // 16, 768, device="meta")
+def advice(info: ModelInfo, table_size: ImageSize) -> str:
+    table = torch.empty(1, *(side // 16 for side in frame_size(table_size)), 768, device="meta")
     return ckpt_convert.how_to_load(Path('a "b".pth'), {"image_encoder.pos_embed": table}, info)
 
 
@@ -180,6 +181,17 @@ def test_a_sam_file_of_another_size_is_not_promised_to_the_public_package() -> N
     said = advice(replace(INFO, image_size=512), 512)
     assert "package has no builder for positions of 512; this project's registry loads it:" in said
     assert said.endswith(", image_size=512)")
+
+
+def test_a_frame_that_is_no_square_is_given_as_python_takes_it() -> None:
+    wide = replace(INFO, image_size="576x1024")
+    said = advice(wide, 1024)
+    assert "trained at image size 576x1024 and works best there (image_size=(576, 1024) in this project's" in said
+    assert "the public package has 1024 only" in said and "The public segment-anything package loads it" in said
+    assert "stretched to 576x1024; SamPredictor pads instead" in advice(replace(wide, resize_mode="stretch"), 1024)
+    tiny = replace(INFO, model_type="vit_tiny", image_size="352x480")
+    assert advice(tiny, "352x480").endswith(", image_size=(352, 480))")
+    assert "package has no builder for positions of 576x1024;" in advice(wide, "576x1024")
 
 
 # --- What does not fit

@@ -233,6 +233,14 @@ def test_inference_command_of_the_specification() -> None:
         (train_bdd100k, "-no_such_flag", "1", "-no_such_flag"),
         (infer_bdd100k, "--batch_size", "0", "at least 1, got 0"),
         (pre_bdd100k, "--image_size", "100", "multiple of 16"),
+        (pre_bdd100k, "--image_size", "576x", "a side such as 1024, or HxW such as 576x1024, got '576x'"),
+        (pre_bdd100k, "--image_size", "x576", "a side such as 1024, or HxW such as 576x1024, got 'x576'"),
+        (pre_bdd100k, "--image_size", "16x32x3", "a side such as 1024, or HxW such as 576x1024, got '16x32x3'"),
+        (pre_bdd100k, "--image_size", "ax32", "expected a number, got 'a'"),
+        (pre_bdd100k, "--image_size", "100x200", "multiple of 16, the encoder's patch size (such as 96 or 112), got"),
+        (pre_bdd100k, "--image_size", "5000x16", "at most 4096, got 5000"),
+        (pre_bdd100k, "--image_size", "0x16", "at least 1, got 0"),
+        (pre_bdd100k, "--image_size", "16x-16", "at least 1, got -16"),
     ],
 )
 def test_bad_value_is_told_in_one_line(
@@ -240,6 +248,15 @@ def test_bad_value_is_told_in_one_line(
 ) -> None:
     line = error_of(script, *REQUIRED[script], flag, value)
     assert flag in line and complaint in line
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("576x1024", "576x1024"), ("1024X576", "1024x576"), ("512x512", 512), ("512", 512), ("0016x32", "16x32")],
+)
+def test_a_frame_has_one_form(text: str, value: int | str) -> None:
+    args = pre_bdd100k.get_args_parser().parse_args(["--bdd100k_root", "x", "--image_size", text])
+    assert args.image_size == value and type(args.image_size) is type(value)
 
 
 # Prints the exit status of a command line, and what it has imported of these.

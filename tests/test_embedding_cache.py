@@ -96,6 +96,13 @@ def prepare_requests(
     return prepare_caches(where, requests, segmenter, CPU, binding, batch_size=4, num_workers=0)
 
 
+def test_a_cache_of_a_square_has_the_name_that_it_has_always_had() -> None:
+    """As written by the version before there were other frames; another name would have it made anew."""
+    binding = Binding("ab" * 32, "semantic", 64, "stretch", [123.675], [58.395], "float32", "float16")
+    assert binding.digest == "cc7b57538f8141a30bb73f9e6c90b85936fef19459f2d2752c6a917b46cab845"
+    assert dataclasses.replace(binding, image_size="64x96").digest != binding.digest
+
+
 def test_it_holds_what_the_encoder_gives(split: Path, segmenter: Segmenter, sam_file: Path) -> None:
     cache = prepare(split, segmenter, sam_file, num_views=2)
     source = NpyFolder(split)

@@ -1,4 +1,4 @@
-"""The S x S frame: sizes, sampling positions, padding, and the way back."""
+"""The frame: sizes, sampling positions, padding, and the way back."""
 
 import cv2
 import numpy as np
@@ -21,6 +21,15 @@ from utils.geometry import PAD_COLOR, fitted_size, pixels_in_box, resize_image, 
         (227, 640, 64, "pad", (23, 64)),  # 22.7 goes up
         (25, 32, 16, "pad", (13, 16)),  # 12.5 goes up, as SAM rounds (Python's round would give 12)
         (1, 5000, 64, "pad", (1, 64)),  # never nothing
+        (720, 1280, "576x1024", "stretch", (576, 1024)),
+        (720, 1280, "576x1024", "pad", (576, 1024)),  # nothing to pad
+        (1280, 720, "576x1024", "pad", (576, 324)),  # upright: as high as the frame
+        (720, 1280, "1024x576", "pad", (324, 576)),
+        (1080, 1080, "576x1024", "pad", (576, 576)),
+        (300, 1000, "576x1024", "pad", (307, 1024)),  # wider than the frame: as wide as it
+        (7, 3, "32x48", "pad", (32, 14)),  # 13.7 goes up
+        (5000, 1, "32x48", "pad", (32, 1)),
+        (1, 5000, (32, 48), "pad", (1, 48)),
     ],
 )
 def test_fitted_size(height, width, size, mode, expected):
@@ -56,6 +65,28 @@ def test_padding_is_at_the_bottom_and_right_and_vanishes_in_the_model():
     # SAM's own padding is 0 after its normalisation; ours is within half a grey level of that.
     normalised = (np.array(PAD_COLOR) - (123.675, 116.28, 103.53)) / (58.395, 57.12, 57.375)
     assert np.abs(normalised).max() < 0.5 / 57
+
+
+@pytest.mark.parametrize(("shape", "size"), [((8, 16), "32x48"), ((16, 8), "32x48"), ((8, 16), "48x32")])
+def test_a_frame_that_is_no_square_is_padded(shape, size):
+    rows, columns = (int(side) for side in size.split("x"))
+    height, width = fitted_size(shape[0], shape[1], size, "pad")
+    assert (height, width) == {((8, 16), "32x48"): (24, 48), ((16, 8), "32x48"): (32, 16)}.get((shape, size), (16, 32))
+    frame = resize_image(np.full((*shape, 3), 200, np.uint8), size, "pad")
+    labels = resize_mask(np.full(shape, 13, np.uint8), size, "pad")
+    assert frame.shape == (rows, columns, 3) and labels.shape == (rows, columns)
+    inside = (np.arange(rows) < height)[:, None] & (np.arange(columns) < width)
+    assert (frame[inside] == 200).all() and (frame[~inside] == PAD_COLOR).all()
+    assert (labels[inside] == 13).all() and (labels[~inside] == 255).all()
+
+
+def test_a_frame_that_is_no_square_is_filled():
+    ramp = np.broadcast_to(np.arange(6, dtype=np.uint8), (4, 6))
+    assert resize_mask(ramp.copy(), "2x3", "stretch").tolist() == [[1, 3, 5]] * 2
+    assert resize_mask(ramp.T.copy(), "3x2", "stretch").tolist() == [[1, 1], [3, 3], [5, 5]]
+    image = np.broadcast_to(np.array([0, 100, 200, 40], np.uint8)[None, :, None], (4, 4, 3)).copy()
+    assert resize_image(image, "1x2", "stretch")[..., 0].tolist() == [[50, 120]]
+    assert resize_image(image, "2x1", "stretch")[..., 0].tolist() == [[85], [85]]
 
 
 def test_mask_padding_is_not_labelled():
@@ -127,14 +158,18 @@ def test_restore_from_a_frame_that_is_no_square():
     assert restore(columns, 9, 12, "pad").max() == 4
 
 
+@pytest.mark.parametrize("size", [192, "192x256", "256x192"])
 @pytest.mark.parametrize("mode", ["stretch", "pad"])
 @pytest.mark.parametrize("shape", [(30, 40), (48, 32)])
-def test_there_and_back(mode, shape):
+def test_there_and_back(mode, shape, size):
     """A mask brought into a finer frame and back as logits is the same mask: no shift, no mirrored axes."""
     mask = np.zeros(shape, np.uint8)
     mask[: shape[0] // 2, 10:] = 1
     mask[shape[0] // 2 + 3 :, : shape[1] // 3] = 2
-    frame = torch.from_numpy(resize_mask(mask, 192, mode)).long()
+    in_frame = resize_mask(mask, size, mode)
+    frame = torch.from_numpy(in_frame).long()
+    black = np.zeros((*in_frame.shape, 3), np.uint8)
+    assert np.array_equal(unframe(black, in_frame, shape[0], shape[1], mode)[1], mask)
     logits = torch.stack([(frame == label).float() for label in range(3)])
     assert torch.equal(restore(logits, shape[0], shape[1], mode).argmax(0), torch.from_numpy(mask).long())
 
@@ -160,8 +195,9 @@ def test_unframe_crops_the_padding_and_comes_back_to_the_size(dtype):
 @pytest.mark.parametrize(
     ("height", "width", "mode"), [(64, 64, "stretch"), (45, 80, "stretch"), (45, 80, "pad"), (300, 200, "pad")]
 )
-def test_a_box_holds_the_pixels_whose_centres_lie_in_it(height, width, mode):
-    fitted = fitted_size(height, width, 64, mode)
+@pytest.mark.parametrize("size", [64, "64x96"])
+def test_a_box_holds_the_pixels_whose_centres_lie_in_it(height, width, mode, size):
+    fitted = fitted_size(height, width, size, mode)
     rng = np.random.default_rng(0)
     for _ in range(50):
         x = np.sort(rng.integers(0, fitted[1], 2))

@@ -303,14 +303,22 @@ def test_containers_come_as_pythons_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 0, 5, 192), (1000, 1, 1, 192), (1, 4, 4, 7), (4,)])
 def test_tables_of_positions_that_are_none(shape: tuple[int, ...], tmp_path: Path) -> None:
-    sam = build_sam_vit_tiny(image_size=IMAGE_SIZE)
-    state = {**sam.state_dict(), "image_encoder.pos_embed": torch.zeros(shape)}
-    with pytest.raises(CheckpointError, match=r"x\.pth: (not a vit_tiny|a checkpoint of)"):
-        load_state_dict(sam, state, model_type="vit_tiny", source=Path("x.pth"))
+    for frame in (IMAGE_SIZE, (48, 96)):
+        sam = build_sam_vit_tiny(image_size=frame)
+        state = {**sam.state_dict(), "image_encoder.pos_embed": torch.zeros(shape)}
+        with pytest.raises(CheckpointError, match=r"x\.pth: (not a vit_tiny|a checkpoint of)"):
+            load_state_dict(sam, state, model_type="vit_tiny", source=Path("x.pth"))
+        torch.save(state, tmp_path / "sam.pth")
+        with pytest.raises(CheckpointError, match=r"sam\.pth: (not a vit_tiny|a checkpoint of)"):
+            build_sam_vit_tiny(tmp_path / "sam.pth", image_size=frame)
 
 
-@pytest.mark.parametrize("size", [10**9, MAX_IMAGE_SIZE + 16, 0, -16, True])
-def test_a_checkpoint_that_claims_an_absurd_image_size(size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "size",
+    [10**9, MAX_IMAGE_SIZE + 16, 0, -16, True, "", "64", "64x64", "0x16", "16x99999", "9" * 5000 + "x16", "16x32 "],
+    ids=lambda size: repr(size)[:12],
+)
+def test_a_checkpoint_that_claims_an_absurd_image_size(size: int | str, tmp_path: Path) -> None:
     model = BoxSegmenter(build_sam_vit_tiny(image_size=IMAGE_SIZE))
     info = ModelInfo("vit_tiny", size, "stretch", sam_sha256="ab" * 32)
     save_best(tmp_path / "best.pth", model, info, epoch=0, metrics={}, args={})
@@ -319,8 +327,9 @@ def test_a_checkpoint_that_claims_an_absurd_image_size(size: int, tmp_path: Path
 
 
 def test_an_image_size_that_no_model_takes(sam_file: Path) -> None:
-    with pytest.raises(UserError, match="image size 100: no model takes it; preprocess at multiples of 16"):
-        build_model("vit_tiny", sam_file, image_size=100)
+    for size in (100, "64x100", "100x64"):
+        with pytest.raises(UserError, match=f"image size {size}: no model takes it; preprocess at multiples of 16"):
+            build_model("vit_tiny", sam_file, image_size=size)
 
 
 # --- Pictures

@@ -148,12 +148,13 @@ def test_float32_whatever_the_model_computes_in() -> None:
     assert {value.dtype for value in losses.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("size", [(20, 20), (12, 32), (28, 8)])
 @pytest.mark.parametrize("stride", [1, 2, 4])
-def test_what_is_compared_is_the_upsampled_mask_at_every_nth_pixel(stride: int) -> None:
-    low_res = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(7))
-    labels = torch.arange(2 * 20 * 20).view(2, 20, 20)
+def test_what_is_compared_is_the_upsampled_mask_at_every_nth_pixel(stride: int, size: tuple[int, int]) -> None:
+    low_res = torch.randn(2, 3, size[0] // 4, size[1] // 4, generator=torch.Generator().manual_seed(7))
+    labels = torch.arange(2 * size[0] * size[1]).view(2, *size)
     logits, at = compared(low_res, labels, stride)
-    full = F.interpolate(low_res, (20, 20), mode="bilinear", align_corners=False)
+    full = F.interpolate(low_res, size, mode="bilinear", align_corners=False)
     first = stride // 2
     torch.testing.assert_close(logits, full[..., first::stride, first::stride])
     assert torch.equal(at, labels[:, first::stride, first::stride])
@@ -186,23 +187,24 @@ def test_competing_cross_entropy_by_hand() -> None:
     torch.testing.assert_close(ce, torch.full((1, 2), product.COMPETING_WEIGHT * mean))
 
 
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (16, 40), (40, 16)])
 @pytest.mark.parametrize("stride", [1, 2, 4])
-def test_competing_cross_entropy_equals_a_slow_oracle(stride: int) -> None:
+def test_competing_cross_entropy_equals_a_slow_oracle(stride: int, height: int, width: int) -> None:
     generator = torch.Generator().manual_seed(3)
-    labels = torch.randint(0, 5, (3, 24, 24), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 5, (3, height, width), generator=generator, dtype=torch.uint8)
     labels[torch.rand(labels.shape, generator=generator) < 0.3] = 255
-    low_res = torch.randn(3, 4, 6, 6, generator=generator) * 3
+    low_res = torch.randn(3, 4, height // 4, width // 4, generator=generator) * 3
     class_ids = torch.tensor([[0, 1, 2, 3], [4, 2, 255, 255], [3, 255, 255, 255]])
-    corners = [torch.randint(*ends, (3, 4, 2), generator=generator) for ends in ((0, 12), (12, 24))]
-    boxes = torch.cat(corners, dim=2).float()
+    shares = [torch.randint(*ends, (3, 4, 2), generator=generator) for ends in ((0, 12), (12, 24))]
+    boxes = (torch.cat(shares, dim=2) * torch.tensor([width, height] * 2) // 24).float()
     boxes[class_ids == 255] = 0  # as a batch is padded
     weights = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0])
     losses = product.prompt_losses(low_res, torch.ones(3, 4), labels, class_ids, boxes, weights, stride=stride)
-    logits = F.interpolate(low_res.double(), (24, 24), mode="bilinear", align_corners=False)
+    logits = F.interpolate(low_res.double(), (height, width), mode="bilinear", align_corners=False)
     for b in range(3):
         of_pixels = []
-        for y in range(stride // 2, 24, stride):
-            for x in range(stride // 2, 24, stride):
+        for y in range(stride // 2, height, stride):
+            for x in range(stride // 2, width, stride):
                 held = [
                     q for q, (x0, y0, x1, y1) in enumerate(boxes[b].tolist())
                     if class_ids[b, q] != 255 and x0 <= x <= x1 and y0 <= y <= y1
@@ -254,20 +256,21 @@ def test_a_class_of_a_few_pixels_does_not_outweigh_the_rest() -> None:
     torch.testing.assert_close(weights[:2], torch.ones(2), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (16, 40)])
 @pytest.mark.parametrize("stride", [1, 2, 4])
-def test_semantic_losses_equal_a_slow_oracle(stride: int) -> None:
+def test_semantic_losses_equal_a_slow_oracle(stride: int, height: int, width: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(0, 4, (3, 24, 24), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 4, (3, height, width), generator=generator, dtype=torch.uint8)
     labels[torch.rand(labels.shape, generator=generator) < 0.3] = 255
     labels[2] = 255  # an image that has nothing to teach
-    low_res = torch.randn(3, 5, 6, 6, generator=generator) * 2  # class 4 occurs nowhere
+    low_res = torch.randn(3, 5, height // 4, width // 4, generator=generator) * 2  # class 4 occurs nowhere
     weights = torch.tensor([0.5, 1.0, 2.0, 4.0, 8.0])
     losses = semantic_losses(low_res, labels, weights, stride=stride)
-    logits = F.interpolate(low_res.double(), (24, 24), mode="bilinear", align_corners=False)
+    logits = F.interpolate(low_res.double(), (height, width), mode="bilinear", align_corners=False)
     for b in range(2):
         ce, overlap, square_p, square_t = [], np.zeros(5), np.zeros(5), np.zeros(5)
-        for y in range(stride // 2, 24, stride):
-            for x in range(stride // 2, 24, stride):
+        for y in range(stride // 2, height, stride):
+            for x in range(stride // 2, width, stride):
                 target = int(labels[b, y, x])
                 if target == 255:
                     continue

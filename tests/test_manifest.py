@@ -1,5 +1,6 @@
 """manifest.json: what is written is read back, and nothing else is taken for one."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -23,6 +24,20 @@ def test_round_trip(tmp_path):
     manifest().write(tmp_path)
     assert read_manifest(tmp_path) == manifest()
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_frame_that_is_no_square(tmp_path):
+    wide = manifest(image_size="16x64")  # 1,024 pixels, as the items count
+    wide.write(tmp_path)
+    assert read_manifest(tmp_path) == wide
+    assert json.loads((tmp_path / "manifest.json").read_text())["image_size"] == "16x64"
+
+
+def test_the_file_of_a_square_is_that_of_earlier_versions(tmp_path):
+    """To the byte, as the version before there were other frames wrote it."""
+    manifest(items=[ManifestItem("a", 720, 1280, [5, *[0] * 17, 4], 1015)]).write(tmp_path)
+    written = hashlib.sha256((tmp_path / "manifest.json").read_bytes()).hexdigest()
+    assert written == "389c2e7d482b5c67100393266432635546b3a85a5d23c68ea4c3f26f8411cbe5"
 
 
 def test_sources_round_trip_and_older_files_have_none(tmp_path):
@@ -102,7 +117,8 @@ def test_another_format_version(tmp_path):
     "changes",
     [
         {"image_size": 0},
-        {"image_size": "32"},
+        *[{"image_size": size} for size in ("32", "32x32", "32x", "x", "0x32", "32x5000", "032x64", 32.0, [32, 64])],
+        {"image_size": "31x33"},  # one pixel less than its items count
         {"image_dtype": "object"},
         {"resize_mode": "crop"},
         {"class_names": ["road"]},

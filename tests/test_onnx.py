@@ -88,6 +88,28 @@ def test_a_click_is_the_predictors(sam: Sam) -> None:
     np.testing.assert_allclose(scores[0, 1:], expected[1], atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_frame_that_is_no_square() -> None:
+    """Positions of points and the way back to the image's size: the three masks that `predict` gives."""
+    sam = build_sam_vit_tiny(WEIGHTS, image_size=(64, 128))
+    image = np.random.default_rng(0).integers(0, 256, (55, 120, 3), dtype=np.uint8)  # scaled to 59 x 128
+    predictor = SamPredictor(sam)
+    predictor.set_image(image)
+    click = np.array([[40.0, 30.0]])
+    expected = predictor.predict(click, np.array([1]), return_logits=True)
+    scaled = predictor.transform.apply_coords(click, image.shape[:2])
+    masks, _, low_res_masks = SamOnnxModel(sam, return_single_mask=False)(
+        predictor.get_image_embedding(),
+        torch.tensor(np.concatenate([scaled, np.zeros((1, 2))])[None], dtype=torch.float32),
+        torch.tensor([[1.0, -1.0]]),
+        torch.zeros(1, 1, 16, 32),
+        torch.zeros(1),
+        torch.tensor(image.shape[:2], dtype=torch.float32),
+    )
+    for actual, value in zip((masks, low_res_masks), expected[::2]):
+        assert relative_error(actual[0, 1:], value) < 1e-5
+
+
 def test_three_points_are_unambiguous(sam: Sam) -> None:
     every, best = (SamOnnxModel(sam, return_single_mask=single) for single in (False, True))
     for inputs in prompts():

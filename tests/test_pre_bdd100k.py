@@ -774,6 +774,7 @@ def test_leftovers_of_killed_processes_go(run, tmp_path, monkeypatch):
     ("flags", "said"),
     [
         (["--image_size", "64"], "written with --image_size 32 "),
+        (["--image_size", "32x64"], "--resize_mode stretch, not with --image_size 32x64 --image_dtype"),
         (["--image_dtype", "uint8"], "written with --image_size 32 --image_dtype float32"),
         (["--resize_mode", "pad"], "--resize_mode stretch, not with"),
     ],

@@ -17,6 +17,7 @@ from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
 from utils.choices import MapRule
 from utils.dataset import BoxPromptDataset, EvaluationDataset, NpyFolder, collate_evaluation
 from utils.engine import evaluate
+from utils.frame import ImageSize, frame_size
 from utils.geometry import fitted_size
 from utils.model import build_model
 from utils.precision import Precision
@@ -47,19 +48,24 @@ def test_a_mask_claims_no_pixel_outside_its_region() -> None:
     assert merge_masks(planes, torch.tensor([13, 0]), 0.0, (1, 3), regions).tolist() == [[13, 255, 255]]
 
 
+@pytest.mark.parametrize("image_size", [64, "48x80", "80x64"])
 @pytest.mark.parametrize("resize_mode", ["stretch", "pad"])
-def test_masks_end_at_their_boxes_at_any_size(resize_mode: str) -> None:
+def test_masks_end_at_their_boxes_at_any_size(resize_mode: str, image_size: ImageSize) -> None:
     """Against the argmax of planes from which what lies outside a box was taken away."""
     torch.manual_seed(0)
-    low_res, class_ids = torch.randn(4, 16, 16), torch.tensor([2, 7, 18, 0])
+    rows_of_frame, columns_of_frame = frame_size(image_size)
+    low_res = torch.randn(4, rows_of_frame // 4, columns_of_frame // 4)
+    class_ids = torch.tensor([2, 7, 18, 0])
     boxes = torch.tensor([[3.0, 5, 30, 25], [0, 0, 60, 35], [20, 10, 20, 30], [40, 2, 55, 33]])
     prediction = Prediction(low_res, class_ids, boxes)
-    frame = F.interpolate(low_res[None], (64, 64), mode="bilinear", align_corners=False)[0]
-    height, width = fitted_size(45, 80, 64, resize_mode)
+    frame = F.interpolate(low_res[None], frame_size(image_size), mode="bilinear", align_corners=False)[0]
+    height, width = fitted_size(45, 80, image_size, resize_mode)
     original = F.interpolate(frame[None, :, :height, :width], (45, 80), mode="bilinear", align_corners=False)[0]
     ys, xs = (torch.arange(45) + 0.5) * height / 45, (torch.arange(80) + 0.5) * width / 80
-    at_frame = (frame, torch.arange(64) + 0.5, torch.arange(64) + 0.5, prediction.label_map(64))
-    at_original = (original, ys, xs, prediction.original_label_map(45, 80, image_size=64, resize_mode=resize_mode))
+    centres = (torch.arange(rows_of_frame) + 0.5, torch.arange(columns_of_frame) + 0.5)
+    at_frame = (frame, *centres, prediction.label_map(image_size))
+    restored = prediction.original_label_map(45, 80, image_size=image_size, resize_mode=resize_mode)
+    at_original = (original, ys, xs, restored)
     for planes, rows, columns, actual in (at_frame, at_original):
         x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
         inside = ((rows >= y0) & (rows < y1 + 1))[:, :, None] & ((columns >= x0) & (columns < x1 + 1))[:, None]
@@ -96,22 +102,28 @@ def test_with_boxes_of_the_ground_truth_every_labelled_pixel_is_some_class(sam_f
             assert ((y0 <= y) & (y <= y1) & (x0 <= x) & (x <= x1)).all()
 
 
+@pytest.mark.parametrize("image_size", [64, "48x80", "80x64"])
+@pytest.mark.parametrize(("rows", "columns"), [(45, 80), (80, 45)])
 @pytest.mark.parametrize("resize_mode", ["stretch", "pad"])
-def test_the_original_size_is_reached_by_cropping_and_resizing_logits(resize_mode: str) -> None:
+def test_the_original_size_is_reached_by_cropping_and_resizing_logits(
+    resize_mode: str, rows: int, columns: int, image_size: ImageSize
+) -> None:
     torch.manual_seed(0)
-    low_res = torch.randn(5, 16, 16)
+    size = frame_size(image_size)
+    low_res = torch.randn(5, size[0] // 4, size[1] // 4)
     class_ids = torch.tensor([2, 7, 7, 18, 0])  # a class may have several masks
     prediction = Prediction(low_res, class_ids, threshold=0.2)
-    frame = F.interpolate(low_res[None], (64, 64), mode="bilinear", align_corners=False)
-    height, width = fitted_size(45, 80, 64, resize_mode)
-    original = F.interpolate(frame[..., :height, :width], (45, 80), mode="bilinear", align_corners=False)[0]
+    frame = F.interpolate(low_res[None], size, mode="bilinear", align_corners=False)
+    height, width = fitted_size(rows, columns, image_size, resize_mode)
+    original = F.interpolate(frame[..., :height, :width], (rows, columns), mode="bilinear", align_corners=False)[0]
     best, winner = original.max(dim=0)
     expected = torch.where(best > 0.2, class_ids[winner], 255)
     assert 255 in expected
-    actual = prediction.original_label_map(45, 80, image_size=64, resize_mode=resize_mode)
+    actual = prediction.original_label_map(rows, columns, image_size=image_size, resize_mode=resize_mode)
     assert actual.tolist() == expected.tolist()
     best, winner = frame[0].max(dim=0)
-    assert prediction.label_map(64).tolist() == torch.where(best > 0.2, class_ids[winner], 255).tolist()
+    assert prediction.label_map(image_size).tolist() == torch.where(best > 0.2, class_ids[winner], 255).tolist()
+    assert prediction.label_map(size).equal(prediction.label_map(image_size))
 
 
 def evaluation_batches(source: NpyFolder, batch_size: int, mode: str) -> DataLoader:

@@ -52,6 +52,17 @@ def test_data_of_another_frame(npy: Path, tmp_path: Path) -> None:
     assert sam.image_encoder.pos_embed is not None and sam.image_encoder.pos_embed.equal(saved.float())
 
 
+def test_a_frame_that_is_no_square(npy: Path, tmp_path: Path) -> None:
+    """It starts from a square of another size, and what is saved loads with the positions it was trained with."""
+    torch.save(build_sam_vit_tiny(image_size=512).state_dict(), tmp_path / "init.pth")
+    flags = ["--image_size", "64x96", "--init", tmp_path / "init.pth", "--num_scenes", 2, "--num_steps", 1]
+    trained = pretrain_vit_tiny.load_sam(tmp_path / "init.pth", "64x96")
+    run_script(pretrain_vit_tiny, "--output", tmp_path / "sam.pth", *flags, "--batch_size", 1)
+    sam = build_sam_vit_tiny(tmp_path / "sam.pth", image_size=(64, 96))
+    assert sam.image_encoder.pos_embed is not None and sam.image_encoder.pos_embed.shape == (1, 4, 6, 192)
+    assert sam.prompt_encoder.input_image_size == trained.prompt_encoder.input_image_size == (256, 256)
+
+
 def test_prompts_that_stand_for_nothing_weigh_nothing() -> None:
     instances = np.zeros((64, 64), dtype=np.uint16)
     instances[:20], instances[30:] = 1, 2

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -37,7 +38,7 @@ from segment_anything import (
 from segment_anything.build_sam import read_state_dict
 from segment_anything.modeling import MaskDecoder, Sam, image_encoder
 from segment_anything.utils.transforms import ResizeLongestSide
-from tests.oracles import Payload, public_sam, relative_error
+from tests.oracles import Payload, public_sam, public_tiny, relative_error
 
 TOLERANCE = 1e-4
 IMAGE = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
@@ -66,7 +67,7 @@ def randomise(module: nn.Module) -> None:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
 
 
-def random_tiny(image_size: int = 64) -> Sam:
+def random_tiny(image_size: int | tuple[int, int] = 64) -> Sam:
     torch.manual_seed(0)
     sam = build_sam_vit_tiny(image_size=image_size)
     randomise(sam)
@@ -1077,6 +1078,195 @@ def test_relative_positions_are_resampled_as_the_public_package_does(
 def test_an_image_size_that_patches_do_not_divide_is_refused(image_size: int) -> None:
     with pytest.raises(ValueError, match=f"image_size must be a multiple of 16, got {image_size}"):
         build_sam_vit_tiny(image_size=image_size)
+
+
+# --- Frames that are no square
+
+FRAMES = [(64, 96), (96, 64), (32, 128), (128, 48)]  # within a square of 128
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A checkpoint of vit_tiny at 128 x 128, and the public package's model of it."""
+    sam = random_tiny(128)
+    return save(sam.state_dict(), tmp_path_factory.mktemp("square") / "sam.pth"), public_tiny(sam)
+
+
+def global_tables(encoder: Any) -> list[tuple[Tensor, Tensor]]:
+    return [(encoder.blocks[i].attn.rel_pos_h, encoder.blocks[i].attn.rel_pos_w) for i in (1, 3, 5, 7)]
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+@torch.no_grad()
+def test_positions_of_a_smaller_frame_are_the_top_left_of_the_squares(
+    square: tuple[Path, Any], compare: Compare, frame: tuple[int, int]
+) -> None:
+    path, public = square
+    sam = build_sam_vit_tiny(path, image_size=frame)
+    h, w = (side // 16 for side in frame)
+    assert sam.frame_size == frame and sam.prompt_encoder.image_embedding_size == (h, w)
+    assert sam.image_encoder.pos_embed is not None
+    assert sam.image_encoder.pos_embed.equal(public.image_encoder.pos_embed[:, :h, :w])
+    for tables, public_tables in zip(global_tables(sam.image_encoder), global_tables(public.image_encoder)):
+        for table, public_table, length in zip(tables, public_tables, (h, w)):
+            assert len(table) == 2 * length - 1
+            for distance in range(1 - length, length):  # the same row for the same distance
+                assert table[distance + length - 1].equal(public_table[distance + 7])
+    expected = public.prompt_encoder.get_dense_pe()[:, :, :h, :w]
+    compare("get_dense_pe", sam.prompt_encoder.get_dense_pe(), expected)
+    assert sam.prompt_encoder.get_dense_pe().equal(build_sam_vit_tiny(path, image_size=128).prompt_encoder
+                                                   .get_dense_pe()[:, :, :h, :w])  # fmt: skip
+    corners = torch.rand(5, 2, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([frame[1], frame[0]])
+    prompts: dict[str, Any] = {"points": (corners, torch.tensor([[1, 0]] * 5)), "boxes": corners.flatten(1),
+                               "masks": None}  # fmt: skip
+    compare("points and boxes", *(model.prompt_encoder(**prompts)[0] for model in (sam, public)))
+    assert sam.prompt_encoder(**prompts)[1].shape == (5, 128, h, w)
+    masks = torch.randn(2, 1, 4 * h, 4 * w)
+    assert sam.prompt_encoder.mask_input_size == (4 * h, 4 * w)
+    compare("masks", *(model.prompt_encoder(None, None, masks)[1] for model in (sam, public)))
+
+
+def public_encoder_at(public: Any, grid: tuple[int, int]) -> Any:
+    """The public package's square encoder with its tables cut by hand."""
+    encoder = copy.deepcopy(public.image_encoder)
+    side = encoder.pos_embed.shape[1]
+    encoder.pos_embed = nn.Parameter(encoder.pos_embed[:, : grid[0], : grid[1]])
+    for i in (1, 3, 5, 7):
+        attn = encoder.blocks[i].attn
+        for name, length in zip(("rel_pos_h", "rel_pos_w"), grid):
+            setattr(attn, name, nn.Parameter(getattr(attn, name)[side - length : side + length - 1]))
+    return encoder
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+@torch.no_grad()
+def test_the_encoder_on_frames_that_are_no_square(
+    square: tuple[Path, Any], compare: Compare, frame: tuple[int, int]
+) -> None:
+    path, public = square
+    encoder = build_sam_vit_tiny(path, image_size=frame).image_encoder
+    grid = (frame[0] // 16, frame[1] // 16)
+    images = torch.randn(2, 3, *frame, generator=torch.Generator().manual_seed(0))
+    assert encoder(images).shape == (2, 128, *grid)
+    compare(f"encoder at {frame}", encoder(images), public_encoder_at(public, grid)(images))
+
+
+@pytest.mark.parametrize("frame", [(64, 96), (96, 64), (32, 80), (80, 16)])
+@torch.no_grad()
+def test_positions_beyond_the_pretrained_size_are_scaled_alike_on_both_axes(
+    tmp_path: Path, compare: Compare, frame: tuple[int, int]
+) -> None:
+    """As the square of the longest side has them, also on an axis that the checkpoint's own tables would fit."""
+    path, side = save(random_tiny(64).state_dict(), tmp_path / "sam.pth"), max(frame)
+    larger, sam = build_sam_vit_tiny(path, image_size=side), build_sam_vit_tiny(path, image_size=frame)
+    public, (h, w) = public_tiny(larger), (frame[0] // 16, frame[1] // 16)
+    cut = public_encoder_at(public, (h, w))
+    assert sam.image_encoder.pos_embed is not None and sam.image_encoder.pos_embed.equal(cut.pos_embed)
+    for tables, expected in zip(global_tables(sam.image_encoder), global_tables(cut)):
+        assert all(table.equal(value) for table, value in zip(tables, expected))
+    compare("get_dense_pe", sam.prompt_encoder.get_dense_pe(), public.prompt_encoder.get_dense_pe()[:, :, :h, :w])
+    boxes = torch.tensor([[0.0, 0, 15, 15], [3, 2, frame[1] - 1, frame[0] - 1]])
+    compare("boxes", *(model.prompt_encoder(None, boxes, None)[0] for model in (sam, public)))
+    images = torch.randn(1, 3, *frame, generator=torch.Generator().manual_seed(0))
+    compare("encoder", sam.image_encoder(images), cut(images))
+
+
+@torch.no_grad()
+def test_a_square_frame_is_resampled_to_the_bit(tmp_path: Path, tiny_state: dict[str, Tensor]) -> None:
+    path = save(tiny_state, tmp_path / "sam.pth")
+    for size in (48, 128):
+        sam, same = load_tiny(path, image_size=size), load_tiny(path, image_size=(size, size))
+        assert all(value.equal(same.state_dict()[key]) for key, value in sam.state_dict().items())
+        table = tiny_state["image_encoder.pos_embed"].permute(0, 3, 1, 2)
+        expected = F.interpolate(table, (size // 16, size // 16), mode="bicubic", align_corners=False)
+        assert sam.image_encoder.pos_embed is not None
+        assert sam.image_encoder.pos_embed.equal(expected.permute(0, 2, 3, 1))
+        distances = tiny_state["image_encoder.blocks.3.attn.rel_pos_w"].T[None]
+        expected = F.interpolate(distances, 2 * size // 16 - 1, mode="linear", align_corners=False)[0].T
+        assert global_tables(sam.image_encoder)[1][1].equal(expected)
+        encoder = sam.prompt_encoder
+        assert encoder.input_image_size == (size, size)
+        assert encoder.get_dense_pe()[0].equal(encoder.pe_layer((size // 16, size // 16)))
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_a_frame_is_loaded_at_its_own_frame_as_it_is(tmp_path: Path) -> None:
+    sam = random_tiny((48, 96))
+    path = save(sam.state_dict(), tmp_path / "sam.pth")
+    again = build_sam_vit_tiny(path, image_size=(48, 96))
+    assert all(value.equal(again.state_dict()[key]) for key, value in sam.state_dict().items())
+    assert again.prompt_encoder.get_dense_pe().equal(sam.prompt_encoder.get_dense_pe())
+    boxes = torch.tensor([[1.0, 2, 30, 40]])
+    assert again.prompt_encoder(boxes=boxes)[0].equal(sam.prompt_encoder(boxes=boxes)[0])
+    for other in (64, (96, 48), (48, 128)):  # resampled: a frame is part of no square
+        there = build_sam_vit_tiny(path, image_size=other)
+        assert there.image_encoder.pos_embed is not None and there.image_encoder.pos_embed.std() > 0.05
+        assert there.image_encoder(torch.randn(1, 3, *there.frame_size)).isfinite().all()
+
+
+def test_sams_own_frames() -> None:
+    """Without a checkpoint too, positions are shares of the size that SAM was made for."""
+    with torch.device("meta"):
+        sam = build_sam_vit_b(image_size=(576, 1024))
+        large = build_sam_vit_b(image_size=(720, 1280))
+    state = sam.state_dict()
+    assert state["image_encoder.pos_embed"].shape == (1, 36, 64, 768)
+    assert state["image_encoder.blocks.2.attn.rel_pos_h"].shape == (71, 64)
+    assert state["image_encoder.blocks.2.attn.rel_pos_w"].shape == (127, 64)
+    assert state["image_encoder.blocks.1.attn.rel_pos_h"].shape == (27, 64)
+    assert sam.prompt_encoder.input_image_size == (1024, 1024)
+    assert large.prompt_encoder.input_image_size == (1280, 1280)
+    assert sam.image_encoder.img_size == 1024
+
+
+@pytest.mark.parametrize("bad", [(64, 100), (8, 64)])
+def test_frames_that_patches_do_not_divide(bad: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="image_size must be a multiple of 16"):
+        build_sam_vit_tiny(image_size=bad)
+
+
+@torch.no_grad()
+def test_the_predictor_on_a_frame_that_is_no_square(square: tuple[Path, Any], compare: Compare) -> None:
+    """Against the public package's parts, put together by hand."""
+    path, public = square
+    predictor = SamPredictor(build_sam_vit_tiny(path, image_size=(64, 128)))
+    image = IMAGE[:230]  # scaled to 59 x 128
+    predictor.set_image(image)
+    scaled = torch.from_numpy(predictor.transform.apply_image(image)).permute(2, 0, 1).float()
+    assert scaled.shape == (3, 59, 128)
+    padded = F.pad((scaled - public.pixel_mean) / public.pixel_std, (0, 0, 0, 5))
+    embedding = public_encoder_at(public, (4, 8))(padded[None])
+    compare("embedding", predictor.get_image_embedding(), embedding)
+    box = torch.tensor([[5.0, 4, 100, 50]]) * torch.tensor([128 / 500, 59 / 230] * 2)
+    sparse, dense = public.prompt_encoder(None, box, None)
+    expected, scores = public.mask_decoder(
+        image_embeddings=embedding,
+        image_pe=public.prompt_encoder.get_dense_pe()[:, :, :4],
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense[:, :, :4],
+        multimask_output=True,
+    )
+    full = F.interpolate(expected, (64, 128), mode="bilinear", align_corners=False)[:, :, :59]
+    full = F.interpolate(full, (230, 500), mode="bilinear", align_corners=False)
+    ours = predictor.predict(box=np.array([5, 4, 100, 50]), return_logits=True)
+    for what, actual, value in zip(("masks", "scores", "low-res masks"), ours, (full, scores, expected)):
+        compare(what, actual, value[0])
+    record = {"image": scaled, "original_size": (230, 500), "boxes": box}
+    (output,) = predictor.model([record], multimask_output=True)
+    compare("low-res masks of Sam.forward", output["low_res_logits"][0], expected[0])
+    assert output["masks"].shape == (1, 3, 230, 500)
+
+
+def test_a_picture_that_does_not_fit_the_frame() -> None:
+    sam = random_tiny((48, 64))
+    predictor = SamPredictor(sam)
+    predictor.set_image(IMAGE)
+    fix = "does not fit the model's 48 x 64; build the model with image_size=64, which takes every shape"
+    for image, size in ((IMAGE.transpose(1, 0, 2), "64 x 38"), (IMAGE[:, :300], "64 x 64")):
+        with pytest.raises(ValueError, match=f"an image of {size} {fix}"):
+            predictor.set_image(np.ascontiguousarray(image))
+    with pytest.raises(ValueError, match="an image of 64 x 38 does not fit the model's 48 x 64; resize it first"):
+        sam.preprocess(torch.zeros(3, 64, 38))
 
 
 # --- vit_tiny, and what the predictor refuses

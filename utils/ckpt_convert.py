@@ -43,6 +43,7 @@ from utils import checkpoint
 from utils.checkpoint import DECODER_PREFIX, ModelInfo
 from utils.errors import UserError
 from utils.files import exists, is_folder, status
+from utils.frame import frame_size, image_size_of
 from utils.model import INFER_FLAGS
 
 
@@ -79,7 +80,9 @@ def join(model_checkpoint: Path, sam_checkpoint: Path) -> tuple[dict[str, Tensor
 def how_to_load(output: Path, state: Mapping[str, Tensor], info: ModelInfo) -> str:
     """What to know before using the file, and the two lines of Python that load it."""
     name, size = info.model_type, info.image_size
-    table_size = state["image_encoder.pos_embed"].shape[1] * PATCH_SIZE
+    rows, columns = state["image_encoder.pos_embed"].shape[1:3]
+    table_size = image_size_of((rows * PATCH_SIZE, columns * PATCH_SIZE))
+    argument = f"image_size={size if isinstance(size, int) else frame_size(size)}"
     at_its_size = size == CONFIGS[name].image_size
     notes = [
         "box training trains the single-mask token, which is mask 0: call with multimask_output=False; export to ONNX "
@@ -87,10 +90,11 @@ def how_to_load(output: Path, state: Mapping[str, Tensor], info: ModelInfo) -> s
         "not trained"
     ]
     if info.resize_mode == "stretch":
-        notes.append("it was trained on images stretched to a square; SamPredictor pads instead: stretch them first")
+        shape = "a square" if isinstance(size, int) else size
+        notes.append(f"it was trained on images stretched to {shape}; SamPredictor pads instead: stretch them first")
     if not at_its_size:
         notes.append(f"it was trained at image size {size} and works best there "
-                     f"(image_size={size} in this project's registry; the public package has {PUBLIC_SIZE} only)")
+                     f"({argument} in this project's registry; the public package has {PUBLIC_SIZE} only)")
 
     arguments = f"checkpoint={json.dumps(str(output), ensure_ascii=False)}"
     if name in PUBLIC_MODELS and table_size == PUBLIC_SIZE:
@@ -98,7 +102,7 @@ def how_to_load(output: Path, state: Mapping[str, Tensor], info: ModelInfo) -> s
     else:
         missing = f"positions of {table_size}" if name in PUBLIC_MODELS else name  # ours resamples positions
         loader = f"has no builder for {missing}; this project's registry loads it:"
-        arguments += "" if at_its_size else f", image_size={size}"
+        arguments += "" if at_its_size else f", {argument}"
     return "\n".join([
         *(f"note: {note}" for note in notes),
         f"The public segment-anything package {loader}",

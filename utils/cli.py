@@ -95,8 +95,10 @@ def positive_int_or_all(text: str) -> int | str:
 
 def image_size(text: str) -> ImageSize:
     """Parse a side length in pixels, or HEIGHTxWIDTH; see `side_length`."""
-    height, by, width = text.lower().partition("x")
-    return image_size_of((side_length(height), side_length(width if by else height)))
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(sides):
+        raise argparse.ArgumentTypeError(f"expected a side such as 1024, or HxW such as 576x1024, got {text!r}")
+    return image_size_of((side_length(sides[0]), side_length(sides[-1])))
 
 
 def side_length(text: str) -> int:
