@@ -67,9 +67,9 @@ MEMORY_ADVICE = ("lower -batch_size and raise --grad_acc_steps by the same facto
                  "-use_amp, give a smaller --classes_per_image (box mode), or preprocess at a smaller --image_size")
 
 # What a card has room and arithmetic for; without --preset, what the specification has. All make optimizer steps of 16
-# images per process, so that a run means the same on each. With vit_b at 1024 in semantic mode, those of cards held up
-# to 2.8, 5.1 and 9.9 GB of an H200. In box mode, all 19 classes of an image take 4.1, 8.3 and 16.5 GiB, by counting
-# tensors.
+# images per process, so that a run means the same on each. With vit_b at 1024 a cached step has tensors of
+# 3.1, 6.1 and 12.1 GiB in semantic mode and, with all 19 classes of an image, of 4.1, 8.3 and 16.5 GiB in box mode, by
+# counting them.
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {"batch_size": 4, "grad_acc_steps": 4, "use_amp": False, "amp_dtype": "auto", "num_workers": 4},
     "2080ti": {"batch_size": 4, "grad_acc_steps": 4, "use_amp": True, "amp_dtype": "fp16", "num_workers": 4},

@@ -1,6 +1,6 @@
 """Checkpoints: what was trained, with what is needed to rebuild the model around it.
 
-`medsam_model_best.pth` holds the mask decoder alone (keys `mask_decoder.*`; of vit_b 16 MB, in semantic mode 38 MB);
+`medsam_model_best.pth` holds the mask decoder alone (keys `mask_decoder.*`; of vit_b 16 MB, in semantic mode 39 MB);
 `medsam_model_latest.pth` holds the state of the run beside it, for `--resume`. Both are plain tensors, numbers,
 strings, lists and dicts, so that they load with `weights_only=True`.
 """
