@@ -115,7 +115,7 @@ def test_it_holds_what_the_encoder_gives(split: Path, segmenter: Segmenter, sam_
 
 def test_data_sets_give_features_in_place_of_images(split: Path, segmenter: Segmenter, sam_file: Path) -> None:
     data, pixels = (SemanticDataset(NpyFolder(split), seed=3) for _ in range(2))
-    data.cache = prepare(split, segmenter, sam_file, num_views=2)
+    data.cache, data.has_images = prepare(split, segmenter, sam_file, num_views=2), False
     for index in range(len(data)):  # some are mirrored
         features = segmenter.encode(pixels[index]["image"].permute(2, 0, 1)[None])
         torch.testing.assert_close(data[index]["features"][0], features[0][0], rtol=1e-4, atol=1e-4)
@@ -536,7 +536,8 @@ def reduced(split: Path, segmenter: Segmenter, sam_file: Path) -> EmbeddingCache
 def test_in_float16_blocks_are_reduced_and_restored(
     reduced: EmbeddingCache, split: Path, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raw = segmenter.encode(torch.from_numpy(NpyFolder(split).read_image(2))[None].permute(0, 3, 1, 2))
+    image = torch.from_numpy(NpyFolder(split).read_image(2))[None].permute(0, 3, 1, 2)
+    raw = segmenter.encode(image)
     stored = reduced.read(2)
     assert [tensor.dtype for tensor in stored] == [torch.float16, torch.uint8, torch.float32]
     assert sum(tensor.nbytes for tensor in stored) < 0.3 * sum(tensor.nbytes for tensor in raw) / 2
@@ -544,7 +545,8 @@ def test_in_float16_blocks_are_reduced_and_restored(
     restored = segmenter.restore(tuple(tensor[None] for tensor in stored))
     assert [tensor.shape for tensor in restored] == [tensor.shape for tensor in raw]
     with torch.no_grad():
-        torch.testing.assert_close(segmenter(restored)[0], segmenter(raw)[0], rtol=0.02, atol=0.02)
+        masks, expected = (segmenter(segmenter.with_pixels(features, image))[0] for features in (restored, raw))
+    torch.testing.assert_close(masks, expected, rtol=0.02, atol=0.02)
 
 
 def test_all_splits_of_a_cache_share_one_projection(
@@ -602,7 +604,9 @@ def test_random_views_are_those_that_the_labels_say(
             view = fixed_view(sample["name"], numbers[0])
             size = source.fitted_size(index)
             assert np.array_equal(sample["labels"], view.labels(source.read_labels(index), size))
-            encoded = segmenter.encode(view.image(source.read_image(index), size).permute(2, 0, 1)[None])
+            image = view.image(source.read_image(index), size)
+            assert torch.equal(sample["image"], image)  # the pixels that the decoder sees beside the features
+            encoded = segmenter.encode(image.permute(2, 0, 1)[None])
             torch.testing.assert_close(sample["features"][0], encoded[0][0], rtol=1e-4, atol=1e-4)
             seen.add(numbers[0])
     assert seen == {0, 1, 2, 3}

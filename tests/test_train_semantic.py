@@ -12,12 +12,17 @@ from torch.utils.data import default_collate
 
 import infer_bdd100k
 import train_bdd100k
+from segment_anything.build_sam import file_digest
+from segment_anything.modeling import Sam
 from tests.conftest import IMAGE_SIZE, log_of, run_script, write_split
 from tests.test_engine import train as train_epoch
 from tests.test_infer_bdd100k import good_flags, read_results
 from utils import checkpoint
-from utils.dataset import FILLER, NpyFolder, SemanticDataset
-from utils.model import Segmenter, build_model
+from utils.checkpoint import ModelInfo
+from utils.data import use_caches
+from utils.dataset import FILLER, EvaluationDataset, NpyFolder, SemanticDataset
+from utils.model import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
+from utils.precision import Precision
 
 Train = Callable[..., Path]
 
@@ -65,6 +70,41 @@ def test_a_run_of_an_earlier_version_is_resumed(train: Train, npy: Path, tmp_pat
     torch.save(state, folder / checkpoint.LATEST)
     train(tmp_path, *flags, "-num_epochs", 2, "--resume", folder)
     assert len(log_of(folder)) == 2
+
+
+class WithoutPixels(SemanticSegmenter):
+    """Has the decoder of version 0.1."""
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__(sam, pixel_channels=0)
+
+
+def test_a_decoder_of_version_0_1_is_resumed_and_scored(
+    train: Train, sam_file: Path, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--prompt_mode", "semantic", "--val_npy_path", npy / "val", "--lr_scheduler", "constant"]
+    with monkeypatch.context() as patch:
+        patch.setitem(SEGMENTERS, "semantic", WithoutPixels)
+        folder = train(tmp_path, *flags, "-num_epochs", 1)
+    before = checkpoint.load_checkpoint(folder / checkpoint.LATEST)["model"]
+    train(tmp_path, *flags, "-num_epochs", 2, "--resume", folder)
+    after = checkpoint.load_checkpoint(folder / checkpoint.LATEST)["model"]
+    assert before.keys() == after.keys() and not any("detail_path" in key for key in after)
+    run_script(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--model_checkpoint", folder / checkpoint.LATEST)
+    assert read_results(tmp_path / "out")["miou"] == log_of(folder)[-1]["val_miou"]
+
+
+@pytest.mark.parametrize("prompt_mode", ["semantic", "box"])
+def test_the_cache_spares_pixels_where_none_are_taken(
+    prompt_mode: str, sam_file: Path, npy: Path, tmp_path: Path
+) -> None:
+    model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE, prompt_mode=prompt_mode)
+    source = NpyFolder(npy / "val")
+    info = ModelInfo("vit_tiny", source.image_size, source.resize_mode, file_digest(sam_file), prompt_mode)
+    dataset = EvaluationDataset(source, "oracle" if prompt_mode == "box" else None)
+    cpu = Precision(torch.device("cpu"))
+    use_caches({dataset: 1}, model, info, cpu, where=str(tmp_path), dtype="float32", batch_size=1, num_workers=0)
+    assert dataset.cache and ("image" in dataset[0]) == (prompt_mode == "semantic")
 
 
 @pytest.mark.parametrize("prompt_mode", ["semantic", "box"])
