@@ -59,6 +59,8 @@ def get_args_parser() -> cli.Parser:
     rules = "; ".join(f"{rule}: {text}" for rule, text in MAP_RULES.items())
     flag("map_rule", choices=list(MAP_RULES), help=f"how masks become one map. {rules} (default: argmax, and "
          "box_threshold with --boxes)")
+    parser.add_switch("tta", help="test-time augmentation, of semantic checkpoints: average the class probabilities of "
+                      "each image and of its mirror image. Takes about twice the time, and reads no cached features")
     flag("output_dir", type=Path, default=Path("inference_results"), help="where the results go; what an "
          "earlier evaluation wrote there is removed")
     flag("batch_size", type=cli.positive_int, default=1, help="images encoded at once")
@@ -98,7 +100,7 @@ from utils.engine import predictions_and_labels
 from utils.errors import UserError, printable
 from utils.files import make_folder
 from utils.frame import ImageSize
-from utils.geometry import resize_image, unframe
+from utils.geometry import fitted_size, resize_image, unframe
 from utils.loader import usable_workers
 from utils.metrics import ConfusionMatrix
 from utils.model import Segmenter, build_model
@@ -127,6 +129,9 @@ def main(args: argparse.Namespace) -> int:
 
 def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     """Score a preprocessed split; several processes each take a share of it, and every image belongs to one."""
+    if args.tta and args.cache_embeddings not in ("auto", "off"):
+        raise UserError("--tta encodes each image and its mirror image and reads no cache; leave out "
+                        "--cache_embeddings")
     source = NpyFolder(args.val_npy_path)
     masks = original_masks(args, source) if args.eval_size == "original" else None
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
@@ -134,9 +139,10 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     rule = choose_map_rule(args, info, boxes)
     make_folders(args)
 
-    dataset = EvaluationDataset(source, boxes)
+    dataset = EvaluationDataset(source, boxes, tta=args.tta)
     loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": usable_workers(args.num_workers)}
-    use_caches({dataset: 1}, model, info, precision, where=args.cache_embeddings, dtype=args.cache_dtype, **loading)
+    where = "off" if args.tta else args.cache_embeddings
+    use_caches({dataset: 1}, model, info, precision, where=where, dtype=args.cache_dtype, **loading)
     loader = evaluation_loader(dataset, **loading, precision=precision)
     confusion = ConfusionMatrix(precision.device)
     names = [item.name for item in source.items]
@@ -172,6 +178,7 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
             box_source="none" if boxes is None else "oracle" if boxes == "oracle" else str(args.boxes),
             eval_size=args.eval_size,
             map_rule=rule,
+            tta=args.tta,
         )
         print_folders(args)
     return 0
@@ -219,7 +226,7 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
             pictures = [(name, image) for name, image in group if not isinstance(image, UserError)]
             if not pictures:
                 continue
-            batch = collate_pictures(pictures, boxes, info)
+            batch = collate_pictures(pictures, boxes, info, tta=args.tta)
             prompted = prompted or any(map(len, batch.get("boxes", [])))
             for (name, image), prediction in zip(pictures, predict(model, batch, precision, rule)):
                 labels = original_size(prediction, image.shape[0], image.shape[1], info)
@@ -248,7 +255,11 @@ def is_of(source: ImageFolder | Video, name: str) -> bool:
 
 
 def collate_pictures(
-    pictures: list[tuple[str, np.ndarray]], boxes: BoxesByName | Literal["oracle"] | None, info: ModelInfo
+    pictures: list[tuple[str, np.ndarray]],
+    boxes: BoxesByName | Literal["oracle"] | None,
+    info: ModelInfo,
+    *,
+    tta: bool,
 ) -> dict[str, Any]:
     """A batch as `predict` takes it, of pictures of any sizes."""
     frames = [resize_image(image, info.image_size, info.resize_mode) for _, image in pictures]
@@ -260,6 +271,9 @@ def collate_pictures(
             for name, image in pictures
         ]
         batch |= {key: [prompt[key] for prompt in prompts] for key in ("class_ids", "boxes")}
+    if tta:
+        sizes = [image.shape[:2] for _, image in pictures]
+        batch["mirror_width"] = [fitted_size(h, w, info.image_size, info.resize_mode)[1] for h, w in sizes]
     return batch
 
 
@@ -278,6 +292,9 @@ def load_model(
         raise UserError(f"{args.model_checkpoint}: a decoder of {actual}, not of {args.model_type}; "
                         f"give --model_type {actual} and the SAM file it was trained on")
     prompt_mode = state["info"].prompt_mode if state else "box"
+    if args.tta and prompt_mode != "semantic":
+        which = args.model_checkpoint or "without --model_checkpoint, SAM as it is"
+        raise UserError(f"{which}: takes boxes, and --tta is for semantic checkpoints; leave out --tta")
     if state and frame is None:
         frame = (state["info"].image_size, state["info"].resize_mode)
     image_size, resize_mode = frame or (CONFIGS[args.model_type].image_size, "stretch")

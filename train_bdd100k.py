@@ -91,6 +91,8 @@ def get_args_parser() -> cli.Parser:
     flag("i", "tr_npy_path", type=Path, required=True, help="training split written by pre_bdd100k.py")
     flag("val_npy_path", type=Path, help="validation split: mIoU is measured on it, and the best model chosen by it")
     flag("val_every", type=cli.positive_int, default=1, help="epochs from one validation to the next")
+    flag("patience", type=cli.positive_int, help="stop when val mIoU has not improved for so many validations; the "
+         "learning rate still follows the schedule of -num_epochs (default: off)")
     flag("task_name", default="BDD100K-SAM-MaskDecoder", help="the run's folder is <work_dir>/<task_name>-<time>")
     flag("work_dir", type=Path, default=Path("work_dir"), help="where runs are kept")
     flag("prompt_mode", choices=PROMPT_MODES, default="box",
@@ -185,6 +187,7 @@ from utils.checkpoint import ModelInfo
 from utils.data import evaluation_loader, training_dataset, training_loader, use_caches, validation_dataset
 from utils.dataset import EvaluationDataset, NpyFolder, TrainingDataset
 from utils.engine import evaluate, settle_gradient_order, train_one_epoch
+from utils.errors import UserError
 from utils.loader import usable_workers
 from utils.log import require_loggers
 from utils.metrics import mean_iou
@@ -203,6 +206,7 @@ from utils.run import (
     Run,
     cache_to_use,
     find_latest,
+    plateau,
     read_latest,
     require_room,
     require_same_cache,
@@ -235,6 +239,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, precision: Precision) -> None:
+    if args.patience and not args.val_npy_path:
+        raise UserError("--patience counts validations: give --val_npy_path, or leave out --patience")
     torch.manual_seed(args.seed)
     args.num_workers = usable_workers(args.num_workers)
     effective_batch_size = args.batch_size * args.grad_acc_steps * distributed.world_size()
@@ -314,6 +320,9 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
                 with run.interruptible():
                     record["val_miou"] = mean_iou(evaluate(segmenter, val_loader, precision).matrix)
             run.finish_epoch({**record, "seconds": seconds, "images_per_second": len(dataset) / seconds})
+            # One process decides for all: mIoUs that rounding tells apart might differ between machines.
+            if distributed.on_main(lambda: plateau(run.history, args.patience)):
+                break
     run.finish()
     distributed.say(f"\nNext:\n  {next_command(args, run)}")
 
@@ -376,6 +385,7 @@ def latest_of(args: argparse.Namespace, config: dict[str, Any]) -> Latest | None
         kept={key: name for key, name in KEPT_ON_RESUME.items() if key not in unused},
         num_epochs=args.num_epochs,
         choose_by_miou=args.val_npy_path is not None,
+        patience=args.patience,
     )
 
 

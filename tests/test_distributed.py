@@ -122,6 +122,12 @@ def test_evaluation_in_two_processes_equals_one_exactly(
     assert several["val_miou"] == single["val_miou"] > 0
 
 
+def test_processes_stop_early_together(launch: Launch, npy: Path, tmp_path: Path) -> None:
+    # No weight moves, so that no validation is better than the first.
+    flags = ["-num_epochs", 9, "-lr", "1e-30", "--val_npy_path", npy / "val", "--patience", 1]
+    assert len(log_of(launch("torch.distributed.run", tmp_path, *flags))) == 2
+
+
 def test_two_processes_write_the_cache_that_one_reads(
     launch: Launch, train: Callable[..., Path], npy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

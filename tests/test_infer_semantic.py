@@ -27,13 +27,13 @@ from utils.model import build_model
 SPLIT_NAMES = ["val-0000", "val-0001", "val-0002"]
 
 
-def make_checkpoint(path: Path, sam_file: Path, prompt_mode: str) -> Path:
+def make_checkpoint(path: Path, sam_file: Path, prompt_mode: str, resize_mode: str = "stretch") -> Path:
     """Write a checkpoint as training would: a decoder of random weights that tells classes apart somehow."""
     model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE, prompt_mode=prompt_mode)
     torch.manual_seed(4)
     for parameter in model.mask_decoder.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
-    info = checkpoint.ModelInfo("vit_tiny", IMAGE_SIZE, "stretch", file_digest(sam_file), prompt_mode)
+    info = checkpoint.ModelInfo("vit_tiny", IMAGE_SIZE, resize_mode, file_digest(sam_file), prompt_mode)
     checkpoint.save_best(path, model, info, epoch=0, metrics={}, args={})
     return path
 
@@ -317,7 +317,7 @@ def test_two_processes_equal_one_exactly(
     infer: Callable[..., int | None], sam_file: Path, npy: Path, semantic: Path, tmp_path: Path
 ) -> None:
     # Three images in batches of two: the second process has one image fewer.
-    more = ["--visualize", "--save_predictions", "--batch_size", 2]
+    more = ["--visualize", "--save_predictions", "--batch_size", 2, "--tta"]
     infer("--model_checkpoint", semantic, *more)
     single = tmp_path / "out"
     flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", semantic, "--output_dir", tmp_path / "two"]
@@ -334,6 +334,53 @@ def test_two_processes_equal_one_exactly(
         files = {path.name: path.read_bytes() for path in (single / folder).iterdir()}
         assert len(files) == 3
         assert files == {path.name: path.read_bytes() for path in (tmp_path / "two" / folder).iterdir()}
+
+
+def test_mirror_images_count_and_the_report_says_so(
+    infer: Callable[..., int | None], scenes: Path, semantic: Path, tmp_path: Path
+) -> None:
+    flags = ["--model_checkpoint", semantic, "--eval_size", "original", "--bdd100k_root", scenes]
+    infer(*flags)
+    plain = read_results(tmp_path / "out")
+    infer(*flags, "--tta", "--batch_size", 2, "--save_predictions")
+    results = read_results(tmp_path / "out")
+    assert results["tta"] and not plain["tta"]
+    assert results["labelled_pixels"] == plain["labelled_pixels"] and results["miou"] != plain["miou"]
+    text = (tmp_path / "out" / "evaluation_results.txt").read_text()
+    assert "test-time augmentation: the class probabilities of each image and of its mirror image are averaged" in text
+    assert "each pixel goes to its highest average probability" in text
+
+
+@pytest.mark.parametrize("resize_mode", ["stretch", "pad"])
+def test_mirrored_pictures_get_mirrored_maps(
+    resize_mode: str, sam_file: Path, infer: Callable[..., int | None], tmp_path: Path
+) -> None:
+    model = make_checkpoint(tmp_path / "model.pth", sam_file, "semantic", resize_mode)
+    rng = np.random.default_rng(0)
+    for folder in ("in", "mirrored"):
+        (tmp_path / folder).mkdir()
+    # Pictures that fill a side of the frame need no resizing, which rounds.
+    widths = {"a": IMAGE_SIZE, "b": 45 if resize_mode == "pad" else IMAGE_SIZE}
+    for name, width in widths.items():
+        picture = rng.integers(0, 256, (IMAGE_SIZE, width, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "in" / f"{name}.png")
+        Image.fromarray(picture[:, ::-1].copy()).save(tmp_path / "mirrored" / f"{name}.png")
+    for folder in ("in", "mirrored"):
+        flags = ["--images", tmp_path / folder, "--output_dir", tmp_path / f"of {folder}", "--save_predictions"]
+        assert not infer("--model_checkpoint", model, *flags, "--tta", "--batch_size", 2)
+    for name, width in widths.items():
+        files = [tmp_path / f"of {folder}" / "predictions" / f"{name}.png" for folder in ("in", "mirrored")]
+        maps = [np.asarray(Image.open(file)) for file in files]
+        assert maps[0].shape == (IMAGE_SIZE, width) and len(np.unique(maps[0])) > 1
+        assert np.array_equal(maps[0], maps[1][:, ::-1])
+
+
+def test_mirror_images_of_a_videos_frames(infer: Callable[..., int | None], semantic: Path, tmp_path: Path) -> None:
+    clip = write_video(tmp_path / "clip.mp4")
+    assert not infer("--model_checkpoint", semantic, "--images", clip, "--save_predictions", "--tta", "--batch_size", 2)
+    for index in range(5):  # of one colour each, and so their own mirror images
+        labels = np.asarray(Image.open(tmp_path / "out" / "predictions" / f"clip_{index:06}.png"))
+        assert labels.shape == (48, 64) and (labels != labels[:, ::-1]).mean() < 1e-3
 
 
 def empty(folder: Path) -> Path:
@@ -353,6 +400,10 @@ BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
         "semantic", lambda f: ["--boxes", write_detections(f / "det.json", SPLIT_NAMES)], "takes no boxes; leave out"),
     "a threshold for a semantic checkpoint": (
         "semantic", lambda f: ["--map_rule", "threshold"], "knows argmax alone; leave out --map_rule"),
+    "mirror images for a boxed checkpoint": (
+        "box", lambda f: ["--tta"], "takes boxes, and --tta is for semantic checkpoints; leave out --tta"),
+    "a cache for mirror images": (
+        "semantic", lambda f: ["--tta", "--cache_embeddings", f / "c"], "reads no cache; leave out --cache_embeddings"),
     "no boxes for pictures of one's own": (
         "box", lambda f: [*pictures(f / "in"), "--images", f / "in"][-2:], "give --boxes FILE, or the checkpoint of"),
     "scoring one's own pictures": (

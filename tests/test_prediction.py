@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.conftest import IMAGE_SIZE, write_split
+from utils.augment import fixed_view
 from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
 from utils.choices import MapRule
 from utils.dataset import BoxPromptDataset, EvaluationDataset, NpyFolder, collate_evaluation
 from utils.engine import evaluate
 from utils.frame import ImageSize, frame_size
-from utils.geometry import fitted_size
-from utils.model import build_model
+from utils.geometry import fitted_size, resize_image
+from utils.model import Segmenter, build_model
 from utils.precision import Precision
-from utils.prediction import Prediction, merge_masks, predict
+from utils.prediction import Prediction, average_mirrored, features_of, merge_masks, mirror, predict
 
 CPU = Precision(torch.device("cpu"))
 MODES = ["box", "semantic"]
@@ -157,6 +158,75 @@ def test_predict_gives_the_same_maps_for_any_batch_size(mode: str, sam_file: Pat
     assert same_but_for_rounding(one, three)
     if mode == "semantic":
         assert not any((labels == IGNORE_LABEL).any() for labels in one)  # every pixel is some class
+
+
+def speaking(sam_file: Path) -> Segmenter:
+    """A semantic model that tells classes apart somehow, in logits small enough that no softmax is 1."""
+    model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE, prompt_mode="semantic")
+    torch.manual_seed(1)
+    for parameter in model.mask_decoder.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()  # type: ignore[return-value]
+
+
+# Original sizes of pictures padded to the frame: below, on the right, by an odd number of columns, not at all.
+PADDED = [(36, 64), (64, 48), (64, 45), (64, 64)]
+WIDTHS = [64, 48, 45, 64]
+
+
+def padded_frames() -> tuple[Tensor, Tensor]:
+    """A batch of pictures of noise in their frames, and of their mirror images, by the views of training."""
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in PADDED]
+    frames = [resize_image(picture, IMAGE_SIZE, "pad") for picture in pictures]
+    mirrored = [fixed_view("", 1).image(frame, size) for frame, size in zip(frames, PADDED)]
+    return torch.from_numpy(np.stack(frames)), torch.stack(mirrored)
+
+
+def test_mirror_images_are_averaged_as_by_hand(sam_file: Path) -> None:
+    model = speaking(sam_file)
+    images, mirrored = padded_frames()
+    with torch.no_grad():
+        logits = [model(features_of(model, {"image": batch}, CPU))[0] for batch in (images, mirrored)]
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    ours, theirs = (F.interpolate(x, size, mode="bilinear", align_corners=False).softmax(dim=1) for x in logits)
+    predictions = predict(model, {"image": images, "mirror_width": WIDTHS}, CPU)
+    plain = predict(model, {"image": images}, CPU)
+    for i, (height, width) in enumerate(PADDED):
+        average = (ours[i, :, :height, :width] + theirs[i, :, :height, :width].flip(-1)) / 2
+        found = predictions[i].label_map(IMAGE_SIZE)[:height, :width]
+        assert same_but_for_rounding([found], [average.argmax(dim=0)])
+        assert len(found.unique()) > 3 and (found != plain[i].label_map(IMAGE_SIZE)[:height, :width]).any()
+        original = predictions[i].original_label_map(height, width, image_size=IMAGE_SIZE, resize_mode="pad")
+        assert torch.equal(original, found)
+        larger = predictions[i].original_label_map(2 * height, 2 * width, image_size=IMAGE_SIZE, resize_mode="pad")
+        resized = F.interpolate(average.log()[None], scale_factor=2, mode="bilinear", align_corners=False)[0]
+        assert same_but_for_rounding([larger], [resized.argmax(dim=0)])
+
+
+def test_a_mirrored_picture_gets_exactly_the_mirrored_map(sam_file: Path) -> None:
+    model = speaking(sam_file)
+    maps, mirrored_maps = (
+        [prediction.label_map(IMAGE_SIZE) for prediction in predict(model, {"image": x, "mirror_width": WIDTHS}, CPU)]
+        for x in padded_frames()
+    )
+    for one, other, (height, width) in zip(maps, mirrored_maps, PADDED):
+        assert torch.equal(one[:height, :width], other[:height, :width].flip(-1))
+        # The padding is not mirrored into the picture, nor the picture into the padding.
+        assert torch.equal(mirror(one, width, dim=1)[:, width:], one[:, width:])
+
+
+def test_two_equal_views_give_the_map_of_one() -> None:
+    torch.manual_seed(0)
+    half = 3 * torch.randn(NUM_CLASSES, 16, 8)
+    logits = torch.cat([half, half.flip(-1)], dim=-1)
+    both = average_mirrored(logits, logits, 64, (64, 64))
+    one, two = (Prediction(masks, torch.arange(NUM_CLASSES)) for masks in (logits, both))
+    assert same_but_for_rounding([one.label_map(64)], [two.label_map(64)])
+    size = {"image_size": 64, "resize_mode": "stretch"}
+    assert same_but_for_rounding(
+        [one.original_label_map(45, 80, **size)], [two.original_label_map(45, 80, **size)]  # type: ignore[arg-type]
+    )
 
 
 def test_many_boxes_are_decoded_as_each_by_itself(sam_file: Path, npy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,4 +104,5 @@ def test_says_what_was_measured_on_what(
     results = json.loads((tmp_path / "evaluation_results.json").read_text())
     assert (results["model"], results["data"], results["miou"]) == ("m.pth", "val", 0.75)
     assert (results["boxes"], results["map_rule"], results["eval_size"]) == (box_source, map_rule, eval_size)
+    assert results["tta"] is False and "test-time augmentation" not in text
     assert (tmp_path / "confusion_matrix.png").stat().st_size > 0

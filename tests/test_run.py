@@ -16,7 +16,7 @@ import torch
 from utils import checkpoint
 from utils.checkpoint import BEST, LATEST, ModelInfo
 from utils.errors import DivergedError, UnreadableError, UserError
-from utils.run import AUTO, Latest, Run, find_latest, read_latest
+from utils.run import AUTO, FinishedError, Latest, Run, find_latest, plateau, read_latest
 
 INFO = ModelInfo("vit_tiny", 64, "stretch", sam_sha256="ab" * 32)
 
@@ -40,11 +40,20 @@ def start(work_dir: Path, *, latest: Latest | None = None, choose_by_miou: bool 
     )
 
 
-def read(resume: Path, *, num_epochs: int = 9, choose_by_miou: bool = False) -> Latest:
+def read(
+    resume: Path, *, num_epochs: int = 9, choose_by_miou: bool = False, patience: int | None = None
+) -> Latest:
     kept = {"lr": "-lr"}
     path = find_latest(resume, resume.parent, "Drawn")
     assert path
-    return read_latest(path, config={"lr": 0.1}, kept=kept, num_epochs=num_epochs, choose_by_miou=choose_by_miou)
+    return read_latest(
+        path,
+        config={"lr": 0.1},
+        kept=kept,
+        num_epochs=num_epochs,
+        choose_by_miou=choose_by_miou,
+        patience=patience,
+    )
 
 
 def record(epoch: int, loss: float, miou: float | None = None, **figures: Any) -> dict[str, Any]:
@@ -88,6 +97,7 @@ def test_validation_cannot_be_left_out_midway(tmp_path: Path) -> None:
         {"history": [{"epoch": 0}]},
         {"history": [{"epoch": 0, "train_loss": "a"}]},
         {"history": [{"epoch": 0, "train_loss": 0.5, "val_miou": []}]},
+        {"history": [{"epoch": 0, "train_loss": 0.5, "val_miou": "a"}]},
     ],
 )
 def test_a_foreign_run_state(tmp_path: Path, run_state: Any) -> None:
@@ -216,6 +226,53 @@ def test_a_finished_run_says_how_to_train_longer(tmp_path: Path, capsys: pytest.
     assert longer in capsys.readouterr().out
     with pytest.raises(UserError, match="already trained for 1 epochs; raise -num_epochs to go on"):
         read(run.folder, num_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("mious", "patience", "since"),
+    [
+        ([], 1, None),
+        ([0.5], 1, None),
+        ([0.5, 0.5], 1, 1),
+        ([0.5, None, 0.4, None], 2, None),  # epochs without a validation count nowhere
+        ([None, 0.5, 0.4, None, 0.3], 2, 2),
+        ([0.5, 0.4, 0.3, 0.6], 2, None),  # as of a run that was resumed with more patience, or without
+        ([0.5, 0.4, 0.3, 0.2], 2, 3),
+        ([0.5, math.nan, math.nan], 2, 2),
+        ([math.nan, 0.5, 0.4], 2, None),
+        ([0.5, 0.4, 0.3], None, None),
+    ],
+)
+def test_plateau_by_hand(mious: list[float | None], patience: int | None, since: int | None) -> None:
+    said = plateau([record(epoch, 1.0, miou) for epoch, miou in enumerate(mious)], patience)
+    assert said is None if since is None else said and f"not improved for {since} validations" in said
+
+
+@pytest.mark.parametrize(
+    ("mious", "larger"),
+    [
+        ([0.5, 0.4], "--patience (now 1)"),
+        ([0.4, 0.5, 0.6], "-num_epochs (now 3)"),
+        ([0.4, 0.5, 0.4], "-num_epochs (now 3) and --patience (now 1)"),
+    ],
+)
+def test_a_run_with_patience_says_how_to_train_longer(
+    mious: list[float], larger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start(tmp_path, choose_by_miou=True)
+    run.config |= {"num_epochs": 3, "patience": 1}
+    for epoch, miou in enumerate(mious):
+        run.finish_epoch(record(epoch, 1.0, miou))
+    run.finish()
+    said = capsys.readouterr().out
+    assert f"To train longer: the same command with a larger {larger} and --resume {run.folder}\n" in said
+    assert ("\nstopped early after epoch 1" in said) == (len(mious) < 3)
+    # What it advises is enough, and no less is.
+    with pytest.raises(FinishedError) as error:
+        read(run.folder, num_epochs=3, choose_by_miou=True, patience=1)
+    assert all((flag in larger) == (flag in str(error.value)) for flag in ("-num_epochs", "--patience"))
+    epochs, patience = 3 + ("-num_epochs" in larger), 1 + ("--patience" in larger)
+    read(run.folder, num_epochs=epochs, choose_by_miou=True, patience=patience)
 
 
 def test_skipped_steps_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,6 +109,83 @@ def test_validation_every_few_epochs_and_at_the_end(
     assert ["val_miou" in record for record in log_of(folder)] == [False, True, False, True, True]
 
 
+def train_to(
+    mious: list[float], train: Train, npy: Path, work_dir: Path, monkeypatch: pytest.MonkeyPatch, *flags: object
+) -> Path:
+    """A run whose epochs end at once and whose validations find `mious`; one beyond them fails as full memory does."""
+    found = iter(mious)
+
+    def measure(_: Any) -> float:
+        try:
+            return next(found)
+        except StopIteration:
+            raise MemoryError from None
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_bdd100k, "train_one_epoch", lambda *_, **__: {"loss": 1.0})
+        patched.setattr(train_bdd100k, "mean_iou", measure)
+        return train(work_dir, "--val_npy_path", npy / "val", *flags)
+
+
+# Validations, the flags that they are counted by, and how many epochs the run has in the end.
+PATIENCE: dict[str, tuple[list[float], list[object], int]] = {
+    "two that are no better": ([0.1, 0.3, 0.2, 0.3], ["--patience", 2], 4),  # as good is no better
+    "a better one begins the count anew": ([0.3, 0.2, 0.4, 0.1, 0.2], ["--patience", 2], 5),
+    "of the second epoch each": ([0.2, 0.1, 0.1], ["--patience", 2, "--val_every", 2], 6),
+    "at once": ([0.3, 0.2], ["--patience", 1], 2),
+    "always better": ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], ["--patience", 1], 8),
+    "off": ([0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1], [], 8),
+}
+
+
+@pytest.mark.parametrize("case", PATIENCE)
+def test_patience_stops_a_run_that_no_longer_improves(
+    case: str,
+    train: Train,
+    npy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mious, flags, epochs = PATIENCE[case]
+    folder = train_to(mious, train, npy, tmp_path, monkeypatch, "-num_epochs", 8, *flags)
+    log = log_of(folder)
+    assert [record["val_miou"] for record in log if "val_miou" in record] == mious and len(log) == epochs
+    best = checkpoint.load_checkpoint(folder / checkpoint.BEST)
+    assert best["metrics"]["val_miou"] == max(mious)
+    said = capsys.readouterr().out
+    line = (f"\nstopped early after epoch {epochs - 1}: val mIoU has not improved for {flags and flags[1]} validations "
+            f"since the best, {max(mious):.4f} of epoch {best['epoch']}\n")
+    assert (line in said) == (epochs < 8) and said.count("stopped early") == (epochs < 8)
+    assert "Next:\n" in said  # it ends as any other
+
+
+def test_a_killed_run_stops_where_one_that_was_not_killed_does(
+    train: Train, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mious = [0.1, 0.3, 0.2, 0.3]
+    flags: list[object] = ["-num_epochs", 8, "-task_name", "Drawn", "--patience", 2]
+    with pytest.raises(MemoryError):
+        train_to(mious[:3], train, npy, tmp_path, monkeypatch, *flags)
+    (folder,) = tmp_path.iterdir()
+    assert len(checkpoint.load_checkpoint(folder / checkpoint.LATEST)["run_state"]["history"]) == 3
+    train_to(mious[3:], train, npy, tmp_path, monkeypatch, *flags, "--resume", "auto")
+    assert len(log_of(folder)) == 4
+
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    capsys.readouterr()
+    train_to([], train, npy, tmp_path, monkeypatch, *flags, "--resume", "auto")
+    said = capsys.readouterr().out
+    assert said == (f"{folder}/medsam_model_latest.pth: stopped early after epoch 3: val mIoU has not improved for 2 "
+                    "validations since the best, 0.3000 of epoch 1; raise --patience, or leave it out, to go on\n")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+    train_to([0.2], train, npy, tmp_path, monkeypatch, *flags, "--resume", folder, "--patience", 3)
+    assert len(log_of(folder)) == 5
+    train_to([0.2, 0.1, 0.1], train, npy, tmp_path, monkeypatch, *flags[:-2], "--resume", folder)
+    assert len(log_of(folder)) == 8
+
+
 def test_one_epoch_resumed_to_two_equals_two_bit_for_bit(train: Train, run: Path, npy: Path, tmp_path: Path) -> None:
     flags = ["-task_name", "Drawn", "--val_npy_path", npy / "val", "-lr", "1e-3"]
     folder = train(tmp_path, "-num_epochs", 1, *flags)
@@ -332,6 +409,18 @@ def of_earlier_version(folder: Path) -> Path:
     return folder
 
 
+def stalled(folder: Path) -> Path:
+    """Make the run in `folder` one whose second validation was no better than its first."""
+    path = folder / "run" / checkpoint.LATEST
+    times = path.stat()
+    state = torch.load(path, weights_only=True)
+    for record in state["run_state"]["history"]:
+        record["val_miou"] = 0.5
+    torch.save(state, path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return folder
+
+
 # Flags that are given after good ones, as a function of a folder with the data in "train" and a finished run in "run";
 # and what the one line must say.
 BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
@@ -358,6 +447,10 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "other augmentation": (lambda f: resume(f, "--augment", "flip"), r"--augment is flip, but .* began with none;"),
     "more views than there are": (lambda f: ["--cache_views", 2], r"_views 2: --augment none has no more than 1"),
     "one view to augment": (lambda f: ["--augment", "full", "--cache_views", 1], r"_views 1: .* give --augment none"),
+    "patience without validation": (lambda f: ["--patience", 3], r"--patience counts validations: give --val_npy_path"),
+    "patience of no validation": (lambda f: ["--patience", 0], r"patience.* at least 1, got 0"),
+    "resume a run that has stopped": (lambda f: resume(stalled(f), "--patience", 1), r"latest.pth: stopped early after "
+                                      r"epoch 1: .* for 1 validations .*; raise --patience, or leave it out, to go on"),
     "other jitter": (lambda f: resume(f, "--bbox_shift", 0), r"--bbox_shift is 0, but .* began with 20;"),
     "other seed": (lambda f: resume(f, "--seed", 1), r"--seed is 1, but .* began with 2024; give it so, or start"),
     "CUDA where there is none": (lambda f: ["--device", "cuda:0"], r"--device cuda:0: PyTorch finds no CUDA here"),

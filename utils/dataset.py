@@ -231,16 +231,19 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
     """Every image of a split, with the boxes to prompt for, if any.
 
     `boxes` is "oracle" for the tight box of every class in the image, from the ground truth; None for no boxes; or what
-    a detector found, by image name.
+    a detector found, by image name. `tta` has `utils.prediction.predict` look at mirror images too.
     """
 
     cache: FeatureCache | None = None  # as of `TrainingDataset`
     has_images = True
     num_views = 1
 
-    def __init__(self, source: NpyFolder, boxes: BoxesByName | Literal["oracle"] | None) -> None:
+    def __init__(
+        self, source: NpyFolder, boxes: BoxesByName | Literal["oracle"] | None, *, tta: bool = False
+    ) -> None:
         self.source = source
         self.boxes = boxes
+        self.tta = tta
 
     def __len__(self) -> int:
         return len(self.source.items)
@@ -260,6 +263,8 @@ class EvaluationDataset(Dataset[dict[str, Any]]):
         elif self.boxes is not None:
             frame = (item.height, item.width, self.source.image_size, self.source.resize_mode)
             sample |= detected_prompts(self.boxes, item.name, *frame)
+        if self.tta:
+            sample["mirror_width"] = self.source.fitted_size(index)[1]
         return {**sample, "name": item.name}
 
 

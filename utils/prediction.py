@@ -24,7 +24,7 @@ from utils.precision import Precision
 class Prediction:
     """What the decoder says of one image: K masks, and the class that each stands for."""
 
-    low_res_masks: Tensor  # K x h x w logits
+    low_res_masks: Tensor  # K x h x w logits, or logarithms of class probabilities
     class_ids: Tensor  # K int64; in box mode a class may have several masks
     boxes: Tensor | None = None  # K x 4 xyxy on the CPU, in pixels of the frame: a mask claims no pixel outside its own
     threshold: float = -math.inf  # a pixel belongs to no class unless a logit is above it
@@ -89,6 +89,33 @@ def features_of(model: Segmenter, batch: dict[str, Any], precision: Precision) -
     return model.with_pixels(features, precision.images(batch)) if model.takes_pixels else features
 
 
+def mirror(frame: Tensor, width: int, dim: int) -> Tensor:
+    """Mirror the picture in the first `width` columns of a frame, which are `dim`; the padding beside it stays."""
+    picture, padding = frame.split([width, frame.shape[dim] - width], dim)
+    return torch.cat([picture.flip(dim), padding], dim)
+
+
+def average_mirrored(masks: Tensor, of_mirrored: Tensor, width: int, size: Size) -> Tensor:
+    """The class probabilities of a picture and of its mirror image, mirrored back: averaged, as logarithms.
+
+    They are averaged in the frame, as the middle of a picture need not lie between two pixels of the masks. Logarithms
+    are resized as logits are: two equal views give the map of one.
+
+    Args:
+        masks, of_mirrored: K x h x w logits of the K classes.
+        width: of the picture in the frame.
+        size: of the frame.
+
+    Returns:
+        K x H x W float32, but for a constant.
+    """
+    ours, theirs = (
+        F.interpolate(logits.float()[None], size, mode="bilinear", align_corners=False)[0].log_softmax(dim=0)
+        for logits in (masks, of_mirrored)
+    )
+    return torch.logaddexp(ours, mirror(theirs, width, dim=2))
+
+
 MAX_PROMPTS = 64  # boxes decoded at once; a detector's hundreds would take GBs at 1024 x 1024
 
 
@@ -101,7 +128,8 @@ def predict(
 
     Args:
         batch: "image", B x H x W x 3; "features" in its place, or beside it for a model that takes pixels; and in box
-            mode lists of B "class_ids" (K int64) and "boxes" (K x 4).
+            mode lists of B "class_ids" (K int64) and "boxes" (K x 4). In semantic mode, "mirror_width", a list of the
+            pictures' widths in the frame, asks for the average with the mirror images, for which "image" is needed.
         rule: how masks become a map. "argmax" needs a box for every class that is in the image.
     """
     model.eval()
@@ -109,7 +137,13 @@ def predict(
         features = features_of(model, batch, precision)
         if not model.PROMPTS:
             class_ids = precision.to_device(torch.arange(NUM_CLASSES))
-            return [Prediction(masks, class_ids) for masks in model(features)[0]]
+            masks = model(features)[0]
+            if widths := batch.get("mirror_width"):
+                images = torch.stack([mirror(image, width, dim=1) for image, width in zip(batch["image"], widths)])
+                of_mirrored = model(features_of(model, {"image": images}, precision))[0]
+                size = frame_size(images.shape[1:3])
+                masks = map(average_mirrored, masks, of_mirrored, widths, [size] * len(widths))
+            return [Prediction(mask, class_ids) for mask in masks]
     threshold = -math.inf if rule == "argmax" else Sam.mask_threshold
     predictions = []
     for i in range(len(features[0])):

@@ -16,6 +16,7 @@ from utils.metrics import format_details, format_report, results_dict
 from utils.visualize import save_confusion_matrix
 
 _SIZES = {"frame": "in the preprocessed frame", "original": "at the original size of the images"}
+_TTA = "test-time augmentation: the class probabilities of each image and of its mirror image are averaged\n"
 
 _RESULTS = ("evaluation_results.txt", "evaluation_results.json", "confusion_matrix.png")
 _PICTURES = ("visualizations", "predictions")
@@ -102,7 +103,15 @@ def _tell_others(folder: Path) -> None:
 
 
 def write_report(
-    output_dir: Path, matrix: Tensor, *, model: str, data: str, box_source: str, eval_size: str, map_rule: MapRule
+    output_dir: Path,
+    matrix: Tensor,
+    *,
+    model: str,
+    data: str,
+    box_source: str,
+    eval_size: str,
+    map_rule: MapRule,
+    tta: bool = False,
 ) -> None:
     """
     Args:
@@ -111,12 +120,14 @@ def write_report(
         box_source: see `format_details`.
         eval_size: "frame" or "original".
         map_rule: how masks became a map.
+        tta: whether mirror images were looked at too.
     """
     details = format_details(matrix, box_source=box_source)
-    rule = "each pixel goes to its highest logit" if box_source == "none" else f"{map_rule}: {MAP_RULES[map_rule]}"
-    text = f"{format_report(matrix)}\n\n{details}\nmap rule: {rule}\nscored {_SIZES[eval_size]}\n"
+    highest = f"each pixel goes to its highest {'average probability' if tta else 'logit'}"
+    rule = highest if box_source == "none" else f"{map_rule}: {MAP_RULES[map_rule]}"
+    text = f"{format_report(matrix)}\n\n{details}\nmap rule: {rule}\n{_TTA if tta else ''}scored {_SIZES[eval_size]}\n"
     origin = {"model": model, "data": data, "boxes": box_source, "map_rule": map_rule, "eval_size": eval_size}
-    results = json.dumps({**origin, **results_dict(matrix)}, indent=1, ensure_ascii=False)
+    results = json.dumps({**origin, "tta": tta, **results_dict(matrix)}, indent=1, ensure_ascii=False)
     print(f"\n{text}")
     outputs = {"evaluation_results.txt": text, "evaluation_results.json": results + "\n"}
     for name, content in outputs.items():

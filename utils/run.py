@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,7 +32,7 @@ _FORMER_LOSSES = {"box": "dice + bce + iou", "semantic": "ce + dice"}  # of runs
 
 
 class FinishedError(UserError):
-    """The run that is to be gone on with has its epochs already."""
+    """The run to resume has all its epochs, or has stopped early."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,13 @@ def _versions(folder: Path) -> list[Path]:
 
 
 def read_latest(
-    path: Path, *, config: Mapping[str, Any], kept: Mapping[str, str], num_epochs: int, choose_by_miou: bool
+    path: Path,
+    *,
+    config: Mapping[str, Any],
+    kept: Mapping[str, str],
+    num_epochs: int,
+    choose_by_miou: bool,
+    patience: int | None = None,
 ) -> Latest:
     """Read a run's `latest` and check all that can be checked before the data and the SAM file are read.
 
@@ -113,10 +119,11 @@ def read_latest(
             override some of them without a word; to change the others midway makes two runs of one.
         num_epochs: what the run is to have when it ends, the epochs before resuming included.
         choose_by_miou: as of `Run`.
+        patience: as of `plateau`.
 
     Raises:
         UserError: `path` is nothing, or of a run that began with other settings; a `FinishedError`, of one that has its
-            epochs already.
+            epochs already or has stopped early.
     """
     state = checkpoint.load_checkpoint(path, TRAIN_FLAGS)
     if "run_state" not in state:
@@ -134,11 +141,37 @@ def read_latest(
         if now != then:
             raise UserError(f"{name} is {now}, but {path} began with {then}; give it so, or start a new run")
     latest = Latest(path, state)
+    stopped = plateau(latest.history, patience)
     if len(latest.history) >= num_epochs:
-        raise FinishedError(f"{path}: already trained for {len(latest.history)} epochs; raise -num_epochs to go on")
+        raise FinishedError(f"{path}: already trained for {len(latest.history)} epochs; raise -num_epochs"
+                            f"{' and --patience' if stopped else ''} to go on")
+    if stopped:
+        raise FinishedError(f"{path}: {stopped}; raise --patience, or leave it out, to go on")
     if any("val_miou" in record for record in latest.history) and not choose_by_miou:
         raise UserError(f"{path}: its best model was chosen by mIoU; give --val_npy_path again, or start a new run")
     return latest
+
+
+def plateau(history: Sequence[Mapping[str, Any]], patience: int | None) -> str | None:
+    """What to say of a run that stops early: its best validation is followed by `patience` or more that are no better.
+
+    Args:
+        history: the run's epochs; those with a "val_miou" had a validation.
+        patience: a number of validations; None for no limit.
+
+    Returns:
+        One sentence without a full stop; None of a run that is to go on.
+    """
+    best, miou, since = None, -math.inf, 0
+    for record in history:
+        if "val_miou" in record and record["val_miou"] > miou:  # the rule by which `best` is written
+            best, miou, since = record["epoch"], record["val_miou"], 0
+        elif "val_miou" in record:
+            since += 1
+    if patience is None or since < patience:
+        return None
+    return (f"stopped early after epoch {history[-1]['epoch']}: val mIoU has not improved for {since} validations "
+            f"since the best, {miou:.4f} of epoch {best}")
 
 
 def require_room(work_dir: Path, latest: Latest | None, model: Segmenter, keep_last: int) -> None:
@@ -218,7 +251,10 @@ def _is_run_state(state: Any) -> bool:
         _has(state, {"history": list, "best_score": float | int, "rng": list, "progress": dict})
         and bool(state["rng"])
         and all(
-            checkpoint.is_flat(record) and record.get("epoch") == i and isinstance(record.get("train_loss"), float)
+            checkpoint.is_flat(record)
+            and record.get("epoch") == i
+            and all(isinstance(record.get(key, 0.0), float) for key in ("train_loss", "val_miou"))
+            and "train_loss" in record
             for i, record in enumerate(state["history"])
         )
         and _has(state["progress"], {"steps": int, "skipped_steps": int, "sums": Tensor | None, "seconds": float})
@@ -268,7 +304,9 @@ class Run:
         """
         self.model, self.info, self.stateful, self.choose_by_miou = model, info, stateful, choose_by_miou
         # Checkpoints load with weights_only, which knows no Path.
-        self.config = {key: str(value) if isinstance(value, Path) else value for key, value in config.items()}
+        self.config: dict[str, Any] = {
+            key: str(value) if isinstance(value, Path) else value for key, value in config.items()
+        }
         self.save_every_steps, self.keep_last = save_every_steps, keep_last
         self.stop = StopSignals()
         self.history: list[dict[str, Any]] = []
@@ -469,13 +507,18 @@ class Run:
             self.logger.log_epoch(record)
 
     def finish(self) -> None:
-        """Close the logs and say where everything is."""
+        """Close the logs and say where everything is, how to train longer, and whether the run has stopped early."""
         if self.logger is None:
             return
         self.logger.close()
+        epochs, patience = len(self.history), self.config.get("patience")
+        stopped, full = plateau(self.history, patience), epochs >= self.config.get("num_epochs", epochs)
+        if stopped and not full:
+            print(f"\n{stopped}")
         print(f"\nBest model: {self.folder / BEST}")
-        epochs = len(self.history)
-        print(f"To train longer: the same command with a larger -num_epochs (now {epochs}) and {self._resume_flag}")
+        limits = {f"-num_epochs (now {epochs})": full, f"--patience (now {patience})": stopped}
+        larger = " and ".join(flag for flag, reached in limits.items() if reached)
+        print(f"To train longer: the same command with a larger {larger} and {self._resume_flag}")
         print(f"Log and curve: {self.folder / 'log.jsonl'}, {self.folder / 'loss_curve.png'}")
 
 
