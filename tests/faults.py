@@ -3,7 +3,9 @@
 `tests/test_reliability.py` uses what is here for its short form. The long form is a command, of some minutes: one
 training run, killed with `kill -9` again and again, which must end with the weights of an undisturbed one, bit for bit:
 
-    python -m tests.faults --kills 20 [--seed 0] [--processes 2]
+    python -m tests.faults --kills 20 [--seed 0] [--processes 2] [--prompt_mode semantic]
+
+In semantic mode the frame is no square, and features of several views come from the cache.
 """
 
 from __future__ import annotations
@@ -40,16 +42,16 @@ SIZE = 64  # side of an image
 TIMEOUT = 900.0  # seconds after which a job counts as hung; the machine may have other work
 
 
-def write_inputs(folder: Path, *, num_images: int = 7, seed: int = 0) -> Path:
+def write_inputs(folder: Path, *, num_images: int = 7, seed: int = 0, width: int = SIZE) -> Path:
     """Write "train", preprocessed images of noise with some classes each, and "sam.pth", a random `vit_tiny`."""
     rng = np.random.default_rng(seed)
     items = {}
     for i in range(num_images):
-        labels = np.full((SIZE, SIZE), 255, dtype=np.uint8)
+        labels = np.full((SIZE, width), 255, dtype=np.uint8)
         for class_id in rng.choice(19, size=3, replace=False):
             y, x = rng.integers(0, SIZE - 16, size=2)
             labels[y : y + 16, x : x + 16] = class_id
-        items[f"image{i}"] = (rng.integers(0, 256, size=(SIZE, SIZE, 3), dtype=np.uint8), labels)
+        items[f"image{i}"] = (rng.integers(0, 256, size=(SIZE, width, 3), dtype=np.uint8), labels)
     write_split(folder / "train", items)
     torch.manual_seed(seed)
     torch.save(build_sam_vit_tiny(image_size=SIZE).state_dict(), folder / "sam.pth")
@@ -342,12 +344,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--prompt_mode", choices=["box", "semantic"], default="box")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
-        folder = write_inputs(Path(name))
+        folder = write_inputs(Path(name), width=SIZE if args.prompt_mode == "box" else SIZE + 32)
         prefix = launcher(args.processes) if args.processes > 1 else []
-        flags = ["--grad_acc_steps", 2, "-num_epochs", args.epochs, "-lr", "1e-3"]
+        flags = ["--grad_acc_steps", 2, "-num_epochs", args.epochs, "-lr", "1e-3", "--prompt_mode", args.prompt_mode]
 
         def run(work_dir: str, *more: object) -> Job:
             return Job([*prefix, *training(folder, folder / work_dir, *flags, *more)], folder / f"{work_dir}.log")
