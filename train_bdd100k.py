@@ -81,7 +81,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
 # A decoder that starts with new parts has more to learn than SAM's own.
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
     "box": {"lr": 5e-5, "lr_scheduler": "constant", "warmup_epochs": 0, "augment": "none"},
-    "semantic": {"lr": 1e-3, "lr_scheduler": "cosine", "warmup_epochs": 1, "augment": "full"},
+    "semantic": {"lr": 2e-3, "lr_scheduler": "cosine", "warmup_epochs": 1, "augment": "full"},
 }
 
 

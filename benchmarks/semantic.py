@@ -17,6 +17,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def from_nothing(sam: Sam) -> SemanticSegmenter:
 class Row:
     change: str
     build: Callable[[Sam], Segmenter] = SemanticSegmenter
-    lr: float = 1e-3
+    lr: float = 2e-3
     num_views: int = AUGMENTATIONS["full"]  # of each image; see `utils.augment.fixed_view`
     balanced: bool = True
     encoder_lr: float = 0  # above 0, the encoder is trained too
@@ -169,27 +170,29 @@ class Row:
     classes: int | None = None  # random classes of an image in the boxed mode, None for all that occur
 
 
+box_row = partial(Row, build=BoxSegmenter, num_views=1, lr=1e-3)
+
 ROWS = {
     "default": Row("as train_bdd100k.py --prompt_mode semantic trains it"),
     "probe": Row("baseline: a linear probe on the frozen embedding", LinearProbe, lr=1e-2),
     "plain-probe": Row("baseline: the probe by unweighted cross-entropy alone", PlainProbe, lr=1e-2, balanced=False),
-    "box": Row("as train_bdd100k.py trains with boxes; scored with oracle boxes", BoxSegmenter, num_views=1),
-    "box-1-class": Row("one random class of an image", BoxSegmenter, num_views=1, classes=1),
-    "box-2-classes": Row("two random classes of an image, which compete", BoxSegmenter, num_views=1, classes=2),
-    "box-4-classes": Row("four random classes of an image, which compete", BoxSegmenter, num_views=1, classes=4),
-    "box-alone": Row("all classes of an image, none of which compete", competing(0), num_views=1),
-    "box-weight-1": Row("the competing cross-entropy with weight 1", competing(1), num_views=1),
-    "box-weight-8": Row("the competing cross-entropy with weight 8", competing(8), num_views=1),
-    "box-unbalanced": Row("no class weights in the competing cross-entropy", BoxSegmenter, num_views=1, balanced=False),
-    "box-flip": Row("images and mirror images", BoxSegmenter, num_views=2),
-    "no-pixels": Row("no path from the pixels: the decoder of version 0.1", with_pixels(0)),
+    "box": box_row("as train_bdd100k.py trains with boxes; scored with oracle boxes"),
+    "box-1-class": box_row("one random class of an image", classes=1),
+    "box-2-classes": box_row("two random classes of an image, which compete", classes=2),
+    "box-4-classes": box_row("four random classes of an image, which compete", classes=4),
+    "box-alone": box_row("all classes of an image, none of which compete", build=competing(0)),
+    "box-weight-1": box_row("the competing cross-entropy with weight 1", build=competing(1)),
+    "box-weight-8": box_row("the competing cross-entropy with weight 8", build=competing(8)),
+    "box-unbalanced": box_row("no class weights in the competing cross-entropy", balanced=False),
+    "box-flip": box_row("images and mirror images", num_views=2),
+    "no-pixels": Row("no path from the pixels: the decoder of version 0.1", with_pixels(0), lr=1e-3),
     "pixels-alone": Row("control: the path from the pixels without the encoder's features", PixelsAlone),
     "8-pixel-channels": Row("half as many channels of pixels", with_pixels(8)),
     "32-pixel-channels": Row("twice as many channels of pixels", with_pixels(32)),
     "everything": Row("ceiling: the encoder is trained too, end to end", encoder_lr=3e-4),
-    "everything-no-pixels": Row("the same with the decoder of version 0.1", with_pixels(0), encoder_lr=3e-4),
+    "everything-no-pixels": Row("the same with the decoder of version 0.1", with_pixels(0), lr=1e-3, encoder_lr=3e-4),
     "cached": Row("trained on features as a cache has them: reduced to 4 MiB an image of vit_b", reduced=True),
-    "plain-tokens": Row("no stem, no encoder blocks, no detail channels", PlainTokens),
+    "plain-tokens": Row("no stem, no encoder blocks, no detail channels, no pixels", PlainTokens, lr=1e-3),
     "no-blocks": Row("the stem sees the embedding alone", with_blocks([])),
     "last-block": Row("one block joined in: the last", with_blocks([7])),
     "first-two-blocks": Row("two blocks joined in: the first two with global attention", with_blocks([1, 3])),
@@ -202,8 +205,9 @@ ROWS = {
     "flip": Row("images and mirror images alone", num_views=2),
     "no-augment": Row("images alone", num_views=1),
     "more-views": Row("twice as many views", num_views=2 * AUGMENTATIONS["full"]),
-    "lr-3e-4": Row("learning rate 3e-4", lr=3e-4),
-    "lr-3e-3": Row("learning rate 3e-3", lr=3e-3),
+    "lr-1e-3": Row("learning rate 1e-3", lr=1e-3),
+    "lr-4e-3": Row("learning rate 4e-3", lr=4e-3),
+    "no-pixels-lr-2e-3": Row("no path from the pixels, learning rate 2e-3", with_pixels(0)),
     "coarse-loss": Row("the loss at every fourth pixel", CoarseLoss),
     "fine-loss": Row("the loss at every pixel", FineLoss),
 }
