@@ -59,7 +59,8 @@ def get_args_parser() -> cli.Parser:
     p.add_flag("bdd100k_root", type=Path, required=True, help="folder of the unpacked BDD100K")
     p.add_flag("output_path", type=Path, default=Path("data/bdd100k_npy"), help="folder to write")
     p.add_flag("image_size", type=cli.image_size, default=1024, help="side of the square arrays, or HxW: 576x1024 has "
-               "the shape of BDD100K's pictures and half the tokens, 720x1280 every pixel; multiples of 16")
+               "the shape of BDD100K's pictures and 2,304 tokens in place of 4,096, 720x1280 has every pixel. "
+               "Sides are multiples of 16")
     p.add_flag("splits", nargs="+", default=["train", "val"], help="splits to process")
     p.add_flag("num_workers", type=cli.positive_int, default=usable_cores(), help="processes")
     p.add_flag("image_dtype", choices=IMAGE_DTYPES, default="float32", help="uint8 holds 0-255, the others [0, 1]")

@@ -32,6 +32,7 @@ from utils import cli
 from utils.checkpoint import ModelInfo
 from utils.dataset import BoxPromptDataset, NpyFolder, SemanticDataset, TrainingDataset
 from utils.embedding_cache import Binding, Request, prepare_caches
+from utils.errors import UserError
 from utils.frame import ImageSize, frame_size
 from utils.model import SEGMENTERS, Features, Segmenter
 
@@ -83,7 +84,7 @@ class Frame:
             dataset = make_dataset(source, mode)
             info = ModelInfo("random", image_size, source.resize_mode, "0" * 64, mode)
             precision = PRECISIONS["float32"]
-            (dataset.cache,) = prepare_caches(
+            (cache,) = prepare_caches(
                 str(folder / mode),
                 [Request(source, num_views=1, passes=100)],
                 segmenter,
@@ -92,8 +93,9 @@ class Frame:
                 batch_size=1,
                 num_workers=0,
             )
-            if dataset.cache:
-                segmenter.reduction = dataset.cache.reduction
+            dataset.use(cache, takes_pixels=segmenter.takes_pixels)
+            if cache:
+                segmenter.reduction = cache.reduction
             entries = [path.stat().st_size for path in (folder / mode / source.folder.name).glob("*.safetensors")]
             self.bytes[mode] = sum(entries) / len(entries)
             for kind, precision in PRECISIONS.items():
@@ -106,6 +108,8 @@ class Frame:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.image_size == args.against:
+        raise UserError(f"--image_size and --against are both {args.against}; give two frames")
     with tempfile.TemporaryDirectory() as name:
         frames = [Frame(Path(name) / str(size), size, args) for size in (args.image_size, args.against)]
         functions: dict[str, Callable[[], Any]] = {}

@@ -156,7 +156,7 @@ def cached_dataset(folder: Path, source: NpyFolder, sam: Sam) -> BoxPromptDatase
     info = ModelInfo("random", source.image_size, source.resize_mode, "0" * 64, "box")
     precision = PRECISIONS["float32"]
     dataset = BoxPromptDataset(source, classes_per_image=1, bbox_shift=20, seed=0)
-    (dataset.cache,) = prepare_caches(
+    (cache,) = prepare_caches(
         str(folder / "cache"),
         [Request(source, num_views=1, passes=EPOCHS)],
         segmenter,
@@ -165,6 +165,7 @@ def cached_dataset(folder: Path, source: NpyFolder, sam: Sam) -> BoxPromptDatase
         batch_size=4,
         num_workers=0,
     )
+    dataset.use(cache, takes_pixels=False)
     return dataset
 
 
@@ -188,7 +189,7 @@ def main(args: argparse.Namespace) -> None:
             peaks_mb=peaks,
         )
         every = BoxPromptDataset(source, classes_per_image=None, bbox_shift=20, seed=0)
-        every.cache = dataset.cache
+        every.use(dataset.cache, takes_pixels=False)
         all_classes = Loop(BoxSegmenter(sam), every, PRECISIONS["float32"], args.batch_size)
         all_classes.epoch(args.batch_size)
         peaks.append(common.peak_memory_mb())

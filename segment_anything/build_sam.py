@@ -85,12 +85,14 @@ def build_sam_of_type(
 
     Raises:
         CheckpointError: the file is missing, damaged, or not a checkpoint of this model.
+        ValueError: no model takes the image size.
     """
     config = CONFIGS[model_type]
     image_size = image_size or config.image_size
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if height % PATCH_SIZE or width % PATCH_SIZE:
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side % PATCH_SIZE == 0 for side in sides):
         raise ValueError(f"image_size must be a multiple of {PATCH_SIZE}, got {image_size}")
+    height, width = sides
     grid_size = (height // PATCH_SIZE, width // PATCH_SIZE)
     path = Path(checkpoint) if checkpoint is not None else None
     state = read_state_dict(path, model_type) if path else {}

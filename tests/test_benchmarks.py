@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, encoder, frames, gpu, inference, preprocessing, training
+from benchmarks import common, encoder, frames, gpu, inference, preprocessing, semantic, training
+from segment_anything import build_sam_vit_tiny
 from tests import oracles
 from tests.conftest import run_script
 from utils.bdd100k import find_split
@@ -63,6 +65,26 @@ def test_training(capsys: pytest.CaptureFixture[str]) -> None:
     assert classes["ratio"] == pytest.approx(classes["step_s"] / classes["one_class_step_s"], rel=1e-2)
     one, every = classes["peaks_mb"].values()
     assert every >= one == pytest.approx(memory["peaks_mb"][1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", semantic.ROWS)
+def test_each_row_of_the_semantic_benchmark_takes_a_step(name: str) -> None:
+    row = semantic.ROWS[name]
+    segmenter = row.build(build_sam_vit_tiny(image_size=(32, 48))).train()
+    images, labels = torch.rand(2, 3, 32, 48), torch.arange(19, dtype=torch.uint8).repeat_interleave(81)[:1536]
+    labels = labels.view(1, 32, 48).repeat(2, 1, 1)
+    batch: dict[str, Any] = {"labels": labels, "valid": torch.ones(2, dtype=torch.bool)}
+    if segmenter.PROMPTS:
+        batch |= semantic.random_boxes(labels, row.classes, np.random.default_rng(0))
+    features = segmenter.encode(images)
+    features = segmenter.with_pixels(features, images) if segmenter.takes_pixels else features
+    losses = segmenter.losses(segmenter(features, *(batch[key] for key in segmenter.PROMPTS)), batch)
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in segmenter.mask_decoder.parameters())
+
+
+def test_the_frames_benchmark_wants_two_frames(error_of: Callable[..., str]) -> None:
+    assert "both 64; give two frames" in error_of(frames, "--image_size", 64, "--against", 64)
 
 
 def test_frames(capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,16 +115,17 @@ def test_it_holds_what_the_encoder_gives(split: Path, segmenter: Segmenter, sam_
 
 def test_data_sets_give_features_in_place_of_images(split: Path, segmenter: Segmenter, sam_file: Path) -> None:
     data, pixels = (SemanticDataset(NpyFolder(split), seed=3) for _ in range(2))
-    data.cache, data.has_images = prepare(split, segmenter, sam_file, num_views=2), False
+    cache = prepare(split, segmenter, sam_file, num_views=2)
+    data.use(cache, takes_pixels=False)
     for index in range(len(data)):  # some are mirrored
         features = segmenter.encode(pixels[index]["image"].permute(2, 0, 1)[None])
         torch.testing.assert_close(data[index]["features"][0], features[0][0], rtol=1e-4, atol=1e-4)
         assert torch.equal(data[index]["labels"], pixels[index]["labels"])
         assert "image" not in data[index]
     val = EvaluationDataset(NpyFolder(split), None)
-    val.cache = data.cache
+    val.use(cache, takes_pixels=False)
     batch = collate_evaluation([val[0], val[1]])
-    assert torch.equal(batch["features"][0][1], data.cache.read(1)[0])
+    assert torch.equal(batch["features"][0][1], cache.read(1)[0])
 
 
 def test_what_is_there_is_not_encoded_again(
@@ -479,9 +480,10 @@ def test_training_from_the_cache_gives_the_weights_of_training_without(
     weights, expected = (torch.cat([v.flatten() for v in state["model"].values()]) for state in (exact, plain))
     assert (weights - expected).norm() <= 1e-4 * expected.norm()
     assert exact["metrics"]["val_miou"] == pytest.approx(plain["metrics"]["val_miou"], abs=1e-4)
-    # Few pixels and few steps: a rounded feature moves a mIoU more than a loss.
     assert half["metrics"]["train_loss"] == pytest.approx(plain["metrics"]["train_loss"], rel=1e-2)
-    assert half["metrics"]["val_miou"] == pytest.approx(plain["metrics"]["val_miou"], abs=1e-2)
+    # Blocks are reduced in semantic mode, and its first steps move a mIoU of so few pixels more.
+    bound = 2e-3 if prompt_mode == "box" else 1e-2
+    assert half["metrics"]["val_miou"] == pytest.approx(plain["metrics"]["val_miou"], abs=bound)
 
 
 def test_inference_writes_no_cache_that_spares_nothing_and_reads_one_that_is_there(

@@ -63,6 +63,12 @@ def test_a_frame_that_is_no_square(npy: Path, tmp_path: Path) -> None:
     assert sam.prompt_encoder.input_image_size == trained.prompt_encoder.input_image_size == (256, 256)
 
 
+def test_a_frame_that_the_data_do_not_have(npy: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
+    flags = ["--output", tmp_path / "sam.pth", "--data", npy / "train", "--image_size", "64x96"]
+    line = error_of(pretrain_vit_tiny, *flags, *FEW)
+    assert "has image size 64; leave out --image_size 64x96" in line
+
+
 def test_prompts_that_stand_for_nothing_weigh_nothing() -> None:
     instances = np.zeros((64, 64), dtype=np.uint16)
     instances[:20], instances[30:] = 1, 2

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import io
 import operator
+import re
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable
@@ -1074,9 +1075,9 @@ def test_relative_positions_are_resampled_as_the_public_package_does(
     compare("global block at another size", block(x), public_block(x))
 
 
-@pytest.mark.parametrize("image_size", [40, 1000])
-def test_an_image_size_that_patches_do_not_divide_is_refused(image_size: int) -> None:
-    with pytest.raises(ValueError, match=f"image_size must be a multiple of 16, got {image_size}"):
+@pytest.mark.parametrize("image_size", [40, 1000, -16, (0, 16), (16,), (16, 24), "32x48"])
+def test_an_image_size_that_patches_do_not_divide_is_refused(image_size: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"image_size must be a multiple of 16, got {image_size}")):
         build_sam_vit_tiny(image_size=image_size)
 
 

@@ -115,7 +115,7 @@ def test_the_detail_path_sees_pixels(model: SemanticSegmenter) -> None:
     assert change.argmax() in (19, 20, 21)
 
 
-def test_a_decoder_without_a_detail_path_is_that_of_version_0_1(sam_file: Path) -> None:
+def test_an_earlier_decoder_has_no_detail_path(sam_file: Path) -> None:
     sam = build_sam_vit_tiny(sam_file, image_size=IMAGE_SIZE)
     before = SemanticSegmenter(sam, pixel_channels=0)
     state = before.mask_decoder.state_dict()

@@ -73,13 +73,13 @@ def test_a_run_of_an_earlier_version_is_resumed(train: Train, npy: Path, tmp_pat
 
 
 class WithoutPixels(SemanticSegmenter):
-    """Has the decoder of version 0.1."""
+    """Has an earlier decoder, without the detail path."""
 
     def __init__(self, sam: Sam) -> None:
         super().__init__(sam, pixel_channels=0)
 
 
-def test_a_decoder_of_version_0_1_is_resumed_and_scored(
+def test_an_earlier_decoder_is_resumed_and_scored(
     train: Train, sam_file: Path, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ["--prompt_mode", "semantic", "--val_npy_path", npy / "val", "--lr_scheduler", "constant"]

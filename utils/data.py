@@ -163,8 +163,7 @@ def use_caches(
         num_workers=num_workers,
     )
     for dataset, cache in zip(passes, caches):
-        dataset.cache = cache
-        dataset.has_images = cache is None or segmenter.takes_pixels
+        dataset.use(cache, takes_pixels=segmenter.takes_pixels)
         if cache:
             segmenter.reduction = cache.reduction
             distributed.say(f"{dataset.source.folder}: features are read from {cache.folder}")

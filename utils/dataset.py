@@ -107,15 +107,23 @@ class FeatureCache(Protocol):
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, ...]: ...
 
 
-class TrainingDataset(Dataset[dict[str, Any]]):
+class CachedDataset(Dataset[dict[str, Any]]):
+    """Has images in its samples, or features from a cache, or both."""
+
+    cache: FeatureCache | None = None
+    has_images = True
+
+    def use(self, cache: FeatureCache | None, *, takes_pixels: bool) -> None:
+        """Have features in the samples, and images only for a model that takes pixels; None for images alone."""
+        self.cache, self.has_images = cache, cache is None or takes_pixels
+
+
+class TrainingDataset(CachedDataset):
     """The labelled images of a split, for one epoch after another, each in some view (`utils.augment`).
 
     What is random about a sample is a function of seed, epoch and index alone, so any number of workers and
     processes draws the same.
     """
-
-    cache: FeatureCache | None = None  # once it is set, samples have features
-    has_images = True  # in its samples; a model that takes no pixels needs none where there is a cache
 
     def __init__(self, source: NpyFolder, *, seed: int, augment: str, num_views: int) -> None:
         """
@@ -227,15 +235,13 @@ class SemanticDataset(TrainingDataset):
 BoxesByName = Mapping[str, tuple[np.ndarray, np.ndarray]]  # class ids, (K,), and boxes, (K, 4), of an original image
 
 
-class EvaluationDataset(Dataset[dict[str, Any]]):
+class EvaluationDataset(CachedDataset):
     """Every image of a split, with the boxes to prompt for, if any.
 
     `boxes` is "oracle" for the tight box of every class in the image, from the ground truth; None for no boxes; or what
     a detector found, by image name. `tta` has `utils.prediction.predict` look at mirror images too.
     """
 
-    cache: FeatureCache | None = None  # as of `TrainingDataset`
-    has_images = True
     num_views = 1
 
     def __init__(

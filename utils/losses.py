@@ -26,18 +26,22 @@ def _dice_loss() -> Any:
 def compared(low_res_masks: Tensor, labels: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Logits upsampled to the size of the labels, and the labels, where a loss compares them.
 
-    That is at every `stride`-th pixel of both axes. With 2 it is twice as fine as the decoder's logits, which have a
-    quarter of the labels' size, and a quarter of the work of all pixels. Only these pixels are interpolated.
+    That is at every `stride`-th pixel of both axes: with 2, a quarter of all pixels. Only these are interpolated.
 
     Args:
-        low_res_masks: B x K x h x w; h divides H, W / w is the same, and `stride` divides it.
+        low_res_masks: B x K x h x w; H / h = W / w is a whole number, which `stride` divides.
         labels: B x H x W.
 
     Returns:
         B x K x H/stride x W/stride float32, as `F.interpolate` has them (bilinear, not aligned to corners), and
         B x H/stride x W/stride.
+
+    Raises:
+        ValueError: `stride` does not divide the pixels of a logit.
     """
     scale = labels.shape[-1] // low_res_masks.shape[-1]  # pixels of a logit
+    if scale % stride:
+        raise ValueError(f"stride must divide the {scale} pixels of a logit, got {stride}")
     first = stride // 2
     # Where the compared pixels of each logit lie on an axis, in logits from the logit's centre.
     offsets = [(pixel + 0.5) / scale - 0.5 for pixel in range(first, scale, stride)]

@@ -231,5 +231,5 @@ def build_model(
     except CheckpointError as error:
         raise flags.about(error) from None
     if prompt_mode == "semantic" and decoder and not any("detail_path." in key for key in decoder):
-        return SemanticSegmenter(sam, pixel_channels=0)  # trained by version 0.1
+        return SemanticSegmenter(sam, pixel_channels=0)  # an earlier decoder
     return SEGMENTERS[prompt_mode](sam)

@@ -50,7 +50,7 @@ class SemanticDecoder(nn.Module):
             feature_channels: channels of each feature map of the encoder that is joined in.
             stem_blocks: residual blocks of the stem.
             detail_channels: channels beside the C/8 of SAM's upscaling.
-            pixel_channels: see `DetailPath`; 0 for none, as decoders of version 0.1 have it.
+            pixel_channels: see `DetailPath`; 0 for none, as earlier decoders have it.
         """
         super().__init__()
         dim = mask_decoder.mask_tokens.embedding_dim
