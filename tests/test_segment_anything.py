@@ -10,8 +10,8 @@ import hashlib
 import inspect
 import io
 import operator
-import re
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterable
 from functools import partial
