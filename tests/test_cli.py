@@ -137,7 +137,7 @@ def parse_command(script: ModuleType, command: str, *from_launcher: str) -> dict
 
 def test_defaults_of_the_semantic_mode() -> None:
     args = parse(train_bdd100k, "--prompt_mode", "semantic", "--warmup_epochs", "0")
-    assert (args["lr"], args["lr_scheduler"], args["warmup_epochs"]) == (1e-3, "cosine", 0)  # what is given stands
+    assert (args["lr"], args["lr_scheduler"], args["warmup_epochs"]) == (2e-3, "cosine", 0)  # what is given stands
     boxed = parse(train_bdd100k)
     assert (boxed["prompt_mode"], boxed["lr"], boxed["lr_scheduler"], boxed["warmup_epochs"]) == (
         "box", 5e-5, "constant", 0
