@@ -62,7 +62,7 @@ def get_args_parser() -> cli.Parser:
     parser.add_flag("batch_size", type=cli.positive_int, default=8, help="images a step")
     parser.add_flag("num_prompts", type=cli.positive_int, default=4, help="things of each image a step")
     parser.add_flag("lr", type=cli.positive_float, default=8e-4, help="highest learning rate")
-    parser.add_switch("use_amp", help="bf16, of which some CPUs make two to three times the speed")
+    parser.add_switch("use_amp", help="compute in bf16, two to three times as fast on some CPUs")
     return parser
 
 
@@ -135,7 +135,7 @@ def mean_loss(losses: dict[str, Tensor], valid: Tensor) -> Tensor:
 def load_sam(init: Path | None, image_size: ImageSize) -> Sam:
     try:
         sam = build_sam_vit_tiny(image_size=frame_size(image_size))
-        if init:  # not by the builder: positions shall be shares of the square that the result is loaded with
+        if init:  # not by the builder, which would scale positions by the square of this file and not of the result
             load_state_dict(sam, read_state_dict(init, "vit_tiny"), model_type="vit_tiny", source=init)
         return sam.train()
     except CheckpointError as error:
