@@ -231,7 +231,7 @@ class Split:
         """What `segmenter` takes of some images."""
         maps = [0, *(1 + self.blocks.index(block) for block in segmenter.feature_blocks)]
         features = tuple(self.features[i][indexes].float() for i in maps)
-        return segmenter.with_pixels(features, self.images[indexes]) if segmenter.takes_pixels else features
+        return segmenter.with_pixels(features, self.images[indexes])
 
 
 def autocast(use_amp: bool) -> torch.autocast:
@@ -320,7 +320,7 @@ def train(
                 images = data.images[indexes]
                 with autocast(use_amp):
                     features = segmenter._encode(segmenter.sam.preprocess(images.float()))
-                features = segmenter.with_pixels(features, images) if segmenter.takes_pixels else features
+                features = segmenter.with_pixels(features, images)
             else:
                 features = data.batch(indexes, segmenter)
             with autocast(use_amp):
@@ -364,7 +364,7 @@ def get_args_parser() -> cli.Parser:
     flag("row", choices=list(ROWS), nargs="+", default=["default"], help=rows)
     flag("epochs", type=cli.non_negative_int, default=30, help="passes over the data")
     flag("batch_size", type=cli.positive_int, default=8, help="images a step")
-    parser.add_switch("use_amp", help="bf16, of which some CPUs make two to three times the speed")
+    parser.add_switch("use_amp", help="compute in bf16, two to three times as fast on some CPUs")
     flag("seed", type=cli.non_negative_int, nargs="+", default=[0], help="of weights and order")
     return parser
 

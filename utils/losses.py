@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segment_anything.modeling.common import interpolate_axis
 from utils.bdd100k import IGNORE_LABEL
 
 COMPETING_WEIGHT = 4.0  # of the cross-entropy beside the losses of each mask by itself
@@ -47,17 +48,8 @@ def compared(low_res_masks: Tensor, labels: Tensor, stride: int) -> tuple[Tensor
     offsets = [(pixel + 0.5) / scale - 0.5 for pixel in range(first, scale, stride)]
     logits = low_res_masks.float()
     for dim in (2, 3):
-        logits = _interpolate(logits, dim, offsets)
+        logits = interpolate_axis(logits, dim, offsets)
     return logits, labels[:, first::stride, first::stride]
-
-
-def _interpolate(x: Tensor, dim: int, offsets: list[float]) -> Tensor:
-    """Linear interpolation of an axis at these offsets, -0.5 to 0.5, from each of its points; n -> n len(offsets)."""
-    n = x.shape[dim]
-    before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, n - 1)], dim)
-    after = torch.cat([x.narrow(dim, 1, n - 1), x.narrow(dim, n - 1, 1)], dim)
-    points = [torch.lerp(before, x, 1 + o) if o < 0 else torch.lerp(x, after, o) for o in offsets]
-    return torch.stack(points, dim + 1).flatten(dim, dim + 1)
 
 
 def prompt_losses(

@@ -70,8 +70,8 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def with_pixels(self, features: Features, images: Tensor) -> Features:
-        """The features of images, and the normalised images themselves: what `forward` takes if it takes pixels."""
-        return (*features, self._normalised(images))
+        """What `forward` takes: the features of images and, if it takes pixels, the normalised images themselves."""
+        return (*features, self._normalised(images)) if self.takes_pixels else features
 
     def _normalised(self, images: Tensor) -> Tensor:
         scaled = images.float() * (1.0 if images.dtype == torch.uint8 else 255.0)

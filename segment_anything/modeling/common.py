@@ -153,6 +153,18 @@ def _pixels_to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x.reshape(*leading, 4 * h, 4 * w)
 
 
+def interpolate_axis(x: Tensor, dim: int, offsets: list[float]) -> Tensor:
+    """Linear interpolation of an axis at these offsets, -0.5 to 0.5, from each of its points; n -> n len(offsets).
+
+    Its backward kernels are deterministic on CUDA, which that of `F.interpolate` is not.
+    """
+    n = x.shape[dim]
+    before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, n - 1)], dim)
+    after = torch.cat([x.narrow(dim, 1, n - 1), x.narrow(dim, n - 1, 1)], dim)
+    points = [torch.lerp(before, x, 1 + o) if o < 0 else torch.lerp(x, after, o) for o in offsets]
+    return torch.stack(points, dim + 1).flatten(dim, dim + 1)
+
+
 class MLPBlock(nn.Module):
     """The two-layer perceptron of a transformer block, ... x C -> ... x C."""
 

@@ -13,6 +13,7 @@ from segment_anything.modeling.common import (
     LayerNorm2d,
     MLPBlock,
     doubled_map,
+    interpolate_axis,
     pixel_upscaling,
     upscaled_maps,
     upscaled_masks,
@@ -185,15 +186,9 @@ def _maps(rows: Tensor) -> Tensor:
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Bilinear interpolation to twice the size, not aligned to corners: B x C x H x W -> B x C x 2H x 2W.
-
-    As `F.interpolate` has it, whose backward kernel is not deterministic on CUDA.
-    """
+    """Bilinear interpolation to twice the size, not aligned to corners: B x C x H x W -> B x C x 2H x 2W."""
     for dim in (2, 3):
-        n = x.shape[dim]
-        before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, n - 1)], dim)
-        after = torch.cat([x.narrow(dim, 1, n - 1), x.narrow(dim, n - 1, 1)], dim)
-        x = torch.stack([torch.lerp(before, x, 0.75), torch.lerp(x, after, 0.25)], dim + 1).flatten(dim, dim + 1)
+        x = interpolate_axis(x, dim, [-0.25, 0.25])
     return x
 
 
