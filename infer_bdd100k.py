@@ -197,6 +197,8 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     if args.visualize or args.eval_size != "frame" or args.bdd100k_root:
         raise UserError("--images draws overlays and scores nothing: leave out --visualize, --eval_size and "
                         "--bdd100k_root")
+    if args.cache_embeddings not in ("auto", "off"):
+        raise UserError("--images encodes each picture once and reads no cache; leave out --cache_embeddings")
     source = find_source(args.images)
     model, info = load_model(args, precision, frame=None)
     boxes = choose_boxes(args, info, list(source.pictures) if isinstance(source, ImageFolder) else None)

@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
         return evaluate_one_class(segmenter, public, image, boxes[0])
 
     def evaluate(dtype: torch.dtype | None) -> Tensor:
-        return predict(segmenter, batch, Precision(CPU, dtype))[0].label_map(args.image_size)
+        return next(predict(segmenter, batch, Precision(CPU, dtype))).label_map(args.image_size)
 
     seconds = common.measure(
         {

@@ -231,7 +231,7 @@ class Split:
         """What `segmenter` takes of some images."""
         maps = [0, *(1 + self.blocks.index(block) for block in segmenter.feature_blocks)]
         features = tuple(self.features[i][indexes].float() for i in maps)
-        return segmenter.with_pixels(features, self.images[indexes])
+        return segmenter.inputs(self.images[indexes], features)
 
 
 def autocast(use_amp: bool) -> torch.autocast:
@@ -319,8 +319,8 @@ def train(
             if row.encoder_lr:
                 images = data.images[indexes]
                 with autocast(use_amp):
-                    features = segmenter._encode(segmenter.sam.preprocess(images.float()))
-                features = segmenter.with_pixels(features, images)
+                    encoded = segmenter._encode(segmenter.sam.preprocess(images.float()))
+                features = segmenter.inputs(images, encoded)
             else:
                 features = data.batch(indexes, segmenter)
             with autocast(use_amp):

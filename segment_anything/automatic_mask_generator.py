@@ -74,7 +74,7 @@ class SamAutomaticMaskGenerator:
 
         Raises:
             ArgumentError: both or neither of `points_per_side` and `point_grids`, too few grids, or an unknown
-                output mode.
+                output mode; or crops, which have any shape, for a model of a non-square frame.
             ImportError: `output_mode` is coco_rle and pycocotools is not installed.
         """
         if points_per_side is not None and point_grids is None:
@@ -86,6 +86,10 @@ class SamAutomaticMaskGenerator:
         if len(grids) <= crop_n_layers:
             needed = crop_n_layers + 1
             raise ArgumentError(f"crop_n_layers={crop_n_layers} needs {needed} point_grids, got {len(grids)}")
+        height, width = model.frame_size
+        if crop_n_layers and height != width:
+            raise ArgumentError(f"crop_n_layers={crop_n_layers}: crops do not all fit the model's {height} x {width}; "
+                                f"build the model with image_size={max(height, width)}, or give crop_n_layers=0")
         if output_mode not in OUTPUT_MODES:
             raise ArgumentError(f"output_mode must be one of {', '.join(OUTPUT_MODES)}, got {output_mode!r}")
         if output_mode == "coco_rle":

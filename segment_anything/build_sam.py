@@ -78,13 +78,14 @@ def build_sam_of_type(
         model_type: a key of `CONFIGS`.
         checkpoint: a SAM state dict to load, all of it; None leaves the weights random.
         image_size: side of the square input in pixels, or its (H, W), multiples of 16; None is the model's own.
-            Positions of a checkpoint made at another square are resampled to a square. Of a frame that is none, they
+            Positions of a checkpoint made at another square are resampled to a square. In a non-square frame, they
             are the top-left part of the checkpoint's, as SAM pads below and to the right; where a side is longer, of
-            the checkpoint's resampled to the square of that side.
+            the checkpoint's resampled to the square of that side. A checkpoint made at a non-square frame is loaded
+            at that frame alone.
         check_hash: compare the file with the hash in its name; see `check_file_hash`.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not a checkpoint of this model.
+        CheckpointError: the file is missing, damaged, or not a checkpoint of this model or image size.
         ValueError: no model takes the image size.
     """
     config = CONFIGS[model_type]
@@ -198,7 +199,8 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
     """Load a whole SAM state dict strictly, its positions fitted to the model's image size where they differ.
 
     Raises:
-        CheckpointError: names the keys that are missing, foreign or of another shape, and the model that would fit.
+        CheckpointError: names the keys that are missing, foreign or of another shape, and the model that would fit; or
+            the frame, where the positions are of another frame that is not square.
     """
     embedding = state.get("image_encoder.pos_embed")
     actual = next((name for name, c in CONFIGS.items() if embedding is not None and embedding.ndim == 4
@@ -211,8 +213,12 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
         f"image_encoder.blocks.{i}.attn.rel_pos_{axis}" for i in global_blocks for axis in "hw"
     }
     grid_size = sam.prompt_encoder.image_embedding_size
-    # A frame that is no square is part of a square; a table of such a frame has none to be part of.
-    side = max(*grid_size, _square_side(state)) if grid_size[0] != grid_size[1] and _square_side(state) else None
+    if actual and embedding is not None and not _square_side(state) and embedding.shape[1:3] != grid_size:
+        height, width = (PATCH_SIZE * side for side in embedding.shape[1:3])
+        raise CheckpointError(f"{source}: its positions are of the frame {height}x{width} and fit no other; use the "
+                              f"image size {height}x{width}")
+    # A non-square frame has the top-left part of a square's positions.
+    side = None if grid_size[0] == grid_size[1] or not _square_side(state) else max(*grid_size, _square_side(state))
     fitted = {key: _fit_positions(state[key], expected[key], side) for key in depends_on_size & state.keys()}
     state = {**state, **fitted}
 
@@ -262,7 +268,7 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
 
 
 def _square_side(state: dict[str, Tensor]) -> int:
-    """Side of the grid that a state dict's position embeddings are of; 0 where that is no square."""
+    """Side of the grid that a state dict's position embeddings are of; 0 where the grid is not square."""
     table = state.get("image_encoder.pos_embed")
     return table.shape[1] if table is not None and table.ndim == 4 and table.shape[1] == table.shape[2] else 0
 

@@ -5,7 +5,7 @@ training run, killed with `kill -9` again and again, which must end with the wei
 
     python -m tests.faults --kills 20 [--seed 0] [--processes 2] [--prompt_mode semantic]
 
-In semantic mode the frame is no square, and features of several views come from the cache.
+In semantic mode the frame is not square, and features of several views come from the cache.
 """
 
 from __future__ import annotations

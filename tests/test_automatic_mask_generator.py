@@ -160,6 +160,14 @@ def test_wrong_arguments_are_told_at_once(sam: Sam, arguments: dict[str, Any], m
         SamAutomaticMaskGenerator(sam, **arguments)
 
 
+def test_crops_do_not_fit_a_non_square_frame() -> None:
+    sam = build_sam_vit_tiny(image_size=(48, 64))
+    SamAutomaticMaskGenerator(sam)
+    fix = "crop_n_layers=1: crops do not all fit the model's 48 x 64; build the model with image_size=64, or give"
+    with pytest.raises(ValueError, match=fix):
+        SamAutomaticMaskGenerator(sam, crop_n_layers=1)
+
+
 def test_missing_pycocotools_is_told_at_once(sam: Sam, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(ImportError, match="pip install pycocotools"):

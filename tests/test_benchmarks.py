@@ -76,7 +76,7 @@ def test_each_row_of_the_semantic_benchmark_takes_a_step(name: str) -> None:
     batch: dict[str, Any] = {"labels": labels, "valid": torch.ones(2, dtype=torch.bool)}
     if segmenter.PROMPTS:
         batch |= semantic.random_boxes(labels, row.classes, np.random.default_rng(0))
-    features = segmenter.with_pixels(segmenter.encode(images), images)
+    features = segmenter.inputs(images)
     losses = segmenter.losses(segmenter(features, *(batch[key] for key in segmenter.PROMPTS)), batch)
     torch.stack(list(losses.values())).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in segmenter.mask_decoder.parameters())

@@ -19,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import train_bdd100k
 from tests.conftest import log_of, quick_start
-from tests.faults import free_port
+from tests.faults import free_port, write_inputs
 from utils import checkpoint, distributed, engine
 from utils.errors import UserError
 
@@ -94,6 +94,34 @@ def test_several_processes_give_the_weights_of_one(
     print(f"relative to the weights {difference / single.norm().item():.1e}, to their change {difference / change:.1e}")
     assert difference < 1e-6 * single.norm().item()
     assert difference < 1e-4 * change
+
+
+@pytest.fixture(scope="module")
+def semantic_flags(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Of a run in semantic mode on a non-square frame that reads views of the images from a cache."""
+    folder = tmp_path_factory.mktemp("frame")
+    flags = ["-i", write_inputs(folder, width=96) / "train", "--cache_embeddings", folder / "cache"]
+    # Views without crops, which need the torchvision that `quick_start` does without.
+    return [*flags, "--augment", "flip", "--prompt_mode", "semantic", "-batch_size", 1, "-num_epochs", 4, "-lr", "5e-5"]
+
+
+@pytest.fixture(scope="module")
+def one_semantic(
+    semantic_flags: list[object], train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return train(tmp_path_factory.mktemp("one"), *semantic_flags, "--grad_acc_steps", 4)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_give_the_semantic_weights_of_one(
+    processes: int, one_semantic: Path, semantic_flags: list[object], launch: Launch, tmp_path: Path
+) -> None:
+    flags = [*semantic_flags, "--grad_acc_steps", 4 // processes]
+    folder = launch("torch.distributed.run", tmp_path, *flags, processes=processes)
+    states = [checkpoint.load_checkpoint(run / checkpoint.LATEST) for run in (folder, one_semantic)]
+    assert states[0]["args"]["train_cache"] == "float16" and states[0]["info"].image_size == "64x96"
+    several, single = (flat(state["model"]) for state in states)
+    assert (several - single).norm() < 1e-6 * single.norm()
 
 
 def test_two_processes_log_what_one_does(two_by_two: Path, one_by_four: Path) -> None:

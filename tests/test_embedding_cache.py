@@ -549,7 +549,7 @@ def test_in_float16_blocks_are_reduced_and_restored(
     restored = segmenter.restore(tuple(tensor[None] for tensor in stored))
     assert [tensor.shape for tensor in restored] == [tensor.shape for tensor in raw]
     with torch.no_grad():
-        masks, expected = (segmenter(segmenter.with_pixels(features, image))[0] for features in (restored, raw))
+        masks, expected = (segmenter(segmenter.inputs(image, features))[0] for features in (restored, raw))
     torch.testing.assert_close(masks, expected, rtol=0.02, atol=0.02)
 
 

@@ -1,4 +1,4 @@
-"""All scripts on frames that are no square: one that pictures fill, and one with padding below."""
+"""All scripts on non-square frames: one that pictures fill, and one with padding below."""
 
 from __future__ import annotations
 

@@ -408,6 +408,9 @@ BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
         "box", lambda f: [*pictures(f / "in"), "--images", f / "in"][-2:], "give --boxes FILE, or the checkpoint of"),
     "scoring one's own pictures": (
         "semantic", lambda f: ["--images", f, "--eval_size", "original"], "--images draws overlays and scores nothing"),
+    "a cache for one's own pictures": (
+        "semantic", lambda f: ["--images", f, "--cache_embeddings", f / "c"],
+        "--images encodes each picture once and reads no cache; leave out --cache_embeddings"),
     "unreadable video": (
         "semantic", lambda f: ["--images", written(f / "x.mp4", "no video" * 99)], "x.mp4: not a video that OpenCV"),
     "empty folder": ("semantic", lambda f: ["--images", empty(f / "none")], "none: an empty folder"),

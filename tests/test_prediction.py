@@ -190,8 +190,8 @@ def test_mirror_images_are_averaged_as_by_hand(sam_file: Path) -> None:
         logits = [model(features_of(model, {"image": batch}, CPU))[0] for batch in (images, mirrored)]
     size = (IMAGE_SIZE, IMAGE_SIZE)
     ours, theirs = (F.interpolate(x, size, mode="bilinear", align_corners=False).softmax(dim=1) for x in logits)
-    predictions = predict(model, {"image": images, "mirror_width": WIDTHS}, CPU)
-    plain = predict(model, {"image": images}, CPU)
+    predictions = list(predict(model, {"image": images, "mirror_width": WIDTHS}, CPU))
+    plain = list(predict(model, {"image": images}, CPU))
     for i, (height, width) in enumerate(PADDED):
         average = (ours[i, :, :height, :width] + theirs[i, :, :height, :width].flip(-1)) / 2
         found = predictions[i].label_map(IMAGE_SIZE)[:height, :width]

@@ -31,7 +31,7 @@ def test_one_map_of_all_classes_and_nothing_untrained(model: SemanticSegmenter) 
     features = model.encode(images)
     assert [tuple(f.shape) for f in features] == [(2, 128, 4, 4)] + 4 * [(2, 192, 4, 4)]
     assert not any(feature.requires_grad for feature in features)
-    (masks,) = model(model.with_pixels(features, images))
+    (masks,) = model(model.inputs(images, features))
     assert masks.shape == (2, NUM_CLASSES, IMAGE_SIZE // 2, IMAGE_SIZE // 2)
     labels = torch.randint(0, 19, (2, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
     torch.stack(list(model.losses((masks,), {"labels": labels}).values())).sum().backward()
@@ -89,7 +89,7 @@ def test_class_mlps_are_one_mlp_each() -> None:
 def test_each_image_of_a_batch_is_decoded_by_itself(model: SemanticSegmenter) -> None:
     torch.manual_seed(0)
     images = torch.rand(3, 3, IMAGE_SIZE, IMAGE_SIZE)
-    features = model.with_pixels(model.encode(images), images)
+    features = model.inputs(images)
     together = model(features)[0]
     for i in range(3):
         alone = model(tuple(feature[i : i + 1] for feature in features))[0]
@@ -110,7 +110,7 @@ def test_the_detail_path_sees_pixels(model: SemanticSegmenter) -> None:
     features = model.encode(images)
     with_pole = images.clone()
     with_pole[..., 40] = 0
-    masks, others = (model(model.with_pixels(features, seen))[0] for seen in (images, with_pole))
+    masks, others = (model(model.inputs(seen, features))[0] for seen in (images, with_pole))
     change = (masks - others).abs().mean(dim=(0, 1, 2))  # of each column of logits, two pixels wide
     assert change.argmax() in (19, 20, 21)
 

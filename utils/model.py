@@ -69,9 +69,16 @@ class Segmenter(nn.Module):
         return self._encode(self._normalised(images))
 
     @torch.no_grad()
-    def with_pixels(self, features: Features, images: Tensor) -> Features:
-        """What `forward` takes: the features of images and, if it takes pixels, the normalised images themselves."""
-        return (*features, self._normalised(images)) if self.takes_pixels else features
+    def inputs(self, images: Tensor, features: Features | None = None) -> Features:
+        """What `forward` takes of images: their features and, if it takes pixels, the normalised images.
+
+        Args:
+            images: as of `encode`.
+            features: as `encode` gives them; None to have the images encoded.
+        """
+        x = self._normalised(images)
+        features = self._encode(x) if features is None else features
+        return (*features, x) if self.takes_pixels else features
 
     def _normalised(self, images: Tensor) -> Tensor:
         scaled = images.float() * (1.0 if images.dtype == torch.uint8 else 255.0)

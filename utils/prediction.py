@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,11 +82,10 @@ def merge_masks(
 
 def features_of(model: Segmenter, batch: dict[str, Any], precision: Precision) -> Features:
     """What `model.forward` takes of a batch's images: encoded now, or as they come out of a cache."""
-    if "features" in batch:
-        features = model.restore(tuple(precision.to_device(feature) for feature in batch["features"]))
-    else:
-        features = model.encode(precision.images(batch))
-    return model.with_pixels(features, precision.images(batch)) if model.takes_pixels else features
+    if "features" not in batch:
+        return model.inputs(precision.images(batch))
+    features = model.restore(tuple(precision.to_device(feature) for feature in batch["features"]))
+    return model.inputs(precision.images(batch), features) if model.takes_pixels else features
 
 
 def mirror(frame: Tensor, width: int, dim: int) -> Tensor:
@@ -122,9 +121,11 @@ MAX_PROMPTS = 64  # boxes decoded at once; a detector's hundreds would take GBs 
 @torch.no_grad()
 def predict(
     model: Segmenter, batch: dict[str, Any], precision: Precision, rule: MapRule = "argmax"
-) -> list[Prediction]:
+) -> Iterator[Prediction]:
     """Segment the images of a batch: encoded together; then decoded together, or, as images differ in their number of
     boxes, each image's boxes by themselves, up to MAX_PROMPTS in one call.
+
+    What takes much memory is made when its image's turn comes: the masks of boxes, and full-size averages.
 
     Args:
         batch: "image", B x H x W x 3; "features" in its place, or beside it for a model that takes pixels; and in box
@@ -143,9 +144,10 @@ def predict(
                 of_mirrored = model(features_of(model, {"image": images}, precision))[0]
                 size = frame_size(images.shape[1:3])
                 masks = map(average_mirrored, masks, of_mirrored, widths, [size] * len(widths))
-            return [Prediction(mask, class_ids) for mask in masks]
+    if not model.PROMPTS:
+        yield from (Prediction(mask, class_ids) for mask in masks)
+        return
     threshold = -math.inf if rule == "argmax" else Sam.mask_threshold
-    predictions = []
     for i in range(len(features[0])):
         feature = tuple(feature[i : i + 1] for feature in features)
         boxes, class_ids = batch["boxes"][i].float(), precision.to_device(batch["class_ids"][i])
@@ -153,5 +155,4 @@ def predict(
         with precision.autocast():
             masks = [model(feature, some)[0][0] for some in some_boxes] if len(class_ids) else [features[0][:0]]
         bounds = None if rule == "threshold" else boxes
-        predictions.append(Prediction(torch.cat(masks), class_ids, bounds, threshold))
-    return predictions
+        yield Prediction(torch.cat(masks), class_ids, bounds, threshold)

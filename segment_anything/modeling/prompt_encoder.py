@@ -36,8 +36,8 @@ class PromptEncoder(nn.Module):
         self.embed_dim = embed_dim
         self.image_embedding_size = image_embedding_size
         self.input_image_size = input_image_size
-        # (H, W) of the embedding of the frame that positions are shares of. The image embedding is its top-left part;
-        # `build_sam` enlarges it for a frame that is no square.
+        # (H, W) of the grid that positions are shares of; the image embedding is its top-left part. `build_sam` sets
+        # it for a non-square frame, as the public package's arguments have no place for it.
         self.position_grid_size = image_embedding_size
         self.mask_input_size = (4 * image_embedding_size[0], 4 * image_embedding_size[1])
         self.pe_layer = PositionEmbeddingRandom(embed_dim // 2)

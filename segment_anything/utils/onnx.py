@@ -17,7 +17,7 @@ class SamOnnxModel(nn.Module):
 
     A prompt is always points and a mask. A box is two points with the labels 2 (top left) and 3 (bottom right). Without
     a box, a last point with the label -1 stands in for it, as `PromptEncoder` adds it. Without a mask,
-    `has_mask_input` is 0.
+    `has_mask_input` is 0. A model of a non-square frame takes images that fit it alone; the graph cannot check that.
     """
 
     def __init__(
