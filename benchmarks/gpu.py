@@ -2,11 +2,13 @@
 
     python -m benchmarks.gpu                              # vit_b at 1024, batch 4, fp16, within 11 GB
     python -m benchmarks.gpu --prompt_mode semantic
+    python -m benchmarks.gpu --prompt_mode semantic --image_size 576x1024    # training alone
     python -m benchmarks.gpu --batch_size 8 --amp_dtype bf16 --memory_gb 24
 
 Prints a line for training with the encoder in each step, one for training on stored encodings, and one for the
-encoder, each with the peak memory of the card; the cap is on what PyTorch reserves, to which the card's driver adds
-some hundred MB. Training is the product's loop. Loading data is left out: images, encodings and labels are on the card.
+encoder at a square size, which is all that the public package takes. Each has the peak memory of the card; the cap is
+on what PyTorch reserves, to which the card's driver adds some hundred MB. Training is the product's loop. Loading data
+is left out: images, encodings and labels are on the card.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from utils import cli
 from utils.bdd100k import NUM_CLASSES
 from utils.engine import Progress, train_one_epoch
 from utils.errors import UserError
+from utils.frame import ImageSize, frame_size
 from utils.model import SEGMENTERS, Features, Segmenter
 from utils.optim import build_optimizer, build_scheduler
 from utils.precision import Precision, resolve_precision, telling_out_of_memory
@@ -36,7 +39,7 @@ STEPS = 4  # of training that are timed together
 
 
 def get_args_parser() -> cli.Parser:
-    parser = common.get_args_parser(__doc__)
+    parser = common.get_args_parser(__doc__, squares_only=False)
     parser.set_defaults(repeats=10)
     parser.add_flag("batch_size", type=cli.positive_int, default=4, help="images a step")
     parser.add_flag("amp_dtype", choices=("fp16", "bf16"), default="fp16", help="what autocast computes in")
@@ -67,10 +70,11 @@ def seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
     return common.measure({name: partial(done, function) for name, function in functions.items()}, repeats)
 
 
-def random_batch(batch_size: int, image_size: int, prompt_mode: str, classes: int) -> dict[str, Any]:
+def random_batch(batch_size: int, image_size: ImageSize, prompt_mode: str, classes: int) -> dict[str, Any]:
     """Images of random labels, in box mode with so many classes in a box each, on the card."""
-    size = (batch_size, image_size, image_size)
-    corners = torch.tensor([0, 0, image_size - 1, image_size - 1], dtype=torch.float32)
+    height, width = frame_size(image_size)
+    size = (batch_size, height, width)
+    corners = torch.tensor([0, 0, width - 1, height - 1], dtype=torch.float32)
     batch = {
         "image": torch.randint(256, (*size, 3), dtype=torch.uint8),
         "labels": torch.randint(classes, size, dtype=torch.uint8),
@@ -91,7 +95,7 @@ def stored(segmenter: Segmenter, features: Features) -> list[Tensor]:
 
 
 def training(args: argparse.Namespace, precision: Precision) -> None:
-    sam = sam_model_registry[args.model_type](image_size=args.image_size)
+    sam = sam_model_registry[args.model_type](image_size=frame_size(args.image_size))
     segmenter = SEGMENTERS[args.prompt_mode](sam).to(precision.device)
     optimizer = build_optimizer(segmenter, lr=5e-5, weight_decay=0.01)
     scheduler = build_scheduler(optimizer, "constant", total_steps=1, warmup_steps=0)
@@ -177,7 +181,8 @@ def main(args: argparse.Namespace) -> None:
     with telling_out_of_memory("lower --batch_size or raise --memory_gb"):
         training(args, precision)
         torch.cuda.empty_cache()
-        encoding(args, precision)
+        if isinstance(args.image_size, int):
+            encoding(args, precision)
 
 
 if __name__ == "__main__":
