@@ -26,8 +26,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from utils import cli
-from utils.choices import AMP_DTYPES, AMP_HELP, CACHE_DTYPES, MAP_RULES, MODEL_TYPES, MapRule
+from utils.runtime import cli
+from utils.runtime.choices import AMP_DTYPES, AMP_HELP, CACHE_DTYPES, MAP_RULES, MODEL_TYPES, MapRule
 
 NUM_PICTURES = 20
 
@@ -90,25 +90,26 @@ import torch
 from tqdm import tqdm
 
 from segment_anything.build_sam import CONFIGS, file_digest
-from utils import checkpoint, distributed
-from utils.bdd100k import check_first_masks, find_split, match_key, read_mask, read_size
-from utils.checkpoint import ModelInfo
-from utils.data import evaluation_loader, use_caches
-from utils.dataset import BoxesByName, EvaluationDataset, NpyFolder, detected_prompts
-from utils.detections import read_detections
-from utils.engine import predictions_and_labels
-from utils.errors import UserError, printable
-from utils.files import make_folder
-from utils.frame import ImageSize
-from utils.geometry import fitted_size, resize_image, unframe
-from utils.loader import usable_workers
-from utils.metrics import ConfusionMatrix
-from utils.model import Segmenter, build_model
-from utils.pictures import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
-from utils.precision import Precision, resolve_precision, telling_out_of_memory
-from utils.prediction import Prediction, predict
-from utils.report import begin_pictures, begin_results, write_report
-from utils.visualize import save_comparison, save_labels
+from utils.cache.embedding_cache import use_caches
+from utils.data.bdd100k import check_first_masks, find_split, match_key, read_mask, read_size
+from utils.data.datasets import BoxesByName, EvaluationDataset, NpyFolder, detected_prompts
+from utils.data.detections import read_detections
+from utils.data.frame import ImageSize
+from utils.data.geometry import fitted_size, resize_image, unframe
+from utils.data.loaders import evaluation_loader, usable_workers
+from utils.evaluate.evaluate import predictions_and_labels
+from utils.evaluate.media import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
+from utils.evaluate.metrics import ConfusionMatrix
+from utils.evaluate.plots import save_comparison, save_labels
+from utils.evaluate.report import begin_pictures, begin_results, write_report
+from utils.model import checkpoint
+from utils.model.checkpoint import ModelInfo
+from utils.model.prediction import Prediction, predict
+from utils.model.segmenter import Segmenter, build_model
+from utils.runtime import distributed
+from utils.runtime.device import Precision, resolve_precision, telling_out_of_memory
+from utils.runtime.errors import UserError, printable
+from utils.runtime.files import make_folder
 
 
 def main(args: argparse.Namespace) -> int:

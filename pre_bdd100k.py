@@ -28,11 +28,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils import cli
-from utils.bdd100k import (
-    CLASSES,
-    IGNORE_LABEL,
-    NUM_CLASSES,
+from utils.data.bdd100k import (
     Item,
     LabelError,
     Split,
@@ -43,12 +39,14 @@ from utils.bdd100k import (
     read_item,
     read_size,
 )
-from utils.errors import UnreadableError, UserError, printable
-from utils.files import atomic_write, cannot_be_read, check_npy, exists, is_file, remove_temporaries
-from utils.frame import ImageSize, frame_size
-from utils.geometry import resize_image, resize_mask
-from utils.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, Source, read_manifest, source_of
-from utils.parallel import run_jobs, usable_cores
+from utils.data.classes import CLASSES, IGNORE_LABEL, NUM_CLASSES
+from utils.data.frame import ImageSize, frame_size, image_size
+from utils.data.geometry import resize_image, resize_mask
+from utils.data.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, Source, read_manifest, source_of
+from utils.runtime import cli
+from utils.runtime.errors import UnreadableError, UserError, printable
+from utils.runtime.files import atomic_write, cannot_be_read, check_npy, exists, is_file, remove_temporaries
+from utils.runtime.process_pool import run_jobs, usable_cores
 
 UNIT_INTERVAL = np.arange(256, dtype=np.float32) / 255  # a byte's value in [0, 1]
 MAX_LISTED = 10  # files of one kind of trouble named one by one
@@ -58,7 +56,7 @@ def get_args_parser() -> cli.Parser:
     p = cli.Parser(description=__doc__)
     p.add_flag("bdd100k_root", type=Path, required=True, help="folder of the unpacked BDD100K")
     p.add_flag("output_path", type=Path, default=Path("data/bdd100k_npy"), help="folder to write")
-    p.add_flag("image_size", type=cli.image_size, default=1024, help="side of the square arrays, or HxW: 576x1024 has "
+    p.add_flag("image_size", type=image_size, default=1024, help="side of the square arrays, or HxW: 576x1024 has "
                "the shape of BDD100K's pictures and 2,304 tokens in place of 4,096, 720x1280 has every pixel. "
                "Sides are multiples of 16")
     p.add_flag("splits", nargs="+", default=["train", "val"], help="splits to process")

@@ -32,8 +32,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from utils import cli
-from utils.choices import (
+from utils.runtime import cli
+from utils.runtime.choices import (
     AMP_DTYPES,
     AMP_HELP,
     AUGMENTATIONS,
@@ -182,24 +182,21 @@ import monai.losses  # noqa: F401  now, and not within the first step
 import torch
 
 from segment_anything.build_sam import file_digest
-from utils import checkpoint, distributed
-from utils.checkpoint import ModelInfo
-from utils.data import evaluation_loader, training_dataset, training_loader, use_caches, validation_dataset
-from utils.dataset import EvaluationDataset, NpyFolder, TrainingDataset
-from utils.engine import evaluate, settle_gradient_order, train_one_epoch
-from utils.errors import UserError
-from utils.loader import usable_workers
-from utils.log import require_loggers
-from utils.metrics import mean_iou
-from utils.model import SEGMENTERS, TRAIN_FLAGS, Segmenter, build_model
-from utils.optim import build_optimizer, build_scheduler
-from utils.precision import (
-    Precision,
-    make_deterministic,
-    resolve_precision,
-    telling_out_of_memory,
-)
-from utils.run import (
+from utils.cache.embedding_cache import use_caches
+from utils.data.datasets import EvaluationDataset, NpyFolder, TrainingDataset, training_dataset, validation_dataset
+from utils.data.loaders import evaluation_loader, training_loader, usable_workers
+from utils.evaluate.evaluate import evaluate
+from utils.evaluate.metrics import mean_iou
+from utils.model import checkpoint
+from utils.model.checkpoint import ModelInfo
+from utils.model.segmenter import SEGMENTERS, TRAIN_FLAGS, Segmenter, build_model
+from utils.runtime import distributed
+from utils.runtime.device import Precision, make_deterministic, resolve_precision, telling_out_of_memory
+from utils.runtime.errors import UserError
+from utils.train.logger import require_loggers
+from utils.train.loop import settle_gradient_order, train_one_epoch
+from utils.train.optim import build_optimizer, build_scheduler
+from utils.train.run import (
     AUTO,
     FinishedError,
     Latest,

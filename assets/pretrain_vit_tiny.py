@@ -32,18 +32,18 @@ from tqdm import tqdm
 from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.build_sam import CONFIGS, load_state_dict, read_state_dict
 from segment_anything.modeling import Sam
-from utils import cli
-from utils.bdd100k import IGNORE_LABEL
-from utils.boxes import jitter_boxes, mask_box
-from utils.dataset import NpyFolder
-from utils.errors import UserError
-from utils.files import atomic_write, make_folder
-from utils.frame import ImageSize, frame_size, image_size_of
-from utils.geometry import resize_image, resize_mask
-from utils.losses import prompt_losses
-from utils.optim import build_optimizer, build_scheduler
-from utils.parallel import run_jobs, usable_cores
+from utils.data.boxes import jitter_boxes, mask_box
+from utils.data.classes import IGNORE_LABEL
+from utils.data.datasets import NpyFolder
+from utils.data.frame import ImageSize, frame_size, image_size, image_size_of
+from utils.data.geometry import resize_image, resize_mask
+from utils.model.losses import prompt_losses
+from utils.runtime import cli
+from utils.runtime.errors import UserError
+from utils.runtime.files import atomic_write, make_folder
+from utils.runtime.process_pool import run_jobs, usable_cores
 from utils.scenes import draw_scene
+from utils.train.optim import build_optimizer, build_scheduler
 
 OTHER = 254  # a pixel of a thing that was not asked for
 MIN_PIXELS = 24  # smaller things are specks at this size
@@ -55,7 +55,7 @@ def get_args_parser() -> cli.Parser:
     parser.add_flag("output", type=Path, default=Path("assets/sam_vit_tiny_scenes.pth"), help="where the weights go")
     parser.add_flag("data", type=Path, help="learn from this split of pre_bdd100k.py, not from drawn scenes")
     parser.add_flag("init", type=Path, help="weights to start from (default: random ones)")
-    parser.add_flag("image_size", type=cli.image_size,
+    parser.add_flag("image_size", type=image_size,
                     help=f"frame of drawn scenes (default: {CONFIGS['vit_tiny'].image_size}); --data has its own")
     parser.add_flag("num_scenes", type=cli.positive_int, default=1200, help="scenes to draw")
     parser.add_flag("num_steps", type=cli.positive_int, default=1500, help="optimizer steps")

@@ -21,8 +21,9 @@ from segment_anything import sam_model_registry
 from segment_anything.build_sam import CONFIGS, PATCH_SIZE
 from segment_anything.modeling import Sam
 from tests.oracles import public_sam
-from utils import cli
-from utils.memory import M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory, mallopt
+from utils.data.frame import image_size, side_length
+from utils.runtime import cli
+from utils.runtime.malloc import M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory, mallopt
 
 
 def get_args_parser(doc: str | None, *, squares_only: bool = True) -> cli.Parser:
@@ -30,9 +31,9 @@ def get_args_parser(doc: str | None, *, squares_only: bool = True) -> cli.Parser
     parser = cli.Parser(doc)
     parser.add_flag("model_type", choices=list(CONFIGS), default="vit_b", help="which SAM, with random weights")
     if squares_only:
-        parser.add_flag("image_size", type=cli.side_length, default=1024, help="side of the square images")
+        parser.add_flag("image_size", type=side_length, default=1024, help="side of the square images")
     else:
-        parser.add_flag("image_size", type=cli.image_size, default=1024, help="of the images: a side, or HxW")
+        parser.add_flag("image_size", type=image_size, default=1024, help="of the images: a side, or HxW")
     parser.add_flag("repeats", type=cli.positive_int, default=3, help="times that each is measured; medians count")
     return parser
 

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import common
 from segment_anything.build_sam import CONFIGS, PATCH_SIZE
-from utils import cli
+from utils.runtime import cli
 
 Product = tuple[int, int, int, int]  # N products of L x K with K x M
 

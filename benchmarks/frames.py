@@ -28,13 +28,13 @@ from benchmarks.training import CLASSES, PRECISIONS, Loop, write_split
 from segment_anything import sam_model_registry
 from segment_anything.build_sam import CONFIGS
 from segment_anything.modeling import Sam
-from utils import cli
-from utils.checkpoint import ModelInfo
-from utils.dataset import BoxPromptDataset, NpyFolder, SemanticDataset, TrainingDataset
-from utils.embedding_cache import Binding, Request, prepare_caches
-from utils.errors import UserError
-from utils.frame import ImageSize, frame_size
-from utils.model import SEGMENTERS, Features, Segmenter
+from utils.cache.embedding_cache import Binding, Request, prepare_caches
+from utils.data.datasets import BoxPromptDataset, NpyFolder, SemanticDataset, TrainingDataset
+from utils.data.frame import ImageSize, frame_size, image_size
+from utils.model.checkpoint import ModelInfo
+from utils.model.segmenter import SEGMENTERS, Features, Segmenter
+from utils.runtime import cli
+from utils.runtime.errors import UserError
 
 MODES = {"semantic": "semantic mode", "box": f"box mode, {CLASSES} classes"}
 
@@ -42,8 +42,8 @@ MODES = {"semantic": "semantic mode", "box": f"box mode, {CLASSES} classes"}
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_flag("model_type", choices=list(CONFIGS), default="vit_b", help="which SAM, with random weights")
-    parser.add_flag("image_size", type=cli.image_size, default="576x1024", help="the frame that is measured")
-    parser.add_flag("against", type=cli.image_size, default=1024, help="the frame it is measured against")
+    parser.add_flag("image_size", type=image_size, default="576x1024", help="the frame that is measured")
+    parser.add_flag("against", type=image_size, default=1024, help="the frame it is measured against")
     parser.add_flag("images", type=cli.positive_int, default=4, help="images of a cached epoch, and of a cache")
     parser.add_flag("batch_size", type=cli.positive_int, default=1, help="images a step")
     parser.add_flag("repeats", type=cli.positive_int, default=3, help="times that each is measured; medians count")

@@ -24,15 +24,15 @@ from torch.utils.data import DataLoader
 
 from benchmarks import common
 from segment_anything import sam_model_registry
-from utils import cli
-from utils.bdd100k import NUM_CLASSES
-from utils.engine import Progress, train_one_epoch
-from utils.errors import UserError
-from utils.frame import ImageSize, frame_size
-from utils.model import SEGMENTERS, Features, Segmenter
-from utils.optim import build_optimizer, build_scheduler
-from utils.precision import Precision, resolve_precision, telling_out_of_memory
-from utils.reduction import Reduction
+from utils.data.classes import NUM_CLASSES
+from utils.data.frame import ImageSize, frame_size
+from utils.model.feature_pca import Reduction
+from utils.model.segmenter import SEGMENTERS, Features, Segmenter
+from utils.runtime import cli
+from utils.runtime.device import Precision, resolve_precision, telling_out_of_memory
+from utils.runtime.errors import UserError
+from utils.train.loop import Progress, train_one_epoch
+from utils.train.optim import build_optimizer, build_scheduler
 
 WARM_UP = 3
 STEPS = 4  # of training that are timed together

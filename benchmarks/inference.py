@@ -5,8 +5,8 @@
 
 The reference, for each class, runs the public package's encoder in float32 and this project's decoder on one box. Its
 rounds are all alike, so one is measured and multiplied by the number of classes: with memory as the C library handles
-it by itself, and again (`ratio_memory_kept`) as this project's scripts have it. Ours is `utils.prediction.predict` and
-the label map of the result.
+it by itself, and again (`ratio_memory_kept`) as this project's scripts have it. Ours is
+`utils.model.prediction.predict` and the label map of the result.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common
-from utils import cli
-from utils.model import BoxSegmenter
-from utils.precision import Precision
-from utils.prediction import Prediction, predict
+from utils.model.prediction import Prediction, predict
+from utils.model.segmenter import BoxSegmenter
+from utils.runtime import cli
+from utils.runtime.device import Precision
 
 CPU = torch.device("cpu")
 

@@ -32,9 +32,10 @@ import numpy as np
 import pre_bdd100k
 from benchmarks import common
 from pre_bdd100k import Job, Settings, prepare, write
-from utils import cli
-from utils.bdd100k import find_split, read_image, read_mask
-from utils.manifest import IMAGE_DTYPES
+from utils.data.bdd100k import find_split, read_image, read_mask
+from utils.data.frame import side_length
+from utils.data.manifest import IMAGE_DTYPES
+from utils.runtime import cli
 from utils.scenes import write_dataset
 
 DRAWN = 32  # different scenes
@@ -43,7 +44,7 @@ DRAWN = 32  # different scenes
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_flag("images", type=cli.positive_int, default=256, help="images to preprocess")
-    parser.add_flag("image_size", type=cli.side_length, default=1024, help="side of the arrays written")
+    parser.add_flag("image_size", type=side_length, default=1024, help="side of the arrays written")
     parser.add_flag("image_dtype", choices=IMAGE_DTYPES, default="float32", help="what the images are written in")
     parser.add_flag("repeats", type=cli.positive_int, default=3, help="times that each is measured; medians count")
     return parser

@@ -31,20 +31,20 @@ from tqdm import tqdm
 from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.modeling import Sam
 from segment_anything.modeling.common import upscaled_masks
-from utils import cli
-from utils.augment import fixed_view
-from utils.bdd100k import NUM_CLASSES
-from utils.boxes import class_boxes, jitter_boxes
-from utils.choices import AUGMENTATIONS
-from utils.dataset import NpyFolder, box_prompts, collate_training
-from utils.errors import UserError
-from utils.frame import image_size_of
-from utils.losses import COMPETING_WEIGHT, semantic_losses
-from utils.metrics import ConfusionMatrix, iou_per_class, mean_iou
-from utils.model import BoxSegmenter, Features, Segmenter, SemanticSegmenter
-from utils.optim import build_scheduler
-from utils.prediction import Prediction
-from utils.reduction import FIT_IMAGES, Reduction
+from utils.data.augment import fixed_view
+from utils.data.boxes import class_boxes, jitter_boxes
+from utils.data.classes import NUM_CLASSES
+from utils.data.datasets import NpyFolder, box_prompts, collate_training
+from utils.data.frame import image_size_of
+from utils.evaluate.metrics import ConfusionMatrix, iou_per_class, mean_iou
+from utils.model.feature_pca import FIT_IMAGES, Reduction
+from utils.model.losses import COMPETING_WEIGHT, semantic_losses
+from utils.model.prediction import Prediction
+from utils.model.segmenter import BoxSegmenter, Features, Segmenter, SemanticSegmenter
+from utils.runtime import cli
+from utils.runtime.choices import AUGMENTATIONS
+from utils.runtime.errors import UserError
+from utils.train.optim import build_scheduler
 
 BBOX_SHIFT = 20  # of a frame of 1024 pixels
 
@@ -164,7 +164,7 @@ class Row:
     change: str
     build: Callable[[Sam], Segmenter] = SemanticSegmenter
     lr: float = 2e-3
-    num_views: int = AUGMENTATIONS["full"]  # of each image; see `utils.augment.fixed_view`
+    num_views: int = AUGMENTATIONS["full"]  # of each image; see `utils.data.augment.fixed_view`
     balanced: bool = True
     encoder_lr: float = 0  # above 0, the encoder is trained too
     reduced: bool = False  # features to train on as a cache has them

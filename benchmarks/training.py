@@ -27,18 +27,18 @@ from torch.utils.data import DataLoader, Subset
 
 from benchmarks import common
 from segment_anything.modeling import Sam
-from utils import cli
-from utils.bdd100k import NUM_CLASSES
-from utils.checkpoint import ModelInfo
-from utils.dataset import BoxPromptDataset, NpyFolder, TrainingDataset, TrainingSampler, collate_training
-from utils.embedding_cache import Binding, Request, prepare_caches
-from utils.engine import Progress, train_one_epoch
-from utils.frame import ImageSize, frame_size
-from utils.manifest import Manifest, ManifestItem
-from utils.model import BoxSegmenter, Features, Segmenter
-from utils.optim import build_optimizer, build_scheduler
-from utils.precision import Precision
-from utils.prediction import features_of
+from utils.cache.embedding_cache import Binding, Request, prepare_caches
+from utils.data.classes import NUM_CLASSES
+from utils.data.datasets import BoxPromptDataset, NpyFolder, TrainingDataset, TrainingSampler, collate_training
+from utils.data.frame import ImageSize, frame_size
+from utils.data.manifest import Manifest, ManifestItem
+from utils.model.checkpoint import ModelInfo
+from utils.model.prediction import features_of
+from utils.model.segmenter import BoxSegmenter, Features, Segmenter
+from utils.runtime import cli
+from utils.runtime.device import Precision
+from utils.train.loop import Progress, train_one_epoch
+from utils.train.optim import build_optimizer, build_scheduler
 
 EPOCHS = 100
 BLOCK = 16  # the labels are squares of this side

@@ -17,10 +17,10 @@ import torch
 import pre_bdd100k
 import train_bdd100k
 from segment_anything import build_sam_vit_tiny
-from utils import cli
-from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
-from utils.frame import image_size_of
-from utils.manifest import Manifest, ManifestItem
+from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.frame import image_size_of
+from utils.data.manifest import Manifest, ManifestItem
+from utils.runtime import cli
 from utils.scenes import write_dataset
 
 IMAGE_SIZE = 64
@@ -86,7 +86,7 @@ def little_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs
     little = SimpleNamespace(f_blocks=16, f_bavail=16, f_frsize=4096)
     monkeypatch.setattr(os, "statvfs", lambda path: little if Path(path) == Path("/dev/shm") else real(path))
-    monkeypatch.setattr("utils.loader.usable_cores", lambda: 2)
+    monkeypatch.setattr("utils.data.loaders.usable_cores", lambda: 2)
 
 
 @pytest.fixture

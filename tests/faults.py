@@ -34,8 +34,8 @@ import torch
 
 from segment_anything import build_sam_vit_tiny
 from tests.conftest import quick_start, write_split
-from utils import checkpoint
-from utils.errors import UserError
+from utils.model import checkpoint
+from utils.runtime.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SIZE = 64  # side of an image

@@ -37,18 +37,19 @@ from safetensors.torch import save
 from segment_anything import CheckpointError
 from segment_anything.build_sam import CONFIGS, SamConfig, build_sam_of_type, load_state_dict, read_state_dict
 from tests.oracles import TENSOR, torch_archive
-from utils.bdd100k import CLASS_NAMES, read_image, read_mask, read_size
-from utils.boxes import class_boxes
-from utils.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_latest
+from utils.cache.embedding_cache import Binding, Request, prepare_caches
 from utils.compare import format_comparison, read_results
-from utils.dataset import NpyFolder
-from utils.detections import read_detections
-from utils.embedding_cache import Binding, Request, prepare_caches
-from utils.errors import UserError, printable
-from utils.manifest import Manifest, ManifestItem, Source
-from utils.model import BoxSegmenter
-from utils.precision import Precision
-from utils.run import read_latest
+from utils.data.bdd100k import read_image, read_mask, read_size
+from utils.data.boxes import class_boxes
+from utils.data.classes import CLASS_NAMES
+from utils.data.datasets import NpyFolder
+from utils.data.detections import read_detections
+from utils.data.manifest import Manifest, ManifestItem, Source
+from utils.model.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_latest
+from utils.model.segmenter import BoxSegmenter
+from utils.runtime.device import Precision
+from utils.runtime.errors import UserError, printable
+from utils.train.run import read_latest
 
 SIZE = 64
 # A SAM of some 100 kB, so that thousands of its files are quickly written and read.

@@ -19,7 +19,7 @@ from torch import nn
 
 from segment_anything.build_sam import CONFIGS
 from segment_anything.modeling import Sam
-from utils.errors import UserError
+from utils.runtime.errors import UserError
 
 _NAME = "segment_anything"
 

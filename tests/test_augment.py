@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.augment import LEAST_AREA, View, draw_view, fixed_view
-from utils.geometry import PAD_COLOR
+from utils.data.augment import LEAST_AREA, View, draw_view, fixed_view
+from utils.data.geometry import PAD_COLOR
 
 SIDE = 48
 FRAME = (SIDE, SIDE)

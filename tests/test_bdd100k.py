@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from utils.bdd100k import (
-    CLASS_NAMES,
-    CLASSES,
-    IGNORE_LABEL,
-    NUM_CLASSES,
-    PALETTE,
+from utils.data.bdd100k import (
     Item,
     LabelError,
     check_first_masks,
@@ -24,7 +19,8 @@ from utils.bdd100k import (
     read_item,
     read_mask,
 )
-from utils.errors import UserError
+from utils.data.classes import CLASS_NAMES, CLASSES, IGNORE_LABEL, NUM_CLASSES, PALETTE
+from utils.runtime.errors import UserError
 
 NEW = ("images/10k/{}", "labels/sem_seg/masks/{}", ".png")
 OLD = ("seg/images/{}", "seg/labels/{}", "_train_id.png")

@@ -17,7 +17,7 @@ from benchmarks import common, encoder, frames, gpu, inference, preprocessing, s
 from segment_anything import build_sam_vit_tiny
 from tests import oracles
 from tests.conftest import run_script
-from utils.bdd100k import find_split
+from utils.data.bdd100k import find_split
 
 TINY = ("--model_type", "vit_tiny", "--image_size", 64, "--repeats", 1)
 

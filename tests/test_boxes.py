@@ -1,11 +1,11 @@
-"""utils.boxes: boxes by a slow search over pixels, boxes brought into the frame, and the limits of jitter."""
+"""utils.data.boxes: boxes by a slow search over pixels, boxes brought into the frame, and the limits of jitter."""
 
 import numpy as np
 import pytest
 
-from utils.boxes import class_boxes, jitter_boxes, mask_box, to_frame
-from utils.frame import frame_size
-from utils.geometry import fitted_size, resize_mask
+from utils.data.boxes import class_boxes, jitter_boxes, mask_box, to_frame
+from utils.data.frame import frame_size
+from utils.data.geometry import fitted_size, resize_mask
 
 
 def slow_box(mask: np.ndarray) -> list[int]:

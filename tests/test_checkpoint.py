@@ -14,11 +14,11 @@ import torch
 from segment_anything import build_sam_vit_b, build_sam_vit_tiny
 from tests.conftest import IMAGE_SIZE
 from tests.oracles import Payload
-from utils import checkpoint
-from utils.bdd100k import CLASS_NAMES
-from utils.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_best, save_latest
-from utils.errors import UserError
-from utils.model import BoxSegmenter
+from utils.data.classes import CLASS_NAMES
+from utils.model import checkpoint
+from utils.model.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_best, save_latest
+from utils.model.segmenter import BoxSegmenter
+from utils.runtime.errors import UserError
 
 INFO = ModelInfo("vit_tiny", IMAGE_SIZE, "stretch", sam_sha256="ab" * 32)
 METADATA: dict[str, Any] = {"epoch": 7, "metrics": {"train_loss": 0.25}, "args": {"lr": 1e-4, "resume": None}}

@@ -21,9 +21,9 @@ from segment_anything.build_sam import file_digest
 from tests.conftest import IMAGE_SIZE, run_script
 from tests.oracles import public_sam, relative_error
 from utils import ckpt_convert
-from utils.checkpoint import BEST, LATEST, ModelInfo, load_checkpoint, load_decoder, save_best
-from utils.frame import ImageSize, frame_size
-from utils.model import BoxSegmenter, build_model
+from utils.data.frame import ImageSize, frame_size
+from utils.model.checkpoint import BEST, LATEST, ModelInfo, load_checkpoint, load_decoder, save_best
+from utils.model.segmenter import BoxSegmenter, build_model
 
 TOLERANCE = 1e-4
 METADATA: dict[str, Any] = {"epoch": 0, "metrics": {}, "args": {}}

@@ -21,12 +21,12 @@ import infer_bdd100k
 import pre_bdd100k
 import train_bdd100k
 from segment_anything.build_sam import CONFIGS
-from utils import choices, cli
-from utils.dataset import BoxPromptDataset, NpyFolder
-from utils.embedding_cache import DTYPES
-from utils.errors import Interrupted, LostPeerError, UserError
-from utils.loader import Loader
-from utils.model import SEGMENTERS
+from utils.cache.embedding_cache import DTYPES
+from utils.data.datasets import BoxPromptDataset, NpyFolder
+from utils.data.loaders import Loader
+from utils.model.segmenter import SEGMENTERS
+from utils.runtime import choices, cli
+from utils.runtime.errors import Interrupted, LostPeerError, UserError
 
 ROOT = Path(train_bdd100k.__file__).parent
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from utils import compare
-from utils.bdd100k import NUM_CLASSES
-from utils.metrics import results_dict
+from utils.data.classes import NUM_CLASSES
+from utils.evaluate.metrics import results_dict
 
 
 def write(folder: Path, results: dict[str, Any]) -> Path:

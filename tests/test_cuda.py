@@ -21,7 +21,7 @@ from tests.faults import free_port
 from tests.oracles import relative_error
 from tests.test_benchmarks import TINY, lines_of
 from tests.test_infer_bdd100k import good_flags, read_results
-from utils import checkpoint
+from utils.model import checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -19,9 +19,8 @@ from torch.utils.data import get_worker_info
 import pre_bdd100k
 from tests.conftest import IMAGE_SIZE, run_script, write_split
 from tests.oracles import Payload
-from utils.boxes import class_boxes
-from utils.data import evaluation_loader, training_loader
-from utils.dataset import (
+from utils.data.boxes import class_boxes
+from utils.data.datasets import (
     FILLER,
     BoxPromptDataset,
     EvaluationDataset,
@@ -32,10 +31,10 @@ from utils.dataset import (
     collate_evaluation,
     collate_training,
 )
-from utils.errors import UnreadableError, UserError
-from utils.geometry import PAD_COLOR
-from utils.loader import Loader, sample_bytes
-from utils.precision import Precision
+from utils.data.geometry import PAD_COLOR
+from utils.data.loaders import Loader, evaluation_loader, sample_bytes, training_loader
+from utils.runtime.device import Precision
+from utils.runtime.errors import UnreadableError, UserError
 
 
 def dataset(npy: Path, **changes: Any) -> BoxPromptDataset:
@@ -462,7 +461,9 @@ def test_no_more_shared_memory_is_asked_for_than_there_are_batches(
     kind: str, npy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed: list[tuple[int, int]] = []
-    monkeypatch.setattr("utils.data.require_shared_memory", lambda size, workers, count: needed.append((size, count)))
+    monkeypatch.setattr(
+        "utils.data.loaders.require_shared_memory", lambda size, workers, count: needed.append((size, count))
+    )
     options: dict[str, Any] = {"batch_size": 2, "num_workers": 2, "precision": Precision(torch.device("cpu"))}
     data: TrainingDataset | EvaluationDataset
     if kind == "training":

@@ -1,4 +1,4 @@
-"""utils.detections: Scalabel's JSON, hand-made, as BDD100K and detectors write it, and what is wrong with it."""
+"""utils.data.detections: Scalabel's JSON, hand-made, as BDD100K and detectors write it, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils.bdd100k import CLASS_NAMES
-from utils.dataset import detected_prompts
-from utils.detections import Detections, read_detections
-from utils.errors import UserError
+from utils.data.classes import CLASS_NAMES
+from utils.data.datasets import detected_prompts
+from utils.data.detections import Detections, read_detections
+from utils.runtime.errors import UserError
 
 
 def label(category: Any = "car", x1: Any = 10, y1: Any = 20, x2: Any = 30, y2: Any = 40, **fields: Any) -> dict:

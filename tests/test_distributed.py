@@ -20,8 +20,10 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 import train_bdd100k
 from tests.conftest import log_of, quick_start
 from tests.faults import free_port, write_inputs
-from utils import checkpoint, distributed, engine
-from utils.errors import UserError
+from utils.model import checkpoint
+from utils.runtime import distributed
+from utils.runtime.errors import UserError
+from utils.train import loop
 
 REPOSITORY = Path(train_bdd100k.__file__).parent
 
@@ -199,9 +201,9 @@ def test_gradients_are_communicated_once_an_optimizer_step(
         events.append("step")
         return real_step(*args)
 
-    real_wrap, real_step = distributed.wrap, engine._step
+    real_wrap, real_step = distributed.wrap, loop._step
     monkeypatch.setattr(distributed, "wrap", wrap)
-    monkeypatch.setattr(engine, "_step", step)
+    monkeypatch.setattr(loop, "_step", step)
     train(tmp_path, "-batch_size", 1, "--grad_acc_steps", 3, "-num_epochs", 2)  # groups of 3, 3 and 1 images
 
     buckets: list[list[Any]] = [[]]

@@ -27,15 +27,16 @@ import train_bdd100k
 from segment_anything.build_sam import file_digest
 from tests.conftest import IMAGE_SIZE, run_script
 from tests.test_infer_bdd100k import good_flags, read_results
-from utils import checkpoint, embedding_cache
-from utils.augment import fixed_view
-from utils.checkpoint import ModelInfo
-from utils.dataset import EvaluationDataset, NpyFolder, SemanticDataset, collate_evaluation
-from utils.embedding_cache import Binding, EmbeddingCache, Request, entry_path, prepare_caches
-from utils.errors import Interrupted, LostWorkerError, UnreadableError, UserError
-from utils.files import cannot_be_read
-from utils.model import Features, Segmenter, build_model
-from utils.precision import Precision
+from utils.cache import embedding_cache
+from utils.cache.embedding_cache import Binding, EmbeddingCache, Request, entry_path, prepare_caches
+from utils.data.augment import fixed_view
+from utils.data.datasets import EvaluationDataset, NpyFolder, SemanticDataset, collate_evaluation
+from utils.model import checkpoint
+from utils.model.checkpoint import ModelInfo
+from utils.model.segmenter import Features, Segmenter, build_model
+from utils.runtime.device import Precision
+from utils.runtime.errors import Interrupted, LostWorkerError, UnreadableError, UserError
+from utils.runtime.files import cannot_be_read
 
 CPU = Precision(torch.device("cpu"))
 
@@ -170,7 +171,7 @@ def test_damage_is_found_and_mended(
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("call", ["utils.embedding_cache.safe_open", "os.stat"])
+@pytest.mark.parametrize("call", ["utils.cache.embedding_cache.safe_open", "os.stat"])
 def test_what_the_system_says_of_an_entry_is_no_damage(
     split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, encoded: list[int],
     monkeypatch: pytest.MonkeyPatch, call: str,
@@ -189,7 +190,7 @@ def test_what_the_system_says_of_an_entry_is_no_damage(
 
     with monkeypatch.context() as patch:
         patch.setattr(call, refuse)
-        patch.setattr("utils.embedding_cache.require_readable", lambda path: open_refused(path))
+        patch.setattr("utils.cache.embedding_cache.require_readable", lambda path: open_refused(path))
         with pytest.raises(UnreadableError, match=rf"{entry}: cannot be read \(Input/output error\)"):
             prepare(split, segmenter, sam_file, where=str(tmp_path / "cache"))
         if call != "os.stat":
@@ -624,7 +625,7 @@ def test_entries_of_other_views_are_made_anew(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prepare(split, segmenter, sam_file, num_views=3)
-    monkeypatch.setattr("utils.augment.LEAST_AREA", 0.3)
+    monkeypatch.setattr("utils.data.augment.LEAST_AREA", 0.3)
     capsys.readouterr()
     prepare(split, segmenter, sam_file, num_views=2)  # these are as they were
     assert capsys.readouterr().out == ""

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.conftest import IMAGE_SIZE, write_split
-from utils.dataset import FILLER, BoxPromptDataset, NpyFolder, TrainingSampler, collate_training
-from utils.engine import Progress, train_one_epoch
-from utils.errors import DivergedError, UserError
-from utils.model import Segmenter, build_model
-from utils.optim import build_optimizer, build_scheduler
-from utils.precision import Precision
+from utils.data.datasets import FILLER, BoxPromptDataset, NpyFolder, TrainingSampler, collate_training
+from utils.model.segmenter import Segmenter, build_model
+from utils.runtime.device import Precision
+from utils.runtime.errors import DivergedError, UserError
+from utils.train.loop import Progress, train_one_epoch
+from utils.train.optim import build_optimizer, build_scheduler
 
 CPU = Precision(torch.device("cpu"))
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils.errors import UnreadableError, UserError
-from utils.files import (
+from utils.runtime.errors import UnreadableError, UserError
+from utils.runtime.files import (
     atomic_write,
     check_npy,
     exists,

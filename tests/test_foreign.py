@@ -19,9 +19,9 @@ from segment_anything.build_sam import CONFIGS, file_digest, read_state_dict
 from tests.conftest import IMAGE_SIZE
 from tests.oracles import Payload, torch_archive
 from utils import ckpt_convert
-from utils.checkpoint import ModelInfo, load_checkpoint, save_best, save_latest
-from utils.errors import UserError
-from utils.model import build_model
+from utils.model.checkpoint import ModelInfo, load_checkpoint, save_best, save_latest
+from utils.model.segmenter import build_model
+from utils.runtime.errors import UserError
 
 DEPTH = CONFIGS["vit_tiny"].depth
 # Names of Hugging Face's SamModel, as its 5.24 saves a vit_b, and SAM's; {i} is a block, {w} weight and bias.

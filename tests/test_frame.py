@@ -1,4 +1,4 @@
-"""utils.frame: an image size as flags, manifests and checkpoints have it, and the frame that it means."""
+"""utils.data.frame: an image size as flags, manifests and checkpoints have it, and the frame that it means."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils.frame import MAX_IMAGE_SIZE, frame_size, image_size_of, is_image_size
+from utils.data.frame import MAX_IMAGE_SIZE, frame_size, image_size_of, is_image_size
 
 
 @pytest.mark.parametrize(

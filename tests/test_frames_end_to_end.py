@@ -20,13 +20,14 @@ from tests.conftest import log_of, run_script
 from tests.oracles import relative_error
 from tests.test_infer_bdd100k import good_flags, read_results
 from tests.test_infer_semantic import pictures, write_detections, write_video
-from utils import checkpoint, ckpt_convert
-from utils.boxes import to_frame
-from utils.dataset import NpyFolder
-from utils.frame import frame_size
-from utils.geometry import PAD_COLOR
-from utils.manifest import read_manifest
-from utils.model import build_model
+from utils import ckpt_convert
+from utils.data.boxes import to_frame
+from utils.data.datasets import NpyFolder
+from utils.data.frame import frame_size
+from utils.data.geometry import PAD_COLOR
+from utils.data.manifest import read_manifest
+from utils.model import checkpoint
+from utils.model.segmenter import build_model
 
 Train = Callable[..., Path]
 

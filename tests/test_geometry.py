@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.geometry import PAD_COLOR, fitted_size, pixels_in_box, resize_image, resize_mask, restore, unframe
+from utils.data.geometry import PAD_COLOR, fitted_size, pixels_in_box, resize_image, resize_mask, restore, unframe
 
 
 @pytest.mark.parametrize(

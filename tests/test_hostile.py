@@ -34,16 +34,17 @@ from segment_anything.build_sam import load_state_dict, read_state_dict
 from segment_anything.utils.plain_load import load_plain
 from tests.conftest import IMAGE_SIZE, run_script
 from tests.oracles import TENSOR, Payload, torch_archive
-from utils import ckpt_convert, pictures
-from utils.bdd100k import read_image, read_size
-from utils.checkpoint import ModelInfo, load_checkpoint, save_best
-from utils.dataset import NpyFolder
-from utils.detections import read_detections
-from utils.errors import UserError, printable
-from utils.frame import MAX_IMAGE_SIZE
-from utils.image_files import MAX_JPEG_SCANS
-from utils.manifest import read_manifest
-from utils.model import BoxSegmenter, build_model
+from utils import ckpt_convert
+from utils.data.bdd100k import read_image, read_size
+from utils.data.datasets import NpyFolder
+from utils.data.detections import read_detections
+from utils.data.frame import MAX_IMAGE_SIZE
+from utils.data.image_files import MAX_JPEG_SCANS
+from utils.data.manifest import read_manifest
+from utils.evaluate import media
+from utils.model.checkpoint import ModelInfo, load_checkpoint, save_best
+from utils.model.segmenter import BoxSegmenter, build_model
+from utils.runtime.errors import UserError, printable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -398,13 +399,13 @@ def test_a_jpeg_of_thousands_of_scans(tmp_path: Path) -> None:
 
 def test_a_video_that_claims_an_absurd_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.mp4"
-    with pictures.OverlayVideo(path, 10, (48, 64)) as video:
+    with media.OverlayVideo(path, 10, (48, 64)) as video:
         for _ in range(3):
             video.write("", np.zeros((48, 64, 3), np.uint8), np.zeros((48, 64), np.uint8))
-    pictures.find_source(str(path))
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 48 * 64 - 1)
+    media.find_source(str(path))
+    monkeypatch.setattr(media, "MAX_PIXELS", 48 * 64 - 1)
     with pytest.raises(UserError, match=rf"{path}: its header claims frames of an absurd size"):
-        pictures.find_source(str(path))
+        media.find_source(str(path))
 
 
 # --- Names, links and pipes

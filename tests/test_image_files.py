@@ -1,4 +1,4 @@
-"""utils.image_files: what lies around the pixels of a picture never makes it bad; what is missing of them does."""
+"""utils.data.image_files: what lies around the pixels of a picture never makes it bad; what is missing of them does."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from utils.bdd100k import read_image, read_mask, read_size
-from utils.errors import UnreadableError, UserError
-from utils.image_files import read_picture_file
+from utils.data.bdd100k import read_image, read_mask, read_size
+from utils.data.image_files import read_picture_file
+from utils.runtime.errors import UnreadableError, UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 OTHER = PIXELS[::-1, :20]
@@ -162,7 +162,7 @@ def test_a_file_as_long_as_the_first_read_is_read(
     tmp_path: Path, kind: str, more: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = encoded(kind)
-    monkeypatch.setattr("utils.image_files._FIRST_READ", len(data) - more)
+    monkeypatch.setattr("utils.data.image_files._FIRST_READ", len(data) - more)
     assert np.array_equal(read(tmp_path / "a", data), PIXELS)
 
 
@@ -171,8 +171,8 @@ def test_a_file_longer_than_the_largest_picture_is_named(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = encoded(kind)
-    monkeypatch.setattr("utils.image_files._FIRST_READ", len(data) - 9)
-    monkeypatch.setattr("utils.image_files.MAX_BYTES", len(data) - 1)
+    monkeypatch.setattr("utils.data.image_files._FIRST_READ", len(data) - 9)
+    monkeypatch.setattr("utils.data.image_files.MAX_BYTES", len(data) - 1)
     with pytest.raises(UserError, match="has more bytes than the largest picture that is read"):
         read(tmp_path / "a", data)
 

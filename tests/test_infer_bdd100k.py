@@ -22,11 +22,12 @@ import infer_bdd100k
 from segment_anything import build_sam_vit_tiny
 from segment_anything.build_sam import file_digest
 from tests.conftest import IMAGE_SIZE, run_script, write_split
-from utils import checkpoint, engine
-from utils.bdd100k import CLASS_NAMES, NUM_CLASSES
-from utils.dataset import NpyFolder
-from utils.errors import UserError
-from utils.model import BoxSegmenter, build_model
+from utils.data.classes import CLASS_NAMES, NUM_CLASSES
+from utils.data.datasets import NpyFolder
+from utils.model import checkpoint
+from utils.model.segmenter import BoxSegmenter, build_model
+from utils.runtime.errors import UserError
+from utils.train import loop
 
 # The specification's form; the values are the run's.
 BLOCK = """\
@@ -396,6 +397,6 @@ def test_a_full_gpu_is_told_in_one_line(
     def run_out(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(engine, "predict", run_out)
+    monkeypatch.setattr(loop, "predict", run_out)
     line = error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path))
     assert "GPU's memory is full; lower --batch_size" in line

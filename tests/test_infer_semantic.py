@@ -21,8 +21,8 @@ import infer_bdd100k
 from segment_anything.build_sam import file_digest
 from tests.conftest import IMAGE_SIZE, run_script
 from tests.test_infer_bdd100k import good_flags, read_results
-from utils import checkpoint
-from utils.model import build_model
+from utils.model import checkpoint
+from utils.model.segmenter import build_model
 
 SPLIT_NAMES = ["val-0000", "val-0001", "val-0002"]
 

@@ -18,9 +18,9 @@ import torch
 from torch.utils.data import Dataset
 
 from tests.conftest import with_shared_memory_of
-from utils import loader as loader_module
-from utils.errors import LostWorkerError
-from utils.loader import Loader, require_shared_memory, sample_bytes, usable_workers
+from utils.data import loaders as loader_module
+from utils.data.loaders import Loader, require_shared_memory, sample_bytes, usable_workers
+from utils.runtime.errors import LostWorkerError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,7 +89,7 @@ def test_what_a_data_set_raises_is_no_lost_worker(error: Exception, num_workers:
 )
 def test_a_process_that_fails_ends_though_its_workers_ignore_signals(failure: str) -> None:
     code = (
-        "from utils import cli; from utils.errors import UserError; from utils.loader import Loader\n"
+        "from utils import cli; from utils.runtime.errors import UserError; from utils.data.loaders import Loader\n"
         "class Failing:\n"
         "    def __len__(self): return 9\n"
         "    def __getitem__(self, index):\n"
@@ -108,7 +108,7 @@ def test_a_process_that_fails_ends_though_its_workers_ignore_signals(failure: st
 LOAD = """
 import torch
 from utils import cli
-from utils.loader import Loader
+from utils.data.loaders import Loader
 class Data:
     def __len__(self): return 8
     def __getitem__(self, index): return {{"image": torch.ones(1 << 16), "parts": {parts}}}
@@ -138,7 +138,7 @@ def test_shared_memory_that_takes_no_semaphore() -> None:
 def test_more_open_files_than_are_allowed(limit: int) -> None:
     before = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
     # torch opens files of its own as it is imported.
-    code = "import torch, utils.loader, utils.cli\n" + before
+    code = "import torch, utils.data.loaders, utils.runtime.cli\n" + before
     code += LOAD.format(parts="[torch.ones(1) for _ in range(9)]", options=", collate_fn=lambda samples: samples")
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     (line,) = ended.stderr.splitlines()

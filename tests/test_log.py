@@ -1,4 +1,4 @@
-"""utils.log: the figures of each epoch in log.jsonl, the curve, TensorBoard and W&B."""
+"""utils.train.logger: the figures of each epoch in log.jsonl, the curve, TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from unittest.mock import patch
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils.errors import UserError
-from utils.log import RunLogger, require_loggers
+from utils.runtime.errors import UserError
+from utils.train.logger import RunLogger, require_loggers
 
 
 def record(epoch: int, **figures: Any) -> dict[str, Any]:

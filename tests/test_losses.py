@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
 
-from utils import losses as product
-from utils.losses import MAX_CLASS_WEIGHT, class_weights, compared, semantic_losses
+from utils.model import losses as product
+from utils.model.losses import MAX_CLASS_WEIGHT, class_weights, compared, semantic_losses
 
 # Unless they say otherwise, these tests have logits at the labels' own size, and every pixel is compared.
 prompt_losses = partial(product.prompt_losses, stride=1)

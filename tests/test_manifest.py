@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from utils.bdd100k import CLASS_NAMES
-from utils.errors import UserError
-from utils.manifest import FORMAT_VERSION, Manifest, ManifestItem, read_manifest, source_of
+from utils.data.classes import CLASS_NAMES
+from utils.data.manifest import FORMAT_VERSION, Manifest, ManifestItem, read_manifest, source_of
+from utils.runtime.errors import UserError
 
 BAD_SOURCES: list[Any] = [[], {"a": 3}, {"a": ["b"]}, {"a": [["b", 1]]}, {"a": [["b", 1, 1.5]]}]
 BAD_NAMES: list[Any] = ["../a", "/etc/a", "", "..", "a/b", 3]

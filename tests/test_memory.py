@@ -12,7 +12,7 @@ import pytest
 ROUNDS = """
 import resource
 import torch
-from utils.memory import keep_freed_memory
+from utils.runtime.malloc import keep_freed_memory
 
 if {kept}:
     keep_freed_memory()

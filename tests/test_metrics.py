@@ -1,4 +1,4 @@
-"""utils.metrics: matrices worked by hand, a slow count in plain Python, torchmetrics, and BDD100K's own toolkit."""
+"""utils.evaluate.metrics: matrices by hand, a slow count in plain Python, torchmetrics, BDD100K's own toolkit."""
 
 import json
 import math
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from utils.bdd100k import CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES
-from utils.metrics import (
+from utils.data.classes import CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES
+from utils.evaluate.metrics import (
     NO_CLASS,
     ConfusionMatrix,
     format_details,

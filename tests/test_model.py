@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.conftest import IMAGE_SIZE
-from utils.errors import UserError
-from utils.losses import prompt_losses
-from utils.model import Segmenter, build_model
+from utils.model.losses import prompt_losses
+from utils.model.segmenter import Segmenter, build_model
+from utils.runtime.errors import UserError
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from tests.conftest import IMAGE_SIZE
-from utils.choices import SCHEDULES
-from utils.model import build_model
-from utils.optim import build_optimizer, build_scheduler, lr_factor
+from utils.model.segmenter import build_model
+from utils.runtime.choices import SCHEDULES
+from utils.train.optim import build_optimizer, build_scheduler, lr_factor
 
 
 def factors(schedule: str, total_steps: int, warmup_steps: int, count: int) -> list[float]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import cv2
 import pytest
 
-from utils.errors import UserError
-from utils.parallel import run_jobs, usable_cores
+from utils.runtime.errors import UserError
+from utils.runtime.process_pool import run_jobs, usable_cores
 
 
 def square(numbers: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""utils.pictures: pictures and videos are written here, found and read back; overlays are written and looked at."""
+"""utils.evaluate.media: pictures and videos are written, found and read back; overlays are looked at."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils import pictures
-from utils.bdd100k import IGNORE_LABEL, read_image
-from utils.errors import UnreadableError, UserError
-from utils.pictures import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
+from utils.data.bdd100k import read_image
+from utils.data.classes import IGNORE_LABEL
+from utils.evaluate import media
+from utils.evaluate.media import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
+from utils.runtime.errors import UnreadableError, UserError
 
 RED, GREEN, BLUE = (200, 30, 40), (20, 180, 60), (30, 50, 210)
 ROOT = Path(__file__).parents[1]
@@ -332,7 +333,7 @@ def test_a_broken_video_prints_nothing(tmp_path: Path) -> None:
     data[len(data) // 2 : len(data) // 2 + 3000] = bytes(3000)
     (tmp_path / "a.mp4").write_bytes(data)
     (tmp_path / "b.mp4").write_bytes(data[:1000])
-    code = ("import sys; from utils.pictures import *\n"
+    code = ("import sys; from utils.evaluate.media import *\n"
             "try: find_source(sys.argv[2])\n"
             "except UserError: print(str(list(find_source(sys.argv[1]))[-1][1]))")
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.mp4", tmp_path / "b.mp4"], cwd=ROOT, timeout=60,
@@ -407,7 +408,7 @@ def test_stopped_video_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_killed_run_leaves_no_video(tmp_path: Path) -> None:
-    code = ("import os, sys, numpy as np; from pathlib import Path; from utils.pictures import *\n"
+    code = ("import os, sys, numpy as np; from pathlib import Path; from utils.evaluate.media import *\n"
             "with OverlayVideo(Path(sys.argv[1]), 10, (64, 96)) as sink:\n"
             "    for _ in range(5): sink.write('x', np.zeros((64, 96, 3), np.uint8), np.zeros((64, 96), np.uint8))\n"
             "    os._exit(9)")
@@ -421,7 +422,7 @@ def test_killed_run_leaves_no_video(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on a file's size to set")
 def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
-    code = ("import resource, signal, sys, numpy as np; from pathlib import Path; from utils.pictures import *\n"
+    code = ("import resource, signal, sys, numpy as np; from pathlib import Path; from utils.evaluate.media import *\n"
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000,) * 2)\n"
             "image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)\n"
             "try:\n"
@@ -444,7 +445,7 @@ def test_opencv_without_encoder_is_one_clear_error(tmp_path: Path, monkeypatch: 
 
         fourcc = staticmethod(cv2.VideoWriter.fourcc)
 
-    monkeypatch.setattr(pictures.cv2, "VideoWriter", NoEncoder)
+    monkeypatch.setattr(media.cv2, "VideoWriter", NoEncoder)
     with pytest.raises(UserError, match=r"a\.mp4: OpenCV cannot encode 96x64"), OverlayVideo(
             tmp_path / "a.mp4", 25, (64, 96)):
         pass

@@ -22,11 +22,11 @@ import pytest
 from PIL import Image
 
 import pre_bdd100k
-from utils import cli
-from utils.bdd100k import find_split
-from utils.errors import UserError
-from utils.files import atomic_write, cannot_be_read
-from utils.manifest import read_manifest
+from utils.data.bdd100k import find_split
+from utils.data.manifest import read_manifest
+from utils.runtime import cli
+from utils.runtime.errors import UserError
+from utils.runtime.files import atomic_write, cannot_be_read
 
 SCRIPT = Path(pre_bdd100k.__file__)
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from utils import distributed
-from utils.errors import UserError
-from utils.precision import Precision, make_deterministic, resolve_precision
+from utils.runtime import distributed
+from utils.runtime.device import Precision, make_deterministic, resolve_precision
+from utils.runtime.errors import UserError
 
 TURING, AMPERE = (7, 5), (8, 0)
 CPU = torch.device("cpu")

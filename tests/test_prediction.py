@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.conftest import IMAGE_SIZE, write_split
-from utils.augment import fixed_view
-from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES
-from utils.choices import MapRule
-from utils.dataset import BoxPromptDataset, EvaluationDataset, NpyFolder, collate_evaluation
-from utils.engine import evaluate
-from utils.frame import ImageSize, frame_size
-from utils.geometry import fitted_size, resize_image
-from utils.model import Segmenter, build_model
-from utils.precision import Precision
-from utils.prediction import Prediction, average_mirrored, features_of, merge_masks, mirror, predict
+from utils.data.augment import fixed_view
+from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.datasets import BoxPromptDataset, EvaluationDataset, NpyFolder, collate_evaluation
+from utils.data.frame import ImageSize, frame_size
+from utils.data.geometry import fitted_size, resize_image
+from utils.evaluate.evaluate import evaluate
+from utils.model.prediction import Prediction, average_mirrored, features_of, merge_masks, mirror, predict
+from utils.model.segmenter import Segmenter, build_model
+from utils.runtime.choices import MapRule
+from utils.runtime.device import Precision
 
 CPU = Precision(torch.device("cpu"))
 MODES = ["box", "semantic"]
@@ -235,7 +235,7 @@ def test_many_boxes_are_decoded_as_each_by_itself(sam_file: Path, npy: Path, mon
     boxes = torch.tensor([[i, i, i + 20, i + 30] for i in range(7)], dtype=torch.float32)
     batch = {"image": image, "class_ids": [torch.arange(7)], "boxes": [boxes]}
     (together,) = predict(model, batch, CPU)
-    monkeypatch.setattr("utils.prediction.MAX_PROMPTS", 3)
+    monkeypatch.setattr("utils.model.prediction.MAX_PROMPTS", 3)
     (in_turn,) = predict(model, batch, CPU)
     assert together.low_res_masks.shape == in_turn.low_res_masks.shape == (7, IMAGE_SIZE // 4, IMAGE_SIZE // 4)
     assert torch.allclose(in_turn.low_res_masks, together.low_res_masks, rtol=1e-4, atol=1e-4)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segment_anything.modeling.common import LayerNorm2d
-from utils.reduction import KEPT, Reduction
+from utils.model.feature_pca import KEPT, Reduction
 
 
 def drawn(seed: int, *, rank: int = 20, images: int = 3, blocks: int = 2, channels: int = 64) -> tuple[Tensor, ...]:

@@ -29,7 +29,7 @@ from tests.faults import (
     training,
     write_inputs,
 )
-from utils import checkpoint
+from utils.model import checkpoint
 
 # Seven images in groups of two: four optimizer steps an epoch, the last of a single image.
 FLAGS = ["-num_epochs", 3, "-lr", "1e-3"]

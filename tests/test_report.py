@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.choices import MapRule
-from utils.errors import UserError
-from utils.report import begin_pictures, begin_results, write_report
+from utils.evaluate.report import begin_pictures, begin_results, write_report
+from utils.runtime.choices import MapRule
+from utils.runtime.errors import UserError
 
 RESULTS = ("evaluation_results.txt", "evaluation_results.json", "confusion_matrix.png")
 

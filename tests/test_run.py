@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from utils import checkpoint
-from utils.checkpoint import BEST, LATEST, ModelInfo
-from utils.errors import DivergedError, UnreadableError, UserError
-from utils.run import AUTO, FinishedError, Latest, Run, find_latest, plateau, read_latest
+from utils.model import checkpoint
+from utils.model.checkpoint import BEST, LATEST, ModelInfo
+from utils.runtime.errors import DivergedError, UnreadableError, UserError
+from utils.train.run import AUTO, FinishedError, Latest, Run, find_latest, plateau, read_latest
 
 INFO = ModelInfo("vit_tiny", 64, "stretch", sam_sha256="ab" * 32)
 
@@ -185,7 +185,7 @@ def test_what_the_system_refuses_costs_nothing_that_was_trained(
         find_latest(AUTO, tmp_path, "Drawn")
     assert str(error.value) == f"{tmp_path}: cannot be read (Permission denied)"
     with monkeypatch.context() as patch, pytest.raises(UnreadableError) as error:
-        patch.setattr("utils.checkpoint.load_plain", lambda path, **_: refuse(path))
+        patch.setattr("utils.model.checkpoint.load_plain", lambda path, **_: refuse(path))
         find_latest(run.folder, tmp_path, "Drawn")
     assert str(error.value) == f"{run.folder / LATEST}: cannot be read (Permission denied)"
 

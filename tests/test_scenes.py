@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from utils import scenes
-from utils.bdd100k import IGNORE_LABEL, NUM_CLASSES, find_split
-from utils.cli import run
-from utils.errors import UserError
+from utils.data.bdd100k import find_split
+from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.runtime.cli import run
+from utils.runtime.errors import UserError
 from utils.scenes.__main__ import main
 from utils.scenes.painter import Painter
 from utils.scenes.shapes import Pose

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from segment_anything import build_sam_vit_tiny
 from segment_anything.modeling.common import MLP
-from segment_anything.modeling.semantic_decoder import ClassMLPs, doubled
 from tests.conftest import IMAGE_SIZE
-from utils.bdd100k import NUM_CLASSES
-from utils.model import SemanticSegmenter, build_model
+from utils.data.classes import NUM_CLASSES
+from utils.model.segmenter import SemanticSegmenter, build_model
+from utils.model.semantic_decoder import ClassMLPs, doubled
 
 
 @pytest.fixture

@@ -23,9 +23,10 @@ import infer_bdd100k
 import train_bdd100k
 from segment_anything import build_sam_vit_tiny
 from tests.conftest import IMAGE_SIZE, log_of, run_script, write_split
-from utils import checkpoint, cli
-from utils.bdd100k import IGNORE_LABEL
-from utils.run import Run
+from utils.data.classes import IGNORE_LABEL
+from utils.model import checkpoint
+from utils.runtime import cli
+from utils.train.run import Run
 
 Train = Callable[..., Path]
 

@@ -17,12 +17,12 @@ from segment_anything.modeling import Sam
 from tests.conftest import IMAGE_SIZE, log_of, run_script, write_split
 from tests.test_engine import train as train_epoch
 from tests.test_infer_bdd100k import good_flags, read_results
-from utils import checkpoint
-from utils.checkpoint import ModelInfo
-from utils.data import use_caches
-from utils.dataset import FILLER, EvaluationDataset, NpyFolder, SemanticDataset
-from utils.model import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
-from utils.precision import Precision
+from utils.cache.embedding_cache import use_caches
+from utils.data.datasets import FILLER, EvaluationDataset, NpyFolder, SemanticDataset
+from utils.model import checkpoint
+from utils.model.checkpoint import ModelInfo
+from utils.model.segmenter import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
+from utils.runtime.device import Precision
 
 Train = Callable[..., Path]
 

@@ -1,4 +1,4 @@
-"""utils.visualize: the pictures are read back, and their pixels looked at."""
+"""utils.evaluate.plots: the pictures are read back, and their pixels looked at."""
 
 import subprocess
 import sys
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils import visualize
-from utils.bdd100k import CLASSES, PALETTE
-from utils.visualize import (
+from utils.data.classes import CLASSES, PALETTE
+from utils.evaluate import plots
+from utils.evaluate.plots import (
     colorize,
     legend_entries,
     overlay,
@@ -57,7 +57,7 @@ def test_overlay_blends_draws_lines_and_leaves_the_rest() -> None:
     labels[:2, 3:] = 13  # car, (0, 0, 142)
     labels[3, 5] = 19  # no class either
     shown = overlay(picture, labels)
-    line, bare = list(visualize._LINE_COLOR), [100, 40, 200]
+    line, bare = list(plots._LINE_COLOR), [100, 40, 200]
     # A line on bicycle's side divides it from the car; both are divided from what is no class by lines within them.
     assert shown[0].tolist() == [[60, 6, 16], [110, 26, 116], line, [50, 20, 171], [50, 20, 171], [50, 20, 171]]
     assert shown[1].tolist() == [line] * 6
@@ -81,7 +81,7 @@ def test_lines_grow_with_the_picture() -> None:
     for width, thickness in ((1280, 1), (4000, 2), (6000, 4)):
         labels = np.zeros((8, width), dtype=np.uint8)
         labels[:, 100:] = 13
-        line = where(overlay(np.zeros((8, width, 3), dtype=np.uint8), labels), visualize._LINE_COLOR)
+        line = where(overlay(np.zeros((8, width, 3), dtype=np.uint8), labels), plots._LINE_COLOR)
         assert np.flatnonzero(line[0]).tolist() == list(range(100 - thickness, 100))
 
 
@@ -95,7 +95,7 @@ def test_overlay_of_unlike_sizes_or_types_is_an_error() -> None:
 
 def test_saved_labels_are_one_channel_of_the_very_values(tmp_path: Path) -> None:
     labels = np.arange(256, dtype=np.uint8).reshape(8, 32)
-    visualize.save_labels(tmp_path / "x.png", labels)
+    plots.save_labels(tmp_path / "x.png", labels)
     with Image.open(tmp_path / "x.png") as image:
         assert image.mode == "L"
         assert np.array_equal(np.asarray(image), labels)
@@ -141,7 +141,7 @@ def test_comparison_keeps_left_and_right_and_top_and_bottom(tmp_path: Path) -> N
     block = PALETTE[np.array([[0, 2], [8, 10]], dtype=np.uint8).repeat(height // 2, axis=0).repeat(320, axis=1)]
     top = next(y for y in range(pixels.shape[0]) if (pixels[y, 100] == CLASSES[0].color).all())
     for i in (1, 2):  # the label panels, to the pixel
-        left = visualize._MARGIN + i * (640 + visualize._MARGIN)
+        left = plots._MARGIN + i * (640 + plots._MARGIN)
         assert (pixels[top : top + height, left : left + 640] == block).all()
 
 
@@ -150,7 +150,7 @@ def test_comparison_without_truth_has_two_panels(tmp_path: Path) -> None:
     save_comparison(tmp_path / "three.png", image(40, 60), labels, labels)
     save_comparison(tmp_path / "two.png", image(40, 60), None, labels)
     three, two = read(tmp_path / "three.png"), read(tmp_path / "two.png")
-    assert three.shape[1] - two.shape[1] == 640 + visualize._MARGIN
+    assert three.shape[1] - two.shape[1] == 640 + plots._MARGIN
     assert where(three, CLASSES[5].color).sum() > 1.9 * where(two, CLASSES[5].color).sum()
 
 
@@ -196,7 +196,7 @@ def test_loss_curve_draws_validation_on_a_second_axis(tmp_path: Path) -> None:
     history = [{"epoch": e, "train_loss": 1 / e, "val_miou": 0.1 * e if e % 2 else None} for e in range(1, 7)]
     save_loss_curve(tmp_path / "both.png", history)
     save_loss_curve(tmp_path / "loss.png", [{"epoch": e["epoch"], "train_loss": e["train_loss"]} for e in history])
-    orange, blue = (bytes.fromhex(color[1:]) for color in (visualize._VAL_COLOR, visualize._TRAIN_COLOR))
+    orange, blue = (bytes.fromhex(color[1:]) for color in (plots._VAL_COLOR, plots._TRAIN_COLOR))
     both, loss = read(tmp_path / "both.png"), read(tmp_path / "loss.png")
     assert where(both, orange).sum() > 200
     assert where(both, blue).sum() > 200
@@ -219,7 +219,7 @@ def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("stopped here")
 
     with monkeypatch.context() as patch:
-        patch.setattr(visualize.Figure, "savefig", fail)
+        patch.setattr(plots.Figure, "savefig", fail)
         with pytest.raises(RuntimeError, match="stopped here"):
             save_comparison(path, image(8, 8), labels, labels)
     assert path.read_bytes() == b"old"
@@ -230,7 +230,7 @@ def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_pyplot_is_never_imported(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from utils.visualize import save_loss_curve; "
+        "import sys; from pathlib import Path; from utils.evaluate.plots import save_loss_curve; "
         f"save_loss_curve(Path({str(tmp_path / 'a.png')!r}), [dict(epoch=1, train_loss=0.5)]); "
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )

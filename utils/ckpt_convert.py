@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from utils import cli
+from utils.runtime import cli
 
 # What the public package's registry builds, and the one input size that it builds them for.
 PUBLIC_MODELS = ("vit_b", "vit_l", "vit_h")
@@ -39,12 +39,12 @@ from torch import Tensor
 
 from segment_anything import CheckpointError
 from segment_anything.build_sam import CONFIGS, PATCH_SIZE, file_digest, read_state_dict
-from utils import checkpoint
-from utils.checkpoint import DECODER_PREFIX, ModelInfo
-from utils.errors import UserError
-from utils.files import exists, is_folder, status
-from utils.frame import frame_size, image_size_of
-from utils.model import INFER_FLAGS
+from utils.data.frame import frame_size, image_size_of
+from utils.model import checkpoint
+from utils.model.checkpoint import DECODER_PREFIX, ModelInfo
+from utils.model.segmenter import INFER_FLAGS
+from utils.runtime.errors import UserError
+from utils.runtime.files import exists, is_folder, status
 
 
 def join(model_checkpoint: Path, sam_checkpoint: Path) -> tuple[dict[str, Tensor], ModelInfo]:

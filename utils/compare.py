@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils import cli
-from utils.errors import UserError
-from utils.files import cannot_be_read, read_json
+from utils.runtime import cli
+from utils.runtime.errors import UserError
+from utils.runtime.files import cannot_be_read, read_json
 
 
 def get_args_parser() -> cli.Parser:

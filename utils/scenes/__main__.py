@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from utils.cli import Parser, non_negative_int, positive_int, run, seed
-from utils.errors import UserError
+from utils.runtime.cli import Parser, non_negative_int, positive_int, run, seed
+from utils.runtime.errors import UserError
 from utils.scenes.dataset import write_dataset
 
 

@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils.errors import UserError
-from utils.files import atomic_write
-from utils.parallel import run_jobs
+from utils.runtime.errors import UserError
+from utils.runtime.files import atomic_write
+from utils.runtime.process_pool import run_jobs
 from utils.scenes.scene import check_size, draw_scene
 
 IMAGES, MASKS = "images/10k", "labels/sem_seg/masks"  # BDD100K's current layout

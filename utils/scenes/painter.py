@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from utils.bdd100k import CLASS_NAMES, IGNORE_LABEL
+from utils.data.classes import CLASS_NAMES, IGNORE_LABEL
 from utils.scenes.light import Rng, random_light
 from utils.scenes.shapes import Array, Corner, Faces, Pose, rect
 

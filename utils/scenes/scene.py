@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.runtime.errors import UserError
 from utils.scenes.backdrop import draw_ground, draw_hood, draw_sky
 from utils.scenes.light import Rng, photograph
 from utils.scenes.painter import Painter

@@ -1,0 +1,122 @@
+"""Boxes around masks, the prompts of SAM's mask decoder.
+
+The one coordinate convention: a box is `(x_min, y_min, x_max, y_max)` in pixels of the H x W frame that the network
+sees, x to the right and y down, with **inclusive** corners inside the image: `0 <= x_min <= x_max <= W - 1`, the same
+for y. A box around a single pixel has equal corners and a side of 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.frame import ImageSize, frame_size
+from utils.data.geometry import fitted_size
+
+_INVALID_BIT = 31
+
+
+def _class_bits() -> np.ndarray:
+    bits = np.full(256, 1 << _INVALID_BIT, dtype=np.uint32)
+    bits[:NUM_CLASSES] = 1 << np.arange(NUM_CLASSES, dtype=np.uint32)
+    bits[IGNORE_LABEL] = 0
+    return bits
+
+
+_CLASS_BITS = _class_bits()  # (256,) uint32: a label as a set of classes, so that a bitwise OR is a union
+
+
+def class_boxes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tight box of every class that occurs in a label map.
+
+    Args:
+        labels: (H, W) uint8, ids 0-18 and 255 = not labelled.
+
+    Returns:
+        The K class ids in ascending order, (K,) int64, and their boxes, (K, 4) int64. K is 0 if nothing is labelled.
+
+    Raises:
+        ValueError: `labels` is not an (H, W) uint8 array, or holds a value that is neither a class nor 255.
+    """
+    if labels.ndim != 2 or labels.dtype != np.uint8:
+        raise ValueError(f"labels must be (H, W) uint8, got {labels.shape} {labels.dtype}")
+    # One pass instead of one per class: each row, and each column, becomes the set of the classes in it.
+    pixel_sets = _CLASS_BITS[labels]  # H x W
+    in_row = np.bitwise_or.reduce(pixel_sets, axis=1)  # H
+    in_column = np.bitwise_or.reduce(pixel_sets, axis=0)  # W
+    union = int(np.bitwise_or.reduce(in_row))
+    if union >> _INVALID_BIT:
+        wrong = [int(v) for v in np.unique(labels) if v >= NUM_CLASSES and v != IGNORE_LABEL]
+        raise ValueError(f"labels must be 0-{NUM_CLASSES - 1} or {IGNORE_LABEL}, got {wrong}")
+    class_ids = np.array([k for k in range(NUM_CLASSES) if union >> k & 1], dtype=np.int64)
+    x_min, x_max = _extent(in_column, class_ids)
+    y_min, y_max = _extent(in_row, class_ids)
+    return class_ids, np.stack([x_min, y_min, x_max, y_max], axis=1)
+
+
+def _extent(sets: np.ndarray, class_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last position of each class along an axis: `sets` (N,) uint32 -> two (K,) int64."""
+    present = (sets[None, :] >> class_ids[:, None].astype(np.uint32)) & 1  # K x N
+    return present.argmax(axis=1), len(sets) - 1 - present[:, ::-1].argmax(axis=1)
+
+
+def mask_box(mask: np.ndarray) -> np.ndarray:
+    """The tight box of one mask: (H, W) bool -> (4,) int64.
+
+    Raises:
+        ValueError: the mask is empty, or is not an (H, W) bool array.
+    """
+    if mask.ndim != 2 or mask.dtype != np.bool_:
+        raise ValueError(f"a mask must be (H, W) bool, got {mask.shape} {mask.dtype}")
+    xs = np.flatnonzero(mask.any(axis=0))
+    ys = np.flatnonzero(mask.any(axis=1))
+    if not xs.size:
+        raise ValueError("an empty mask has no box")
+    return np.array([xs[0], ys[0], xs[-1], ys[-1]], dtype=np.int64)
+
+
+def to_frame(boxes: np.ndarray, height: int, width: int, image_size: ImageSize, resize_mode: str) -> np.ndarray:
+    """Bring boxes of an original image into the frame, to where `utils.data.geometry` brings the image.
+
+    Corners move as the pixels whose centres they are. That is within 0.5 + |1 - scale| / 2 pixels of the tight box
+    of the resized mask, which keeps or drops whole pixels.
+
+    Args:
+        boxes: (K, 4) xyxy in pixels of the original image, inclusive corners, whole or not; min <= max.
+        height, width: of the original image.
+
+    Returns:
+        (K, 4) float32, clipped to the picture, so never on padding; min <= max holds on both axes. A box that lies
+        wholly outside the picture becomes a line on its border.
+
+    Raises:
+        ValueError: unknown `resize_mode`.
+    """
+    fitted_height, fitted_width = fitted_size(height, width, image_size, resize_mode)
+    fitted = np.array([fitted_width, fitted_height] * 2)
+    mapped = (boxes + 0.5) * fitted / np.array([width, height] * 2) - 0.5  # K x 4
+    return np.clip(mapped, 0, fitted - 1).astype(np.float32)
+
+
+def jitter_boxes(boxes: np.ndarray, image_size: ImageSize, max_shift: int, rng: np.random.Generator) -> np.ndarray:
+    """Move each coordinate of each box by a random whole number of pixels, as prompts drawn by people are loose.
+
+    The shift is uniform in [-m, m] with m the smaller of `max_shift` and a tenth of the box's side along that axis
+    (rounded half up). That is the scale of the noise that SAM was trained with (Kirillov et al. 2023, appendix A:
+    standard deviation 10 % of the side, at most 20 pixels); a flat 20 pixels would move a pole out of its own box.
+
+    Args:
+        boxes: (K, 4), whole coordinates inside the image.
+        image_size: of the frame; the result is clipped to its pixels.
+        max_shift: the most pixels by which a coordinate moves; 0 returns the boxes as they are.
+        rng: the only source of chance.
+
+    Returns:
+        (K, 4) of the dtype of `boxes`; min <= max holds on both axes.
+    """
+    sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.int64) + 1  # K x 2
+    # At most (side + 5) // 10 from either end: too little for the two ends of any side to pass each other.
+    limit = np.minimum(max_shift, (sides + 5) // 10)[:, [0, 1, 0, 1]]  # K x 4
+    shifts = rng.integers(-limit, limit, endpoint=True)
+    height, width = frame_size(image_size)
+    return np.clip(boxes + shifts, 0, np.array([width - 1, height - 1] * 2)).astype(boxes.dtype)

@@ -1,0 +1,137 @@
+"""The result of an evaluation: printed, and written as text, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from utils.evaluate.metrics import format_details, format_report, results_dict
+from utils.evaluate.plots import save_confusion_matrix
+from utils.runtime import distributed
+from utils.runtime.choices import MAP_RULES, MapRule
+from utils.runtime.errors import UserError, printable
+from utils.runtime.files import atomic_write, is_folder, listed, read_json
+
+_SIZES = {"frame": "in the preprocessed frame", "original": "at the original size of the images"}
+_TTA = "test-time augmentation: the class probabilities of each image and of its mirror image are averaged\n"
+
+_RESULTS = ("evaluation_results.txt", "evaluation_results.json", "confusion_matrix.png")
+_PICTURES = ("visualizations", "predictions")
+_RECORD = ".pictures.json"  # the pictures that an evaluation has written, so that the next one can remove them
+
+
+def begin_results(output_dir: Path, pictures: Mapping[str, Iterable[str]]) -> None:
+    """Remove the results and pictures of an earlier evaluation, which would pass for this one's.
+
+    A picture that no evaluation is on record for may be the user's: it stays, and is told, unless this one replaces it.
+
+    Args:
+        pictures: the names of those to come, by the folder in `output_dir`.
+
+    Raises:
+        UserError: a file cannot be removed or written.
+    """
+    record = output_dir / _RECORD
+    coming = [(folder, name) for folder, names in pictures.items() for name in names]
+    old = [output_dir / folder / f"{name}.png" for folder, name in (*_read_record(record), *coming)]
+    removed = _remove([*(output_dir / name for name in _RESULTS), *old])
+    _remove([record])
+    if removed:
+        distributed.say(printable(f"{output_dir}: {removed:,} files of an earlier evaluation are removed"))
+    for folder in _PICTURES:
+        _tell_others(output_dir / folder)
+    if coming:
+        with atomic_write(record) as file:
+            file.write(json.dumps({folder: list(names) for folder, names in pictures.items()}).encode())
+
+
+def begin_pictures(folder: Path, suffix: str, is_new: Callable[[str], bool]) -> None:
+    """Remove the pictures of an earlier run that this one writes anew, and tell of the others, which stay.
+
+    Args:
+        is_new: whether this run writes a picture of that name, without the suffix.
+
+    Raises:
+        UserError: a file cannot be removed.
+    """
+    old = [path for path in _entries(folder) if path.suffix == suffix and is_new(path.stem)]
+    if _remove(old):
+        distributed.say(printable(f"{folder}: {len(old):,} pictures of an earlier run are replaced"))
+    _tell_others(folder)
+
+
+def _read_record(record: Path) -> list[tuple[str, str]]:
+    """Folder and name of each picture on record; of a damaged record, none."""
+    try:
+        content = read_json(record)
+    except (OSError, ValueError):
+        return []
+    found = content.items() if isinstance(content, dict) else ()
+    return [
+        (folder, name)
+        for folder, names in found
+        if folder in _PICTURES and isinstance(names, list)
+        for name in names
+        if isinstance(name, str) and Path(name).name == name and "\0" not in name  # none may lead out of the folder
+    ]
+
+
+def _remove(paths: Iterable[Path]) -> int:
+    """Remove files that are there; how many were."""
+    count = 0
+    for path in paths:
+        try:
+            path.unlink()
+            count += 1
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"{path}: cannot be removed ({error.strerror}); give another --output_dir") from None
+    return count
+
+
+def _entries(folder: Path) -> list[Path]:
+    return [path for path in listed(folder) if not path.name.startswith(".")] if is_folder(folder) else []
+
+
+def _tell_others(folder: Path) -> None:
+    if others := _entries(folder):
+        distributed.say(printable(f"{folder}: {len(others):,} other files stay there, such as {others[0].name}"))
+
+
+def write_report(
+    output_dir: Path,
+    matrix: Tensor,
+    *,
+    model: str,
+    data: str,
+    box_source: str,
+    eval_size: str,
+    map_rule: MapRule,
+    tta: bool = False,
+) -> None:
+    """
+    Args:
+        matrix: the confusion matrix, (19, 20) int64 on the CPU.
+        model, data: what was evaluated on what.
+        box_source: see `format_details`.
+        eval_size: "frame" or "original".
+        map_rule: how masks became a map.
+        tta: whether mirror images were looked at too.
+    """
+    details = format_details(matrix, box_source=box_source)
+    highest = f"each pixel goes to its highest {'average probability' if tta else 'logit'}"
+    rule = highest if box_source == "none" else f"{map_rule}: {MAP_RULES[map_rule]}"
+    text = f"{format_report(matrix)}\n\n{details}\nmap rule: {rule}\n{_TTA if tta else ''}scored {_SIZES[eval_size]}\n"
+    origin = {"model": model, "data": data, "boxes": box_source, "map_rule": map_rule, "eval_size": eval_size}
+    results = json.dumps({**origin, "tta": tta, **results_dict(matrix)}, indent=1, ensure_ascii=False)
+    print(f"\n{text}")
+    outputs = {"evaluation_results.txt": text, "evaluation_results.json": results + "\n"}
+    for name, content in outputs.items():
+        with atomic_write(output_dir / name) as file:
+            file.write(content.encode(errors="backslashreplace"))  # a path need not be text; as JSON has it
+    save_confusion_matrix(output_dir / "confusion_matrix.png", matrix.numpy())
+    print(f"Results: {', '.join(str(output_dir / name) for name in [*outputs, 'confusion_matrix.png'])}")

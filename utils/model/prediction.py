@@ -1,0 +1,158 @@
+"""From the decoder's logits to label maps, in the frame and at any original size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segment_anything.modeling import Sam
+from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.frame import ImageSize, Size, frame_size
+from utils.data.geometry import fitted_size, pixels_in_box, restore
+from utils.model.segmenter import Features, Segmenter
+from utils.runtime.choices import MapRule
+from utils.runtime.device import Precision
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the decoder says of one image: K masks, and the class that each stands for."""
+
+    low_res_masks: Tensor  # K x h x w logits, or logarithms of class probabilities
+    class_ids: Tensor  # K int64; in box mode a class may have several masks
+    boxes: Tensor | None = None  # K x 4 xyxy on the CPU, in pixels of the frame: a mask claims no pixel outside its own
+    threshold: float = -math.inf  # a pixel belongs to no class unless a logit is above it
+
+    def label_map(self, image_size: ImageSize | Sequence[int]) -> Tensor:
+        """The classes in the frame: H x W uint8, 255 where no mask claims the pixel."""
+        size = frame_size(image_size)
+        planes = (self._frame_logits(i, size) for i in range(len(self.class_ids)))
+        return merge_masks(planes, self.class_ids, self.threshold, size, self._regions(size, size))
+
+    def original_label_map(self, height: int, width: int, *, image_size: ImageSize, resize_mode: str) -> Tensor:
+        """The same of the original image, height x width: it is the logits that are cropped and resized."""
+        frame = frame_size(image_size)
+        planes = (
+            restore(self._frame_logits(i, frame), height, width, resize_mode) for i in range(len(self.class_ids))
+        )
+        regions = self._regions((height, width), fitted_size(height, width, image_size, resize_mode))
+        return merge_masks(planes, self.class_ids, self.threshold, (height, width), regions)
+
+    def _frame_logits(self, index: int, size: Size) -> Tensor:
+        mask = self.low_res_masks[index].float()[None, None]
+        return F.interpolate(mask, size, mode="bilinear", align_corners=False)[0, 0]
+
+    def _regions(self, size: tuple[int, int], fitted: tuple[int, int]) -> list[tuple[slice, slice]] | None:
+        return None if self.boxes is None else [pixels_in_box(box, size, fitted) for box in self.boxes.tolist()]
+
+
+def merge_masks(
+    planes: Iterable[Tensor],
+    class_ids: Tensor,
+    threshold: float,
+    size: tuple[int, int],
+    regions: Iterable[tuple[slice, slice]] | None = None,
+) -> Tensor:
+    """Make one label map of several masks: the highest logit wins, and must be above the threshold.
+
+    Args:
+        planes: K times H x W logits. One at a time, so that a picture of 50 megapixels needs no 19 planes of it.
+        class_ids: K int64.
+        size: (H, W).
+        regions: K times the rows and columns where a mask may claim pixels; None for everywhere.
+
+    Returns:
+        H x W uint8 on the device of `class_ids`, 255 where no mask claims the pixel.
+    """
+    best = torch.full(size, threshold, device=class_ids.device)
+    label_map = torch.full(size, IGNORE_LABEL, dtype=torch.uint8, device=class_ids.device)
+    everywhere = (slice(None), slice(None))
+    for plane, class_id, region in zip(planes, class_ids.to(torch.uint8), regions or [everywhere] * len(class_ids)):
+        wins = plane[region] > best[region]
+        best[region] = torch.where(wins, plane[region], best[region])
+        label_map[region] = torch.where(wins, class_id, label_map[region])
+    return label_map
+
+
+def features_of(model: Segmenter, batch: dict[str, Any], precision: Precision) -> Features:
+    """What `model.forward` takes of a batch's images: encoded now, or as they come out of a cache."""
+    if "features" not in batch:
+        return model.inputs(precision.images(batch))
+    features = model.restore(tuple(precision.to_device(feature) for feature in batch["features"]))
+    return model.inputs(precision.images(batch), features) if model.takes_pixels else features
+
+
+def mirror(frame: Tensor, width: int, dim: int) -> Tensor:
+    """Mirror the picture in the first `width` columns of a frame, which are `dim`; the padding beside it stays."""
+    picture, padding = frame.split([width, frame.shape[dim] - width], dim)
+    return torch.cat([picture.flip(dim), padding], dim)
+
+
+def average_mirrored(masks: Tensor, of_mirrored: Tensor, width: int, size: Size) -> Tensor:
+    """The class probabilities of a picture and of its mirror image, mirrored back: averaged, as logarithms.
+
+    They are averaged in the frame, as the middle of a picture need not lie between two pixels of the masks. Logarithms
+    are resized as logits are: two equal views give the map of one.
+
+    Args:
+        masks, of_mirrored: K x h x w logits of the K classes.
+        width: of the picture in the frame.
+        size: of the frame.
+
+    Returns:
+        K x H x W float32, but for a constant.
+    """
+    ours, theirs = (
+        F.interpolate(logits.float()[None], size, mode="bilinear", align_corners=False)[0].log_softmax(dim=0)
+        for logits in (masks, of_mirrored)
+    )
+    return torch.logaddexp(ours, mirror(theirs, width, dim=2))
+
+
+MAX_PROMPTS = 64  # boxes decoded at once; a detector's hundreds would take GBs at 1024 x 1024
+
+
+@torch.no_grad()
+def predict(
+    model: Segmenter, batch: dict[str, Any], precision: Precision, rule: MapRule = "argmax"
+) -> Iterator[Prediction]:
+    """Segment the images of a batch: encoded together; then decoded together, or, as images differ in their number of
+    boxes, each image's boxes by themselves, up to MAX_PROMPTS in one call.
+
+    What takes much memory is made when its image's turn comes: the masks of boxes, and full-size averages.
+
+    Args:
+        batch: "image", B x H x W x 3; "features" in its place, or beside it for a model that takes pixels; and in box
+            mode lists of B "class_ids" (K int64) and "boxes" (K x 4). In semantic mode, "mirror_width", a list of the
+            pictures' widths in the frame, asks for the average with the mirror images, for which "image" is needed.
+        rule: how masks become a map. "argmax" needs a box for every class that is in the image.
+    """
+    model.eval()
+    with precision.autocast():
+        features = features_of(model, batch, precision)
+        if not model.PROMPTS:
+            class_ids = precision.to_device(torch.arange(NUM_CLASSES))
+            masks = model(features)[0]
+            if widths := batch.get("mirror_width"):
+                images = torch.stack([mirror(image, width, dim=1) for image, width in zip(batch["image"], widths)])
+                of_mirrored = model(features_of(model, {"image": images}, precision))[0]
+                size = frame_size(images.shape[1:3])
+                masks = map(average_mirrored, masks, of_mirrored, widths, [size] * len(widths))
+    if not model.PROMPTS:
+        yield from (Prediction(mask, class_ids) for mask in masks)
+        return
+    threshold = -math.inf if rule == "argmax" else Sam.mask_threshold
+    for i in range(len(features[0])):
+        feature = tuple(feature[i : i + 1] for feature in features)
+        boxes, class_ids = batch["boxes"][i].float(), precision.to_device(batch["class_ids"][i])
+        some_boxes = precision.to_device(boxes)[None].split(MAX_PROMPTS, dim=1)
+        with precision.autocast():
+            masks = [model(feature, some)[0][0] for some in some_boxes] if len(class_ids) else [features[0][:0]]
+        bounds = None if rule == "threshold" else boxes
+        yield Prediction(torch.cat(masks), class_ids, bounds, threshold)

@@ -1,0 +1,274 @@
+"""Every call into `torch.distributed` lives here; with one process each function is the identity."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+# Before there is a group: DDP imports it, and its functions would keep the group of that moment as a default argument,
+# with threads that `cleanup` could not end. One that has a tensor to release as Python ends can abort the process.
+import torch.distributed.nn.functional
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.runtime.errors import LostPeerError, UserError
+
+Result = TypeVar("Result")
+
+LAUNCH_HINT = "python -m torch.distributed.launch --nproc_per_node=4 train_bdd100k.py ... --world_size 4 --distributed"
+
+
+# 修改点 9: 初始化分布式训练（rank、world_size 由启动器的环境变量给出）
+def setup(
+    *, requested: bool, world_size: int | None, node_rank: int | None, init_method: str, device: torch.device
+) -> None:
+    """Join the process group that the launcher describes; without a launcher, stay a single process.
+
+    Args:
+        requested: `--distributed` was given, so a launcher must be there.
+        world_size, node_rank: what the user believes; checked against the launcher, which knows.
+        device: this process's own; the CPU takes gloo, a card NCCL.
+
+    Raises:
+        UserError: no launcher, or one that contradicts the flags, or the processes do not meet.
+    """
+    if not _launched():
+        if requested or (world_size or 1) > 1:
+            raise UserError(f"distributed training needs a launcher: {_launch_by_tasks() or LAUNCH_HINT}")
+        if node_rank or init_method != "env://":
+            flag = f"--node_rank {node_rank}" if node_rank else f"--init_method {init_method}"
+            raise UserError(f"{flag} is for several processes, which need a launcher: {LAUNCH_HINT}")
+        _warn_of_tasks()
+        return
+    actual, own = _number("WORLD_SIZE") or 0, _number("RANK") or 0
+    if own >= actual:
+        raise UserError(f"RANK is {own} and WORLD_SIZE {actual} in the environment, but ranks are below the number of "
+                        "processes; start with torchrun, or unset both to run a single process")
+    _number("MASTER_PORT")
+    if world_size is not None and world_size != actual:
+        raise UserError(f"--world_size {world_size}, but the launcher started {actual} processes; make them agree")
+    # GROUP_RANK is the launcher's name for the rank of this machine.
+    actual_node = _number("GROUP_RANK") or 0
+    if node_rank is not None and node_rank != actual_node:
+        raise UserError(f"--node_rank {node_rank}, but the launcher calls this node {actual_node}; make them agree")
+    global _launcher
+    _launcher = os.getppid() if actual > 1 else None  # a single process may be of a shell, which may end before it
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        store, number, size = next(dist.rendezvous(init_method, own, actual))
+        # On a single machine torchrun keeps its store when it starts workers again: they would find the addresses of
+        # those that are gone. Launchers of several machines do not count alike, and make a new one if told to (c10d).
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=size)
+        if backend == "gloo":
+            atexit.register(cleanup)  # after a failure too
+    except (ValueError, RuntimeError) as error:  # a variable is missing, no such method, nobody answers
+        reason = " ".join(str(error).split())
+        raise UserError(f"the processes cannot meet by --init_method {init_method} ({reason}); leave that flag out and "
+                        "start with torchrun, or unset RANK and WORLD_SIZE to run a single process") from None
+
+
+_launcher: int | None = None  # its process, as `setup` found it
+
+
+def launcher_has_ended() -> bool:
+    """Whether the launcher of several processes is gone, and they with nobody to start them again."""
+    return _launcher is not None and os.getppid() != _launcher
+
+
+def _launched() -> bool:
+    return None not in (_number("RANK"), _number("WORLD_SIZE"))
+
+
+def _number(name: str) -> int | None:
+    """What a launcher's variable says; an empty one counts as unset.
+
+    Raises:
+        UserError: it is no number.
+    """
+    text = os.environ.get(name, "").strip()
+    if text and not (text.isascii() and text.isdecimal()):
+        raise UserError(f"{name} is {text!r} in the environment, which is no number; start with torchrun, or unset it")
+    return int(text) if text else None
+
+
+# Who starts tasks without telling PyTorch of it, by the variable that has their number.
+_TASK_STARTERS = {"SLURM_NTASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+
+def _started_tasks() -> tuple[str, int] | None:
+    """The variable that says of several tasks, and their number."""
+    for name in _TASK_STARTERS:
+        text = os.environ.get(name, "")
+        if text.isdecimal() and int(text) > 1:
+            return name, int(text)
+    return None
+
+
+def _launch_by_tasks() -> str | None:
+    """The command that starts as many processes as there are tasks, with a launcher."""
+    tasks = _started_tasks()
+    if tasks is None:
+        return None
+    name, count = tasks
+    script = f"{Path(sys.argv[0]).name} ..."
+    if name != "SLURM_NTASKS":
+        return f"torchrun --nproc_per_node={count} {script}"
+    nodes = os.environ.get("SLURM_NNODES", "")
+    num_nodes = int(nodes) if nodes.isdecimal() and int(nodes) else 1
+    launcher = "--standalone"
+    if num_nodes > 1:
+        launcher = (f"--nnodes={num_nodes} --rdzv_backend=c10d --rdzv_id=$SLURM_JOB_ID "
+                    "--rdzv_endpoint=$(scontrol show hostnames | head -n 1):29500")
+    return (f"srun --ntasks={num_nodes} --ntasks-per-node=1 --cpus-per-task=$SLURM_CPUS_ON_NODE torchrun {launcher} "
+            f"--nproc_per_node={max(1, count // num_nodes)} {script}")
+
+
+def _warn_of_tasks() -> None:
+    """Tasks that know nothing of each other do the whole work each."""
+    tasks = _started_tasks()
+    if tasks:
+        name, count = tasks
+        print(f"warning: {name} is {count}, but no launcher started this process: each task that "
+              f"{_TASK_STARTERS[name]} starts does the whole work by itself; to share it: {_launch_by_tasks()}",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+
+def cleanup() -> None:
+    """Leave the group, at the end of what went well: after a failure, NCCL might wait for processes that are gone. What
+    gloo has under way ends with them."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    elif not _launched():
+        _warn_of_tasks()  # again, as the end of a log is what is read
+
+
+@contextmanager
+def telling_lost_peers() -> Iterator[None]:
+    """A context in which the end of another process, which a collective meets, is one line and no traceback.
+
+    gloo meets it at once. NCCL may raise an error, end this process by its watchdog, or wait for the launcher's signal.
+
+    Raises:
+        LostPeerError: another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # a DDP backward pass raises no narrower type
+        reason = " ".join(str(error).split())
+        if world_size() == 1 or not (isinstance(error, dist.DistError) or _LOST.search(reason)):
+            raise
+        raise LostPeerError(f"process {rank()} of {world_size()} lost the connection to another one, which has ended: "
+                            f"see what that one or its machine says ({reason.split('. ')[0]})") from error
+
+
+# How gloo words it, and the name that errors of NCCL have in their text.
+_LOST = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed|gloo|NCCL")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """The rank among this machine's processes, which is the index of the card to use; known before `setup`."""
+    return (_number("LOCAL_RANK") or 0) if _launched() else 0
+
+
+def local_world_size() -> int:
+    """How many processes were started on this machine; known before `setup`."""
+    # A launcher that does not say has started at least those of lower rank.
+    return (_number("LOCAL_WORLD_SIZE") or local_rank() + 1) if _launched() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def say(message: str) -> None:
+    """Print it once, however many processes have it to say."""
+    if is_main():
+        print(message, flush=True)
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather(value: Any) -> list[Any]:
+    """Every process's value (a small picklable object), in the order of ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: Any) -> Any:
+    """The main process's value (a picklable object), everywhere."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def on_main(function: Callable[[], Result]) -> Result:
+    """What `function`, called in the main process alone, returns (a picklable object), everywhere.
+
+    Raises:
+        UserError: that of the main process, everywhere, so that nobody waits for a process that has stopped.
+    """
+    if not dist.is_initialized():
+        return function()
+    outcome: Any = None
+    if is_main():
+        try:
+            outcome = function()
+        except UserError as error:
+            outcome = error
+    outcome = broadcast(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+
+# 修改点 10: 使用 DDP 包装模型（只同步可训练的 Mask Decoder 参数）
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap in DDP where there are several processes. Frozen parameters take no part in it."""
+    if not dist.is_initialized():
+        return model
+    # Buffers are broadcast by default, at the first pass after each synchronised one, so once an optimizer step however
+    # many are accumulated. Ours are constants of a few MB: that is cheap, and the argument against it is deprecated.
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+# 修改点 12: DDP + 梯度累积：仅在每组最后一步同步梯度
+def sync_gradients(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+    """Context of a forward and backward pass that communicates gradients only if `enabled`."""
+    if enabled or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
