@@ -41,8 +41,11 @@ class _OnePath(argparse.Action):
             folders, suffixes = ({path.parent for path in paths}, {path.suffix for path in paths})
             folder = folders.pop() if len(folders) == 1 else Path("FOLDER")
             pattern = folder / f"*{suffixes.pop() if len(suffixes) == 1 else ''}"
-            raise argparse.ArgumentError(self, f"takes one path, and got {len(values)}; if they are of a pattern, "
-                                               f"quote it: --images {shlex.quote(str(pattern))}")
+            raise argparse.ArgumentError(
+                self,
+                f"takes one path, and got {len(values)}; if they are of a pattern, "
+                f"quote it: --images {shlex.quote(str(pattern))}",
+            )
         setattr(namespace, self.dest, values[0])
 
 
@@ -57,16 +60,29 @@ def get_args_parser() -> cli.Parser:
     flag("model_type", choices=MODEL_TYPES, default="vit_b", help="which SAM")
     flag("boxes", type=Path, help="detections in Scalabel's JSON to prompt with, instead of the ground truth's boxes")
     rules = "; ".join(f"{rule}: {text}" for rule, text in MAP_RULES.items())
-    flag("map_rule", choices=list(MAP_RULES), help=f"how masks become one map. {rules} (default: argmax, and "
-         "box_threshold with --boxes)")
-    parser.add_switch("tta", help="test-time augmentation, of semantic checkpoints: average the class probabilities of "
-                      "each image and of its mirror image. Takes about twice the time, and reads no cached features")
-    flag("output_dir", type=Path, default=Path("inference_results"), help="where the results go; what an "
-         "earlier evaluation wrote there is removed")
+    flag(
+        "map_rule",
+        choices=list(MAP_RULES),
+        help=f"how masks become one map. {rules} (default: argmax, and box_threshold with --boxes)",
+    )
+    parser.add_switch(
+        "tta",
+        help="test-time augmentation, of semantic checkpoints: average the class probabilities of "
+        "each image and of its mirror image. Takes about twice the time, and reads no cached features",
+    )
+    flag(
+        "output_dir",
+        type=Path,
+        default=Path("inference_results"),
+        help="where the results go; what an earlier evaluation wrote there is removed",
+    )
     flag("batch_size", type=cli.positive_int, default=1, help="images encoded at once")
-    flag("cache_embeddings", default="auto",
-         help="features of a labelled split, as train_bdd100k.py keeps them: auto, those beside the images, if there "
-         "are any; a folder, where they are kept from now on; or off")
+    flag(
+        "cache_embeddings",
+        default="auto",
+        help="features of a labelled split, as train_bdd100k.py keeps them: auto, those beside the images, if there "
+        "are any; a folder, where they are kept from now on; or off",
+    )
     flag("cache_dtype", choices=CACHE_DTYPES, default="float16", help="what cached features are stored in")
     flag("num_workers", type=cli.non_negative_int, default=2, help="loader processes")
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
@@ -74,8 +90,12 @@ def get_args_parser() -> cli.Parser:
     flag("amp_dtype", choices=AMP_DTYPES, default="auto", help=AMP_HELP)
     parser.add_switch("visualize", help=f"draw the first {NUM_PICTURES} images")
     parser.add_switch("save_predictions", help="write each image's train ids at its original size as PNG")
-    flag("eval_size", choices=["frame", "original"], default="frame",
-         help="score in the preprocessed frame, or at the original size against the masks of --bdd100k_root")
+    flag(
+        "eval_size",
+        choices=["frame", "original"],
+        default="frame",
+        help="score in the preprocessed frame, or at the original size against the masks of --bdd100k_root",
+    )
     flag("bdd100k_root", type=Path, help="the unpacked BDD100K, for --eval_size original")
     # torch.distributed.launch passes it; the environment says the same.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
@@ -131,8 +151,9 @@ def main(args: argparse.Namespace) -> int:
 def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     """Score a preprocessed split; several processes each take a share of it, and every image belongs to one."""
     if args.tta and args.cache_embeddings not in ("auto", "off"):
-        raise UserError("--tta encodes each image and its mirror image and reads no cache; leave out "
-                        "--cache_embeddings")
+        raise UserError(
+            "--tta encodes each image and its mirror image and reads no cache; leave out --cache_embeddings"
+        )
     source = NpyFolder(args.val_npy_path)
     masks = original_masks(args, source) if args.eval_size == "original" else None
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
@@ -186,9 +207,11 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
 
 
 def original_size(prediction: Prediction, height: int, width: int, info: ModelInfo) -> np.ndarray:
-    return prediction.original_label_map(
-        height, width, image_size=info.image_size, resize_mode=info.resize_mode
-    ).cpu().numpy()
+    return (
+        prediction.original_label_map(height, width, image_size=info.image_size, resize_mode=info.resize_mode)
+        .cpu()
+        .numpy()
+    )
 
 
 def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
@@ -196,8 +219,9 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     if distributed.world_size() > 1:
         raise UserError("--images runs in one process; start it without a launcher")
     if args.visualize or args.eval_size != "frame" or args.bdd100k_root:
-        raise UserError("--images draws overlays and scores nothing: leave out --visualize, --eval_size and "
-                        "--bdd100k_root")
+        raise UserError(
+            "--images draws overlays and scores nothing: leave out --visualize, --eval_size and --bdd100k_root"
+        )
     if args.cache_embeddings not in ("auto", "off"):
         raise UserError("--images encodes each picture once and reads no cache; leave out --cache_embeddings")
     source = find_source(args.images)
@@ -237,8 +261,10 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
                 if args.save_predictions:
                     save_labels(args.output_dir / "predictions" / f"{name}.png", labels)
         if boxes is not None and not prompted:
-            raise UserError(f"{args.boxes}: has no box for anything in {args.images}; nothing was segmented (boxes go "
-                            "by the name of the picture; a video's frames are named <video>_000000 and so on)")
+            raise UserError(
+                f"{args.boxes}: has no box for anything in {args.images}; nothing was segmented (boxes go "
+                "by the name of the picture; a video's frames are named <video>_000000 and so on)"
+            )
     print(f"\nOverlays: {output}")
     print_folders(args)
     for failure in failures:
@@ -292,8 +318,10 @@ def load_model(
     state = checkpoint.load_checkpoint(args.model_checkpoint) if args.model_checkpoint else None
     if state and state["info"].model_type != args.model_type:
         actual = state["info"].model_type
-        raise UserError(f"{args.model_checkpoint}: a decoder of {actual}, not of {args.model_type}; "
-                        f"give --model_type {actual} and the SAM file it was trained on")
+        raise UserError(
+            f"{args.model_checkpoint}: a decoder of {actual}, not of {args.model_type}; "
+            f"give --model_type {actual} and the SAM file it was trained on"
+        )
     prompt_mode = state["info"].prompt_mode if state else "box"
     if args.tta and prompt_mode != "semantic":
         which = args.model_checkpoint or "without --model_checkpoint, SAM as it is"
@@ -331,8 +359,10 @@ def choose_boxes(
     if not args.boxes:
         if args.images is not None:
             which = args.model_checkpoint or "without --model_checkpoint, SAM as it is"
-            raise UserError(f"{which}: needs boxes, and pictures of your own have no ground truth to take them from: "
-                            "give --boxes FILE, or the checkpoint of a run with --prompt_mode semantic")
+            raise UserError(
+                f"{which}: needs boxes, and pictures of your own have no ground truth to take them from: "
+                "give --boxes FILE, or the checkpoint of a run with --prompt_mode semantic"
+            )
         return "oracle"
     detections = read_detections(args.boxes)
     if names is not None:
@@ -352,8 +382,10 @@ def choose_map_rule(
     """How masks become a map: a detector's boxes leave out classes and background, so that masks keep a threshold."""
     if info.prompt_mode == "semantic":
         if args.map_rule not in (None, "argmax"):
-            raise UserError(f"--map_rule {args.map_rule}: a semantic checkpoint takes no boxes and knows argmax alone; "
-                            "leave out --map_rule")
+            raise UserError(
+                f"--map_rule {args.map_rule}: a semantic checkpoint takes no boxes and knows argmax alone; "
+                "leave out --map_rule"
+            )
         return "argmax"
     return args.map_rule or ("argmax" if boxes == "oracle" else "box_threshold")
 
@@ -372,11 +404,14 @@ def original_masks(args: argparse.Namespace, source: NpyFolder) -> dict[str, Pat
     for item in source.items:
         mask = found.get(match_key(item.name))
         if mask is None:
-            raise UserError(f"{args.bdd100k_root}: has no mask of {item.name}; give the folder that {source.folder} "
-                            "was made from")
+            raise UserError(
+                f"{args.bdd100k_root}: has no mask of {item.name}; give the folder that {source.folder} was made from"
+            )
         if read_size(mask) != (item.height, item.width):
-            raise UserError(f"{mask}: is not of the {item.width}x{item.height} that {source.folder} was made from; "
-                            "give the folder that it was made from")
+            raise UserError(
+                f"{mask}: is not of the {item.width}x{item.height} that {source.folder} was made from; "
+                "give the folder that it was made from"
+            )
         masks[item.name] = mask
     return masks
 

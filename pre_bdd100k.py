@@ -56,9 +56,14 @@ def get_args_parser() -> cli.Parser:
     p = cli.Parser(description=__doc__)
     p.add_flag("bdd100k_root", type=Path, required=True, help="folder of the unpacked BDD100K")
     p.add_flag("output_path", type=Path, default=Path("data/bdd100k_npy"), help="folder to write")
-    p.add_flag("image_size", type=image_size, default=1024, help="side of the square arrays, or HxW: 576x1024 has "
-               "the shape of BDD100K's pictures and 2,304 tokens in place of 4,096, 720x1280 has every pixel. "
-               "Sides are multiples of 16")
+    p.add_flag(
+        "image_size",
+        type=image_size,
+        default=1024,
+        help="side of the square arrays, or HxW: 576x1024 has "
+        "the shape of BDD100K's pictures and 2,304 tokens in place of 4,096, 720x1280 has every pixel. "
+        "Sides are multiples of 16",
+    )
     p.add_flag("splits", nargs="+", default=["train", "val"], help="splits to process")
     p.add_flag("num_workers", type=cli.positive_int, default=usable_cores(), help="processes")
     p.add_flag("image_dtype", choices=IMAGE_DTYPES, default="float32", help="uint8 holds 0-255, the others [0, 1]")
@@ -355,8 +360,12 @@ def report(folder: Path, split: Split, manifest: Manifest, kept: int) -> None:
     for label, name, count in rows:
         print(f"{label:>3}  {name:<14}{count:>18,}{100 * count / total:>9.3f}")
     if not has_labels(manifest):
-        print(f"warning: {folder}: all masks are {IGNORE_LABEL} (not labelled) throughout; there is nothing to train "
-              "or score on", file=sys.stderr, flush=True)
+        print(
+            f"warning: {folder}: all masks are {IGNORE_LABEL} (not labelled) throughout; there is nothing to train "
+            "or score on",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def has_labels(manifest: Manifest) -> bool:
@@ -405,24 +414,38 @@ def main(args: Namespace) -> int:
         print(printable(note), flush=True)
     if len({split.base for split in splits.values()}) > 1:
         found = ", ".join(f"{name} in {split.base}" for name, split in splits.items())
-        print(printable(f"warning: the splits are in different folders ({found}); if they are not of one data set, "
-                        "give another --bdd100k_root"), file=sys.stderr, flush=True)
+        print(
+            printable(
+                f"warning: the splits are in different folders ({found}); if they are not of one data set, "
+                "give another --bdd100k_root"
+            ),
+            file=sys.stderr,
+            flush=True,
+        )
     for doubt in doubts:
         print(printable(f"warning: {doubt}"), file=sys.stderr, flush=True)
     manifests = {}
     for name, split in splits.items():
         sources = {job.item.name: job.sources for job in jobs[name] if job.sources}
-        manifests[name] = Manifest(
-            **vars(settings), labelled=split.labelled, complete=False, items=[], sources=sources
-        )
+        manifests[name] = Manifest(**vars(settings), labelled=split.labelled, complete=False, items=[], sources=sources)
         masks = f"{len(split.items)} with a mask" if split.labelled else f"no masks in {split.mask_dir}, so no gts/"
         print(f"{name}: {len(split.items) + len(split.images_without_mask)} images, {masks}", flush=True)
         if not split.labelled and name != "test":
-            print(f"warning: without masks, {name} is nothing to train or score on; BDD100K's are a download of their "
-                  "own, to be unpacked into the same folder", file=sys.stderr, flush=True)
+            print(
+                f"warning: without masks, {name} is nothing to train or score on; BDD100K's are a download of their "
+                "own, to be unpacked into the same folder",
+                file=sys.stderr,
+                flush=True,
+            )
         if foreign := foreign_pictures(split.items[0].image.parent):
-            print(printable(f"warning: {name}: {len(foreign)} pictures are of formats that are not read and were left "
-                            f"out, such as {foreign[0]}; convert them to JPEG or PNG"), file=sys.stderr, flush=True)
+            print(
+                printable(
+                    f"warning: {name}: {len(foreign)} pictures are of formats that are not read and were left "
+                    f"out, such as {foreign[0]}; convert them to JPEG or PNG"
+                ),
+                file=sys.stderr,
+                flush=True,
+            )
     errors: list[str] = []
     suspect: list[str] = []
     try:
@@ -436,8 +459,10 @@ def main(args: Namespace) -> int:
                 results = run_jobs(process, jobs[name], args.num_workers, progress.update)
                 stay = {job.item.name for job, r in zip(jobs[name], results) if isinstance(r, Failure) and r.stays}
                 # What a stopped run left has no items; the record of its sources stays all the same.
-                known = [earlier_items[name].get(job.item.name) if job.item.name in stay else result
-                         for job, result in zip(jobs[name], results)]
+                known = [
+                    earlier_items[name].get(job.item.name) if job.item.name in stay else result
+                    for job, result in zip(jobs[name], results)
+                ]
                 items = [item for item in known if isinstance(item, ManifestItem)]
                 failures = [result for result in results if isinstance(result, Failure)]
                 wrong = sum(failure.kind == WRONG_LABELS for failure in failures)

@@ -63,8 +63,10 @@ KEPT_ON_RESUME = {
 # Flags with which it is to be evaluated too, and the defaults that infer_bdd100k.py has for them.
 OF_INFERENCE = {"amp_dtype": "auto", "cache_embeddings": "auto", "cache_dtype": "float16"}
 
-MEMORY_ADVICE = ("lower -batch_size and raise --grad_acc_steps by the same factor, which changes nothing else; or add "
-                 "-use_amp, give a smaller --classes_per_image (box mode), or preprocess at a smaller --image_size")
+MEMORY_ADVICE = (
+    "lower -batch_size and raise --grad_acc_steps by the same factor, which changes nothing else; or add "
+    "-use_amp, give a smaller --classes_per_image (box mode), or preprocess at a smaller --image_size"
+)
 
 # What a card has room and arithmetic for; without --preset, what the specification has. All make optimizer steps of 16
 # images per process, so that a run means the same on each. With vit_b at 1024 a cached step has tensors of
@@ -91,60 +93,108 @@ def get_args_parser() -> cli.Parser:
     flag("i", "tr_npy_path", type=Path, required=True, help="training split written by pre_bdd100k.py")
     flag("val_npy_path", type=Path, help="validation split: mIoU is measured on it, and the best model chosen by it")
     flag("val_every", type=cli.positive_int, default=1, help="epochs from one validation to the next")
-    flag("patience", type=cli.positive_int, help="stop when val mIoU has not improved for so many validations; the "
-         "learning rate still follows the schedule of -num_epochs (default: off)")
+    flag(
+        "patience",
+        type=cli.positive_int,
+        help="stop when val mIoU has not improved for so many validations; the "
+        "learning rate still follows the schedule of -num_epochs (default: off)",
+    )
     flag("task_name", default="BDD100K-SAM-MaskDecoder", help="the run's folder is <work_dir>/<task_name>-<time>")
     flag("work_dir", type=Path, default=Path("work_dir"), help="where runs are kept")
-    flag("prompt_mode", choices=PROMPT_MODES, default="box",
-         help="box: a class's box in, its mask out. semantic: no box, one map of all classes")
+    flag(
+        "prompt_mode",
+        choices=PROMPT_MODES,
+        default="box",
+        help="box: a class's box in, its mask out. semantic: no box, one map of all classes",
+    )
     flag("model_type", choices=MODEL_TYPES, default="vit_b", help="which SAM")
     flag("checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM checkpoint")
     parser.add_switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
-    flag("resume", type=Path, help="a run's folder, or its medsam_model_latest.pth, to go on with; auto: the task's "
-         "run in work_dir that was saved last, or a new one")
-    flag("save_every_steps", type=cli.non_negative_int, default=0,
-         help="optimizer steps of an epoch from one medsam_model_latest.pth to the next, 0 for one an epoch")
+    flag(
+        "resume",
+        type=Path,
+        help="a run's folder, or its medsam_model_latest.pth, to go on with; auto: the task's "
+        "run in work_dir that was saved last, or a new one",
+    )
+    flag(
+        "save_every_steps",
+        type=cli.non_negative_int,
+        default=0,
+        help="optimizer steps of an epoch from one medsam_model_latest.pth to the next, 0 for one an epoch",
+    )
     flag("keep_last", type=cli.non_negative_int, default=1, help="how many of those before the last are kept")
     flag("seed", type=cli.seed, default=2024, help="of everything that is random")
-    parser.add_switch("deterministic", help="CUDA kernels that give the same bits on each run of the same card and "
-                      "software, most of them slower; one that has no such form stops the run. Not run on a GPU yet; "
-                      "a CPU needs none of it")
+    parser.add_switch(
+        "deterministic",
+        help="CUDA kernels that give the same bits on each run of the same card and "
+        "software, most of them slower; one that has no such form stops the run. Not run on a GPU yet; "
+        "a CPU needs none of it",
+    )
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
 
     # 修改点 3: 训练参数默认值适配 4x 2080Ti (11GB)
-    flag("preset", choices=[name for name in PRESETS if name], help=f"{', '.join(PRESETS[None])} for a kind of card; "
-         "what is given beside it wins")
+    flag(
+        "preset",
+        choices=[name for name in PRESETS if name],
+        help=f"{', '.join(PRESETS[None])} for a kind of card; what is given beside it wins",
+    )
     flag("batch_size", type=cli.positive_int, help=f"images per process and step {_by_preset('batch_size')}")
     flag("num_epochs", type=cli.positive_int, default=100, help="passes over the data")
     flag("lr", type=cli.positive_float, help=f"learning rate {_by_mode('lr')}")
     flag("weight_decay", type=cli.non_negative_float, default=0.01, help="of AdamW")
     flag("lr_scheduler", choices=SCHEDULES, help=f"learning rate over time {_by_mode('lr_scheduler')}")
-    flag("warmup_epochs", type=cli.non_negative_float,
-         help=f"epochs of linear warm-up before it {_by_mode('warmup_epochs')}")
+    flag(
+        "warmup_epochs",
+        type=cli.non_negative_float,
+        help=f"epochs of linear warm-up before it {_by_mode('warmup_epochs')}",
+    )
     flag("clip_grad_norm", type=cli.non_negative_float, default=1.0, help="largest gradient norm, 0 for no limit")
-    flag("classes_per_image", type=cli.positive_int_or_all, default="all",
-         help="classes of an image that a step trains on and that compete for its pixels: all, or so many random ones "
-         "(box mode)")
-    flag("bbox_shift", type=cli.non_negative_int, default=20,
-         help="largest jitter of a box's sides, in pixels (box mode)")
-    flag("augment", choices=list(AUGMENTATIONS),
-         help="flip: mirrored half of the time; full: cropped, brighter or darker, of other contrast too "
-         f"{_by_mode('augment')}")
-    flag("cache_embeddings", default="auto",
-         help="encode each image once and keep the features: in a folder; auto, beside the images if that spares work "
-         "and the disk has room; or off")
+    flag(
+        "classes_per_image",
+        type=cli.positive_int_or_all,
+        default="all",
+        help="classes of an image that a step trains on and that compete for its pixels: all, or so many random ones "
+        "(box mode)",
+    )
+    flag(
+        "bbox_shift",
+        type=cli.non_negative_int,
+        default=20,
+        help="largest jitter of a box's sides, in pixels (box mode)",
+    )
+    flag(
+        "augment",
+        choices=list(AUGMENTATIONS),
+        help="flip: mirrored half of the time; full: cropped, brighter or darker, of other contrast too "
+        f"{_by_mode('augment')}",
+    )
+    flag(
+        "cache_embeddings",
+        default="auto",
+        help="encode each image once and keep the features: in a folder; auto, beside the images if that spares work "
+        "and the disk has room; or off",
+    )
     flag("cache_dtype", choices=CACHE_DTYPES, default="float16", help="what cached features are stored in")
-    flag("cache_views", type=cli.positive_int,
-         help="views of each image in the cache: itself, its mirror image, then random ones (default: "
-         f"{', '.join(f'{name} {views}' for name, views in AUGMENTATIONS.items())})")
-    flag("num_workers", type=cli.non_negative_int,
-         help=f"loader processes per training process {_by_preset('num_workers')}")
+    flag(
+        "cache_views",
+        type=cli.positive_int,
+        help="views of each image in the cache: itself, its mirror image, then random ones (default: "
+        f"{', '.join(f'{name} {views}' for name, views in AUGMENTATIONS.items())})",
+    )
+    flag(
+        "num_workers",
+        type=cli.non_negative_int,
+        help=f"loader processes per training process {_by_preset('num_workers')}",
+    )
 
     # 修改点 4: 混合精度训练和梯度累积
     parser.add_switch("use_amp", default=None, help=f"mixed precision {_by_preset('use_amp')}")
     flag("amp_dtype", choices=AMP_DTYPES, help=f"{AMP_HELP} {_by_preset('amp_dtype')}")
-    flag("grad_acc_steps", type=cli.positive_int,
-         help=f"steps whose gradients are added up {_by_preset('grad_acc_steps')}")
+    flag(
+        "grad_acc_steps",
+        type=cli.positive_int,
+        help=f"steps whose gradients are added up {_by_preset('grad_acc_steps')}",
+    )
 
     # 修改点 5: 分布式训练参数
     parser.add_switch("distributed", help="require a launcher (with one, it is used in any case)")
@@ -416,8 +466,10 @@ def announce(
     if args.use_amp and precision.amp_dtype is None:
         dtype += ": this CPU has no bf16"
     print(f"{args.model_type} at {run.info.image_size}: {trained:,} parameters trained, {frozen:,} frozen")
-    print(f"{num_images} images, {steps_per_epoch} optimizer steps an epoch, "
-          f"effective batch size {run.config['effective_batch_size']}")
+    print(
+        f"{num_images} images, {steps_per_epoch} optimizer steps an epoch, "
+        f"effective batch size {run.config['effective_batch_size']}"
+    )
     print(f"{distributed.world_size()} process(es) on {precision.device.type}, {dtype}")
     position = run.progress
     going_on = f", going on at epoch {position.epoch}" if position.epoch or position.steps else ""

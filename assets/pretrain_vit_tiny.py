@@ -55,8 +55,11 @@ def get_args_parser() -> cli.Parser:
     parser.add_flag("output", type=Path, default=Path("assets/sam_vit_tiny_scenes.pth"), help="where the weights go")
     parser.add_flag("data", type=Path, help="learn from this split of pre_bdd100k.py, not from drawn scenes")
     parser.add_flag("init", type=Path, help="weights to start from (default: random ones)")
-    parser.add_flag("image_size", type=image_size,
-                    help=f"frame of drawn scenes (default: {CONFIGS['vit_tiny'].image_size}); --data has its own")
+    parser.add_flag(
+        "image_size",
+        type=image_size,
+        help=f"frame of drawn scenes (default: {CONFIGS['vit_tiny'].image_size}); --data has its own",
+    )
     parser.add_flag("num_scenes", type=cli.positive_int, default=1200, help="scenes to draw")
     parser.add_flag("num_steps", type=cli.positive_int, default=1500, help="optimizer steps")
     parser.add_flag("batch_size", type=cli.positive_int, default=8, help="images a step")
@@ -148,8 +151,10 @@ def main(args: argparse.Namespace) -> None:
     source = NpyFolder(args.data) if args.data else None
     image_size = source.image_size if source else args.image_size or CONFIGS["vit_tiny"].image_size
     if args.image_size not in (None, image_size):
-        raise UserError(f"{args.data}: has image size {image_size}; leave out --image_size {args.image_size}, or give "
-                        "it to pre_bdd100k.py")
+        raise UserError(
+            f"{args.data}: has image size {image_size}; leave out --image_size {args.image_size}, or give "
+            "it to pre_bdd100k.py"
+        )
     sam = load_sam(args.init, image_size)
     make_folder(args.output.parent, "--output")
     if args.output.is_dir():

@@ -266,6 +266,7 @@ def encode(images: Tensor, sam: Sam, blocks: list[int], use_amp: bool, desc: str
 @torch.no_grad()
 def reduced(split: Split) -> Split:
     """The split with its features as they come out of a cache."""
+
     def features_of(images: slice) -> list[Tensor]:
         return [feature[images].float() for feature in split.features]
 

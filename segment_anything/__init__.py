@@ -1,7 +1,7 @@
 """Segment Anything (Kirillov et al., 2023, arXiv 2304.02643), compatible with Meta's checkpoints.
 
-    from segment_anything import SamPredictor, sam_model_registry
-    predictor = SamPredictor(sam_model_registry["vit_b"](checkpoint="work_dir/SAM/sam_vit_b_01ec64.pth"))
+from segment_anything import SamPredictor, sam_model_registry
+predictor = SamPredictor(sam_model_registry["vit_b"](checkpoint="work_dir/SAM/sam_vit_b_01ec64.pth"))
 """
 
 from segment_anything.automatic_mask_generator import SamAutomaticMaskGenerator

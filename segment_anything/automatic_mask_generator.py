@@ -36,7 +36,7 @@ OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 class SamAutomaticMaskGenerator:
     """Prompts SAM with each point of a grid, three masks a point, and keeps the good masks, each once.
 
-        masks = SamAutomaticMaskGenerator(sam).generate(image)  # H x W x 3 uint8, RGB
+    masks = SamAutomaticMaskGenerator(sam).generate(image)  # H x W x 3 uint8, RGB
     """
 
     def __init__(
@@ -88,8 +88,10 @@ class SamAutomaticMaskGenerator:
             raise ArgumentError(f"crop_n_layers={crop_n_layers} needs {needed} point_grids, got {len(grids)}")
         height, width = model.frame_size
         if crop_n_layers and height != width:
-            raise ArgumentError(f"crop_n_layers={crop_n_layers}: crops do not all fit the model's {height} x {width}; "
-                                f"build the model with image_size={max(height, width)}, or give crop_n_layers=0")
+            raise ArgumentError(
+                f"crop_n_layers={crop_n_layers}: crops do not all fit the model's {height} x {width}; "
+                f"build the model with image_size={max(height, width)}, or give crop_n_layers=0"
+            )
         if output_mode not in OUTPUT_MODES:
             raise ArgumentError(f"output_mode must be one of {', '.join(OUTPUT_MODES)}, got {output_mode!r}")
         if output_mode == "coco_rle":

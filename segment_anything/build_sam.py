@@ -203,8 +203,14 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
             the frame, where the positions are of another frame that is not square.
     """
     embedding = state.get("image_encoder.pos_embed")
-    actual = next((name for name, c in CONFIGS.items() if embedding is not None and embedding.ndim == 4
-                   and c.embed_dim == embedding.shape[3]), None)  # fmt: skip
+    actual = next(
+        (
+            name
+            for name, c in CONFIGS.items()
+            if embedding is not None and embedding.ndim == 4 and c.embed_dim == embedding.shape[3]
+        ),
+        None,
+    )
     if actual not in (None, model_type):
         raise CheckpointError(f"{source}: a checkpoint of {actual}, not of {model_type}; give model_type {actual}")
     expected = sam.state_dict()
@@ -215,8 +221,10 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
     grid_size = sam.prompt_encoder.image_embedding_size
     if actual and embedding is not None and not _square_side(state) and embedding.shape[1:3] != grid_size:
         height, width = (PATCH_SIZE * side for side in embedding.shape[1:3])
-        raise CheckpointError(f"{source}: its positions are of the frame {height}x{width} and fit no other; use the "
-                              f"image size {height}x{width}")
+        raise CheckpointError(
+            f"{source}: its positions are of the frame {height}x{width} and fit no other; use the "
+            f"image size {height}x{width}"
+        )
     # A non-square frame has the top-left part of a square's positions.
     side = None if grid_size[0] == grid_size[1] or not _square_side(state) else max(*grid_size, _square_side(state))
     fitted = {key: _fit_positions(state[key], expected[key], side) for key in depends_on_size & state.keys()}

@@ -14,8 +14,8 @@ from segment_anything.utils.transforms import ResizeLongestSide
 class SamPredictor:
     """Keeps the embedding of one image, so that each further prompt costs only the mask decoder.
 
-        predictor.set_image(image)  # H x W x 3 uint8
-        masks, iou_predictions, low_res_masks = predictor.predict(box=np.array([x0, y0, x1, y1]))
+    predictor.set_image(image)  # H x W x 3 uint8
+    masks, iou_predictions, low_res_masks = predictor.predict(box=np.array([x0, y0, x1, y1]))
     """
 
     def __init__(self, sam_model: Sam) -> None:
@@ -58,8 +58,10 @@ class SamPredictor:
             raise ArgumentError(f"expected 1 x 3 x H x W with longest side {side}, got {shape}")
         height, width = self.model.frame_size
         if shape[2] > height or shape[3] > width:
-            raise ArgumentError(f"an image of {shape[2]} x {shape[3]} does not fit the model's {height} x {width}; "
-                                f"build the model with image_size={side}, which takes every shape")
+            raise ArgumentError(
+                f"an image of {shape[2]} x {shape[3]} does not fit the model's {height} x {width}; "
+                f"build the model with image_size={side}, which takes every shape"
+            )
         self.reset_image()
         self.original_size, self.input_size = tuple(original_image_size), shape[2:]
         (self.orig_h, self.orig_w), (self.input_h, self.input_w) = self.original_size, self.input_size

@@ -65,9 +65,7 @@ def quick_start() -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
 
 
-def with_shared_memory_of(
-    size: str, command: Sequence[object], **options: Any
-) -> subprocess.CompletedProcess[str]:
+def with_shared_memory_of(size: str, command: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command with a /dev/shm of its own, as a container has it; skip the test where that is not allowed."""
     mount = f'mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 99; exec "$@"'
     words = ["unshare", "--mount", "bash", "-c", mount, "-", *map(str, command)]

@@ -60,9 +60,26 @@ def write_inputs(folder: Path, *, num_images: int = 7, seed: int = 0, width: int
 
 def training(inputs: Path, work_dir: Path, *flags: object) -> list[str]:
     """The words of a training run over `write_inputs`, after the interpreter's."""
-    words = [REPOSITORY / "train_bdd100k.py", "-i", inputs / "train", "-model_type", "vit_tiny", "-checkpoint",
-             inputs / "sam.pth", "-work_dir", work_dir, "-task_name", "Fault", "--device", "cpu", "-batch_size", 1,
-             "-num_workers", 0, *flags]  # fmt: skip
+    words = [
+        REPOSITORY / "train_bdd100k.py",
+        "-i",
+        inputs / "train",
+        "-model_type",
+        "vit_tiny",
+        "-checkpoint",
+        inputs / "sam.pth",
+        "-work_dir",
+        work_dir,
+        "-task_name",
+        "Fault",
+        "--device",
+        "cpu",
+        "-batch_size",
+        1,
+        "-num_workers",
+        0,
+        *flags,
+    ]
     return [str(word) for word in words]
 
 

@@ -162,8 +162,18 @@ def damaged_pickle(draw: st.DrawFn, archive: bytes) -> bytes:
 @st.composite
 def misused_opcodes(draw: st.DrawFn) -> bytes:
     """A checkpoint whose pickle sets items, elements or the state of any value, or claims another size of a storage."""
-    values = [b"]", b"}", b")", b"N", b"K\x01", b"X\x01\0\0\0b", b"ccollections\nOrderedDict\n)R", TENSOR,
-              b"ctorch\nFloatStorage\n", TENSOR[TENSOR.index(b"(X") : TENSOR.index(b"Q") + 1]]  # fmt: skip
+    values = [
+        b"]",
+        b"}",
+        b")",
+        b"N",
+        b"K\x01",
+        b"X\x01\0\0\0b",
+        b"ccollections\nOrderedDict\n)R",
+        TENSOR,
+        b"ctorch\nFloatStorage\n",
+        TENSOR[TENSOR.index(b"(X") : TENSOR.index(b"Q") + 1],
+    ]
     a, b, c = (draw(st.sampled_from(values)) for _ in range(3))
     last = [b"s", b"a", b"b", b"R", b"\x86", b"0", b"Q"]
     shapes = [a, a + b"(" + b + c + b"u", a + b"(" + b + b"e", a + b + c + b"s", a + b"(" + b + b"u"]
@@ -173,8 +183,14 @@ def misused_opcodes(draw: st.DrawFn) -> bytes:
 
 
 def damaged_checkpoint(payload: dict[str, Any]) -> st.SearchStrategy[bytes]:
-    tensors = [torch.ones(3, dtype=torch.int64), torch.zeros(()), torch.ones(1).expand(10**6), torch.zeros(0, 2),
-               torch.ones(2, 2, dtype=torch.complex64), torch.full((1, 1, 1, 16), float("nan"))]  # fmt: skip
+    tensors = [
+        torch.ones(3, dtype=torch.int64),
+        torch.zeros(()),
+        torch.ones(1).expand(10**6),
+        torch.zeros(0, 2),
+        torch.ones(2, 2, dtype=torch.complex64),
+        torch.full((1, 1, 1, 16), float("nan")),
+    ]
     odd = [*NAMES, *NUMBERS, [], {}, *tensors, DEEP[0][0], b"bytes", (1, 2)]
     archive = _saved(payload)
     structure = replaced(payload, odd).map(_saved)
@@ -231,8 +247,11 @@ def make_targets(folder: Path) -> dict[str, Target]:
 def _picture_targets(folder: Path, image: np.ndarray, labels: np.ndarray) -> dict[str, Target]:
     pictures: dict[str, bytes] = {}
     for kind, pixels, options in (
-        ("png", image, {}), ("mask", labels, {}), ("jpeg", image, {}), ("progressive", image, {"progressive": True})
-    ):  # fmt: skip
+        ("png", image, {}),
+        ("mask", labels, {}),
+        ("jpeg", image, {}),
+        ("progressive", image, {"progressive": True}),
+    ):
         buffer, drawn = io.BytesIO(), Image.fromarray(pixels)
         exif = Image.Exif()
         exif[0x0112] = 6
@@ -340,8 +359,9 @@ def _model_targets(folder: Path, split: Path, model: BoxSegmenter) -> dict[str, 
 
     def prepare() -> None:
         requests = [Request(source, 1, 1)]
-        (cache,) = prepare_caches(str(folder / "cache"), requests, model, precision, binding, batch_size=1,
-                                  num_workers=0)  # fmt: skip
+        (cache,) = prepare_caches(
+            str(folder / "cache"), requests, model, precision, binding, batch_size=1, num_workers=0
+        )
         assert cache is not None and cache.read(0)[0].shape == (16, SIZE // 16, SIZE // 16)
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -389,8 +409,13 @@ def _alarm() -> Iterator[None]:
 def fuzz(target: Target, examples: int, *, derandomize: bool = True) -> None:
     """Give `examples` inputs to a target; what it raises besides its own errors is raised, with the smallest input."""
 
-    @settings(max_examples=examples, derandomize=derandomize, database=None, deadline=None,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=examples,
+        derandomize=derandomize,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(target.inputs)
     def check(data: bytes) -> None:
         try:
@@ -419,8 +444,11 @@ def main() -> None:
             began = time.monotonic()
             fuzz(target, args.examples, derandomize=False)
             growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024
-            print(f"{name:<12} {sum(target.outcomes.values()):>6} inputs: {dict(target.outcomes)}, "
-                  f"{time.monotonic() - began:.0f} s, peak memory so far +{growth:.0f} MB", flush=True)
+            print(
+                f"{name:<12} {sum(target.outcomes.values()):>6} inputs: {dict(target.outcomes)}, "
+                f"{time.monotonic() - began:.0f} s, peak memory so far +{growth:.0f} MB",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -125,8 +125,12 @@ TENSOR = (
 def torch_archive(opcodes: bytes, storage: bytes = bytes(16)) -> bytes:
     """A file of `torch.save`'s form whose pickle is {"a": what the opcodes leave}."""
     buffer = io.BytesIO()
-    members = {"data.pkl": b"\x80\x02}X\x01\0\0\0a" + opcodes + b"s.", "byteorder": b"little", "data/0": storage,
-               "version": b"3\n"}  # fmt: skip
+    members = {
+        "data.pkl": b"\x80\x02}X\x01\0\0\0a" + opcodes + b"s.",
+        "byteorder": b"little",
+        "data/0": storage,
+        "version": b"3\n",
+    }
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in members.items():
             archive.writestr(f"archive/{name}", content)

@@ -217,9 +217,7 @@ def test_run_lengths() -> None:
 def test_stability_scores() -> None:
     logits = 3 * torch.randn(2, 5, 20, 30, generator=torch.Generator().manual_seed(0))
     logits[0, 0] = -9  # 0 / 0
-    actual, expected = (
-        module.calculate_stability_score(logits, 0.5, 1.0) for module in (amg, public_sam().utils.amg)
-    )
+    actual, expected = (module.calculate_stability_score(logits, 0.5, 1.0) for module in (amg, public_sam().utils.amg))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 

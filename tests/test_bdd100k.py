@@ -38,8 +38,25 @@ def lay_out(root, layout, split, images, masks):
 
 def test_the_table_of_the_specification():
     assert CLASS_NAMES == (
-        "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
-        "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+        "road",
+        "sidewalk",
+        "building",
+        "wall",
+        "fence",
+        "pole",
+        "traffic light",
+        "traffic sign",
+        "vegetation",
+        "terrain",
+        "sky",
+        "person",
+        "rider",
+        "car",
+        "truck",
+        "bus",
+        "train",
+        "motorcycle",
+        "bicycle",
     )
     assert [c.id for c in CLASSES] == list(range(NUM_CLASSES)) == list(range(19)) and IGNORE_LABEL == 255
     assert len({c.color for c in CLASSES}) == 19
@@ -51,8 +68,9 @@ def test_the_table_of_the_specification():
 @pytest.mark.parametrize("layout", [NEW, OLD])
 def test_pairs_in_either_layout(tmp_path, layout):
     suffix = layout[2]
-    images, masks = lay_out(tmp_path, layout, "val", ["b.jpg", "a.jpg", "c.PNG", "readme.txt"],
-                            [f"{name}{suffix}" for name in "bca"])
+    images, masks = lay_out(
+        tmp_path, layout, "val", ["b.jpg", "a.jpg", "c.PNG", "readme.txt"], [f"{name}{suffix}" for name in "bca"]
+    )
     split = find_split(tmp_path, "val")
     assert split.labelled and split.mask_dir == masks
     assert [(item.name, item.image, item.mask) for item in split.items] == [
@@ -452,8 +470,14 @@ def test_labels_that_are_none(tmp_path, labels, said):
 
 @pytest.mark.parametrize(
     ("mode", "said"),
-    [("RGB", r"a colour-coded \(RGB\)"), ("RGBA", r"a colour-coded \(RGBA\)"), ("P", r"a colour-coded \(palette\)"),
-     ("1", "no 8-bit greyscale"), ("LA", "no 8-bit greyscale"), ("I;16", "no 8-bit greyscale")],
+    [
+        ("RGB", r"a colour-coded \(RGB\)"),
+        ("RGBA", r"a colour-coded \(RGBA\)"),
+        ("P", r"a colour-coded \(palette\)"),
+        ("1", "no 8-bit greyscale"),
+        ("LA", "no 8-bit greyscale"),
+        ("I;16", "no 8-bit greyscale"),
+    ],
 )
 def test_pictures_that_are_no_masks(tmp_path, mode, said):
     Image.new(mode, (4, 4)).save(tmp_path / "a.png")

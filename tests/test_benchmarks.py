@@ -127,7 +127,10 @@ def test_preprocessing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     settings = preprocessing.Settings(64, "uint8", "stretch")
     loop, two, one, unsynced = given
     assert (loop, two, one, unsynced) == (
-        (settings, preprocessing.write), (2, settings), (1, settings), (settings, preprocessing.save)
+        (settings, preprocessing.write),
+        (2, settings),
+        (1, settings),
+        (settings, preprocessing.save),
     )
     split = line["split_s"]
     assert line["limit_s"] == pytest.approx(split["decoding, one process"] / 2 + split["writing the bytes"], rel=1e-2)

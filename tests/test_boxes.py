@@ -93,12 +93,18 @@ def test_frame_worked_by_hand() -> None:
 @pytest.mark.parametrize("mode", ["stretch", "pad"])
 @pytest.mark.parametrize(
     ("shape", "size"),
-    [((720, 1280), 256), ((720, 1280), 1024), ((96, 54), 64), ((45, 80), 80), ((720, 1280), "576x1024"),
-     ((96, 54), "64x96"), ((45, 80), "64x80"), ((54, 96), "96x64")],
-)  # fmt: skip
-def test_box_in_the_frame_is_the_box_of_the_resized_mask(
-    shape: tuple[int, int], size: int | str, mode: str
-) -> None:
+    [
+        ((720, 1280), 256),
+        ((720, 1280), 1024),
+        ((96, 54), 64),
+        ((45, 80), 80),
+        ((720, 1280), "576x1024"),
+        ((96, 54), "64x96"),
+        ((45, 80), "64x80"),
+        ((54, 96), "96x64"),
+    ],
+)
+def test_box_in_the_frame_is_the_box_of_the_resized_mask(shape: tuple[int, int], size: int | str, mode: str) -> None:
     """Within a pixel: the mask keeps whole pixels, by their centres, and no scale here exceeds 2."""
     rng = np.random.default_rng(max(frame_size(size)))
     for _ in range(20):

@@ -140,8 +140,11 @@ def test_defaults_of_the_semantic_mode() -> None:
     assert (args["lr"], args["lr_scheduler"], args["warmup_epochs"]) == (2e-3, "cosine", 0)  # what is given stands
     boxed = parse(train_bdd100k)
     assert (boxed["prompt_mode"], boxed["lr"], boxed["lr_scheduler"], boxed["warmup_epochs"]) == (
-        "box", 5e-5, "constant", 0
-    )  # fmt: skip
+        "box",
+        5e-5,
+        "constant",
+        0,
+    )
 
 
 def test_a_preset_decides_what_is_not_given() -> None:
@@ -160,9 +163,7 @@ def test_a_preset_decides_what_is_not_given() -> None:
 @pytest.mark.parametrize(
     ("script", "name", "default", "text", "value"), FLAGS, ids=[f"{flag[0].__name__}-{flag[1]}" for flag in FLAGS]
 )
-def test_flag_with_one_dash_and_with_two(
-    script: ModuleType, name: str, default: Any, text: str, value: Any
-) -> None:
+def test_flag_with_one_dash_and_with_two(script: ModuleType, name: str, default: Any, text: str, value: Any) -> None:
     assert parse(script)[name] == default
     for dashes in ("-", "--"):
         assert parse(script, f"{dashes}{name}", text)[name] == value

@@ -167,9 +167,7 @@ def test_the_benchmark(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     uncached, cached, encoder = lines
-    assert uncached["ratio"] == 1 and cached["ratio"] == pytest.approx(
-        uncached["step_s"] / cached["step_s"], rel=1e-3
-    )
+    assert uncached["ratio"] == 1 and cached["ratio"] == pytest.approx(uncached["step_s"] / cached["step_s"], rel=1e-3)
     for line in (uncached, cached):
         assert 0 < line["peak_gpu_gb"]["allocated"] <= line["peak_gpu_gb"]["reserved"] <= line["cap_gb"] == 2
     assert encoder["ratio"] == pytest.approx(encoder["public_s"] / encoder["ours_s"], rel=1e-3)

@@ -84,10 +84,30 @@ def test_dict_with_frames_is_the_same(path: Path) -> None:
 
 
 def test_every_name_of_a_class(path: Path) -> None:
-    det_20 = ["pedestrian", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle", "traffic light",
-              "traffic sign"]
-    first_release = ["person", "rider", "car", "truck", "bus", "train", "motor", "bike", "traffic light",
-                     "traffic sign"]
+    det_20 = [
+        "pedestrian",
+        "rider",
+        "car",
+        "truck",
+        "bus",
+        "train",
+        "motorcycle",
+        "bicycle",
+        "traffic light",
+        "traffic sign",
+    ]
+    first_release = [
+        "person",
+        "rider",
+        "car",
+        "truck",
+        "bus",
+        "train",
+        "motor",
+        "bike",
+        "traffic light",
+        "traffic sign",
+    ]
     expected = [11, 12, 13, 14, 15, 16, 17, 18, 6, 7]
     for names in (det_20, first_release):
         for spelt in (names, [name.upper() for name in names], [name.title() for name in names]):
@@ -97,10 +117,13 @@ def test_every_name_of_a_class(path: Path) -> None:
 
 def test_other_categories_are_left_out_and_counted(path: Path) -> None:
     # Nobody looks at the box of a label that is left out.
-    detections = read(path, [
-        frame(label("other vehicle"), label("car"), label("trailer", x1="?")),
-        frame(label("Other Vehicle"), label("other person"), LANE, name="b.jpg"),
-    ])
+    detections = read(
+        path,
+        [
+            frame(label("other vehicle"), label("car"), label("trailer", x1="?")),
+            frame(label("Other Vehicle"), label("other person"), LANE, name="b.jpg"),
+        ],
+    )
     assert detections.left_out == {"other person": 1, "other vehicle": 2, "trailer": 1}
     assert detections.boxes["a"][0].tolist() == [13]
     assert detections.boxes["b"][1].shape == (0, 4)
@@ -163,15 +186,30 @@ def test_number_of_thousands_of_digits(path: Path) -> None:
     error(path, "9" * 5000)  # Python from 3.10.7 on refuses to convert it; before, it is JSON, but no frames
 
 
-@pytest.mark.parametrize("content", [None, 3, "x", [], {}, {"frames": None}, {"frames": {}}, {"frames": []},
-                                     {"annotations": [], "images": []}])
+@pytest.mark.parametrize(
+    "content",
+    [None, 3, "x", [], {}, {"frames": None}, {"frames": {}}, {"frames": []}, {"annotations": [], "images": []}],
+)
 def test_json_without_frames(path: Path, content: Any) -> None:
     assert error(path, json.dumps(content)).startswith("no list of frames")
 
 
 # The last is the layout of BDD100K's one-file-per-image labels.
-@pytest.mark.parametrize("bad", [None, 7, "a.jpg", [], {}, {"labels": []}, {"name": 5}, {"name": ""}, {"name": "/"},
-                                 {"timestamp": 10000, "objects": [label()]}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None,
+        7,
+        "a.jpg",
+        [],
+        {},
+        {"labels": []},
+        {"name": 5},
+        {"name": ""},
+        {"name": "/"},
+        {"timestamp": 10000, "objects": [label()]},
+    ],
+)
 def test_frame_without_a_name(path: Path, bad: Any) -> None:
     assert error(path, [frame(label()), bad]).startswith("frame 1 has no image name; ")
 

@@ -217,7 +217,7 @@ def test_gradients_are_communicated_once_an_optimizer_step(
     assert sorted(index for index, _ in settled) == list(range(len(settled)))
     parameters = [parameter for _, some in settled for parameter in some]
     assert len(parameters) == len(set(parameters)) > 100
-    assert buckets[0][-len(settled):] == settled  # so that a run that is resumed sums in the same order
+    assert buckets[0][-len(settled) :] == settled  # so that a run that is resumed sums in the same order
     assert all(group == settled for group in buckets[1:-1])
 
 
@@ -335,9 +335,12 @@ def test_a_rank_that_cannot_be(launched_with: Callable[..., None]) -> None:
     ],
 )
 def test_tasks_without_a_launcher_are_warned_of_at_the_beginning_and_the_end(
-    variables: dict[str, str], command: str, launched_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    command: str,
+    launched_with: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/train_bdd100k.py", "-i", "x"])
     launched_with(**variables)
     line = capsys.readouterr().err

@@ -173,9 +173,14 @@ def test_damage_is_found_and_mended(
 
 @pytest.mark.parametrize("call", ["utils.cache.embedding_cache.safe_open", "os.stat"])
 def test_what_the_system_says_of_an_entry_is_no_damage(
-    split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, encoded: list[int],
-    monkeypatch: pytest.MonkeyPatch, call: str,
-) -> None:  # fmt: skip
+    split: Path,
+    segmenter: Segmenter,
+    sam_file: Path,
+    tmp_path: Path,
+    encoded: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+) -> None:
     cache = prepare(split, segmenter, sam_file, where=str(tmp_path / "cache"))
     assert cache is not None
     entry = entry_path(cache.folder, cache.entries[0][0])
@@ -434,8 +439,20 @@ def test_processes_wait_for_each_other_in_rounds(monkeypatch: pytest.MonkeyPatch
 def test_whether_there_is_a_cache_is_part_of_the_run(
     split: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = ["-i", split, "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", tmp_path / "work",
-              "-num_workers", 0, "--device", "cpu"]  # fmt: skip
+    common = [
+        "-i",
+        split,
+        "-model_type",
+        "vit_tiny",
+        "-checkpoint",
+        sam_file,
+        "-work_dir",
+        tmp_path / "work",
+        "-num_workers",
+        0,
+        "--device",
+        "cpu",
+    ]
     run_script(train_bdd100k, *common, "-num_epochs", 1, "-task_name", "plain")
     (plain,) = (tmp_path / "work").glob("plain*")
     run_script(train_bdd100k, *common, "-num_epochs", 2, "--resume", plain)  # where a new run would write a cache
@@ -458,8 +475,24 @@ def test_whether_there_is_a_cache_is_part_of_the_run(
 def train(split: Path, sam_file: Path, tmp_path: Path, *flags: object) -> dict[str, Any]:
     """Train on a split, which is validated on too; returns `latest`."""
     work_dir = tmp_path / f"work{len(list(tmp_path.glob('work*')))}"
-    common = ["-i", split, "--val_npy_path", split, "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir",
-              work_dir, "-num_workers", 0, "-lr", "1e-3", "--device", "cpu"]  # fmt: skip
+    common = [
+        "-i",
+        split,
+        "--val_npy_path",
+        split,
+        "-model_type",
+        "vit_tiny",
+        "-checkpoint",
+        sam_file,
+        "-work_dir",
+        work_dir,
+        "-num_workers",
+        0,
+        "-lr",
+        "1e-3",
+        "--device",
+        "cpu",
+    ]
     run_script(train_bdd100k, *common, *flags)
     (folder,) = work_dir.iterdir()
     return checkpoint.load_checkpoint(folder / checkpoint.LATEST)
@@ -473,8 +506,16 @@ def test_training_from_the_cache_gives_the_weights_of_training_without(
     flags = ["--prompt_mode", prompt_mode, "-num_epochs", 2, "-batch_size", 4, "--grad_acc_steps", 1]
     flags += ["--augment", "flip"]
     plain, exact, half = (
-        train(split, sam_file, tmp_path, *flags, "--cache_embeddings", tmp_path / f"{dtype}" if dtype else "off",
-              "--cache_dtype", dtype or "float16")
+        train(
+            split,
+            sam_file,
+            tmp_path,
+            *flags,
+            "--cache_embeddings",
+            tmp_path / f"{dtype}" if dtype else "off",
+            "--cache_dtype",
+            dtype or "float16",
+        )
         for dtype in ("", "float32", "float16")
     )
     # All of them at once: what has no gradient, such as a key's bias, moves by the sign of rounding alone.

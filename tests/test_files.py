@@ -177,6 +177,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     number = errno.ENOSPC
     with pytest.raises(UserError, match=r"No space left on device: the disk at .* has .* MiB free; make room there"):
         require_writable(tmp_path, "--x")
+
+
 # ---------------------------------------------------------------- what the system says
 
 

@@ -48,15 +48,20 @@ HUGGING_FACE = {
     "prompt_encoder.mask_embed.conv3.{w}": "prompt_encoder.mask_downscaling.6.{w}",
     **{f"prompt_encoder.point_embed.{k}.weight": f"prompt_encoder.point_embeddings.{k}.weight" for k in range(4)},
     "mask_decoder.transformer.layer_norm_final_attn.{w}": "mask_decoder.transformer.norm_final_attn.{w}",
-    **{f"mask_decoder.transformer.layers.{b}.layer_norm{n}.{{w}}": f"mask_decoder.transformer.layers.{b}.norm{n}.{{w}}"
-       for b in range(2) for n in range(1, 5)},
+    **{
+        f"mask_decoder.transformer.layers.{b}.layer_norm{n}.{{w}}": f"mask_decoder.transformer.layers.{b}.norm{n}.{{w}}"
+        for b in range(2)
+        for n in range(1, 5)
+    },
     "mask_decoder.upscale_conv1.{w}": "mask_decoder.output_upscaling.0.{w}",
     "mask_decoder.upscale_layer_norm.{w}": "mask_decoder.output_upscaling.1.{w}",
     "mask_decoder.upscale_conv2.{w}": "mask_decoder.output_upscaling.3.{w}",
-    **{f"mask_decoder.{mlp}.{theirs}.{{w}}": f"mask_decoder.{mlp}.layers.{ours}.{{w}}"
-       for mlp in ("iou_prediction_head", *(f"output_hypernetworks_mlps.{k}" for k in range(4)))
-       for ours, theirs in enumerate(("proj_in", "layers.0", "proj_out"))},
-}  # fmt: skip
+    **{
+        f"mask_decoder.{mlp}.{theirs}.{{w}}": f"mask_decoder.{mlp}.layers.{ours}.{{w}}"
+        for mlp in ("iou_prediction_head", *(f"output_hypernetworks_mlps.{k}" for k in range(4)))
+        for ours, theirs in enumerate(("proj_in", "layers.0", "proj_out"))
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +87,10 @@ def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def hugging_face(sam: dict[str, Tensor]) -> dict[str, Tensor]:
     expanded = {
         theirs.format(i=i, w=w): ours.format(i=i, w=w)
-        for theirs, ours in HUGGING_FACE.items() for i in range(DEPTH) for w in ("weight", "bias")
-    }  # fmt: skip
+        for theirs, ours in HUGGING_FACE.items()
+        for i in range(DEPTH)
+        for w in ("weight", "bias")
+    }
     assert len(set(expanded.values())) == len(expanded)
     theirs = {ours: name for name, ours in expanded.items()}
     return {theirs.get(key, key): value for key, value in sam.items()}  # what is left has the same name in both
@@ -137,18 +144,28 @@ ONE = torch.zeros(1)
 KINDS: dict[str, tuple[Any, str]] = {
     "SAM-HQ": ({"image_encoder.blocks.0.norm1.weight": ONE, "mask_decoder.hf_token.weight": ONE}, "of SAM-HQ, which"),
     "SAM-HQ by Hugging Face": (
-        {"vision_encoder.layers.0.layer_norm1.weight": ONE, "mask_decoder.hq_token.weight": ONE}, "of SAM-HQ, which"),
+        {"vision_encoder.layers.0.layer_norm1.weight": ONE, "mask_decoder.hq_token.weight": ONE},
+        "of SAM-HQ, which",
+    ),
     "MobileSAM": (
-        {"image_encoder.patch_embed.seq.0.c.weight": ONE, "mask_decoder.iou_token.weight": ONE}, "of MobileSAM, or of"),
+        {"image_encoder.patch_embed.seq.0.c.weight": ONE, "mask_decoder.iou_token.weight": ONE},
+        "of MobileSAM, or of",
+    ),
     "SAM 2": ({"model": {"image_encoder.trunk.pos_embed": ONE, "maskmem_tpos_enc": ONE}}, "of SAM 2, which is not"),
     "SAM 2 by Hugging Face": ({"vision_encoder.backbone.pos_embed": ONE}, "of SAM 2, which is not"),
     "SAM 3": ({"detector.backbone.vision_backbone.trunk.pos_embed": ONE}, "of SAM 3, which is not"),
     "Lightning": (
-        {"state_dict": {"model.image_encoder.blocks.0.norm1.weight": ONE, "model.mask_decoder.iou_token.weight": ONE},
-         "pytorch-lightning_version": "2.4.0"},
-        r"of PyTorch Lightning: save the SAM in it by itself, with torch\.save"),
+        {
+            "state_dict": {
+                "model.image_encoder.blocks.0.norm1.weight": ONE,
+                "model.mask_decoder.iou_token.weight": ONE,
+            },
+            "pytorch-lightning_version": "2.4.0",
+        },
+        r"of PyTorch Lightning: save the SAM in it by itself, with torch\.save",
+    ),
     "LoRA": ({"base_model.model.image_encoder.blocks.0.attn.qkv.lora_A.weight": ONE}, "a LoRA adapter of PEFT: merge"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -232,9 +249,13 @@ def test_a_sam_file_as_ours(
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ELOOP])
 @pytest.mark.parametrize("call", ["os.stat", "builtins.open"])
 def test_the_systems_errors_are_told_as_such(
-    tmp_path: Path, sam: dict[str, Tensor], ours: dict[str, Path], monkeypatch: pytest.MonkeyPatch, number: int,
+    tmp_path: Path,
+    sam: dict[str, Tensor],
+    ours: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
     call: str,
-) -> None:  # fmt: skip
+) -> None:
     sam_path = save(sam, tmp_path / "sam.pth")
     paths: dict[Callable[..., Any], Path] = {read_state_dict: sam_path, load_checkpoint: ours["best"]}
 

@@ -26,9 +26,33 @@ def test_the_size_of_an_array() -> None:
     assert image_size_of(np.zeros((4, 4)).shape) == 4
 
 
-BAD: list[Any] = [0, -16, 4097, 32.0, True, None, [32, 64], (32, 64), "", "32", "x", "32x", "x32", "32x64x3", "0x32",
-                  "32x0", "032x64", "32x64 ", "32x64\n", "-32x64", "4097x16", "16x5000", "32X64", "٣٢x64",
-                  "512x512"]  # fmt: skip
+BAD: list[Any] = [
+    0,
+    -16,
+    4097,
+    32.0,
+    True,
+    None,
+    [32, 64],
+    (32, 64),
+    "",
+    "32",
+    "x",
+    "32x",
+    "x32",
+    "32x64x3",
+    "0x32",
+    "32x0",
+    "032x64",
+    "32x64 ",
+    "32x64\n",
+    "-32x64",
+    "4097x16",
+    "16x5000",
+    "32X64",
+    "٣٢x64",
+    "512x512",
+]
 
 
 @pytest.mark.parametrize("value", BAD, ids=repr)

@@ -54,9 +54,7 @@ CASES = [("box", "48x64", "stretch"), ("semantic", "64x96", "pad")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[case[0] for case in CASES])
-def case(
-    request: pytest.FixtureRequest, train: Train, scenes: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Case:
+def case(request: pytest.FixtureRequest, train: Train, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     prompt_mode, image_size, resize_mode = request.param
     root = tmp_path_factory.mktemp(prompt_mode)
     flags = ["--bdd100k_root", scenes, "--output_path", root / "npy", "--image_dtype", "uint8", "--num_workers", 1]

@@ -10,8 +10,18 @@ from segment_anything.build_sam import CONFIGS
 from tests.fuzz import Target, fuzz, make_targets
 
 EXAMPLES = 40
-KINDS = ["PNG", "JPEG", "other pictures", "npy", "manifest", "Scalabel", "evaluation", "checkpoint", "SAM file",
-         "cache entry"]  # fmt: skip
+KINDS = [
+    "PNG",
+    "JPEG",
+    "other pictures",
+    "npy",
+    "manifest",
+    "Scalabel",
+    "evaluation",
+    "checkpoint",
+    "SAM file",
+    "cache entry",
+]
 
 
 @pytest.fixture(scope="module")

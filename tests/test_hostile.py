@@ -93,10 +93,19 @@ def test_no_script_runs_what_a_pth_holds(
         error_of(train_bdd100k, *data, *tiny, "-checkpoint", path),
         error_of(train_bdd100k, *data, *tiny, "-checkpoint", sam_file, "--resume", path),
         error_of(infer_bdd100k, "--val_npy_path", npy / "val", *tiny, *output, "--sam_checkpoint", path),
-        error_of(infer_bdd100k, "--val_npy_path", npy / "val", *tiny, *output, "--sam_checkpoint", sam_file,
-                 "--model_checkpoint", path),
+        error_of(
+            infer_bdd100k,
+            "--val_npy_path",
+            npy / "val",
+            *tiny,
+            *output,
+            "--sam_checkpoint",
+            sam_file,
+            "--model_checkpoint",
+            path,
+        ),
         error_of(ckpt_convert, "--model_checkpoint", path, "--sam_checkpoint", sam_file, "--output", tmp_path / "o"),
-    ):  # fmt: skip
+    ):
         assert said.startswith(f"error: {path}: truncated, or not a")
     assert list(tmp_path.iterdir()) == [path]
     if form in ("zip", "legacy"):
@@ -123,9 +132,17 @@ def test_no_script_runs_what_an_npy_holds(
     model = ["--model_type", "vit_tiny", "--device", "cpu"]
     for said in (
         error_of(train_bdd100k, "-i", split, *model, "-checkpoint", sam_file, "-work_dir", tmp_path / "work"),
-        error_of(infer_bdd100k, "--val_npy_path", split, *model, "--sam_checkpoint", sam_file,
-                 "--output_dir", tmp_path / "out"),
-    ):  # fmt: skip
+        error_of(
+            infer_bdd100k,
+            "--val_npy_path",
+            split,
+            *model,
+            "--sam_checkpoint",
+            sam_file,
+            "--output_dir",
+            tmp_path / "out",
+        ),
+    ):
         assert said.startswith(f"error: {victim}: holds pickled objects, which are never loaded")
     # To preprocessing it is a file that is not done yet.
     options = ["--image_size", IMAGE_SIZE, "--image_dtype", "uint8", "--num_workers", 1, "--splits", "val"]
@@ -144,10 +161,20 @@ def test_the_scripts_themselves_end_in_one_line(
     (tmp_path / "images/10k/test/bomb.png").write_bytes(png(60_000, 60_000))
     flags: list[object] = {
         "train": ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", path, "-work_dir", tmp_path / "work"],
-        "infer": ["--val_npy_path", npy / "val", "--model_type", "vit_tiny", "--sam_checkpoint", sam_file,
-                  "--model_checkpoint", path, "--output_dir", tmp_path / "out"],
+        "infer": [
+            "--val_npy_path",
+            npy / "val",
+            "--model_type",
+            "vit_tiny",
+            "--sam_checkpoint",
+            sam_file,
+            "--model_checkpoint",
+            path,
+            "--output_dir",
+            tmp_path / "out",
+        ],
         "pre": ["--bdd100k_root", tmp_path, "--splits", "test", "--output_path", tmp_path / "npy", "--image_size", 64],
-    }[script]  # fmt: skip
+    }[script]
     command = [sys.executable, f"{script}_bdd100k.py", *map(str, flags)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     lines = [line for line in done.stderr.splitlines() if line.strip() and "image/s" not in line and "%|" not in line]
@@ -523,8 +550,20 @@ def test_links_in_a_run_folder_are_replaced_and_not_written_through(
         (folder / name).symlink_to(mine)
     (folder / ".a.1.tmp").mkdir()  # as if it were a temporary file
     flags = ["-num_epochs", 2, "-batch_size", 4, "--grad_acc_steps", 1, "-num_workers", 0, "--device", "cpu"]
-    run_script(train_bdd100k, "-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir",
-               tmp_path / "work", "--resume", folder, *flags)  # fmt: skip
+    run_script(
+        train_bdd100k,
+        "-i",
+        npy / "train",
+        "-model_type",
+        "vit_tiny",
+        "-checkpoint",
+        sam_file,
+        "-work_dir",
+        tmp_path / "work",
+        "--resume",
+        folder,
+        *flags,
+    )
     assert mine.read_text() == "precious"
     assert not (folder / "log.jsonl").is_symlink() and len((folder / "log.jsonl").read_text().splitlines()) == 2
 

@@ -55,10 +55,17 @@ def in_jpeg(*segments: bytes) -> bytes:
 @pytest.mark.parametrize("whole", [JPEG, PROGRESSIVE], ids=["baseline", "progressive"])
 @pytest.mark.parametrize(
     "behind",
-    [b"\0" * 5000, b"\xff\xda", b"\xff\xd8\xff\xda\0\0", encoded("JPEG", OTHER), encoded("JPEG", OTHER)[:-300],
-     b"\0\0\0\x18ftypmp42" + bytes(range(256)) * 40, b"SEFH\xff\xda" * 9],
+    [
+        b"\0" * 5000,
+        b"\xff\xda",
+        b"\xff\xd8\xff\xda\0\0",
+        encoded("JPEG", OTHER),
+        encoded("JPEG", OTHER)[:-300],
+        b"\0\0\0\x18ftypmp42" + bytes(range(256)) * 40,
+        b"SEFH\xff\xda" * 9,
+    ],
     ids=["zeros", "marker", "start", "another", "cut one", "video", "trailer"],
-)  # fmt: skip
+)
 def test_what_follows_a_jpeg_does_not_matter(tmp_path: Path, whole: bytes, behind: bytes) -> None:
     assert np.array_equal(read(tmp_path / "a.jpg", whole + behind), read(tmp_path / "b.jpg", whole))
 
@@ -217,9 +224,14 @@ def test_a_large_picture_of_another_format_is_read_to_its_end(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("start", "kind"),
-    [(b"\0\0\0\x18ftypheic", "HEIC"), (b"\0\0\0\x1cftypavif", "AVIF"), (b"GIF89a", "GIF"), (b"\xff\x0a", "JPEG XL"),
-     (b"\0\0\0\x0cjP  \r\n", "JPEG 2000")],
-)  # fmt: skip
+    [
+        (b"\0\0\0\x18ftypheic", "HEIC"),
+        (b"\0\0\0\x1cftypavif", "AVIF"),
+        (b"GIF89a", "GIF"),
+        (b"\xff\x0a", "JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n", "JPEG 2000"),
+    ],
+)
 def test_formats_that_are_not_read_are_named(tmp_path: Path, start: bytes, kind: str) -> None:
     with pytest.raises(UserError, match=rf"a\.jpg: a {kind} picture, which is not read here; convert it to JPEG"):
         read(tmp_path / "a.jpg", start + bytes(100))

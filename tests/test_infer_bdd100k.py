@@ -115,8 +115,10 @@ def test_prints_the_specified_block_and_writes_the_same(
     assert written in printed
     assert "oracle boxes" in written
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "confusion_matrix.png", "evaluation_results.json", "evaluation_results.txt",
-    ]  # fmt: skip
+        "confusion_matrix.png",
+        "evaluation_results.json",
+        "evaluation_results.txt",
+    ]
 
 
 def slow_confusion(npy: Path, sam_file: Path, decoder: Path, rule: str) -> np.ndarray:

@@ -138,9 +138,7 @@ def test_a_picture_that_went_bad_keeps_no_overlay_of_before(
         assert f"{tmp_path / 'out' / folder}: 2 other files stay there" in said
 
 
-def test_frames_of_a_longer_video_do_not_stay(
-    infer: Callable[..., int | None], semantic: Path, tmp_path: Path
-) -> None:
+def test_frames_of_a_longer_video_do_not_stay(infer: Callable[..., int | None], semantic: Path, tmp_path: Path) -> None:
     clip = write_video(tmp_path / "clip.mp4")
     saved = tmp_path / "out" / "predictions"
     saved.mkdir(parents=True)
@@ -397,38 +395,74 @@ def written(path: Path, text: str) -> Path:
 # Flags after those of a good run with the checkpoint of the mode, as a function of an empty folder; the line they give.
 BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
     "boxes for a semantic checkpoint": (
-        "semantic", lambda f: ["--boxes", write_detections(f / "det.json", SPLIT_NAMES)], "takes no boxes; leave out"),
+        "semantic",
+        lambda f: ["--boxes", write_detections(f / "det.json", SPLIT_NAMES)],
+        "takes no boxes; leave out",
+    ),
     "a threshold for a semantic checkpoint": (
-        "semantic", lambda f: ["--map_rule", "threshold"], "knows argmax alone; leave out --map_rule"),
+        "semantic",
+        lambda f: ["--map_rule", "threshold"],
+        "knows argmax alone; leave out --map_rule",
+    ),
     "mirror images for a boxed checkpoint": (
-        "box", lambda f: ["--tta"], "takes boxes, and --tta is for semantic checkpoints; leave out --tta"),
+        "box",
+        lambda f: ["--tta"],
+        "takes boxes, and --tta is for semantic checkpoints; leave out --tta",
+    ),
     "a cache for mirror images": (
-        "semantic", lambda f: ["--tta", "--cache_embeddings", f / "c"], "reads no cache; leave out --cache_embeddings"),
+        "semantic",
+        lambda f: ["--tta", "--cache_embeddings", f / "c"],
+        "reads no cache; leave out --cache_embeddings",
+    ),
     "no boxes for pictures of one's own": (
-        "box", lambda f: [*pictures(f / "in"), "--images", f / "in"][-2:], "give --boxes FILE, or the checkpoint of"),
+        "box",
+        lambda f: [*pictures(f / "in"), "--images", f / "in"][-2:],
+        "give --boxes FILE, or the checkpoint of",
+    ),
     "scoring one's own pictures": (
-        "semantic", lambda f: ["--images", f, "--eval_size", "original"], "--images draws overlays and scores nothing"),
+        "semantic",
+        lambda f: ["--images", f, "--eval_size", "original"],
+        "--images draws overlays and scores nothing",
+    ),
     "a cache for one's own pictures": (
-        "semantic", lambda f: ["--images", f, "--cache_embeddings", f / "c"],
-        "--images encodes each picture once and reads no cache; leave out --cache_embeddings"),
+        "semantic",
+        lambda f: ["--images", f, "--cache_embeddings", f / "c"],
+        "--images encodes each picture once and reads no cache; leave out --cache_embeddings",
+    ),
     "unreadable video": (
-        "semantic", lambda f: ["--images", written(f / "x.mp4", "no video" * 99)], "x.mp4: not a video that OpenCV"),
+        "semantic",
+        lambda f: ["--images", written(f / "x.mp4", "no video" * 99)],
+        "x.mp4: not a video that OpenCV",
+    ),
     "empty folder": ("semantic", lambda f: ["--images", empty(f / "none")], "none: an empty folder"),
     "nothing there": ("semantic", lambda f: ["--images", f / "nowhere"], "nowhere: no such file or folder"),
     "a pattern that the shell has expanded": (
-        "semantic", lambda f: ["--images", f / "a b.jpg", f / "c.jpg"],
-        "takes one path, and got 2; if they are of a pattern, quote it: --images '"),
+        "semantic",
+        lambda f: ["--images", f / "a b.jpg", f / "c.jpg"],
+        "takes one path, and got 2; if they are of a pattern, quote it: --images '",
+    ),
     "pictures of other formats alone": (
-        "semantic", lambda f: ["--images", written(f / "q" / "x.heic", "-").parent],
-        "directly in this folder, but 1 of other formats, such as x.heic: convert them to JPEG"),
+        "semantic",
+        lambda f: ["--images", written(f / "q" / "x.heic", "-").parent],
+        "directly in this folder, but 1 of other formats, such as x.heic: convert them to JPEG",
+    ),
     "unknown categories alone": (
-        "box", lambda f: ["--boxes", write_detections(f / "d.json", SPLIT_NAMES, "ufo")], "only 'ufo'; rename"),
+        "box",
+        lambda f: ["--boxes", write_detections(f / "d.json", SPLIT_NAMES, "ufo")],
+        "only 'ufo'; rename",
+    ),
     "detections of other images": (
-        "box", lambda f: ["--boxes", write_detections(f / "d.json", ["elsewhere"])], "has none of the images"),
+        "box",
+        lambda f: ["--boxes", write_detections(f / "d.json", ["elsewhere"])],
+        "has none of the images",
+    ),
     "original size without masks": ("box", lambda f: ["--eval_size", "original"], "give --bdd100k_root"),
     "masks of another data set": (
-        "box", lambda f: ["--eval_size", "original", "--bdd100k_root", f], "no images of split 'val'"),
-}  # fmt: skip
+        "box",
+        lambda f: ["--eval_size", "original", "--bdd100k_root", f],
+        "no images of split 'val'",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)

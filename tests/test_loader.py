@@ -127,8 +127,12 @@ def test_a_batch_for_which_there_is_no_shared_memory(options: str) -> None:
 
 
 def test_shared_memory_that_takes_no_semaphore() -> None:
-    command = ["bash", "-c", f"head -c 9k /dev/zero > /dev/shm/x; exec {sys.executable} -c \"$0\"",
-               LOAD.format(parts="[]", options="")]  # fmt: skip
+    command = [
+        "bash",
+        "-c",
+        f'head -c 9k /dev/zero > /dev/shm/x; exec {sys.executable} -c "$0"',
+        LOAD.format(parts="[]", options=""),
+    ]
     ended = with_shared_memory_of("8k", command, cwd=ROOT, timeout=60)
     line = ended.stderr.splitlines()[-1]  # head complains too
     assert ended.returncode == 1 and line.startswith("error: a loader process cannot") and "--num_workers 0" in line

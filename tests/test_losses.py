@@ -206,7 +206,8 @@ def test_competing_cross_entropy_equals_a_slow_oracle(stride: int, height: int, 
         for y in range(stride // 2, height, stride):
             for x in range(stride // 2, width, stride):
                 held = [
-                    q for q, (x0, y0, x1, y1) in enumerate(boxes[b].tolist())
+                    q
+                    for q, (x0, y0, x1, y1) in enumerate(boxes[b].tolist())
                     if class_ids[b, q] != 255 and x0 <= x <= x1 and y0 <= y <= y1
                 ]
                 for q in held:

@@ -52,9 +52,11 @@ def test_sources_round_trip_and_older_files_have_none(tmp_path):
 def test_a_source_is_the_file_that_a_link_leads_to(tmp_path):
     (tmp_path / "a").write_bytes(b"123")
     (tmp_path / "link").symlink_to("a")
-    assert source_of(tmp_path / "link") == source_of(tmp_path / "a") == [
-        str(tmp_path / "a"), 3, (tmp_path / "a").stat().st_mtime_ns
-    ]  # fmt: skip
+    assert (
+        source_of(tmp_path / "link")
+        == source_of(tmp_path / "a")
+        == [str(tmp_path / "a"), 3, (tmp_path / "a").stat().st_mtime_ns]
+    )
     with pytest.raises(FileNotFoundError):
         source_of(tmp_path / "b")
 
@@ -66,7 +68,11 @@ def test_the_file_as_others_read_it(tmp_path):
     assert fields["class_names"] == list(CLASS_NAMES)
     assert (fields["image_size"], fields["image_dtype"], fields["resize_mode"]) == (32, "float16", "pad")
     assert fields["items"][0] == {
-        "name": "a", "height": 720, "width": 1280, "pixels": [5, *[0] * 17, 4], "ignored": 1015
+        "name": "a",
+        "height": 720,
+        "width": 1280,
+        "pixels": [5, *[0] * 17, 4],
+        "ignored": 1015,
     }
 
 

@@ -62,8 +62,9 @@ def random_maps(seed: int, n: int = 3, height: int = 37, width: int = 53) -> tup
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_matrix_worked_by_hand(device: str, dtype: torch.dtype) -> None:
     confusion = ConfusionMatrix(device)
-    confusion.update(torch.tensor(PREDICTION, dtype=dtype, device=device),
-                     torch.tensor(TARGET, dtype=dtype, device=device))
+    confusion.update(
+        torch.tensor(PREDICTION, dtype=dtype, device=device), torch.tensor(TARGET, dtype=dtype, device=device)
+    )
     expected = torch.zeros(19, 20, dtype=torch.int64)
     for row, column, pixels in [(0, 0, 2), (0, 1, 1), (1, 1, 1), (1, NO_CLASS, 1), (2, 5, 1), (2, 2, 1)]:
         expected[row, column] = pixels
@@ -104,8 +105,10 @@ def test_prediction_that_is_no_class_is_a_miss(value: int) -> None:
     assert mean_iou(matrix) == 0.5
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(19, torch.uint8), (42, torch.int64), (254, torch.uint8),
-                                              (-1, torch.int64), (-1, torch.int8), (256, torch.int32)])
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(19, torch.uint8), (42, torch.int64), (254, torch.uint8), (-1, torch.int64), (-1, torch.int8), (256, torch.int32)],
+)
 def test_target_that_is_no_label_is_an_error_and_counts_nothing(value: int, dtype: torch.dtype) -> None:
     confusion = ConfusionMatrix()
     target = torch.tensor([[3, value]], dtype=dtype)
@@ -257,8 +260,12 @@ def test_report_is_the_specifications() -> None:
 def test_report_prints_nan_for_classes_that_the_ground_truth_lacks() -> None:
     lines = format_report(hand_matrix()).split("\n")
     assert lines[2] == "整体 mIoU: 0.5000"
-    assert lines[6:10] == [" 0. road                : 0.6667", " 1. sidewalk            : 0.3333",
-                           " 2. building            : 0.5000", " 3. wall                : nan"]
+    assert lines[6:10] == [
+        " 0. road                : 0.6667",
+        " 1. sidewalk            : 0.3333",
+        " 2. building            : 0.5000",
+        " 3. wall                : nan",
+    ]
     assert lines[11] == " 5. pole                : nan"  # predicted, but never true
     assert format_report(ConfusionMatrix().matrix).split("\n")[2] == "整体 mIoU: nan"
 
@@ -282,10 +289,24 @@ def test_results_are_strict_json() -> None:
     assert results["pixel_accuracy"] == pytest.approx(4 / 7)
     assert results["unclaimed_share"] == pytest.approx(1 / 7)
     assert results["labelled_pixels"] == 7
-    assert results["per_class"][0] == {"id": 0, "name": "road", "iou": pytest.approx(2 / 3), "precision": 1.0,
-                                       "recall": pytest.approx(2 / 3), "gt_pixels": 3, "predicted_pixels": 2}
-    assert results["per_class"][5] == {"id": 5, "name": "pole", "iou": None, "precision": 0.0,
-                                       "recall": None, "gt_pixels": 0, "predicted_pixels": 1}
+    assert results["per_class"][0] == {
+        "id": 0,
+        "name": "road",
+        "iou": pytest.approx(2 / 3),
+        "precision": 1.0,
+        "recall": pytest.approx(2 / 3),
+        "gt_pixels": 3,
+        "predicted_pixels": 2,
+    }
+    assert results["per_class"][5] == {
+        "id": 5,
+        "name": "pole",
+        "iou": None,
+        "precision": 0.0,
+        "recall": None,
+        "gt_pixels": 0,
+        "predicted_pixels": 1,
+    }
     assert [entry["name"] for entry in results["per_class"]] == list(CLASS_NAMES)
     assert [len(row) for row in results["confusion_matrix"]] == [19] * 19
     assert results["confusion_matrix"][0][:2] == [2, 1]

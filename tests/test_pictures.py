@@ -136,8 +136,16 @@ def test_pictures_are_turned_upright(tmp_path: Path, orientation: int, suffix: s
     """Stored as a camera held that way stores it, each of the eight shows the same picture."""
     upright = picture(32, 48)
     upright[20:, 30:] = GREEN
-    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.swapaxes(0, 1),
-              6: np.rot90(upright), 7: np.rot90(upright, 2).swapaxes(0, 1), 8: np.rot90(upright, -1)}[orientation]
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if suffix == ".jpg" else {}
@@ -173,11 +181,19 @@ def test_names_are_unique_and_tell_pictures_apart(tmp_path: Path) -> None:
     source = find_source(f"{tmp_path}/**/*")
     assert isinstance(source, ImageFolder)
     assert {name: str(path.relative_to(tmp_path)) for name, path in source.pictures.items()} == {
-        "a_x": "a/x.jpg", "b_x": "b/x.jpg", "y": "b/y.jpg",
-        "b_Z_jpeg": "b/Z.jpeg", "b_z_jpg": "b/z.jpg", "b_z_png": "b/z.png",
+        "a_x": "a/x.jpg",
+        "b_x": "b/x.jpg",
+        "y": "b/y.jpg",
+        "b_Z_jpeg": "b/Z.jpeg",
+        "b_z_jpg": "b/z.jpg",
+        "b_z_png": "b/z.png",
     }
     assert names_of(tmp_path / "b") == {
-        "Z_jpeg": "Z.jpeg", "x": "x.jpg", "y": "y.jpg", "z_jpg": "z.jpg", "z_png": "z.png",
+        "Z_jpeg": "Z.jpeg",
+        "x": "x.jpg",
+        "y": "y.jpg",
+        "z_jpg": "z.jpg",
+        "z_png": "z.png",
     }
     write_picture(tmp_path / "a_x.jpg", picture(4, 4))  # the very name that another gets
     names = names_of(f"{tmp_path}/**/*x.jpg")
@@ -316,8 +332,14 @@ def test_count_in_a_header_may_be_off_by_one(tmp_path: Path) -> None:
 
 def test_broken_video_is_one_clear_error(tmp_path: Path) -> None:
     whole = write_video(tmp_path / "whole.mp4", drive(9)).read_bytes()
-    contents = {"text": b"hello\n" * 1000, "empty": b"", "cut": whole[: len(whole) // 2], "zeros": bytes(9000),
-                "garbage": np.random.default_rng(0).bytes(50_000), "head": whole[:40]}
+    contents = {
+        "text": b"hello\n" * 1000,
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "zeros": bytes(9000),
+        "garbage": np.random.default_rng(0).bytes(50_000),
+        "head": whole[:40],
+    }
     for name, content in contents.items():
         (tmp_path / f"{name}.mp4").write_bytes(content)
         assert "not a video that OpenCV can read" in error_of(tmp_path / f"{name}.mp4")
@@ -333,11 +355,18 @@ def test_a_broken_video_prints_nothing(tmp_path: Path) -> None:
     data[len(data) // 2 : len(data) // 2 + 3000] = bytes(3000)
     (tmp_path / "a.mp4").write_bytes(data)
     (tmp_path / "b.mp4").write_bytes(data[:1000])
-    code = ("import sys; from utils.evaluate.media import *\n"
-            "try: find_source(sys.argv[2])\n"
-            "except UserError: print(str(list(find_source(sys.argv[1]))[-1][1]))")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.mp4", tmp_path / "b.mp4"], cwd=ROOT, timeout=60,
-                          capture_output=True, text=True)
+    code = (
+        "import sys; from utils.evaluate.media import *\n"
+        "try: find_source(sys.argv[2])\n"
+        "except UserError: print(str(list(find_source(sys.argv[1]))[-1][1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.mp4", tmp_path / "b.mp4"],
+        cwd=ROOT,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
     assert done.stderr == ""
     assert "of the 20 frames" in done.stdout and done.stdout.count("\n") == 1
 
@@ -408,10 +437,12 @@ def test_stopped_video_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_killed_run_leaves_no_video(tmp_path: Path) -> None:
-    code = ("import os, sys, numpy as np; from pathlib import Path; from utils.evaluate.media import *\n"
-            "with OverlayVideo(Path(sys.argv[1]), 10, (64, 96)) as sink:\n"
-            "    for _ in range(5): sink.write('x', np.zeros((64, 96, 3), np.uint8), np.zeros((64, 96), np.uint8))\n"
-            "    os._exit(9)")
+    code = (
+        "import os, sys, numpy as np; from pathlib import Path; from utils.evaluate.media import *\n"
+        "with OverlayVideo(Path(sys.argv[1]), 10, (64, 96)) as sink:\n"
+        "    for _ in range(5): sink.write('x', np.zeros((64, 96, 3), np.uint8), np.zeros((64, 96), np.uint8))\n"
+        "    os._exit(9)"
+    )
     path = tmp_path / "a.mp4"
     assert subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, timeout=60).returncode == 9
     assert not path.exists()
@@ -422,15 +453,18 @@ def test_killed_run_leaves_no_video(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on a file's size to set")
 def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
-    code = ("import resource, signal, sys, numpy as np; from pathlib import Path; from utils.evaluate.media import *\n"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000,) * 2)\n"
-            "image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)\n"
-            "try:\n"
-            "    with OverlayVideo(Path(sys.argv[1]), 10, (64, 96)) as sink:\n"
-            "        for i in range(50): sink.write('x', np.roll(image, i), np.zeros((64, 96), np.uint8))\n"
-            "except UserError as error: print(error)")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.mp4"], cwd=ROOT, timeout=60, capture_output=True,
-                          text=True)
+    code = (
+        "import resource, signal, sys, numpy as np; from pathlib import Path; from utils.evaluate.media import *\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000,) * 2)\n"
+        "image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)\n"
+        "try:\n"
+        "    with OverlayVideo(Path(sys.argv[1]), 10, (64, 96)) as sink:\n"
+        "        for i in range(50): sink.write('x', np.roll(image, i), np.zeros((64, 96), np.uint8))\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "a.mp4"], cwd=ROOT, timeout=60, capture_output=True, text=True
+    )
     assert "a.mp4: could not be written whole" in done.stdout and done.stderr == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -446,8 +480,10 @@ def test_opencv_without_encoder_is_one_clear_error(tmp_path: Path, monkeypatch: 
         fourcc = staticmethod(cv2.VideoWriter.fourcc)
 
     monkeypatch.setattr(media.cv2, "VideoWriter", NoEncoder)
-    with pytest.raises(UserError, match=r"a\.mp4: OpenCV cannot encode 96x64"), OverlayVideo(
-            tmp_path / "a.mp4", 25, (64, 96)):
+    with (
+        pytest.raises(UserError, match=r"a\.mp4: OpenCV cannot encode 96x64"),
+        OverlayVideo(tmp_path / "a.mp4", 25, (64, 96)),
+    ):
         pass
     assert list(tmp_path.iterdir()) == []
 

@@ -104,8 +104,10 @@ def test_output_of_the_specification(run, tmp_path):
     status, _, errors = run()
     assert (status, errors) == (0, [])
     out = tmp_path / "out"
-    kinds = {split: [f"{split}/{kind}/{name}.npy" for kind in ("imgs", "gts") for name in names]
-             for split, names in (("train", "abc"), ("val", "v"))}
+    kinds = {
+        split: [f"{split}/{kind}/{name}.npy" for kind in ("imgs", "gts") for name in names]
+        for split, names in (("train", "abc"), ("val", "v"))
+    }
     assert set(contents(out)) == {*kinds["train"], *kinds["val"], "train/manifest.json", "val/manifest.json"}
 
     image = load(out, "train/imgs/c.npy")
@@ -546,8 +548,11 @@ def test_too_little_disk(run, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     need = 4 * (32 * 32 * 3 * 4 + 32 * 32)  # four items of float32 image and mask
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need - 1))
-    refused(run(out="deep/out"), f"{tmp_path}/deep/out: needs 5.32e-05 GB, but 5.32e-05 GB are free on {tmp_path}",
-            "--image_dtype uint8 needs 1.64e-05 GB, masks included")
+    refused(
+        run(out="deep/out"),
+        f"{tmp_path}/deep/out: needs 5.32e-05 GB, but 5.32e-05 GB are free on {tmp_path}",
+        "--image_dtype uint8 needs 1.64e-05 GB, masks included",
+    )
     assert not (tmp_path / "deep").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need))
     assert run(out="deep/out")[0] == 0
@@ -836,10 +841,14 @@ def go_on(root, out):
 def start(root, out, *flags):
     command = [sys.executable, SCRIPT, *SMALL, "--bdd100k_root", root, "--output_path", out, "--num_workers", "2"]
     return subprocess.Popen(
-        [*command, *flags], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        [*command, *flags],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         # What runs in the background of a shell ignores Ctrl-C, and so do its children unless they are told not to.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
 
 
 def wait_for_some(process, out):
@@ -874,9 +883,8 @@ def test_kill_and_go_on(many, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "again"),
-    [([], GO_ON),
-     (["--overwrite"], "run the same command again, without --overwrite, which begins anew, to go on")],
-)  # fmt: skip
+    [([], GO_ON), (["--overwrite"], "run the same command again, without --overwrite, which begins anew, to go on")],
+)
 def test_interrupt(many, tmp_path, flags, again):
     (root, undisturbed), out = many, tmp_path / "out"
     process = start(root, out, *flags)

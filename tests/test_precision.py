@@ -140,10 +140,8 @@ def test_turing_cannot_compute_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("avx512", "amx", "expected"), [(False, False, None), (True, False, torch.bfloat16), (False, True, torch.bfloat16)]
 )
-def test_type_on_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, expected: torch.dtype | None
-) -> None:
-    """"auto" takes float32 rather than a type that the processor would emulate; what is asked for is done."""
+def test_type_on_a_cpu(monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, expected: torch.dtype | None) -> None:
+    """ "auto" takes float32 rather than a type that the processor would emulate; what is asked for is done."""
     pretend_cpu(monkeypatch, avx512=avx512, amx=amx)
     assert resolve("cpu", use_amp=True).amp_dtype == expected
     assert resolve("cpu", use_amp=True, amp_dtype="bf16").amp_dtype == torch.bfloat16
@@ -154,9 +152,7 @@ def test_type_on_a_cpu(
     ("amp_dtype", "computed_in", "scaled"),
     [(None, torch.float32, False), (torch.bfloat16, torch.bfloat16, False), (torch.float16, torch.float16, True)],
 )
-def test_what_autocast_and_the_scaler_do(
-    amp_dtype: torch.dtype | None, computed_in: torch.dtype, scaled: bool
-) -> None:
+def test_what_autocast_and_the_scaler_do(amp_dtype: torch.dtype | None, computed_in: torch.dtype, scaled: bool) -> None:
     """Only fp16, whose range is narrow, has its loss scaled."""
     precision = Precision(CPU, amp_dtype)
     with precision.autocast():

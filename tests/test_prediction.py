@@ -225,7 +225,8 @@ def test_two_equal_views_give_the_map_of_one() -> None:
     assert same_but_for_rounding([one.label_map(64)], [two.label_map(64)])
     size = {"image_size": 64, "resize_mode": "stretch"}
     assert same_but_for_rounding(
-        [one.original_label_map(45, 80, **size)], [two.original_label_map(45, 80, **size)]  # type: ignore[arg-type]
+        [one.original_label_map(45, 80, **size)],
+        [two.original_label_map(45, 80, **size)],  # type: ignore[arg-type]
     )
 
 

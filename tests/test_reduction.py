@@ -81,8 +81,10 @@ def test_fitting_is_a_function_of_the_samples() -> None:
     torch.testing.assert_close(cut.basis[:5], Reduction.fit([drawn(0)]).basis[:5], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
 def test_it_works_under_autocast(device: str) -> None:
     reduction = Reduction.fit([drawn(0)]).to(device)
     features = [feature.to(device) for feature in drawn(3)]

@@ -45,9 +45,15 @@ def test_what_an_evaluation_wrote_goes_and_what_it_did_not_write_stays(
 
 @pytest.mark.parametrize(
     "record",
-    ["", "[]", "3", '{"visualizations": 3}', '{"visualizations": [3, "../mine", "/mine", "", "a\\u0000"]}',
-     '{"..": ["mine"], "": ["mine"], "/": ["mine"]}'],
-)  # fmt: skip
+    [
+        "",
+        "[]",
+        "3",
+        '{"visualizations": 3}',
+        '{"visualizations": [3, "../mine", "/mine", "", "a\\u0000"]}',
+        '{"..": ["mine"], "": ["mine"], "/": ["mine"]}',
+    ],
+)
 def test_a_damaged_or_hostile_record_removes_nothing_else(tmp_path: Path, record: str) -> None:
     touch(tmp_path / "mine.png", tmp_path / "visualizations/other.png")
     (tmp_path / ".pictures.json").write_text(record)
@@ -76,12 +82,27 @@ def test_pictures_of_this_run_go_and_others_stay(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("box_source", "map_rule", "eval_size", "says"),
     [
-        ("oracle", "argmax", "frame",
-         ["oracle boxes: every class box was taken from the ground truth", "in the preprocessed frame",
-          "map rule: argmax: a pixel goes to the highest logit among the classes whose box holds it"]),
+        (
+            "oracle",
+            "argmax",
+            "frame",
+            [
+                "oracle boxes: every class box was taken from the ground truth",
+                "in the preprocessed frame",
+                "map rule: argmax: a pixel goes to the highest logit among the classes whose box holds it",
+            ],
+        ),
         ("oracle", "threshold", "frame", ["map rule: threshold: a pixel goes to the highest logit above 0, inside or"]),
-        ("none", "argmax", "original",
-         ["no boxes: every map was made from the image alone", "at the original size", "map rule: each pixel goes to"]),
+        (
+            "none",
+            "argmax",
+            "original",
+            [
+                "no boxes: every map was made from the image alone",
+                "at the original size",
+                "map rule: each pixel goes to",
+            ],
+        ),
         ("det.json", "box_threshold", "frame", ["boxes: det.json", "map rule: box_threshold: a pixel goes to"]),
     ],
 )

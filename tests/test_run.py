@@ -40,9 +40,7 @@ def start(work_dir: Path, *, latest: Latest | None = None, choose_by_miou: bool 
     )
 
 
-def read(
-    resume: Path, *, num_epochs: int = 9, choose_by_miou: bool = False, patience: int | None = None
-) -> Latest:
+def read(resume: Path, *, num_epochs: int = 9, choose_by_miou: bool = False, patience: int | None = None) -> Latest:
     kept = {"lr": "-lr"}
     path = find_latest(resume, resume.parent, "Drawn")
     assert path
@@ -294,9 +292,7 @@ def test_work_dir_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("config", "mend"), [({"use_amp": True}, " or leave out -use_amp"), ({"use_amp": False}, "")])
-def test_what_a_run_that_diverged_advises_can_be_followed(
-    config: dict[str, Any], mend: str, tmp_path: Path
-) -> None:
+def test_what_a_run_that_diverged_advises_can_be_followed(config: dict[str, Any], mend: str, tmp_path: Path) -> None:
     run = start(tmp_path)
     run.config |= config
     run.finish_epoch(record(0, 1.0))

@@ -185,9 +185,7 @@ def test_mask_decoder(vit_b: tuple[Sam, Any], compare: Compare, multimask_output
         for shape in ((1, 256, 24, 16), (1, 256, 24, 16), (3, 2, 256), (3, 256, 24, 16))
     )
     common = {"image_embeddings": image_embeddings, "image_pe": image_pe, "multimask_output": multimask_output}
-    ours = vit_b[0].mask_decoder(
-        **common, sparse_prompt_embeddings=sparse[None], dense_prompt_embeddings=dense[None]
-    )
+    ours = vit_b[0].mask_decoder(**common, sparse_prompt_embeddings=sparse[None], dense_prompt_embeddings=dense[None])
     theirs = vit_b[1].mask_decoder(**common, sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense)
     name = "mask decoder, " + ("multi" if multimask_output else "single")
     compare(f"{name}: masks", ours[0][0], theirs[0])
@@ -316,8 +314,18 @@ def small_sam(modeling: Any) -> Any:
     """A SAM of 128 pixels, built by the constructors of `modeling`: ours or the public package's."""
     return modeling.Sam(
         image_encoder=modeling.ImageEncoderViT(
-            depth=2, embed_dim=48, img_size=128, mlp_ratio=3, norm_layer=partial(nn.LayerNorm, eps=1e-6), num_heads=4,
-            patch_size=16, qkv_bias=True, use_rel_pos=True, global_attn_indexes=[1], window_size=5, out_chans=32,
+            depth=2,
+            embed_dim=48,
+            img_size=128,
+            mlp_ratio=3,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            num_heads=4,
+            patch_size=16,
+            qkv_bias=True,
+            use_rel_pos=True,
+            global_attn_indexes=[1],
+            window_size=5,
+            out_chans=32,
         ),
         prompt_encoder=modeling.PromptEncoder(
             embed_dim=32, image_embedding_size=(8, 8), input_image_size=(128, 128), mask_in_chans=16
@@ -331,7 +339,7 @@ def small_sam(modeling: Any) -> Any:
         ),
         pixel_mean=[123.675, 116.28, 103.53],
         pixel_std=[58.395, 57.12, 57.375],
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def pair_of(make: Callable[[Any], Any]) -> tuple[Any, Any]:
@@ -376,9 +384,15 @@ def compare_all(compare: Compare, what: str, ours: Any, theirs: Any) -> None:
 
 
 PUBLIC_MODULES = (
-    "predictor", "modeling.common", "modeling.image_encoder", "modeling.mask_decoder", "modeling.prompt_encoder",
-    "modeling.sam", "modeling.transformer", "utils.transforms",
-)  # fmt: skip
+    "predictor",
+    "modeling.common",
+    "modeling.image_encoder",
+    "modeling.mask_decoder",
+    "modeling.prompt_encoder",
+    "modeling.sam",
+    "modeling.transformer",
+    "utils.transforms",
+)
 
 
 def public_signatures() -> dict[str, Any]:
@@ -564,11 +578,15 @@ def test_sam_takes_a_list_of_images(small: tuple[Any, Any], compare: Compare) ->
     wide, high = random(3, 96, 128, scale=60).abs(), random(3, 128, 70, seed=1, scale=60).abs()
     batch: list[dict[str, Any]] = [
         {"image": wide, "original_size": (120, 160), "boxes": SMALL_BOXES[:2]},
-        {"image": high, "original_size": (64, 35), "point_coords": random(3, 2, 2, scale=30),
-         "point_labels": torch.ones(3, 2)},
+        {
+            "image": high,
+            "original_size": (64, 35),
+            "point_coords": random(3, 2, 2, scale=30),
+            "point_labels": torch.ones(3, 2),
+        },
         {"image": wide, "original_size": (30, 40), "boxes": SMALL_BOXES, "mask_inputs": random(5, 1, 32, 32)},
         {"image": high, "original_size": (128, 70)},
-    ]  # fmt: skip
+    ]
     for multimask_output in (False, True):
         ours, theirs = (sam(batch, multimask_output=multimask_output) for sam in small)
         for record, actual, expected in zip(batch, ours, theirs, strict=True):
@@ -633,6 +651,7 @@ def test_lora_on_every_linear_layer_is_run_and_trained(small: tuple[Any, Any], c
 @pytest.mark.parametrize("kind", ["lora", "parametrized", "patched", "subclass", "no bias"])
 def test_an_adapted_layer_among_plain_ones_is_run(small: tuple[Any, Any], compare: Compare, kind: str) -> None:
     """One layer at a time, so that each fast path meets each layer that it would take the weights of."""
+
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
@@ -654,8 +673,10 @@ def test_an_adapted_layer_among_plain_ones_is_run(small: tuple[Any, Any], compar
         else:
             layer.bias = None
 
-    names = [*(name for name in linears(small[0]) if "transformer.layers.1" in name or "blocks.0" in name),
-             *(f"mask_decoder.transformer.final_attn_token_to_image.{part}_proj" for part in ("q", "k", "v", "out"))]
+    names = [
+        *(name for name in linears(small[0]) if "transformer.layers.1" in name or "blocks.0" in name),
+        *(f"mask_decoder.transformer.final_attn_token_to_image.{part}_proj" for part in ("q", "k", "v", "out")),
+    ]
     assert len(names) == 22
     before = encode_and_decode(small[0]).item()
     for name in names:
@@ -672,6 +693,7 @@ def test_an_adapted_layer_among_plain_ones_is_run(small: tuple[Any, Any], compar
 @torch.no_grad()
 def test_hooks_see_what_they_see_in_the_public_package(small: tuple[Any, Any], hooks: str) -> None:
     """Each module, as often and with the same shapes."""
+
     def run(sam: Any, names: list[str]) -> list[tuple[str, list[tuple[int, ...]]]]:
         seen: list[tuple[str, list[tuple[int, ...]]]] = []
         place = {module: name for name, module in sam.named_modules()}
@@ -712,6 +734,7 @@ def test_hooks_on_the_way_back_are_called(small: tuple[Any, Any]) -> None:
 
 def test_plain_layers_take_the_fast_path(small: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Projected image tokens, windows and full-size channels would be made by these."""
+
     def forbidden(*_: Any) -> Any:
         raise AssertionError("the general formula was used")
 
@@ -739,16 +762,26 @@ def test_parts_that_a_client_puts_in_place_of_ours(small: tuple[Any, Any], compa
             return (self.factor * output[0], output[1]) if isinstance(output, tuple) else self.factor * output
 
     replaced = (
-        "image_encoder.patch_embed", "image_encoder.blocks.0", "image_encoder.blocks.0.attn",
-        "image_encoder.blocks.1.attn", "image_encoder.blocks.0.mlp", "image_encoder.blocks.0.norm2",
-        "image_encoder.neck", "mask_decoder.transformer",
-        "mask_decoder.transformer.layers.0", "mask_decoder.transformer.layers.1",
+        "image_encoder.patch_embed",
+        "image_encoder.blocks.0",
+        "image_encoder.blocks.0.attn",
+        "image_encoder.blocks.1.attn",
+        "image_encoder.blocks.0.mlp",
+        "image_encoder.blocks.0.norm2",
+        "image_encoder.neck",
+        "mask_decoder.transformer",
+        "mask_decoder.transformer.layers.0",
+        "mask_decoder.transformer.layers.1",
         "mask_decoder.transformer.layers.0.cross_attn_token_to_image",
         "mask_decoder.transformer.layers.1.cross_attn_image_to_token",
-        "mask_decoder.transformer.final_attn_token_to_image", "mask_decoder.transformer.layers.0.mlp",
-        "mask_decoder.output_upscaling", "mask_decoder.output_upscaling.0", "mask_decoder.output_upscaling.1",
-        "mask_decoder.output_upscaling.2", "mask_decoder.output_hypernetworks_mlps.1",
-    )  # fmt: skip
+        "mask_decoder.transformer.final_attn_token_to_image",
+        "mask_decoder.transformer.layers.0.mlp",
+        "mask_decoder.output_upscaling",
+        "mask_decoder.output_upscaling.0",
+        "mask_decoder.output_upscaling.1",
+        "mask_decoder.output_upscaling.2",
+        "mask_decoder.output_hypernetworks_mlps.1",
+    )
     for name in replaced:
         ours, theirs = (copy.deepcopy(sam) for sam in small)
         for sam in (ours, theirs):
@@ -1115,11 +1148,15 @@ def test_positions_of_a_smaller_frame_are_the_top_left_of_the_squares(
                 assert table[distance + length - 1].equal(public_table[distance + 7])
     expected = public.prompt_encoder.get_dense_pe()[:, :, :h, :w]
     compare("get_dense_pe", sam.prompt_encoder.get_dense_pe(), expected)
-    assert sam.prompt_encoder.get_dense_pe().equal(build_sam_vit_tiny(path, image_size=128).prompt_encoder
-                                                   .get_dense_pe()[:, :, :h, :w])  # fmt: skip
+    assert sam.prompt_encoder.get_dense_pe().equal(
+        build_sam_vit_tiny(path, image_size=128).prompt_encoder.get_dense_pe()[:, :, :h, :w]
+    )
     corners = torch.rand(5, 2, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([frame[1], frame[0]])
-    prompts: dict[str, Any] = {"points": (corners, torch.tensor([[1, 0]] * 5)), "boxes": corners.flatten(1),
-                               "masks": None}  # fmt: skip
+    prompts: dict[str, Any] = {
+        "points": (corners, torch.tensor([[1, 0]] * 5)),
+        "boxes": corners.flatten(1),
+        "masks": None,
+    }
     compare("points and boxes", *(model.prompt_encoder(**prompts)[0] for model in (sam, public)))
     assert sam.prompt_encoder(**prompts)[1].shape == (5, 128, h, w)
     masks = torch.randn(2, 1, 4 * h, 4 * w)
@@ -1141,9 +1178,7 @@ def public_encoder_at(public: Any, grid: tuple[int, int]) -> Any:
 
 @pytest.mark.parametrize("frame", FRAMES)
 @torch.no_grad()
-def test_the_encoder_on_non_square_frames(
-    square: tuple[Path, Any], compare: Compare, frame: tuple[int, int]
-) -> None:
+def test_the_encoder_on_non_square_frames(square: tuple[Path, Any], compare: Compare, frame: tuple[int, int]) -> None:
     path, public = square
     encoder = build_sam_vit_tiny(path, image_size=frame).image_encoder
     grid = (frame[0] // 16, frame[1] // 16)
@@ -1200,8 +1235,11 @@ def test_a_checkpoint_of_a_frame_is_loaded_at_its_own_frame_as_it_is(tmp_path: P
     boxes = torch.tensor([[1.0, 2, 30, 40]])
     assert again.prompt_encoder(boxes=boxes)[0].equal(sam.prompt_encoder(boxes=boxes)[0])
     for other in (64, (96, 48), (48, 128)):
-        with pytest.raises(CheckpointError, match=r"sam\.pth: its positions are of the frame 48x96 and fit no other; "
-                                                  "use the image size 48x96$"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"sam\.pth: its positions are of the frame 48x96 and fit no other; "
+            "use the image size 48x96$",
+        ):
             build_sam_vit_tiny(path, image_size=other)
 
 

@@ -155,8 +155,10 @@ def test_patience_stops_a_run_that_no_longer_improves(
     best = checkpoint.load_checkpoint(folder / checkpoint.BEST)
     assert best["metrics"]["val_miou"] == max(mious)
     said = capsys.readouterr().out
-    line = (f"\nstopped early after epoch {epochs - 1}: val mIoU has not improved for {flags and flags[1]} validations "
-            f"since the best, {max(mious):.4f} of epoch {best['epoch']}\n")
+    line = (
+        f"\nstopped early after epoch {epochs - 1}: val mIoU has not improved for {flags and flags[1]} validations "
+        f"since the best, {max(mious):.4f} of epoch {best['epoch']}\n"
+    )
     assert (line in said) == (epochs < 8) and said.count("stopped early") == (epochs < 8)
     assert "Next:\n" in said  # it ends as any other
 
@@ -177,8 +179,10 @@ def test_a_killed_run_stops_where_one_that_was_not_killed_does(
     capsys.readouterr()
     train_to([], train, npy, tmp_path, monkeypatch, *flags, "--resume", "auto")
     said = capsys.readouterr().out
-    assert said == (f"{folder}/medsam_model_latest.pth: stopped early after epoch 3: val mIoU has not improved for 2 "
-                    "validations since the best, 0.3000 of epoch 1; raise --patience, or leave it out, to go on\n")
+    assert said == (
+        f"{folder}/medsam_model_latest.pth: stopped early after epoch 3: val mIoU has not improved for 2 "
+        "validations since the best, 0.3000 of epoch 1; raise --patience, or leave it out, to go on\n"
+    )
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
     train_to([0.2], train, npy, tmp_path, monkeypatch, *flags, "--resume", folder, "--patience", 3)
@@ -393,6 +397,7 @@ BAD_NPY: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled": (pickle_into, r"\.npy: holds pickled objects, which are never loaded"),
 }
 
+
 def resume(folder: Path, *flags: Any) -> list[Any]:
     """Flags that would go on with the finished run in `folder`, and others."""
     validation = ["--val_npy_path", folder / "train"]
@@ -443,15 +448,21 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "other batch size": (lambda f: resume(f, "-batch_size", 2), r"effective batch size .* is 8, but .* with 16;"),
     "other accumulation": (lambda f: resume(f, "--grad_acc_steps", 1), r"effective batch size .* is 4, .* with 16;"),
     "other number of classes": (lambda f: resume(f, "--classes_per_image", 2), r"_per_image is 2, .* with all;"),
-    "a loss of an earlier version": (lambda f: resume(of_earlier_version(f)), r"latest.pth: an earlier version .* dice "
-                                     r"\+ bce \+ iou, this one has dice \+ bce \+ iou \+ ce; start a new run"),
+    "a loss of an earlier version": (
+        lambda f: resume(of_earlier_version(f)),
+        r"latest.pth: an earlier version .* dice "
+        r"\+ bce \+ iou, this one has dice \+ bce \+ iou \+ ce; start a new run",
+    ),
     "other augmentation": (lambda f: resume(f, "--augment", "flip"), r"--augment is flip, but .* began with none;"),
     "more views than there are": (lambda f: ["--cache_views", 2], r"_views 2: --augment none has no more than 1"),
     "one view to augment": (lambda f: ["--augment", "full", "--cache_views", 1], r"_views 1: .* give --augment none"),
     "patience without validation": (lambda f: ["--patience", 3], r"--patience counts validations: give --val_npy_path"),
     "patience of no validation": (lambda f: ["--patience", 0], r"patience.* at least 1, got 0"),
-    "resume a run that has stopped": (lambda f: resume(stalled(f), "--patience", 1), r"latest.pth: stopped early after "
-                                      r"epoch 1: .* for 1 validations .*; raise --patience, or leave it out, to go on"),
+    "resume a run that has stopped": (
+        lambda f: resume(stalled(f), "--patience", 1),
+        r"latest.pth: stopped early after "
+        r"epoch 1: .* for 1 validations .*; raise --patience, or leave it out, to go on",
+    ),
     "other jitter": (lambda f: resume(f, "--bbox_shift", 0), r"--bbox_shift is 0, but .* began with 20;"),
     "other seed": (lambda f: resume(f, "--seed", 1), r"--seed is 1, but .* began with 2024; give it so, or start"),
     "CUDA where there is none": (lambda f: ["--device", "cuda:0"], r"--device cuda:0: PyTorch finds no CUDA here"),
@@ -483,9 +494,7 @@ def inputs(run: Path, npy: Path, sam_file: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flags_are_told_in_one_line(
-    case: str, inputs: Path, error_of: Callable[..., str], no_cuda: None
-) -> None:
+def test_bad_flags_are_told_in_one_line(case: str, inputs: Path, error_of: Callable[..., str], no_cuda: None) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in (inputs / "run").iterdir()}
     make_flags, complaint = BAD_FLAGS[case]
     assert re.search(complaint, error_of(train_bdd100k, *good_flags(inputs), *make_flags(inputs)))
@@ -547,8 +556,26 @@ def test_resuming_on_data_that_changed(
 ) -> None:
     data = tmp_path / "npy"
     shutil.copytree(npy, data)  # of which the place does not matter
-    flags = ["-model_type", "vit_tiny", "-checkpoint", sam_file, "--device", "cpu", "-num_workers", 0, "-lr", "1e-3",
-             "-num_epochs", 3, "-i", data / "train", "--val_npy_path", data / "val", "--resume", run_copy]
+    flags = [
+        "-model_type",
+        "vit_tiny",
+        "-checkpoint",
+        sam_file,
+        "--device",
+        "cpu",
+        "-num_workers",
+        0,
+        "-lr",
+        "1e-3",
+        "-num_epochs",
+        3,
+        "-i",
+        data / "train",
+        "--val_npy_path",
+        data / "val",
+        "--resume",
+        run_copy,
+    ]
     manifest = json.loads((data / split / "manifest.json").read_text())
     pixels = manifest["items"][0]["pixels"]
     pixels[0], pixels[15] = pixels[0] - 1, pixels[15] + 1  # a corrected mask

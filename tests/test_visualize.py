@@ -87,8 +87,11 @@ def test_lines_grow_with_the_picture() -> None:
 
 def test_overlay_of_unlike_sizes_or_types_is_an_error() -> None:
     labels = np.zeros((4, 6), dtype=np.uint8)
-    for bad_image, bad_labels in ((image(6, 4), labels), (image(4, 6).astype(np.float32), labels),
-                                  (image(4, 6), labels.astype(np.int64))):
+    for bad_image, bad_labels in (
+        (image(6, 4), labels),
+        (image(4, 6).astype(np.float32), labels),
+        (image(4, 6), labels.astype(np.int64)),
+    ):
         with pytest.raises(ValueError, match="uint8"):
             overlay(bad_image, bad_labels)
 

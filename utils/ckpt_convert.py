@@ -59,11 +59,15 @@ def join(model_checkpoint: Path, sam_checkpoint: Path) -> tuple[dict[str, Tensor
     trained = checkpoint.load_checkpoint(model_checkpoint)
     info: ModelInfo = trained["info"]
     if info.model_type not in CONFIGS:
-        raise UserError(f"{model_checkpoint}: a decoder of {info.model_type}, which is none of {', '.join(CONFIGS)}; "
-                        "give one that train_bdd100k.py wrote")
+        raise UserError(
+            f"{model_checkpoint}: a decoder of {info.model_type}, which is none of {', '.join(CONFIGS)}; "
+            "give one that train_bdd100k.py wrote"
+        )
     if info.prompt_mode != "box":
-        raise UserError(f"{model_checkpoint}: was trained in prompt mode {info.prompt_mode}, and class tokens do not "
-                        "exist in plain SAM; give a checkpoint of prompt mode box")
+        raise UserError(
+            f"{model_checkpoint}: was trained in prompt mode {info.prompt_mode}, and class tokens do not "
+            "exist in plain SAM; give a checkpoint of prompt mode box"
+        )
     try:
         sam = read_state_dict(sam_checkpoint, info.model_type)
     except CheckpointError as error:
@@ -93,8 +97,10 @@ def how_to_load(output: Path, state: Mapping[str, Tensor], info: ModelInfo) -> s
         shape = "a square" if isinstance(size, int) else size
         notes.append(f"it was trained on images stretched to {shape}; SamPredictor pads instead: stretch them first")
     if not at_its_size:
-        notes.append(f"it was trained at image size {size} and works best there "
-                     f"({argument} in this project's registry; the public package has {PUBLIC_SIZE} only)")
+        notes.append(
+            f"it was trained at image size {size} and works best there "
+            f"({argument} in this project's registry; the public package has {PUBLIC_SIZE} only)"
+        )
 
     arguments = f"checkpoint={json.dumps(str(output), ensure_ascii=False)}"
     if name in PUBLIC_MODELS and table_size == PUBLIC_SIZE:
@@ -103,12 +109,14 @@ def how_to_load(output: Path, state: Mapping[str, Tensor], info: ModelInfo) -> s
         missing = f"positions of {table_size}" if name in PUBLIC_MODELS else name  # ours resamples positions
         loader = f"has no builder for {missing}; this project's registry loads it:"
         arguments += "" if at_its_size else f", {argument}"
-    return "\n".join([
-        *(f"note: {note}" for note in notes),
-        f"The public segment-anything package {loader}",
-        "    from segment_anything import sam_model_registry",
-        f'    sam = sam_model_registry["{name}"]({arguments})',
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *(f"note: {note}" for note in notes),
+            f"The public segment-anything package {loader}",
+            "    from segment_anything import sam_model_registry",
+            f'    sam = sam_model_registry["{name}"]({arguments})',
+        ]
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Evaluations side by side, class by class.
 
-    python -m utils.compare demo/before demo/after demo/semantic
+python -m utils.compare demo/before demo/after demo/semantic
 """
 
 from __future__ import annotations

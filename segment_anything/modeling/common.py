@@ -62,9 +62,7 @@ def pixel_upscaling(
     )
 
 
-def upscaled_masks(
-    weights: Tensor, upscalings: Sequence[tuple[nn.Module, Tensor]], size: tuple[int, int]
-) -> Tensor:
+def upscaled_masks(weights: Tensor, upscalings: Sequence[tuple[nn.Module, Tensor]], size: tuple[int, int]) -> Tensor:
     """Masks as products of weights with image tokens that have been upscaled.
 
     Args:

@@ -98,8 +98,10 @@ class MaskDecoder(nn.Module):
         elif len(image_embeddings) == len(sparse):
             sparse, dense = sparse.unsqueeze(1), dense.unsqueeze(1)
         else:
-            raise ArgumentError(f"{len(sparse)} prompts for {len(image_embeddings)} images: give one for each, or "
-                                "sparse_prompt_embeddings of B x Q x N x C and dense ones of B x Q x C x H x W")
+            raise ArgumentError(
+                f"{len(sparse)} prompts for {len(image_embeddings)} images: give one for each, or "
+                "sparse_prompt_embeddings of B x Q x N x C and dense ones of B x Q x C x H x W"
+            )
         masks, iou_predictions = self._predict_each(image_embeddings, image_pe, sparse, dense, chosen)
         return masks.flatten(0, 1), iou_predictions.flatten(0, 1)
 

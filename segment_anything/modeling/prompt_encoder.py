@@ -90,9 +90,7 @@ class PromptEncoder(nn.Module):
         dense = no_mask.view(1, -1, 1, 1).expand(num_prompts, -1, *self.image_embedding_size)
         return sparse_embeddings, dense
 
-    def _get_batch_size(
-        self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None
-    ) -> int:
+    def _get_batch_size(self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None) -> int:
         given = [prompt for prompt in (points[0] if points else None, boxes, masks) if prompt is not None]
         return len(given[0]) if given else 1
 

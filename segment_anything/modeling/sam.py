@@ -88,11 +88,13 @@ class Sam(nn.Module):
                 multimask_output=multimask_output,
             )
             masks = self.postprocess_masks(low_res_masks, record["image"].shape[-2:], record["original_size"])
-            outputs.append({
-                "masks": masks > self.mask_threshold,
-                "iou_predictions": iou_predictions,
-                "low_res_logits": low_res_masks,
-            })  # fmt: skip
+            outputs.append(
+                {
+                    "masks": masks > self.mask_threshold,
+                    "iou_predictions": iou_predictions,
+                    "low_res_logits": low_res_masks,
+                }
+            )
         return outputs
 
     def preprocess(self, x: Tensor) -> Tensor:
@@ -108,9 +110,7 @@ class Sam(nn.Module):
             raise ArgumentError(f"an image of {size} does not fit the model's {height} x {width}; resize it first")
         return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
 
-    def postprocess_masks(
-        self, masks: Tensor, input_size: Sequence[int], original_size: Sequence[int]
-    ) -> Tensor:
+    def postprocess_masks(self, masks: Tensor, input_size: Sequence[int], original_size: Sequence[int]) -> Tensor:
         """Bring mask logits to the original image: upsample to the frame, crop the padding, resize.
 
         Args:

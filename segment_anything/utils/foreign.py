@@ -22,20 +22,31 @@ SAM = "a SAM checkpoint"
 # What a file is, by a name in it; the first that fits. Names may have prefixes, such as DDP's "module.".
 _KINDS = (
     (r"^class_names$[\s\S]*^sam_sha256$|^sam_sha256$[\s\S]*^class_names$", OURS),
-    (r"^pytorch-lightning_version$", "a checkpoint of PyTorch Lightning: save the SAM in it by itself, with "
-     "torch.save(sam.state_dict(), FILE)"),
-    (r"^base_model\.model\.|\.lora_[AB]\.", "a LoRA adapter of PEFT: merge it into its SAM and save that, with "
-     "torch.save(sam.state_dict(), FILE)"),
+    (
+        r"^pytorch-lightning_version$",
+        "a checkpoint of PyTorch Lightning: save the SAM in it by itself, with torch.save(sam.state_dict(), FILE)",
+    ),
+    (
+        r"^base_model\.model\.|\.lora_[AB]\.",
+        "a LoRA adapter of PEFT: merge it into its SAM and save that, with torch.save(sam.state_dict(), FILE)",
+    ),
     (r"^ultralytics\.", "a checkpoint of Ultralytics (FastSAM, or another YOLO), which is not supported"),
     (r"(^|\.)mask_decoder\.h[fq]_token\.", "a checkpoint of SAM-HQ, which is not supported"),
-    (r"(^|\.)image_encoder\.patch_embed\.seq\.",
-     "a checkpoint of MobileSAM, or of another SAM on TinyViT, which is not supported"),
+    (
+        r"(^|\.)image_encoder\.patch_embed\.seq\.",
+        "a checkpoint of MobileSAM, or of another SAM on TinyViT, which is not supported",
+    ),
     (r"(^|\.)(detector|detector_model|tracker_model)\.", "a checkpoint of SAM 3, which is not supported"),
-    (r"(^|\.)(image_encoder\.trunk|vision_encoder\.backbone|memory_attention|sam_mask_decoder)\.",
-     "a checkpoint of SAM 2, which is not supported"),
-    (r"(^|\.)(image_encoder\.blocks|vision_encoder\.layers)\.0\.[\s\S]*(^|\.)mask_decoder\."
-     r"|(^|\.)mask_decoder\.[\s\S]*(^|\.)(image_encoder\.blocks|vision_encoder\.layers)\.0\.", SAM),
-)  # fmt: skip
+    (
+        r"(^|\.)(image_encoder\.trunk|vision_encoder\.backbone|memory_attention|sam_mask_decoder)\.",
+        "a checkpoint of SAM 2, which is not supported",
+    ),
+    (
+        r"(^|\.)(image_encoder\.blocks|vision_encoder\.layers)\.0\.[\s\S]*(^|\.)mask_decoder\."
+        r"|(^|\.)mask_decoder\.[\s\S]*(^|\.)(image_encoder\.blocks|vision_encoder\.layers)\.0\.",
+        SAM,
+    ),
+)
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys that trainers put a state dict under
 _PREFIXES = ("module.", "_orig_mod.")  # of DDP and of torch.compile
 
@@ -43,8 +54,10 @@ _PREFIXES = ("module.", "_orig_mod.")  # of DDP and of torch.compile
 _FROM_HUGGING_FACE = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"^(shared_image_embedding|prompt_encoder\.shared_embedding)\.positional_embedding$",
-         "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
+        (
+            r"^(shared_image_embedding|prompt_encoder\.shared_embedding)\.positional_embedding$",
+            "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+        ),
         (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
         (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
         (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
@@ -68,7 +81,7 @@ _FROM_HUGGING_FACE = tuple(
         (r"(_mlps\.\d|iou_prediction_head)\.proj_in\.", r"\1.layers.0."),
         (r"(_mlps\.\d|iou_prediction_head)\.proj_out\.", r"\1.layers.2."),
     )
-)  # fmt: skip
+)
 
 
 def load(path: Path) -> Any:

@@ -122,8 +122,12 @@ class _Checker:
     """
 
     _CONSTANTS: ClassVar = {
-        "NONE": "none", "NEWTRUE": "bool", "NEWFALSE": "bool", "BINFLOAT": "float",
-        "EMPTY_DICT": "dict", "EMPTY_LIST": "list",
+        "NONE": "none",
+        "NEWTRUE": "bool",
+        "NEWFALSE": "bool",
+        "BINFLOAT": "float",
+        "EMPTY_DICT": "dict",
+        "EMPTY_LIST": "list",
         **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1"), "int"),
         **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINSTRING"), "str"),
     }

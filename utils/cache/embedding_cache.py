@@ -147,8 +147,9 @@ class EmbeddingCache:
         except (OSError, SafetensorError) as error:
             if exists(path):
                 require_readable(path)
-            raise UserError(f"{path}: became unreadable while it was in use ({error}); start again, and it is made "
-                            "anew") from None
+            raise UserError(
+                f"{path}: became unreadable while it was in use ({error}); start again, and it is made anew"
+            ) from None
 
 
 def entry_path(folder: Path, name: str) -> Path:
@@ -189,8 +190,10 @@ def prepare_caches(
     # not yet there: over NFS, it would for some time be answered out of its own memory.
     if is_auto and requests[0].is_cheap and distributed.on_main(lambda: not exists(root)):
         if requests[0].passes > 1:
-            distributed.say(f"no cache of features: its {requests[0].num_views} views of an image take as many "
-                            f"encodings as {requests[0].passes} epochs, or more")
+            distributed.say(
+                f"no cache of features: its {requests[0].num_views} views of an image take as many "
+                f"encodings as {requests[0].passes} epochs, or more"
+            )
         return nothing
     try:
         distributed.on_main(lambda: _open_folder(root, binding, requests))
@@ -235,8 +238,10 @@ def _require_one_disk(root: Path) -> None:
         with suppress(OSError):
             (root / token).unlink()
     if not all(seen):
-        raise UserError(f"{root}: process {seen.index(False)} of {len(seen)} does not see what process 0 writes there; "
-                        "give --cache_embeddings a folder on a disk that all machines share, or off")
+        raise UserError(
+            f"{root}: process {seen.index(False)} of {len(seen)} does not see what process 0 writes there; "
+            "give --cache_embeddings a folder on a disk that all machines share, or off"
+        )
 
 
 def _open_folder(root: Path, binding: Binding, requests: list[Request]) -> None:
@@ -245,8 +250,10 @@ def _open_folder(root: Path, binding: Binding, requests: list[Request]) -> None:
     for request in requests:
         folder = request.source.folder.resolve()
         if splits.setdefault(folder.name, folder) != folder:
-            raise UserError(f"{folder}: has the name of {splits[folder.name]}, and one cache cannot hold both; rename "
-                            "one, or give --cache_embeddings off")
+            raise UserError(
+                f"{folder}: has the name of {splits[folder.name]}, and one cache cannot hold both; rename "
+                "one, or give --cache_embeddings off"
+            )
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -255,8 +262,9 @@ def _open_folder(root: Path, binding: Binding, requests: list[Request]) -> None:
 
 
 def _no_place(folder: Path, error: OSError) -> UserError:
-    return UserError(f"{folder}: no cache can be kept there ({error.strerror}); give --cache_embeddings another "
-                     "folder, or off")
+    return UserError(
+        f"{folder}: no cache can be kept there ({error.strerror}); give --cache_embeddings another folder, or off"
+    )
 
 
 def _is_claimed(root: Path, binding: Binding) -> bool:
@@ -280,8 +288,10 @@ def _is_claimed(root: Path, binding: Binding) -> bool:
         return False
     if held != (here := asdict(binding)):
         differ = [key for key in here if not isinstance(held, dict) or held.get(key) != here[key]]
-        raise UserError(f"{root}: a cache of other features ({', '.join(differ)} differ); give --cache_embeddings "
-                        "another folder, or remove this one")
+        raise UserError(
+            f"{root}: a cache of other features ({', '.join(differ)} differ); give --cache_embeddings "
+            "another folder, or remove this one"
+        )
     return True
 
 
@@ -371,8 +381,9 @@ class _Writer:
                 return reduction, hashlib.sha256("{binding} {sha256}".format(**known).encode()).hexdigest()
         except (OSError, SafetensorError, TypeError):
             require_readable(path)
-        distributed.say(f"{path}: damaged, or of another cache; it is made anew, and so are the entries that went "
-                        "through it")
+        distributed.say(
+            f"{path}: damaged, or of another cache; it is made anew, and so are the entries that went through it"
+        )
         return None, self.binding.digest
 
     def prepare(self, request: Request) -> EmbeddingCache | None:
@@ -385,8 +396,10 @@ class _Writer:
         num_pending = sum(distributed.all_gather(len(pending)))
         if num_pending and self.is_auto and request.is_cheap:
             if exists(folder):
-                distributed.say(f"{folder}: not read, as {num_pending} of {len(source.items)} images have no good "
-                                f"entry; to have it completed, give --cache_embeddings {shlex.quote(str(self.root))}")
+                distributed.say(
+                    f"{folder}: not read, as {num_pending} of {len(source.items)} images have no good "
+                    f"entry; to have it completed, give --cache_embeddings {shlex.quote(str(self.root))}"
+                )
             return None
         try:
             if num_pending:
@@ -431,12 +444,15 @@ class _Writer:
         needed = num_images * request.num_views * sum(tensor.nbytes for tensor in stored)
         free = shutil.disk_usage(folder).free
         if needed + ROOM_TO_LEAVE > free:
-            raise UserError(f"{folder}: the cache needs {needed / 2**30:.1f} GiB of disk, and {free / 2**30:.1f} are "
-                            "free")
+            raise UserError(
+                f"{folder}: the cache needs {needed / 2**30:.1f} GiB of disk, and {free / 2**30:.1f} are free"
+            )
         views = f", {request.num_views} views each" if request.num_views > 1 else ""
-        distributed.say(f"encoding {num_images} images once{views}, into {folder}: {needed / 2**20:,.0f} MiB of "
-                        f"{free / 2**30:,.0f} GiB that are free; roughly {max(seconds / 60, 1):.0f} min. It may be "
-                        "stopped, and goes on there")
+        distributed.say(
+            f"encoding {num_images} images once{views}, into {folder}: {needed / 2**20:,.0f} MiB of "
+            f"{free / 2**30:,.0f} GiB that are free; roughly {max(seconds / 60, 1):.0f} min. It may be "
+            "stopped, and goes on there"
+        )
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Features:
@@ -484,16 +500,21 @@ class _Writer:
             batch_size=max(1, self.batch_size // request.num_views),  # images of which all views are held
             num_workers=self.num_workers,
         )
-        progress = tqdm(total=len(pending), desc=f"encoding into {folder}", unit="image",
-                        disable=not distributed.is_main())  # fmt: skip
+        progress = tqdm(
+            total=len(pending), desc=f"encoding into {folder}", unit="image", disable=not distributed.is_main()
+        )
         with progress:
             for batch in loader:
-                views = [self._stored(self._encode(batch["views"][:, v]), self.reduction)
-                         for v in range(request.num_views)]  # fmt: skip
+                views = [
+                    self._stored(self._encode(batch["views"][:, v]), self.reduction) for v in range(request.num_views)
+                ]
                 for i, name in enumerate(batch["name"]):
                     # Clones, as what is saved must not be a view into the batch.
-                    tensors = {f"{v}.{k}": tensor[i].clone(memory_format=torch.contiguous_format)
-                               for v, stored in enumerate(views) for k, tensor in enumerate(stored)}  # fmt: skip
+                    tensors = {
+                        f"{v}.{k}": tensor[i].clone(memory_format=torch.contiguous_format)
+                        for v, stored in enumerate(views)
+                        for k, tensor in enumerate(stored)
+                    }
                     about = {key: batch[key][i] for key in ("image_file", "image_sha256", "views_are")}
                     self._write_entry(folder, name, tensors, about)
                     pictures[int(batch["index"][i])] = about["image_sha256"]
@@ -508,8 +529,10 @@ class _Writer:
 
     def _require_finite(self, name: str, tensors: Iterable[Tensor]) -> None:
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            raise UserError(f"{name}: its features are not finite in {self.binding.stored_in}; check the image, or "
-                            "give --cache_dtype float32, or --cache_embeddings off")
+            raise UserError(
+                f"{name}: its features are not finite in {self.binding.stored_in}; check the image, or "
+                "give --cache_dtype float32, or --cache_embeddings off"
+            )
 
 
 def _in_rounds(work: Generator[None, None, None]) -> None:

@@ -56,8 +56,10 @@ _COLOUR_DIRS = ("labels/sem_seg/colormaps/{split}", "seg/color_labels/{split}") 
 _MAX_DEPTH = 2  # folders below the named one that are searched: the archives hold a folder `bdd100k` themselves
 _TRAIN_ID = "_train_id"  # what the older form appends to a mask's name
 _TRAIN_ID_HINT = "use labels/sem_seg/masks/<split>/<name>.png or seg/labels/<split>/<name>_train_id.png"
-_LABEL_ID_HINT = ("probably Cityscapes' label ids, not train ids: map each by id2label[id].trainId of "
-                  "cityscapesscripts.helpers.labels")
+_LABEL_ID_HINT = (
+    "probably Cityscapes' label ids, not train ids: map each by id2label[id].trainId of "
+    "cityscapesscripts.helpers.labels"
+)
 _MAX_LABEL_ID = 33  # Cityscapes' label ids; its train ids end at 18
 NUM_FIRST_MASKS = 16  # of a split, spread over it, that are read before the others
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # in any case
@@ -131,8 +133,10 @@ def _find_images(root: Path, split: str) -> tuple[Path, Path]:
                 empty = empty or folders[0]
         if len(found) > 1:
             first, second, *_ = found
-            raise UserError(f"{root}: holds split {split!r} more than once, in {first} and in {second} "
-                            f"(give one of them, such as --bdd100k_root {first})")
+            raise UserError(
+                f"{root}: holds split {split!r} more than once, in {first} and in {second} "
+                f"(give one of them, such as --bdd100k_root {first})"
+            )
         if found:
             return next(iter(found.items()))
     if empty:
@@ -172,14 +176,18 @@ def _find_masks(
     for folder in own:
         if found := _visible(folder):
             jpeg = "; JPEG changes labels, save them as PNG" if found[0].suffix.lower() in (".jpg", ".jpeg") else ""
-            raise UserError(f"{folder}: holds {len(found):,} files, such as {found[0].name}, but no mask here belongs "
-                            f"to any image of {image_dir} ({needed}{jpeg})")
+            raise UserError(
+                f"{folder}: holds {len(found):,} files, such as {found[0].name}, but no mask here belongs "
+                f"to any image of {image_dir} ({needed}{jpeg})"
+            )
         if _masks_in(folder.parent, images)[0]:
             raise UserError(f"{folder.parent}: holds masks of split {split!r} (move them into {folder})")
     for folder in _in(base, _COLOUR_DIRS, split):
         if found := _visible(folder):
-            raise UserError(f"{folder}: holds colour pictures, such as {found[0].name}, but there are no masks of "
-                            f"train ids in {own[0]} ({_TRAIN_ID_HINT})")
+            raise UserError(
+                f"{folder}: holds colour pictures, such as {found[0].name}, but there are no masks of "
+                f"train ids in {own[0]} ({_TRAIN_ID_HINT})"
+            )
     return own[0], {}, []
 
 
@@ -203,8 +211,10 @@ def _by_name(paths: list[Path], what: str, suffix: int = 0) -> dict[str, Path]:
         if other is not path:
             if other.stem == path.stem:
                 raise UserError(f"{path}: a second {what} named {stem!r} beside {other.name}; keep one")
-            raise UserError(f"{path}: a second {what} of this name, which is written {path.name!a} here and "
-                            f"{other.name!a} there (in another case or Unicode form); keep one")
+            raise UserError(
+                f"{path}: a second {what} of this name, which is written {path.name!a} here and "
+                f"{other.name!a} there (in another case or Unicode form); keep one"
+            )
     return found
 
 
@@ -330,8 +340,9 @@ def read_mask(path: Path, height: int, width: int) -> np.ndarray:
             kind = modes.get(image.mode, f"no 8-bit greyscale (Pillow mode {image.mode})")
             raise LabelError(f"{path}: {kind} picture, not one train id per pixel ({_TRAIN_ID_HINT})")
         if (image.height, image.width) != (height, width):
-            raise UserError(f"{path}: mask is {image.width}x{image.height}, its image {width}x{height} "
-                            "(they must be of one size)")
+            raise UserError(
+                f"{path}: mask is {image.width}x{image.height}, its image {width}x{height} (they must be of one size)"
+            )
         image.load()  # as in read_image
         mask = np.asarray(image)
     present = np.flatnonzero(count_labels(mask))
@@ -369,9 +380,11 @@ def _is_drawn_upright(image: Path, mask: Path) -> bool:
         return mask_size == size[::-1]
     if mask_size != size:
         return False  # which `read_mask` tells
-    raise UserError(f"{image}: EXIF orientation {orientation}, so that viewers show it turned, and the size of {mask} "
-                    "does not tell on which view it was drawn (if on the turned one, turn the pixels, as `mogrify "
-                    "-auto-orient` does; if on the stored one, remove the tag, as `exiftool -Orientation=` does)")
+    raise UserError(
+        f"{image}: EXIF orientation {orientation}, so that viewers show it turned, and the size of {mask} "
+        "does not tell on which view it was drawn (if on the turned one, turn the pixels, as `mogrify "
+        "-auto-orient` does; if on the stored one, remove the tag, as `exiftool -Orientation=` does)"
+    )
 
 
 def check_first_masks(split: Split) -> str | None:
@@ -403,5 +416,7 @@ def check_first_masks(split: Split) -> str | None:
     if counts[IGNORE_LABEL] or counts[7] <= max(counts.sum() / 8, counts[0]):
         return None
     share = 100 * counts[7] / counts.sum()
-    return (f"{split.mask_dir}: label 7 (traffic sign) is {share:.0f} % of the {len(chosen)} masks checked, more than "
-            f"label 0 (road); look at them before training ({_LABEL_ID_HINT}; or {_TRAIN_ID_HINT})")
+    return (
+        f"{split.mask_dir}: label 7 (traffic sign) is {share:.0f} % of the {len(chosen)} masks checked, more than "
+        f"label 0 (road); look at them before training ({_LABEL_ID_HINT}; or {_TRAIN_ID_HINT})"
+    )

@@ -65,8 +65,10 @@ class NpyFolder:
         foreign = labels[(labels >= NUM_CLASSES) & (labels != IGNORE_LABEL)]
         if foreign.size:  # a class that is none would be an index out of bounds, in a loss or on a GPU
             path = self._path("gts", self.items[index].name)
-            raise UserError(f"{path}: labels must be 0-{NUM_CLASSES - 1} or {IGNORE_LABEL}, got "
-                            f"{np.unique(foreign)[:8].tolist()}; run pre_bdd100k.py again with --overwrite")
+            raise UserError(
+                f"{path}: labels must be 0-{NUM_CLASSES - 1} or {IGNORE_LABEL}, got "
+                f"{np.unique(foreign)[:8].tolist()}; run pre_bdd100k.py again with --overwrite"
+            )
         return labels
 
     def _load(self, kind: str, index: int) -> np.ndarray:
@@ -246,9 +248,7 @@ class EvaluationDataset(CachedDataset):
 
     num_views = 1
 
-    def __init__(
-        self, source: NpyFolder, boxes: BoxesByName | Literal["oracle"] | None, *, tta: bool = False
-    ) -> None:
+    def __init__(self, source: NpyFolder, boxes: BoxesByName | Literal["oracle"] | None, *, tta: bool = False) -> None:
         self.source = source
         self.boxes = boxes
         self.tta = tta
@@ -293,8 +293,9 @@ def collate_training(samples: list[dict[str, Any]]) -> dict[str, Any]:
     if "boxes" in samples[0]:
         count = max(1, *(len(sample["boxes"]) for sample in samples))
         padding = {"class_ids": IGNORE_LABEL, "boxes": 0, "valid": False}
-        samples = [sample | {key: _padded(sample[key], count, value) for key, value in padding.items()}
-                   for sample in samples]
+        samples = [
+            sample | {key: _padded(sample[key], count, value) for key, value in padding.items()} for sample in samples
+        ]
     return default_collate(samples)
 
 
@@ -386,8 +387,9 @@ def training_dataset(
     """
     most = AUGMENTATIONS[augment]
     if augment != "full" and num_views > most:
-        raise UserError(f"--cache_views {num_views}: --augment {augment} has no more than {most}; lower it, or give "
-                        "--augment full")
+        raise UserError(
+            f"--cache_views {num_views}: --augment {augment} has no more than {most}; lower it, or give --augment full"
+        )
     if augment != "none" and num_views < 2:
         raise UserError(f"--cache_views {num_views}: the image itself alone is no augmentation; give --augment none")
     if prompt_mode == "semantic":

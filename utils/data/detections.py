@@ -99,7 +99,7 @@ def _read_frames(path: Path) -> list[Any]:
         raise UserError(f"{path}: not JSON ({error}); {_FORMAT_HINT}") from None
     frames = content.get("frames") if isinstance(content, dict) else content
     if not isinstance(frames, list) or not frames:
-        raise UserError(f"{path}: no list of frames, by itself or as \"frames\" of a dict; {_FORMAT_HINT}")
+        raise UserError(f'{path}: no list of frames, by itself or as "frames" of a dict; {_FORMAT_HINT}')
     return frames
 
 
@@ -119,8 +119,9 @@ def _check_box(where: str, box: Any) -> list[float]:
     values: list[Any] = [box.get(key) for key in ("x1", "y1", "x2", "y2")] if isinstance(box, dict) else [None]
     # bool is an int to Python. A coordinate beyond a million is in no image; NaN compares as false.
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e6 for v in values):
-        raise UserError(f"{where}: box2d {_shown(box)} must hold x1, y1, x2, y2, "
-                        "finite numbers of pixels (below a million)")
+        raise UserError(
+            f"{where}: box2d {_shown(box)} must hold x1, y1, x2, y2, finite numbers of pixels (below a million)"
+        )
     x1, y1, x2, y2 = map(float, values)
     if x2 < x1 or y2 < y1:
         raise UserError(f"{where}: box2d {_shown(box)} is empty; its corners must be x1 <= x2 and y1 <= y2")

@@ -69,8 +69,9 @@ class Loader(DataLoader):
                 multiprocessing.Lock()  # without room for a semaphore, what PyTorch half makes ends with noise
             batches = super().__iter__()
         except OSError as error:  # of a semaphore, which lies in shared memory too, or of a fork
-            raise LostWorkerError(f"a loader process cannot be started ({error.strerror or error}); give "
-                                  "--num_workers 0") from None
+            raise LostWorkerError(
+                f"a loader process cannot be started ({error.strerror or error}); give --num_workers 0"
+            ) from None
         finally:
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -91,8 +92,9 @@ class Loader(DataLoader):
                     reason = os.strerror(number)
             if untold := _not_handed_over(reason):
                 raise untold from None
-            raise LostWorkerError(f"a loader process has ended ({reason}): if it was for lack of memory, lower "
-                                  "-num_workers") from None
+            raise LostWorkerError(
+                f"a loader process has ended ({reason}): if it was for lack of memory, lower -num_workers"
+            ) from None
 
 
 _LOST = re.compile(r"DataLoader worker \(pid|Pin memory thread exited|ancdata|Too many open files|unable to mmap")
@@ -123,12 +125,16 @@ class _IntoSharedMemory:
 def _not_handed_over(reason: str) -> LostWorkerError | None:
     """The error to raise if `reason` is one of those for which a batch cannot be handed over."""
     if "Too many open files" in reason or "ancdata" in reason:  # a batch has an open file for each tensor
-        return LostWorkerError("a loader process cannot hand over a batch (too many open files); raise the limit with "
-                               "ulimit -n 65536, or give --num_workers 0")
+        return LostWorkerError(
+            "a loader process cannot hand over a batch (too many open files); raise the limit with "
+            "ulimit -n 65536, or give --num_workers 0"
+        )
     if "shared memory" in reason or "unable to mmap" in reason or reason == os.strerror(errno.ENOSPC):
-        return LostWorkerError(f"a loader process cannot hand over a batch: {SHARED_MEMORY}{_size()} is full "
-                               f"({reason.rpartition(': ')[2]}); start the container with a larger --shm-size, or give "
-                               "--num_workers 0")
+        return LostWorkerError(
+            f"a loader process cannot hand over a batch: {SHARED_MEMORY}{_size()} is full "
+            f"({reason.rpartition(': ')[2]}); start the container with a larger --shm-size, or give "
+            "--num_workers 0"
+        )
     return None
 
 
@@ -242,9 +248,7 @@ def training_loader(
     )
 
 
-def evaluation_loader(
-    dataset: EvaluationDataset, *, batch_size: int, num_workers: int, precision: Precision
-) -> Loader:
+def evaluation_loader(dataset: EvaluationDataset, *, batch_size: int, num_workers: int, precision: Precision) -> Loader:
     """The batches of this process's share; every image belongs to exactly one process.
 
     Whole batches are dealt out: one of other images would round differently, and a process's figures with it.

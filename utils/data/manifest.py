@@ -77,8 +77,10 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
     try:
         fields = read_json(path)
         if fields.get("format_version") != FORMAT_VERSION:
-            raise UserError(f"{path}: format {fields.get('format_version')!r}, this version reads {FORMAT_VERSION}; "
-                            "run pre_bdd100k.py again with --overwrite")
+            raise UserError(
+                f"{path}: format {fields.get('format_version')!r}, this version reads {FORMAT_VERSION}; "
+                "run pre_bdd100k.py again with --overwrite"
+            )
         manifest = Manifest(**{**fields, "items": [ManifestItem(**item) for item in fields["items"]]})
         _check(manifest)
     except FileNotFoundError:

@@ -90,9 +90,12 @@ class Video:
         finally:
             capture.release()
         if self.count is not None and self.count - read > max(1, self.count // 100):
-            yield f"{self.path.stem}_{read:06d}", UserError(
-                f"{self.path}: ended after {read} of the {self.count} frames that its header claims "
-                "(cut off or damaged, or trimmed without re-encoding; convert it again)"
+            yield (
+                f"{self.path.stem}_{read:06d}",
+                UserError(
+                    f"{self.path}: ended after {read} of the {self.count} frames that its header claims "
+                    "(cut off or damaged, or trimmed without re-encoding; convert it again)"
+                ),
             )
 
 
@@ -158,8 +161,10 @@ def _folder(path: Path) -> ImageFolder:
         raise UserError(f"{path}: an empty folder ({_TAKES})")
     source = _folder_of(entries)
     if not source.pictures:
-        raise UserError(f"{path}: {_READ} directly in this folder{_others(source)} (for those in folders below, "
-                        f"give a quoted pattern such as '{path / '**' / '*.jpg'}'; videos one at a time)")
+        raise UserError(
+            f"{path}: {_READ} directly in this folder{_others(source)} (for those in folders below, "
+            f"give a quoted pattern such as '{path / '**' / '*.jpg'}'; videos one at a time)"
+        )
     return source
 
 
@@ -189,8 +194,10 @@ def _unique_names(paths: Sequence[Path]) -> list[str]:
     root = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
     relative = [Path(os.path.relpath(path, root)) for path in paths]
     names = [path.stem for path in relative]
-    for longer in (["_".join(path.with_suffix("").parts) for path in relative],  # city/x.jpg, hills/x.jpg
-                   ["_".join(path.parts).replace(".", "_") for path in relative]):  # x.jpg, x.png
+    for longer in (
+        ["_".join(path.with_suffix("").parts) for path in relative],  # city/x.jpg, hills/x.jpg
+        ["_".join(path.parts).replace(".", "_") for path in relative],
+    ):  # x.jpg, x.png
         uses = Counter(name.casefold() for name in names)
         names = [long if uses[name.casefold()] > 1 else name for name, long in zip(names, longer)]
     taken: set[str] = set()
@@ -226,8 +233,12 @@ def _video(path: Path) -> Video:
             raise UserError(f"{path}: {kind}")
     finally:
         capture.release()
-    return Video(path, count=int(count) if math.isfinite(count) and count > 0 else None,
-                 fps=fps if 0 < fps <= _MAX_FPS else DEFAULT_FPS, size=first.shape[:2])
+    return Video(
+        path,
+        count=int(count) if math.isfinite(count) and count > 0 else None,
+        fps=fps if 0 < fps <= _MAX_FPS else DEFAULT_FPS,
+        size=first.shape[:2],
+    )
 
 
 def _open_video(path: Path) -> cv2.VideoCapture:
@@ -289,9 +300,9 @@ class OverlayVideo:
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int]) -> None:
         """Args:
-            path: where to write.
-            fps: frames a second, above 0.
-            size: (H, W) of the frames; one of another size is resized.
+        path: where to write.
+        fps: frames a second, above 0.
+        size: (H, W) of the frames; one of another size is resized.
         """
         self.path, self.fps, self.size = path, fps, size
         self._temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")  # OpenCV goes by the suffix
@@ -306,16 +317,20 @@ class OverlayVideo:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
         _silence()
         height, width = (side + side % 2 for side in self.size)
-        self._writer = cv2.VideoWriter(os.path.abspath(self._temporary), cv2.CAP_FFMPEG,
-                                       cv2.VideoWriter.fourcc(*"mp4v"), self.fps, (width, height))
+        self._writer = cv2.VideoWriter(
+            os.path.abspath(self._temporary), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), self.fps, (width, height)
+        )
         if not self._writer.isOpened():
             self._remove_temporary()
-            raise UserError(f"{self.path}: OpenCV cannot encode {width}x{height} MPEG-4 at {self.fps:g} frames/s here "
-                            "(pip install opencv-python-headless, or extract the frames and give their folder)")
+            raise UserError(
+                f"{self.path}: OpenCV cannot encode {width}x{height} MPEG-4 at {self.fps:g} frames/s here "
+                "(pip install opencv-python-headless, or extract the frames and give their folder)"
+            )
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         assert self._writer is not None
         self._writer.release()
         try:

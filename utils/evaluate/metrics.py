@@ -123,16 +123,18 @@ def unclaimed_share(matrix: Tensor) -> float:
 def format_report(matrix: Tensor) -> str:
     """The result block of the specification: mIoU and the IoU of each class. No newline at its end."""
     ious = iou_per_class(matrix).tolist()
-    return "\n".join([
-        "评估结果",
-        "=" * 60,
-        f"整体 mIoU: {mean_iou(matrix):.4f}",
-        "",
-        "每个类别的 IoU:",
-        "-" * 60,
-        *(f"{c.id:2d}. {c.name:<20}: {iou:.4f}" for c, iou in zip(CLASSES, ious)),
-        "=" * 60,
-    ])
+    return "\n".join(
+        [
+            "评估结果",
+            "=" * 60,
+            f"整体 mIoU: {mean_iou(matrix):.4f}",
+            "",
+            "每个类别的 IoU:",
+            "-" * 60,
+            *(f"{c.id:2d}. {c.name:<20}: {iou:.4f}" for c, iou in zip(CLASSES, ious)),
+            "=" * 60,
+        ]
+    )
 
 
 def format_details(matrix: Tensor, box_source: str) -> str:
@@ -148,12 +150,16 @@ def format_details(matrix: Tensor, box_source: str) -> str:
         pixels = int(truth[c.id])
         share = pixels / total if total else math.nan
         lines.append(f"{c.id:2d}. {c.name:<20}{pixels:>14d}{share:>9.2%}{precision[c.id]:>11.4f}{recall[c.id]:>9.4f}")
-    lines.append(f"pixel accuracy: {pixel_accuracy(matrix):.4f} of {total} labelled pixels; "
-                 f"{unclaimed_share(matrix):.2%} of them were claimed by no class")
+    lines.append(
+        f"pixel accuracy: {pixel_accuracy(matrix):.4f} of {total} labelled pixels; "
+        f"{unclaimed_share(matrix):.2%} of them were claimed by no class"
+    )
     lines.append("mIoU is the mean over the classes that occur in the ground truth; the others are nan")
     if box_source == "oracle":
-        lines.append("oracle boxes: every class box was taken from the ground truth; these figures are an upper bound, "
-                     "not what the model reaches from the image alone")
+        lines.append(
+            "oracle boxes: every class box was taken from the ground truth; these figures are an upper bound, "
+            "not what the model reaches from the image alone"
+        )
     elif box_source == "none":
         lines.append("no boxes: every map was made from the image alone")
     else:

@@ -104,8 +104,10 @@ def save_comparison(path: Path, image: np.ndarray, target: np.ndarray | None, pr
     shrinking = image.shape[1] > _PANEL_WIDTH
     panels = [("image", cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR))]
     titles = ["prediction"] if target is None else ["ground truth", "prediction"]
-    panels += [(title, cv2.resize(colorize(labels), size, interpolation=cv2.INTER_NEAREST))
-               for title, labels in zip(titles, maps)]
+    panels += [
+        (title, cv2.resize(colorize(labels), size, interpolation=cv2.INTER_NEAREST))
+        for title, labels in zip(titles, maps)
+    ]
 
     entries = legend_entries(*maps)
     width = len(panels) * (_PANEL_WIDTH + _MARGIN) + _MARGIN
@@ -116,11 +118,21 @@ def save_comparison(path: Path, image: np.ndarray, target: np.ndarray | None, pr
     for i, (title, pixels) in enumerate(panels):
         left = _MARGIN + i * (_PANEL_WIDTH + _MARGIN)
         figure.figimage(pixels, left, bottom, origin="upper")
-        figure.text((left + _PANEL_WIDTH / 2) / width, (bottom + height + 9) / total_height, title,
-                    ha="center", fontsize=13)
+        figure.text(
+            (left + _PANEL_WIDTH / 2) / width, (bottom + height + 9) / total_height, title, ha="center", fontsize=13
+        )
     handles = [Patch(facecolor=np.divide(color, 255).tolist(), edgecolor="0.6", label=name) for name, color in entries]
-    figure.legend(handles=handles, loc="lower center", ncols=math.ceil(len(entries) / rows), frameon=False,
-                  fontsize=10.5, handlelength=1.3, handleheight=1.1, columnspacing=1.6, borderaxespad=0.2)
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=math.ceil(len(entries) / rows),
+        frameon=False,
+        fontsize=10.5,
+        handlelength=1.3,
+        handleheight=1.1,
+        columnspacing=1.6,
+        borderaxespad=0.2,
+    )
     _save(figure, path)
 
 
@@ -143,13 +155,22 @@ def save_confusion_matrix(path: Path, matrix: np.ndarray) -> None:
     drawn = axes.imshow(shares, cmap=heat, vmin=0, vmax=1, aspect="auto")
     for row, column in np.argwhere(np.nan_to_num(shares) >= 0.01):
         share = shares[row, column]
-        axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=8,
-                  color="white" if share > 0.55 else "black")
+        axes.text(
+            column,
+            row,
+            f"{share:.2f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if share > 0.55 else "black",
+        )
     axes.set_xticks(range(NUM_CLASSES + 1), [*CLASS_NAMES, "no class"], rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(NUM_CLASSES), CLASS_NAMES)
     # Classes that the data lacks stay in their places, so that matrices compare at a glance, but step back.
-    for tick, occurs in [*zip(axes.get_xticklabels(), counts.any(axis=0) | np.append(totals[:, 0] > 0, False)),
-                         *zip(axes.get_yticklabels(), totals[:, 0] > 0)]:
+    for tick, occurs in [
+        *zip(axes.get_xticklabels(), counts.any(axis=0) | np.append(totals[:, 0] > 0, False)),
+        *zip(axes.get_yticklabels(), totals[:, 0] > 0),
+    ]:
         tick.set_color("black" if occurs else "0.7")
     axes.set_xticks(np.arange(NUM_CLASSES) + 0.5, minor=True)
     axes.set_yticks(np.arange(NUM_CLASSES - 1) + 0.5, minor=True)
@@ -180,8 +201,13 @@ def save_loss_curve(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
     validated = [entry for entry in history if entry.get("val_miou") is not None]
     if validated:
         second = axes.twinx()
-        _plot(second, [entry["epoch"] for entry in validated], [entry["val_miou"] for entry in validated],
-              "validation mIoU", _VAL_COLOR)
+        _plot(
+            second,
+            [entry["epoch"] for entry in validated],
+            [entry["val_miou"] for entry in validated],
+            "validation mIoU",
+            _VAL_COLOR,
+        )
         second.spines[["top"]].set_visible(False)
     else:
         axes.spines[["right"]].set_visible(False)

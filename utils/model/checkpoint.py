@@ -103,8 +103,10 @@ def load_checkpoint(path: Path, flags: CheckpointFlags = INFER_FLAGS) -> dict[st
             raise UserError(f"{path}: not a checkpoint of train_bdd100k.py, but {kind}")
         if kind != foreign.SAM and payload is None:
             raise UserError(f"{path}: truncated, or not a checkpoint of train_bdd100k.py; take another one")
-        raise UserError(f"{path}: not a checkpoint of train_bdd100k.py (give a SAM checkpoint as {flags.sam} and a "
-                        f"fine-tuned one as {flags.ours}){f'; it is {kind}' if kind == foreign.SAM else ''}")
+        raise UserError(
+            f"{path}: not a checkpoint of train_bdd100k.py (give a SAM checkpoint as {flags.sam} and a "
+            f"fine-tuned one as {flags.ours}){f'; it is {kind}' if kind == foreign.SAM else ''}"
+        )
     if payload["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path}: format {payload['format_version']}, this version reads {FORMAT_VERSION}")
     if payload["class_names"] != list(CLASS_NAMES):
@@ -114,8 +116,10 @@ def load_checkpoint(path: Path, flags: CheckpointFlags = INFER_FLAGS) -> dict[st
         raise UserError(f"{path}: does not say which model it belongs to; give a file that train_bdd100k.py wrote")
     payload["info"] = ModelInfo(**payload["info"])
     if not (is_image_size(payload["info"].image_size) and payload["info"].resize_mode in RESIZE_MODES):
-        raise UserError(f"{path}: of image size {payload['info'].image_size}, resize mode "
-                        f"{payload['info'].resize_mode}: no model is of these; give a file that train_bdd100k.py wrote")
+        raise UserError(
+            f"{path}: of image size {payload['info'].image_size}, resize mode "
+            f"{payload['info'].resize_mode}: no model is of these; give a file that train_bdd100k.py wrote"
+        )
     if payload["info"].prompt_mode not in SEGMENTERS:
         raise UserError(f"{path}: of prompt mode {payload['info'].prompt_mode}, which this version does not know")
     return payload

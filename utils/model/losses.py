@@ -152,9 +152,7 @@ def class_weights(pixels: Tensor, power: float) -> Tensor:
     return (weights / (weights * frequency).sum()).clamp(max=MAX_CLASS_WEIGHT).float()
 
 
-def semantic_losses(
-    low_res_masks: Tensor, labels: Tensor, weights: Tensor, *, stride: int = 2
-) -> dict[str, Tensor]:
+def semantic_losses(low_res_masks: Tensor, labels: Tensor, weights: Tensor, *, stride: int = 2) -> dict[str, Tensor]:
     """Weighted cross-entropy and Dice of a semantic map, the latter a mean over the classes that occur in the image.
 
     Compared at the pixels that `compared` takes. Pixels of value 255 count in neither.

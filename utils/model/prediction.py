@@ -38,9 +38,7 @@ class Prediction:
     def original_label_map(self, height: int, width: int, *, image_size: ImageSize, resize_mode: str) -> Tensor:
         """The same of the original image, height x width: it is the logits that are cropped and resized."""
         frame = frame_size(image_size)
-        planes = (
-            restore(self._frame_logits(i, frame), height, width, resize_mode) for i in range(len(self.class_ids))
-        )
+        planes = (restore(self._frame_logits(i, frame), height, width, resize_mode) for i in range(len(self.class_ids)))
         regions = self._regions((height, width), fitted_size(height, width, image_size, resize_mode))
         return merge_masks(planes, self.class_ids, self.threshold, (height, width), regions)
 

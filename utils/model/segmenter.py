@@ -203,8 +203,10 @@ class CheckpointFlags:
     def about(self, error: CheckpointError) -> UserError:
         """What `read_state_dict` raised, as the user of the script is told it."""
         if isinstance(error, FineTunedError) and self.resumes:
-            return UserError(f"{error}; {self.sam} takes the SAM file it was trained on; to go on with its run, give "
-                             f"the run's folder, which has a medsam_model_latest.pth, as {self.ours}")
+            return UserError(
+                f"{error}; {self.sam} takes the SAM file it was trained on; to go on with its run, give "
+                f"the run's folder, which has a medsam_model_latest.pth, as {self.ours}"
+            )
         if isinstance(error, FineTunedError):
             return UserError(f"{error}; give it as {self.ours}, and the SAM file it was trained on as {self.sam}")
         return UserError(str(error))

@@ -17,8 +17,21 @@ from utils.runtime.errors import Interrupted, LostPeerError, UserError, printabl
 from utils.runtime.malloc import keep_freed_memory
 
 # What the system says of a path that is none of our mistakes.
-_REFUSALS = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.EROFS,
-             errno.ENAMETOOLONG, errno.ELOOP, errno.ENODEV, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}  # fmt: skip
+_REFUSALS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENODEV,
+    errno.ETIMEDOUT,
+    errno.EMFILE,
+    errno.ENFILE,
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,9 +73,7 @@ def boolean(text: str) -> bool:
     return value
 
 
-def number(
-    kind: type, minimum: float, *, maximum: float = math.inf, exclusive: bool = False
-) -> Callable[[str], Any]:
+def number(kind: type, minimum: float, *, maximum: float = math.inf, exclusive: bool = False) -> Callable[[str], Any]:
     """A parser of finite `int` or `float` values from `minimum` (above it if `exclusive`) to `maximum`."""
 
     def parse(text: str) -> Any:

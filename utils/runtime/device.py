@@ -54,8 +54,10 @@ def make_deterministic() -> None:
     """
     asked = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACES[0])
     if asked not in CUBLAS_WORKSPACES:
-        raise UserError(f"--deterministic: CUBLAS_WORKSPACE_CONFIG is {asked}; unset it, or set it to "
-                        f"{' or '.join(CUBLAS_WORKSPACES)}")
+        raise UserError(
+            f"--deterministic: CUBLAS_WORKSPACE_CONFIG is {asked}; unset it, or set it to "
+            f"{' or '.join(CUBLAS_WORKSPACES)}"
+        )
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False  # which takes the kernel that was fastest this time
@@ -95,8 +97,10 @@ def resolve_precision(
         if not torch.cuda.is_available():
             raise UserError(f"--device {device_name}: PyTorch finds no CUDA here; use --device cpu")
         if device.index is not None and local_world_size > 1:
-            raise UserError(f"--device {device_name}: {local_world_size} processes were started on this machine; "
-                            "give --device cuda: each process takes its own card")
+            raise UserError(
+                f"--device {device_name}: {local_world_size} processes were started on this machine; "
+                "give --device cuda: each process takes its own card"
+            )
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(f"--device {device_name}: there are only {torch.cuda.device_count()} CUDA devices here")

@@ -51,8 +51,10 @@ def setup(
         return
     actual, own = _number("WORLD_SIZE") or 0, _number("RANK") or 0
     if own >= actual:
-        raise UserError(f"RANK is {own} and WORLD_SIZE {actual} in the environment, but ranks are below the number of "
-                        "processes; start with torchrun, or unset both to run a single process")
+        raise UserError(
+            f"RANK is {own} and WORLD_SIZE {actual} in the environment, but ranks are below the number of "
+            "processes; start with torchrun, or unset both to run a single process"
+        )
     _number("MASTER_PORT")
     if world_size is not None and world_size != actual:
         raise UserError(f"--world_size {world_size}, but the launcher started {actual} processes; make them agree")
@@ -76,8 +78,10 @@ def setup(
             atexit.register(cleanup)  # after a failure too
     except (ValueError, RuntimeError) as error:  # a variable is missing, no such method, nobody answers
         reason = " ".join(str(error).split())
-        raise UserError(f"the processes cannot meet by --init_method {init_method} ({reason}); leave that flag out and "
-                        "start with torchrun, or unset RANK and WORLD_SIZE to run a single process") from None
+        raise UserError(
+            f"the processes cannot meet by --init_method {init_method} ({reason}); leave that flag out and "
+            "start with torchrun, or unset RANK and WORLD_SIZE to run a single process"
+        ) from None
 
 
 _launcher: int | None = None  # its process, as `setup` found it
@@ -130,10 +134,14 @@ def _launch_by_tasks() -> str | None:
     num_nodes = int(nodes) if nodes.isdecimal() and int(nodes) else 1
     launcher = "--standalone"
     if num_nodes > 1:
-        launcher = (f"--nnodes={num_nodes} --rdzv_backend=c10d --rdzv_id=$SLURM_JOB_ID "
-                    "--rdzv_endpoint=$(scontrol show hostnames | head -n 1):29500")
-    return (f"srun --ntasks={num_nodes} --ntasks-per-node=1 --cpus-per-task=$SLURM_CPUS_ON_NODE torchrun {launcher} "
-            f"--nproc_per_node={max(1, count // num_nodes)} {script}")
+        launcher = (
+            f"--nnodes={num_nodes} --rdzv_backend=c10d --rdzv_id=$SLURM_JOB_ID "
+            "--rdzv_endpoint=$(scontrol show hostnames | head -n 1):29500"
+        )
+    return (
+        f"srun --ntasks={num_nodes} --ntasks-per-node=1 --cpus-per-task=$SLURM_CPUS_ON_NODE torchrun {launcher} "
+        f"--nproc_per_node={max(1, count // num_nodes)} {script}"
+    )
 
 
 def _warn_of_tasks() -> None:
@@ -141,9 +149,12 @@ def _warn_of_tasks() -> None:
     tasks = _started_tasks()
     if tasks:
         name, count = tasks
-        print(f"warning: {name} is {count}, but no launcher started this process: each task that "
-              f"{_TASK_STARTERS[name]} starts does the whole work by itself; to share it: {_launch_by_tasks()}",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"warning: {name} is {count}, but no launcher started this process: each task that "
+            f"{_TASK_STARTERS[name]} starts does the whole work by itself; to share it: {_launch_by_tasks()}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def cleanup() -> None:
@@ -170,8 +181,10 @@ def telling_lost_peers() -> Iterator[None]:
         reason = " ".join(str(error).split())
         if world_size() == 1 or not (isinstance(error, dist.DistError) or _LOST.search(reason)):
             raise
-        raise LostPeerError(f"process {rank()} of {world_size()} lost the connection to another one, which has ended: "
-                            f"see what that one or its machine says ({reason.split('. ')[0]})") from error
+        raise LostPeerError(
+            f"process {rank()} of {world_size()} lost the connection to another one, which has ended: "
+            f"see what that one or its machine says ({reason.split('. ')[0]})"
+        ) from error
 
 
 # How gloo words it, and the name that errors of NCCL have in their text.

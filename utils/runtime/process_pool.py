@@ -72,8 +72,10 @@ def run_jobs(
             results += of_chunk
             advance(len(of_chunk))
     except BrokenProcessPool:
-        raise UserError(f"a worker process was killed, most often for lack of memory (run the same command again with "
-                        f"--num_workers below {num_workers}: it goes on where it was)") from None
+        raise UserError(
+            f"a worker process was killed, most often for lack of memory (run the same command again with "
+            f"--num_workers below {num_workers}: it goes on where it was)"
+        ) from None
     except KeyboardInterrupt:
         print("\nstopping: what was begun is finished first", file=sys.stderr, flush=True)
         raise

@@ -1,6 +1,6 @@
 """Draw a data set of driving scenes in BDD100K's layout, to run everything without a download.
 
-    python -m utils.scenes --output_dir data/scenes --train 48 --val 16 --seed 0
+python -m utils.scenes --output_dir data/scenes --train 48 --val 16 --seed 0
 """
 
 from __future__ import annotations

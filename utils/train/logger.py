@@ -122,8 +122,12 @@ class RunLogger:
 
     def _warn(self, reason: str) -> None:
         if not self._warned:
-            print(f"warning: TensorBoard or W&B failed ({reason}); training goes on, and {self.folder / 'log.jsonl'} "
-                  "has every figure", file=sys.stderr, flush=True)
+            print(
+                f"warning: TensorBoard or W&B failed ({reason}); training goes on, and {self.folder / 'log.jsonl'} "
+                "has every figure",
+                file=sys.stderr,
+                flush=True,
+            )
         self._warned = True
 
 
@@ -163,8 +167,10 @@ def _import(module: str, attribute: str, flag: str, name: str, package: str) -> 
             spec = importlib.util.find_spec(package)
             where = spec and (spec.origin or next(iter(spec.submodule_search_locations or ()), None))
         reason = f"{type(error).__name__}: {_reason(error)}"
-        raise UserError(f"{flag}: {name} cannot be imported from {where or package} ({reason}); "
-                        f"pip install -U {package}, or remove what is there under its name") from None
+        raise UserError(
+            f"{flag}: {name} cannot be imported from {where or package} ({reason}); "
+            f"pip install -U {package}, or remove what is there under its name"
+        ) from None
 
 
 @contextmanager

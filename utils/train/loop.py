@@ -182,8 +182,10 @@ class _StepSums:
 def _diverged(what: str, names: list[str]) -> DivergedError:
     """The error, which all processes raise, each with the names of its own images."""
     everywhere = sorted({name for some in distributed.all_gather(names) for name in some})
-    return DivergedError(f"{what} for {', '.join(everywhere)}; the weights were not touched. Check these images, or "
-                         "start a new run with a lower -lr")
+    return DivergedError(
+        f"{what} for {', '.join(everywhere)}; the weights were not touched. Check these images, or "
+        "start a new run with a lower -lr"
+    )
 
 
 def _means(parts: tuple[str, ...], totals: Tensor) -> dict[str, float]:

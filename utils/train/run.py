@@ -76,8 +76,9 @@ def _last_saved(folder: Path) -> float:
 def _newest_good(folder: Path) -> Path:
     """The run's newest `latest` that can be read."""
     if not _versions(folder) and exists(folder / CONFIG):
-        raise UserError(f"{folder}: nothing was saved there, so there is nothing to resume; "
-                        "run the same command without --resume")
+        raise UserError(
+            f"{folder}: nothing was saved there, so there is nothing to resume; run the same command without --resume"
+        )
     errors = []
     for path in _versions(folder) or [folder / LATEST]:
         try:
@@ -88,8 +89,12 @@ def _newest_good(folder: Path) -> Path:
             errors.append(error)
             continue
         if path.name != LATEST:
-            print(f"warning: {errors[0] if errors else f'{folder / LATEST} is missing'}; going on from {path.name}, "
-                  "the one before", file=sys.stderr, flush=True)
+            print(
+                f"warning: {errors[0] if errors else f'{folder / LATEST} is missing'}; going on from {path.name}, "
+                "the one before",
+                file=sys.stderr,
+                flush=True,
+            )
         return path
     raise errors[0]
 
@@ -137,15 +142,18 @@ def read_latest(
             raise UserError(f"{path}: was begun by a version that knew no {name}; start a new run")
         now, then = config[key], state["args"][key]
         if now != then and key == "losses" and config["prompt_mode"] == state["args"]["prompt_mode"]:
-            raise UserError(f"{path}: an earlier version trained it with the loss {then}, this one has {now}; "
-                            "start a new run")
+            raise UserError(
+                f"{path}: an earlier version trained it with the loss {then}, this one has {now}; start a new run"
+            )
         if now != then:
             raise UserError(f"{name} is {now}, but {path} began with {then}; give it so, or start a new run")
     latest = Latest(path, state)
     stopped = plateau(latest.history, patience)
     if len(latest.history) >= num_epochs:
-        raise FinishedError(f"{path}: already trained for {len(latest.history)} epochs; raise -num_epochs"
-                            f"{' and --patience' if stopped else ''} to go on")
+        raise FinishedError(
+            f"{path}: already trained for {len(latest.history)} epochs; raise -num_epochs"
+            f"{' and --patience' if stopped else ''} to go on"
+        )
     if stopped:
         raise FinishedError(f"{path}: {stopped}; raise --patience, or leave it out, to go on")
     if any("val_miou" in record for record in latest.history) and not choose_by_miou:
@@ -171,8 +179,10 @@ def plateau(history: Sequence[Mapping[str, Any]], patience: int | None) -> str |
             since += 1
     if patience is None or since < patience:
         return None
-    return (f"stopped early after epoch {history[-1]['epoch']}: val mIoU has not improved for {since} validations "
-            f"since the best, {miou:.4f} of epoch {best}")
+    return (
+        f"stopped early after epoch {history[-1]['epoch']}: val mIoU has not improved for {since} validations "
+        f"since the best, {miou:.4f} of epoch {best}"
+    )
 
 
 def require_room(work_dir: Path, latest: Latest | None, model: Segmenter, keep_last: int) -> None:
@@ -189,9 +199,11 @@ def require_room(work_dir: Path, latest: Latest | None, model: Segmenter, keep_l
     taken = sum(path.stat().st_size for path in folder.glob("*.pth")) if latest else 0
     place = next(path for path in (folder, *folder.absolute().parents) if exists(path))
     if needed > taken + shutil.disk_usage(place).free:
-        raise UserError(f"{folder}: the checkpoints need {(needed - taken) / 2**20:.0f} MiB, but {free_room(place)}; "
-                        f"make room there, {'or ' if latest else ''}lower --keep_last"
-                        f"{'' if latest else ', or give another -work_dir'}")
+        raise UserError(
+            f"{folder}: the checkpoints need {(needed - taken) / 2**20:.0f} MiB, but {free_room(place)}; "
+            f"make room there, {'or ' if latest else ''}lower --keep_last"
+            f"{'' if latest else ', or give another -work_dir'}"
+        )
 
 
 def cache_to_use(where: str, latest: Latest | None) -> str:
@@ -218,10 +230,13 @@ def require_same_cache(stored_in: str | None, latest: Latest | None) -> None:
     if then is None:
         raise UserError(f"{latest.path}: began without a cache; give --cache_embeddings off, or start a new run")
     if stored_in is None:
-        raise UserError(f"{latest.path}: began with features from a cache; give --cache_embeddings as it began, "
-                        "and the disk room for it, or start a new run")
-    raise UserError(f"--cache_dtype is {stored_in}, but {latest.path} began with {then}; give it so, or start a new "
-                    "run")
+        raise UserError(
+            f"{latest.path}: began with features from a cache; give --cache_embeddings as it began, "
+            "and the disk room for it, or start a new run"
+        )
+    raise UserError(
+        f"--cache_dtype is {stored_in}, but {latest.path} began with {then}; give it so, or start a new run"
+    )
 
 
 def require_same_data(data: Mapping[str, str | None], info: ModelInfo, latest: Latest | None) -> None:
@@ -242,8 +257,10 @@ def require_same_data(data: Mapping[str, str | None], info: ModelInfo, latest: L
     for key, flag in {"train_data": "-i", "val_data": "--val_npy_path"}.items():
         then = latest.state["args"].get(key)
         if then is not None and data[key] not in (then, None):
-            raise UserError(f"{latest.path}: began with other data than {flag} has now (other names, sizes or labels); "
-                            "give the data that it began with, or start a new run")
+            raise UserError(
+                f"{latest.path}: began with other data than {flag} has now (other names, sizes or labels); "
+                "give the data that it began with, or start a new run"
+            )
 
 
 def _is_run_state(state: Any) -> bool:
@@ -264,9 +281,7 @@ def _is_run_state(state: Any) -> bool:
 
 
 def _has(state: Any, kinds: Mapping[str, Any]) -> bool:
-    return isinstance(state, dict) and all(
-        key in state and isinstance(state[key], kind) for key, kind in kinds.items()
-    )
+    return isinstance(state, dict) and all(key in state and isinstance(state[key], kind) for key, kind in kinds.items())
 
 
 class Run:
@@ -351,8 +366,13 @@ class Run:
             raise UserError(f"{latest.path}: its state is of another kind of run; start a new one") from None
         self.history = latest.history
         state = run_state["progress"]
-        self.progress = Progress(len(self.history), state["steps"], state["skipped_steps"], state["sums"],
-                                 begun=time.monotonic() - state["seconds"])
+        self.progress = Progress(
+            len(self.history),
+            state["steps"],
+            state["skipped_steps"],
+            state["sums"],
+            begun=time.monotonic() - state["seconds"],
+        )
         # The figure of a run that had no validation data is a loss, and no mIoU is to be measured against it.
         if not self.choose_by_miou or any("val_miou" in record for record in self.history):
             self.best_score = run_state["best_score"]
