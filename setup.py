@@ -38,7 +38,7 @@ setup(
             "mypy",
             "tensorboard",
             "wandb",
-            "hypothesis",  # damaged and hostile files by the thousand: tests/fuzz.py
+            "hypothesis",  # damaged and hostile files by the thousand: tests/helpers/fuzz.py
             # Oracles: what the tests compare with. The public segment-anything is in a folder of its own (Makefile).
             "pycocotools",
             "torchmetrics",

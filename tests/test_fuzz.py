@@ -1,4 +1,4 @@
-"""A short run of `tests/fuzz.py`, the same inputs each time. At length: python -m tests.fuzz --examples 2000"""
+"""A short run of `tests/helpers/fuzz.py`, the same inputs each time. At length: python -m tests.helpers.fuzz --examples 2000"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from segment_anything.build_sam import CONFIGS
-from tests.fuzz import Target, fuzz, make_targets
+from tests.helpers.fuzz import Target, fuzz, make_targets
 
 EXAMPLES = 40
 KINDS = [

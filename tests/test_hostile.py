@@ -1,6 +1,6 @@
 """Files that were made to harm: nothing of them runs or is written elsewhere, and no claim of theirs fills the memory.
 
-What the readers make of thousands of damaged files is in `tests/fuzz.py`.
+What the readers make of thousands of damaged files is in `tests/helpers/fuzz.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.build_sam import load_state_dict, read_state_dict
 from segment_anything.utils.plain_load import load_plain
 from tests.conftest import IMAGE_SIZE, run_script
-from tests.oracles import TENSOR, Payload, torch_archive
+from tests.helpers.oracles import TENSOR, Payload, torch_archive
 from utils import ckpt_convert
 from utils.data.bdd100k import read_image, read_size
 from utils.data.datasets import NpyFolder

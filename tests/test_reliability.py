@@ -1,4 +1,4 @@
-"""Faults on purpose, through the real scripts: see `tests/faults.py`, and docs/RELIABILITY.md for what is promised."""
+"""Faults on purpose, through the real scripts: see `tests/helpers/faults.py`, and docs/RELIABILITY.md for what is promised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import (
+from tests.helpers.faults import (
     Job,
     assert_same_end,
     checkpoints,

@@ -13,7 +13,7 @@ import torch
 
 from segment_anything import build_sam_vit_b, build_sam_vit_tiny
 from tests.conftest import IMAGE_SIZE
-from tests.oracles import Payload
+from tests.helpers.oracles import Payload
 from utils.data.classes import CLASS_NAMES
 from utils.model import checkpoint
 from utils.model.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_best, save_latest

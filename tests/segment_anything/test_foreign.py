@@ -17,7 +17,7 @@ import train_bdd100k
 from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.build_sam import CONFIGS, file_digest, read_state_dict
 from tests.conftest import IMAGE_SIZE
-from tests.oracles import Payload, torch_archive
+from tests.helpers.oracles import Payload, torch_archive
 from utils import ckpt_convert
 from utils.model.checkpoint import ModelInfo, load_checkpoint, save_best, save_latest
 from utils.model.segmenter import build_model

@@ -20,7 +20,7 @@ from PIL import Image
 import infer_bdd100k
 from segment_anything.build_sam import file_digest
 from tests.conftest import IMAGE_SIZE, run_script
-from tests.test_infer_bdd100k import good_flags, read_results
+from tests.scripts.test_infer_bdd100k import good_flags, read_results
 from utils.model import checkpoint
 from utils.model.segmenter import build_model
 

@@ -1,6 +1,6 @@
 """Damaged and hostile files for every reader: each is read, or refused with the error that a user is meant to see.
 
-    python -m tests.fuzz --examples 2000
+    python -m tests.helpers.fuzz --examples 2000
 
 gives so many inputs to each kind of file and prints what became of them; `tests/test_fuzz.py` is the short form. The
 inputs are valid files with flipped, missing and added bytes, with edited headers whose checksums are right again, and
@@ -36,7 +36,7 @@ from safetensors.torch import save
 
 from segment_anything import CheckpointError
 from segment_anything.build_sam import CONFIGS, SamConfig, build_sam_of_type, load_state_dict, read_state_dict
-from tests.oracles import TENSOR, torch_archive
+from tests.helpers.oracles import TENSOR, torch_archive
 from utils.cache.embedding_cache import Binding, Request, prepare_caches
 from utils.compare import format_comparison, read_results
 from utils.data.bdd100k import read_image, read_mask, read_size

@@ -15,9 +15,9 @@ from torch import Tensor
 from segment_anything import SamPredictor, build_sam_vit_tiny
 from segment_anything.modeling import Sam
 from segment_anything.utils.onnx import SamOnnxModel
-from tests.oracles import public_sam, public_tiny, relative_error
+from tests.helpers.oracles import public_sam, public_tiny, relative_error
 
-WEIGHTS = Path(__file__).parents[1] / "assets" / "sam_vit_tiny_scenes.pth"
+WEIGHTS = Path(__file__).parents[2] / "assets" / "sam_vit_tiny_scenes.pth"
 SIDE = 128
 FLAGS = list(itertools.product([False, True], repeat=3))
 

@@ -3,7 +3,7 @@
 `tests/test_reliability.py` uses what is here for its short form. The long form is a command, of some minutes: one
 training run, killed with `kill -9` again and again, which must end with the weights of an undisturbed one, bit for bit:
 
-    python -m tests.faults --kills 20 [--seed 0] [--processes 2] [--prompt_mode semantic]
+    python -m tests.helpers.faults --kills 20 [--seed 0] [--processes 2] [--prompt_mode semantic]
 
 In semantic mode the frame is not square, and features of several views come from the cache.
 """
@@ -37,7 +37,7 @@ from tests.conftest import quick_start, write_split
 from utils.model import checkpoint
 from utils.runtime.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE = 64  # side of an image
 TIMEOUT = 900.0  # seconds after which a job counts as hung; the machine may have other work
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from segment_anything import SamPredictor, build_sam_vit_b, build_sam_vit_tiny
 from segment_anything.build_sam import file_digest
 from tests.conftest import IMAGE_SIZE, run_script
-from tests.oracles import public_sam, relative_error
+from tests.helpers.oracles import public_sam, relative_error
 from utils import ckpt_convert
 from utils.data.frame import ImageSize, frame_size
 from utils.model.checkpoint import BEST, LATEST, ModelInfo, load_checkpoint, load_decoder, save_best

@@ -26,7 +26,7 @@ import pre_bdd100k
 import train_bdd100k
 from segment_anything.build_sam import file_digest
 from tests.conftest import IMAGE_SIZE, run_script
-from tests.test_infer_bdd100k import good_flags, read_results
+from tests.scripts.test_infer_bdd100k import good_flags, read_results
 from utils.cache import embedding_cache
 from utils.cache.embedding_cache import Binding, EmbeddingCache, Request, entry_path, prepare_caches
 from utils.data.augment import fixed_view

@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 
 import pre_bdd100k
 from tests.conftest import IMAGE_SIZE, run_script, write_split
-from tests.oracles import Payload
+from tests.helpers.oracles import Payload
 from utils.data.boxes import class_boxes
 from utils.data.datasets import (
     FILLER,

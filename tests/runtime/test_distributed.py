@@ -19,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import train_bdd100k
 from tests.conftest import log_of, quick_start
-from tests.faults import free_port, write_inputs
+from tests.helpers.faults import free_port, write_inputs
 from utils.model import checkpoint
 from utils.runtime import distributed
 from utils.runtime.errors import UserError

@@ -216,7 +216,7 @@ def test_training_goes_through_with_deterministic_and_gives_the_same(
 
 def test_nothing_but_pytorch_and_seeded_generators_is_random() -> None:
     """`--seed` reaches PyTorch and `numpy.random.default_rng` alone."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     sources = [*root.glob("*.py"), *root.glob("utils/**/*.py"), *root.glob("segment_anything/**/*.py")]
     unseeded = re.compile(r"^\s*(import random|from random )|np\.random\.(?!default_rng\(.|Generator)", re.MULTILINE)
     assert [path.name for path in sources if unseeded.search(path.read_text())] == []

@@ -22,7 +22,7 @@ from utils.data import loaders as loader_module
 from utils.data.loaders import Loader, require_shared_memory, sample_bytes, usable_workers
 from utils.runtime.errors import LostWorkerError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Doomed(Dataset):

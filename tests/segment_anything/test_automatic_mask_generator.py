@@ -15,9 +15,9 @@ from torch import Tensor
 from segment_anything import SamAutomaticMaskGenerator, build_sam_vit_tiny
 from segment_anything.modeling import Sam
 from segment_anything.utils import amg
-from tests.oracles import public_sam, public_tiny
+from tests.helpers.oracles import public_sam, public_tiny
 
-WEIGHTS = Path(__file__).parents[1] / "assets" / "sam_vit_tiny_scenes.pth"
+WEIGHTS = Path(__file__).parents[2] / "assets" / "sam_vit_tiny_scenes.pth"
 SOME: dict[str, Any] = {"points_per_side": 8, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.3}
 GRIDS = [np.random.default_rng(1).random((n, 2)) for n in (40, 15)]
 

@@ -237,5 +237,5 @@ def test_pyplot_is_never_imported(tmp_path: Path) -> None:
         f"save_loss_curve(Path({str(tmp_path / 'a.png')!r}), [dict(epoch=1, train_loss=0.5)]); "
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=60).returncode == 0
     assert (tmp_path / "a.png").is_file()

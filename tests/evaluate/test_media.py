@@ -23,7 +23,7 @@ from utils.evaluate.media import ImageFolder, OverlayFolder, OverlayVideo, Video
 from utils.runtime.errors import UnreadableError, UserError
 
 RED, GREEN, BLUE = (200, 30, 40), (20, 180, 60), (30, 50, 210)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def picture(height: int, width: int, color: tuple[int, int, int] = BLUE) -> np.ndarray:
