@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import common, encoder, frames, gpu, inference, preprocessing, semantic, training
 from segment_anything import build_sam_vit_tiny
-from tests import oracles
+from tests.helpers import oracles
 from tests.conftest import run_script
 from utils.data.bdd100k import find_split
 

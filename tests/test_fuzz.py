@@ -1,4 +1,4 @@
-"""A short run of `tests/helpers/fuzz.py`, the same inputs each time. At length: python -m tests.helpers.fuzz --examples 2000"""
+"""A short run of `tests/helpers/fuzz.py`, always on the same inputs. At length: `python -m tests.helpers.fuzz`"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults on purpose, through the real scripts: see `tests/helpers/faults.py`, and docs/RELIABILITY.md for what is promised."""
+"""Faults on purpose, through the real scripts: `tests/helpers/faults.py`; docs/RELIABILITY.md has what is promised."""
 
 from __future__ import annotations
 

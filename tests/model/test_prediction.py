@@ -223,11 +223,8 @@ def test_two_equal_views_give_the_map_of_one() -> None:
     both = average_mirrored(logits, logits, 64, (64, 64))
     one, two = (Prediction(masks, torch.arange(NUM_CLASSES)) for masks in (logits, both))
     assert same_but_for_rounding([one.label_map(64)], [two.label_map(64)])
-    size = {"image_size": 64, "resize_mode": "stretch"}
-    assert same_but_for_rounding(
-        [one.original_label_map(45, 80, **size)],
-        [two.original_label_map(45, 80, **size)],  # type: ignore[arg-type]
-    )
+    maps = [p.original_label_map(45, 80, image_size=64, resize_mode="stretch") for p in (one, two)]
+    assert same_but_for_rounding(maps[:1], maps[1:])
 
 
 def test_many_boxes_are_decoded_as_each_by_itself(sam_file: Path, npy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

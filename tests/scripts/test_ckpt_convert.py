@@ -1,6 +1,6 @@
 """A decoder joined with its SAM file: what the public package loads and computes, and one line for what does not fit.
 
-`pytest tests/test_ckpt_convert.py -s` prints the relative errors.
+`pytest tests/scripts/test_ckpt_convert.py -s` prints the relative errors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """SAM: equal to the public package on the same weights, strict about what it loads, one decoding for B x Q prompts.
 
-Every comparison records its relative error: `pytest tests/test_segment_anything.py -s` prints them.
+Every comparison records its relative error: `pytest tests/segment_anything/test_segment_anything.py -s` prints them.
 """
 
 from __future__ import annotations
