@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,15 +89,16 @@ def build_sam_of_type(
         ValueError: no model takes the image size.
     """
     config = CONFIGS[model_type]
-    image_size = image_size or config.image_size
-    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side % PATCH_SIZE == 0 for side in sides):
+    if image_size is None:
+        image_size = config.image_size
+    sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+    if len(sides) != 2 or not all(isinstance(n, SupportsIndex) and int(n) > 0 and int(n) % PATCH_SIZE == 0 for n in sides):
         raise ValueError(f"image_size must be a multiple of {PATCH_SIZE}, got {image_size}")
-    height, width = sides
+    height, width = int(sides[0]), int(sides[1])
     grid_size = (height // PATCH_SIZE, width // PATCH_SIZE)
     path = Path(checkpoint) if checkpoint is not None else None
     state = read_state_dict(path, model_type) if path else {}
-    trained_size = PATCH_SIZE * _square_side(state) or config.image_size
+    trained_size = PATCH_SIZE * _square_side(state) if _square_side(state) else config.image_size
     side = height if height == width else max(height, width, trained_size)  # of the square of positions
     sam = Sam(
         image_encoder=ImageEncoderViT(
@@ -217,8 +218,9 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
         height, width = (PATCH_SIZE * side for side in embedding.shape[1:3])
         raise CheckpointError(f"{source}: its positions are of the frame {height}x{width} and fit no other; use the "
                               f"image size {height}x{width}")
-    # A non-square frame has the top-left part of a square's positions.
-    side = None if grid_size[0] == grid_size[1] or not _square_side(state) else max(*grid_size, _square_side(state))
+    # A non-square frame has the top-left part of a square's positions: of the same one as the prompt encoder has.
+    non_square = grid_size[0] != grid_size[1] and _square_side(state)
+    side = sam.prompt_encoder.position_grid_size[0] if non_square else None
     fitted = {key: _fit_positions(state[key], expected[key], side) for key in depends_on_size & state.keys()}
     state = {**state, **fitted}
 
