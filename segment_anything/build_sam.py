@@ -92,7 +92,8 @@ def build_sam_of_type(
     if image_size is None:
         image_size = config.image_size
     sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
-    if len(sides) != 2 or not all(isinstance(n, SupportsIndex) and int(n) > 0 and int(n) % PATCH_SIZE == 0 for n in sides):
+    whole = (isinstance(n, SupportsIndex) and int(n) > 0 and int(n) % PATCH_SIZE == 0 for n in sides)
+    if len(sides) != 2 or not all(whole):
         raise ValueError(f"image_size must be a multiple of {PATCH_SIZE}, got {image_size}")
     height, width = int(sides[0]), int(sides[1])
     grid_size = (height // PATCH_SIZE, width // PATCH_SIZE)
