@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from segment_anything import CheckpointError, build_sam_vit_tiny
+from segment_anything import build_sam_vit_tiny
 from segment_anything.build_sam import CONFIGS, load_state_dict, read_state_dict
 from segment_anything.modeling import Sam
 from utils.data.boxes import jitter_boxes, mask_box
@@ -138,10 +138,10 @@ def mean_loss(losses: dict[str, Tensor], valid: Tensor) -> Tensor:
 def load_sam(init: Path | None, image_size: ImageSize) -> Sam:
     try:
         sam = build_sam_vit_tiny(image_size=frame_size(image_size))
-        if init:  # not by the builder, which would scale positions by the square of this file and not of the result
+        if init:  # the builder would scale positions by this file's square, which what is saved does not name
             load_state_dict(sam, read_state_dict(init, "vit_tiny"), model_type="vit_tiny", source=init)
         return sam.train()
-    except CheckpointError as error:
+    except ValueError as error:  # a CheckpointError, or a frame that no model takes
         raise UserError(str(error)) from None
 
 

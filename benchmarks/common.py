@@ -26,8 +26,12 @@ from utils.runtime import cli
 from utils.runtime.malloc import M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory, mallopt
 
 
-def get_args_parser(doc: str | None, *, squares_only: bool = True) -> cli.Parser:
-    """The flags of every benchmark that runs a SAM of random weights; the public package's encoder takes squares."""
+def get_args_parser(doc: str | None, image_size: Callable[[str], Any] = cli.side_length) -> cli.Parser:
+    """The flags of every benchmark that runs a SAM of random weights.
+
+    Args:
+        image_size: the parser of that flag; squares by default, as the public package's encoder takes no others.
+    """
     parser = cli.Parser(doc)
     parser.add_flag("model_type", choices=list(CONFIGS), default="vit_b", help="which SAM, with random weights")
     if squares_only:

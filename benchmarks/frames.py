@@ -93,9 +93,9 @@ class Frame:
                 batch_size=1,
                 num_workers=0,
             )
+            assert cache is not None, "a folder was given"
             dataset.use(cache, takes_pixels=segmenter.takes_pixels)
-            if cache:
-                segmenter.reduction = cache.reduction
+            segmenter.reduction = cache.reduction
             entries = [path.stat().st_size for path in (folder / mode / source.folder.name).glob("*.safetensors")]
             self.bytes[mode] = sum(entries) / len(entries)
             for kind, precision in PRECISIONS.items():

@@ -39,7 +39,7 @@ STEPS = 4  # of training that are timed together
 
 
 def get_args_parser() -> cli.Parser:
-    parser = common.get_args_parser(__doc__, squares_only=False)
+    parser = common.get_args_parser(__doc__, cli.image_size)
     parser.set_defaults(repeats=10)
     parser.add_flag("batch_size", type=cli.positive_int, default=4, help="images a step")
     parser.add_flag("amp_dtype", choices=("fp16", "bf16"), default="fp16", help="what autocast computes in")

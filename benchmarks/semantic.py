@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from segment_anything import CheckpointError, build_sam_vit_tiny
+from segment_anything import build_sam_vit_tiny
 from segment_anything.modeling import Sam
 from segment_anything.modeling.common import upscaled_masks
 from utils.data.augment import fixed_view
@@ -79,10 +79,7 @@ class PlainTokens(SemanticSegmenter):
         decoder: Any = self.mask_decoder
         for name in ("stem", "detail_upscaling", "feature_norms"):
             delattr(decoder, name)
-        mlps = decoder.output_hypernetworks
-        width = decoder.output_upscaling[-2].out_channels
-        mlps.weights[-1] = nn.Parameter(mlps.weights[-1].detach()[..., :width].clone())
-        mlps.biases[-1] = nn.Parameter(mlps.biases[-1].detach()[..., :width].clone())
+        _keep_outputs(decoder.output_hypernetworks, decoder.output_upscaling[-2].out_channels)
 
     def forward(self, features: Features) -> tuple[Tensor]:
         decoder: Any = self.mask_decoder
@@ -90,6 +87,27 @@ class PlainTokens(SemanticSegmenter):
         tokens, image_tokens = decoder.transformer(x, self.image_pe, decoder.mask_tokens.expand(len(x), -1, -1))
         upscalings = [(decoder.output_upscaling, image_tokens)]
         return (upscaled_masks(decoder.output_hypernetworks(tokens), upscalings, (x.shape[2], x.shape[3])),)
+
+
+def _keep_outputs(mlps: Any, count: int) -> None:
+    """Keep the first outputs of the hypernetworks alone."""
+    for parameters in (mlps.weights, mlps.biases):
+        parameters[-1] = nn.Parameter(parameters[-1].detach()[..., :count].clone())
+
+
+class _NoChannels(nn.Module):
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps[:, :0]
+
+
+class StrideOfFour(SemanticSegmenter):
+    """Logits of stride 4, brought to stride 2 by interpolation alone."""
+
+    def __init__(self, sam: Sam) -> None:
+        super().__init__(sam)
+        decoder: Any = self.mask_decoder
+        _keep_outputs(decoder.output_hypernetworks, decoder.detail_path.upscaling_4.in_channels)
+        decoder.detail_path.join_2 = _NoChannels()
 
 
 class PixelsAlone(SemanticSegmenter):
@@ -188,6 +206,7 @@ ROWS = {
     "box-flip": box_row("images and mirror images", num_views=2),
     "no-pixels": Row("no path from the pixels, as earlier decoders", with_pixels(0), lr=1e-3),
     "pixels-alone": Row("control: the path from the pixels without the encoder's features", PixelsAlone),
+    "stride-4": Row("logits of stride 4, not 2", StrideOfFour),
     "8-pixel-channels": Row("half as many channels of pixels", with_pixels(8)),
     "32-pixel-channels": Row("twice as many channels of pixels", with_pixels(32)),
     "everything": Row("ceiling: the encoder is trained too, end to end", encoder_lr=3e-4),
@@ -376,7 +395,7 @@ def main(args: argparse.Namespace) -> None:
     def build_sam() -> Sam:
         try:
             return build_sam_vit_tiny(args.sam_checkpoint, image_size=sources["train"].frame_size)
-        except CheckpointError as error:
+        except ValueError as error:  # a CheckpointError, or a frame that no model takes
             raise UserError(str(error)) from None
 
     blocks = sorted({block for name in args.row for block in ROWS[name].build(build_sam()).feature_blocks})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,15 +89,17 @@ def build_sam_of_type(
         ValueError: no model takes the image size.
     """
     config = CONFIGS[model_type]
-    image_size = image_size or config.image_size
-    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 and side % PATCH_SIZE == 0 for side in sides):
+    if image_size is None:
+        image_size = config.image_size
+    sides = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
+    whole = (isinstance(n, SupportsIndex) and int(n) > 0 and int(n) % PATCH_SIZE == 0 for n in sides)
+    if len(sides) != 2 or not all(whole):
         raise ValueError(f"image_size must be a multiple of {PATCH_SIZE}, got {image_size}")
-    height, width = sides
+    height, width = int(sides[0]), int(sides[1])
     grid_size = (height // PATCH_SIZE, width // PATCH_SIZE)
     path = Path(checkpoint) if checkpoint is not None else None
     state = read_state_dict(path, model_type) if path else {}
-    trained_size = PATCH_SIZE * _square_side(state) or config.image_size
+    trained_size = PATCH_SIZE * _square_side(state) if _square_side(state) else config.image_size
     side = height if height == width else max(height, width, trained_size)  # of the square of positions
     sam = Sam(
         image_encoder=ImageEncoderViT(

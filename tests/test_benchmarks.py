@@ -82,6 +82,16 @@ def test_each_row_of_the_semantic_benchmark_takes_a_step(name: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in segmenter.mask_decoder.parameters())
 
 
+@torch.no_grad()
+def test_the_control_of_pixels_alone_takes_nothing_of_the_encoder() -> None:
+    segmenter = semantic.ROWS["pixels-alone"].build(build_sam_vit_tiny(image_size=64))
+    images = torch.rand(1, 3, 64, 64)
+    *encoded, pixels = segmenter.inputs(images)
+    (masks,) = segmenter((*encoded, pixels))
+    assert masks.equal(segmenter((*map(torch.randn_like, encoded), pixels))[0])
+    assert not masks.equal(segmenter((*encoded, 1 - pixels))[0])
+
+
 def test_the_frames_benchmark_wants_two_frames(error_of: Callable[..., str]) -> None:
     assert "both 64; give two frames" in error_of(frames, "--image_size", 64, "--against", 64)
 

@@ -72,6 +72,8 @@ def format_comparison(results: Mapping[str, dict[str, Any]]) -> str:
         former = ["argmax" if source == "none" else "threshold" for source in sources]
         rules = [str(result.get("map_rule", rule)) for result, rule in zip(results.values(), former)]
         lines.append(f"map rule: {_shared(rules)}")
+    if any(result.get("tta") for result in results.values()):
+        lines.append(f"tta: {_shared(['yes' if result.get('tta') else 'no' for result in results.values()])}")
     return "\n".join(lines)
 
 

@@ -48,6 +48,15 @@ def test_a_line_for_each_class_of_the_ground_truth(tmp_path: Path, capsys: pytes
     ]
 
 
+def test_test_time_augmentation_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = result(tmp_path / "plain", 0.5, [("road", 0.5, 1000)])
+    read = json.loads((plain / "evaluation_results.json").read_text())
+    run(write(tmp_path / "same", {**read, "tta": False}), plain)
+    assert "tta" not in capsys.readouterr().out
+    run(plain, write(tmp_path / "mirrored", {**read, "tta": True}))
+    assert capsys.readouterr().out.endswith("\ntta: no, yes\n")
+
+
 def test_any_number_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (result(tmp_path / name, 0.5, [("road", 0.5, 1000)]) for name in ("a", "b"))
     (tmp_path / "x").mkdir()

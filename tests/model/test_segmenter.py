@@ -48,6 +48,19 @@ def test_encode_normalises_as_sam_was_trained(model: Segmenter) -> None:
     torch.testing.assert_close(model.encode(pixels.float() / 255)[0], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_pixels_are_normalised_as_for_the_encoder(sam_file: Path) -> None:
+    model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE, prompt_mode="semantic")
+    pixels = torch.randint(0, 256, (1, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    expected = (pixels.float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    encoded = model.encode(pixels)
+    for images in (pixels, pixels.float() / 255):
+        for inputs in (model.inputs(images), model.inputs(images, encoded)):
+            torch.testing.assert_close(inputs[-1], expected, rtol=1e-4, atol=1e-5)
+            for feature, same in zip(inputs[:-1], encoded, strict=True):
+                torch.testing.assert_close(feature, same, rtol=1e-4, atol=1e-4)
+
+
 def test_train_and_eval_switch_the_mask_decoder_alone(model: Segmenter) -> None:
     assert model.train() is model
     assert model.training

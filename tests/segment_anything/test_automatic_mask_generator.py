@@ -124,7 +124,7 @@ def test_a_frame_that_is_no_square(sam: Sam, public: Any, image: np.ndarray, tmp
     actual, expected = ours.generate(image), theirs.generate(image)
     assert len(actual) >= 5
     np.testing.assert_equal(actual, expected)
-    with pytest.raises(ValueError, match="does not fit the model's 96 x 128; build the model with image_size=128"):
+    with pytest.raises(ValueError, match="does not fit the model's 96 x 128; use a model of a square frame"):
         ours.generate(np.ascontiguousarray(image.transpose(1, 0, 2)))
 
 
@@ -163,7 +163,7 @@ def test_wrong_arguments_are_told_at_once(sam: Sam, arguments: dict[str, Any], m
 def test_crops_do_not_fit_a_non_square_frame() -> None:
     sam = build_sam_vit_tiny(image_size=(48, 64))
     SamAutomaticMaskGenerator(sam)
-    fix = "crop_n_layers=1: crops do not all fit the model's 48 x 64; build the model with image_size=64, or give"
+    fix = "crop_n_layers=1: crops do not all fit the model's 48 x 64; give crop_n_layers=0, or use a model"
     with pytest.raises(ValueError, match=fix):
         SamAutomaticMaskGenerator(sam, crop_n_layers=1)
 

@@ -1258,8 +1258,13 @@ def test_sams_own_frames() -> None:
     assert sam.image_encoder.img_size == 1024
 
 
-@pytest.mark.parametrize("bad", [(64, 100), (8, 64)])
-def test_frames_that_patches_do_not_divide(bad: tuple[int, int]) -> None:
+def test_sizes_of_numpy() -> None:
+    for size in (np.int64(64), (np.int64(64), np.int32(64))):
+        assert build_sam_vit_tiny(image_size=size).frame_size == (64, 64)
+
+
+@pytest.mark.parametrize("bad", [(64, 100), (8, 64), (), (64,), "64x96", 64.0])
+def test_frames_that_patches_do_not_divide(bad: Any) -> None:
     with pytest.raises(ValueError, match="image_size must be a multiple of 16"):
         build_sam_vit_tiny(image_size=bad)
 
@@ -1300,7 +1305,7 @@ def test_a_picture_that_does_not_fit_the_frame() -> None:
     sam = random_tiny((48, 64))
     predictor = SamPredictor(sam)
     predictor.set_image(IMAGE)
-    fix = "does not fit the model's 48 x 64; build the model with image_size=64, which takes every shape"
+    fix = "does not fit the model's 48 x 64; use a model of a square frame, which takes every shape"
     for image, size in ((IMAGE.transpose(1, 0, 2), "64 x 38"), (IMAGE[:, :300], "64 x 64")):
         with pytest.raises(ValueError, match=f"an image of {size} {fix}"):
             predictor.set_image(np.ascontiguousarray(image))

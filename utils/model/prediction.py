@@ -113,6 +113,21 @@ def average_mirrored(masks: Tensor, of_mirrored: Tensor, width: int, size: Size)
     return torch.logaddexp(ours, mirror(theirs, width, dim=2))
 
 
+def _semantic_masks(model: Segmenter, batch: dict[str, Any], precision: Precision) -> Iterator[Tensor]:
+    """The masks of each image of a batch; averaged with those of its mirror image where `predict` is asked for it."""
+    with precision.autocast():
+        masks = model(features_of(model, batch, precision))[0]
+    widths = batch.get("mirror_width")
+    if not widths:
+        yield from masks
+        return
+    images = torch.stack([mirror(image, width, dim=1) for image, width in zip(batch["image"], widths)])
+    with precision.autocast():
+        of_mirrored = model(features_of(model, {"image": images}, precision))[0]
+    for ours, theirs, width in zip(masks, of_mirrored, widths):
+        yield average_mirrored(ours, theirs, width, frame_size(images.shape[1:3]))
+
+
 MAX_PROMPTS = 64  # boxes decoded at once; a detector's hundreds would take GBs at 1024 x 1024
 
 
@@ -132,19 +147,12 @@ def predict(
         rule: how masks become a map. "argmax" needs a box for every class that is in the image.
     """
     model.eval()
+    if not model.PROMPTS:
+        class_ids = precision.to_device(torch.arange(NUM_CLASSES))
+        yield from (Prediction(masks, class_ids) for masks in _semantic_masks(model, batch, precision))
+        return
     with precision.autocast():
         features = features_of(model, batch, precision)
-        if not model.PROMPTS:
-            class_ids = precision.to_device(torch.arange(NUM_CLASSES))
-            masks = model(features)[0]
-            if widths := batch.get("mirror_width"):
-                images = torch.stack([mirror(image, width, dim=1) for image, width in zip(batch["image"], widths)])
-                of_mirrored = model(features_of(model, {"image": images}, precision))[0]
-                size = frame_size(images.shape[1:3])
-                masks = map(average_mirrored, masks, of_mirrored, widths, [size] * len(widths))
-    if not model.PROMPTS:
-        yield from (Prediction(mask, class_ids) for mask in masks)
-        return
     threshold = -math.inf if rule == "argmax" else Sam.mask_threshold
     for i in range(len(features[0])):
         feature = tuple(feature[i : i + 1] for feature in features)

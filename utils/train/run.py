@@ -271,8 +271,8 @@ def _is_run_state(state: Any) -> bool:
         and all(
             checkpoint.is_flat(record)
             and record.get("epoch") == i
-            and all(isinstance(record.get(key, 0.0), float) for key in ("train_loss", "val_miou"))
-            and "train_loss" in record
+            and isinstance(record.get("train_loss"), float)
+            and isinstance(record.get("val_miou", 0.0), float)
             for i, record in enumerate(state["history"])
         )
         and _has(state["progress"], {"steps": int, "skipped_steps": int, "sums": Tensor | None, "seconds": float})
