@@ -21,23 +21,20 @@ from segment_anything import sam_model_registry
 from segment_anything.build_sam import CONFIGS, PATCH_SIZE
 from segment_anything.modeling import Sam
 from tests.helpers.oracles import public_sam
-from utils.data.frame import image_size, side_length
+from utils.data.frame import side_length
 from utils.runtime import cli
 from utils.runtime.malloc import M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory, mallopt
 
 
-def get_args_parser(doc: str | None, image_size: Callable[[str], Any] = cli.side_length) -> cli.Parser:
+def get_args_parser(doc: str | None, size_parser: Callable[[str], Any] = side_length) -> cli.Parser:
     """The flags of every benchmark that runs a SAM of random weights.
 
     Args:
-        image_size: the parser of that flag; squares by default, as the public package's encoder takes no others.
+        size_parser: of `--image_size`; squares by default, as the public package's encoder takes no others.
     """
     parser = cli.Parser(doc)
     parser.add_flag("model_type", choices=list(CONFIGS), default="vit_b", help="which SAM, with random weights")
-    if squares_only:
-        parser.add_flag("image_size", type=side_length, default=1024, help="side of the square images")
-    else:
-        parser.add_flag("image_size", type=image_size, default=1024, help="of the images: a side, or HxW")
+    parser.add_flag("image_size", type=size_parser, default=1024, help="of the images, in pixels")
     parser.add_flag("repeats", type=cli.positive_int, default=3, help="times that each is measured; medians count")
     return parser
 

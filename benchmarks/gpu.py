@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from benchmarks import common
 from segment_anything import sam_model_registry
 from utils.data.classes import NUM_CLASSES
-from utils.data.frame import ImageSize, frame_size
+from utils.data.frame import ImageSize, frame_size, image_size
 from utils.model.feature_pca import Reduction
 from utils.model.segmenter import SEGMENTERS, Features, Segmenter
 from utils.runtime import cli
@@ -39,7 +39,7 @@ STEPS = 4  # of training that are timed together
 
 
 def get_args_parser() -> cli.Parser:
-    parser = common.get_args_parser(__doc__, cli.image_size)
+    parser = common.get_args_parser(__doc__, image_size)
     parser.set_defaults(repeats=10)
     parser.add_flag("batch_size", type=cli.positive_int, default=4, help="images a step")
     parser.add_flag("amp_dtype", choices=("fp16", "bf16"), default="fp16", help="what autocast computes in")
