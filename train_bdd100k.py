@@ -132,7 +132,7 @@ def get_args_parser() -> cli.Parser:
     )
     flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
 
-    # 修改点 3: 训练参数默认值适配 4x 2080Ti (11GB)
+    # 修改点 3: 训练参数的默认值适配 4 张 2080 Ti（11 GB）
     flag(
         "preset",
         choices=[name for name in PRESETS if name],
@@ -187,7 +187,7 @@ def get_args_parser() -> cli.Parser:
         help=f"loader processes per training process {_by_preset('num_workers')}",
     )
 
-    # 修改点 4: 混合精度训练和梯度累积
+    # 修改点 4: 混合精度训练和梯度累积的参数
     parser.add_switch("use_amp", default=None, help=f"mixed precision {_by_preset('use_amp')}")
     flag("amp_dtype", choices=AMP_DTYPES, help=f"{AMP_HELP} {_by_preset('amp_dtype')}")
     flag(

@@ -184,7 +184,7 @@ class TrainingDataset(CachedDataset):
         raise NotImplementedError
 
 
-# 修改点 1: BDD100K 数据集类：每张图取出现的全部类别（或随机若干类），以其外接框（带抖动）作为提示
+# 修改点 1: BDD100K 数据集类，以图中各类别（全部或随机若干个）的外接框为提示，框带随机抖动
 class BoxPromptDataset(TrainingDataset):
     """Images with the classes that occur in each as prompts, all or some of them: a class's tight box, jittered."""
 
@@ -312,7 +312,7 @@ def collate_evaluation(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return {**batch, **{key: torch.stack(batch[key]) for key in ("image", "labels") if key in batch}}
 
 
-# 修改点 11: 分布式采样器：每轮每张图恰好出现一次，不重复补齐
+# 修改点 11: 分布式采样器，每张图每轮恰好出现一次，不用重复样本补齐
 class TrainingSampler(Sampler[list[int]]):
     """The batches of one process: every image once an epoch, in an order that does not depend on the layout.
 

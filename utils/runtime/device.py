@@ -23,7 +23,7 @@ class Precision:
     device: torch.device
     amp_dtype: torch.dtype | None = None
 
-    # 修改点 7: AMP 混合精度：autocast 只包住模型，损失与指标始终为 float32
+    # 修改点 7: AMP 混合精度训练，autocast 只用于模型的前向计算，损失用 float32 计算
     def autocast(self) -> AbstractContextManager[Any]:
         if self.amp_dtype is None:
             return nullcontext()

@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 LAUNCH_HINT = "python -m torch.distributed.launch --nproc_per_node=4 train_bdd100k.py ... --world_size 4 --distributed"
 
 
-# 修改点 9: 初始化分布式训练（rank、world_size 由启动器的环境变量给出）
+# 修改点 9: 初始化分布式训练，rank 和 world_size 取自启动器的环境变量
 def setup(
     *, requested: bool, world_size: int | None, node_rank: int | None, init_method: str, device: torch.device
 ) -> None:
@@ -265,7 +265,7 @@ def on_main(function: Callable[[], Result]) -> Result:
     return outcome
 
 
-# 修改点 10: 使用 DDP 包装模型（只同步可训练的 Mask Decoder 参数）
+# 修改点 10: 用 DDP 包装模型，冻结的编码器不参与梯度同步
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """Wrap in DDP where there are several processes. Frozen parameters take no part in it."""
     if not dist.is_initialized():
@@ -279,7 +279,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-# 修改点 12: DDP + 梯度累积：仅在每组最后一步同步梯度
+# 修改点 12: DDP 与梯度累积配合，只在每组的最后一步同步梯度
 def sync_gradients(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
     """Context of a forward and backward pass that communicates gradients only if `enabled`."""
     if enabled or not isinstance(model, DistributedDataParallel):

@@ -82,7 +82,7 @@ def train_one_epoch(
     optimizer.zero_grad(set_to_none=True)
     group = _StepSums(parts, precision.device)
     for step, batch in enumerate(bar, start=done):
-        # 修改点 8: 梯度累积：每 grad_acc_steps 步更新一次，末尾不足一组的也更新
+        # 修改点 8: 梯度累积，每 grad_acc_steps 个 batch 更新一次，轮末不足一组的也更新
         last_of_group = (step + 1) % grad_acc_steps == 0 or step + 1 == end
         with distributed.sync_gradients(model, enabled=last_of_group):
             _forward_backward(model, batch, group, scaler, precision)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-# 修改点 6: 仅优化 Mask Decoder 参数
+# 修改点 6: 仅优化 Mask Decoder 的参数
 def build_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the parameters that require gradients, which are the mask decoder's alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
