@@ -25,8 +25,8 @@ import infer_bdd100k
 import pre_bdd100k
 import train_bdd100k
 from segment_anything.build_sam import file_digest
-from tests.conftest import IMAGE_SIZE, run_script
-from tests.scripts.test_infer_bdd100k import good_flags, read_results
+from tests.helpers.inputs import IMAGE_SIZE
+from tests.helpers.scripts import good_flags, read_results, run_script
 from utils.cache import embedding_cache
 from utils.cache.embedding_cache import Binding, EmbeddingCache, Request, entry_path, prepare_caches
 from utils.data.augment import fixed_view
@@ -702,7 +702,7 @@ def test_a_killed_caching_run_goes_on_where_it_was(
     until: str, split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int]
 ) -> None:
     script = (
-        "import sys, torch; from pathlib import Path; from tests.test_embedding_cache import *;"
+        "import sys, torch; from pathlib import Path; from tests.cache.test_cache import *;"
         "torch.set_num_threads(1); split, sam = map(Path, sys.argv[1:]);"
         "model = build_model('vit_tiny', sam, image_size=IMAGE_SIZE, prompt_mode='semantic');"
         "prepare(split, model, sam, dtype='float16')"

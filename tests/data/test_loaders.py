@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from tests.conftest import with_shared_memory_of
+from tests.helpers.scripts import with_shared_memory_of
 from utils.data import loaders as loader_module
 from utils.data.loaders import Loader, require_shared_memory, sample_bytes, usable_workers
 from utils.runtime.errors import LostWorkerError
@@ -89,7 +89,8 @@ def test_what_a_data_set_raises_is_no_lost_worker(error: Exception, num_workers:
 )
 def test_a_process_that_fails_ends_though_its_workers_ignore_signals(failure: str) -> None:
     code = (
-        "from utils import cli; from utils.runtime.errors import UserError; from utils.data.loaders import Loader\n"
+        "from utils.runtime import cli; from utils.runtime.errors import UserError\n"
+        "from utils.data.loaders import Loader\n"
         "class Failing:\n"
         "    def __len__(self): return 9\n"
         "    def __getitem__(self, index):\n"
@@ -107,7 +108,7 @@ def test_a_process_that_fails_ends_though_its_workers_ignore_signals(failure: st
 # Loads batches of 4 x 256 KiB in a worker and prints the error in one line.
 LOAD = """
 import torch
-from utils import cli
+from utils.runtime import cli
 from utils.data.loaders import Loader
 class Data:
     def __len__(self): return 8

@@ -33,7 +33,8 @@ import numpy as np
 import torch
 
 from segment_anything import build_sam_vit_tiny
-from tests.conftest import quick_start, write_split
+from tests.helpers.inputs import write_split
+from tests.helpers.scripts import quick_start
 from utils.model import checkpoint
 from utils.runtime.errors import UserError
 

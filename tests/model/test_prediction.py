@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tests.conftest import IMAGE_SIZE, write_split
+from tests.helpers.inputs import IMAGE_SIZE, write_split
 from utils.data.augment import fixed_view
 from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
 from utils.data.datasets import BoxPromptDataset, EvaluationDataset, NpyFolder, collate_evaluation

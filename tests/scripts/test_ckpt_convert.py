@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.public import public_sam
 from segment_anything import SamPredictor, build_sam_vit_b, build_sam_vit_tiny
 from segment_anything.build_sam import file_digest
-from tests.conftest import IMAGE_SIZE, run_script
-from tests.helpers.oracles import public_sam, relative_error
+from tests.helpers.inputs import IMAGE_SIZE
+from tests.helpers.oracles import relative_error
+from tests.helpers.scripts import run_script
 from utils import ckpt_convert
 from utils.data.frame import ImageSize, frame_size
 from utils.model.checkpoint import BEST, LATEST, ModelInfo, load_checkpoint, load_decoder, save_best

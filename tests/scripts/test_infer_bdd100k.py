@@ -21,7 +21,8 @@ from torch.utils.data import get_worker_info
 import infer_bdd100k
 from segment_anything import build_sam_vit_tiny
 from segment_anything.build_sam import file_digest
-from tests.conftest import IMAGE_SIZE, run_script, write_split
+from tests.helpers.inputs import IMAGE_SIZE, write_split
+from tests.helpers.scripts import good_flags, read_results, run_script
 from utils.data.classes import CLASS_NAMES, NUM_CLASSES
 from utils.data.datasets import NpyFolder
 from utils.model import checkpoint
@@ -84,20 +85,6 @@ def infer(sam_file: Path, npy: Path, decoder: Path, tmp_path: Path) -> Callable[
         return read_results(tmp_path / "out")
 
     return infer
-
-
-def good_flags(sam_file: Path, npy: Path, tmp_path: Path) -> list[object]:
-    model = ["--sam_checkpoint", sam_file, "--model_type", "vit_tiny", "--device", "cpu", "--num_workers", 0]
-    return ["--val_npy_path", npy / "val", *model, "--output_dir", tmp_path / "out"]
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """Read `evaluation_results.json` as strict JSON, which knows no NaN."""
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads((folder / "evaluation_results.json").read_text(), parse_constant=refuse)
 
 
 def test_prints_the_specified_block_and_writes_the_same(

@@ -11,7 +11,8 @@ import torch
 
 from assets import pretrain_vit_tiny
 from segment_anything import build_sam_vit_tiny
-from tests.conftest import run_script, write_split
+from tests.helpers.inputs import write_split
+from tests.helpers.scripts import run_script
 
 FEW = ["--num_steps", 2, "--batch_size", 2]
 

@@ -22,7 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import infer_bdd100k
 import train_bdd100k
 from segment_anything import build_sam_vit_tiny
-from tests.conftest import IMAGE_SIZE, log_of, run_script, write_split
+from tests.helpers.inputs import IMAGE_SIZE, write_split
+from tests.helpers.scripts import log_of, run_script
 from utils.data.classes import IGNORE_LABEL
 from utils.model import checkpoint
 from utils.runtime import cli

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.public import public_sam
 from segment_anything import SamPredictor, build_sam_vit_tiny
 from segment_anything.modeling import Sam
 from segment_anything.utils.onnx import SamOnnxModel
-from tests.helpers.oracles import public_sam, public_tiny, relative_error
+from tests.helpers.oracles import public_tiny, relative_error
 
 WEIGHTS = Path(__file__).parents[2] / "assets" / "sam_vit_tiny_scenes.pth"
 SIDE = 128

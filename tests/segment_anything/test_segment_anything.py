@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import segment_anything
+from benchmarks.public import public_sam
 from segment_anything import (
     CheckpointError,
     SamPredictor,
@@ -39,7 +40,7 @@ from segment_anything import (
 from segment_anything.build_sam import read_state_dict
 from segment_anything.modeling import MaskDecoder, Sam, image_encoder
 from segment_anything.utils.transforms import ResizeLongestSide
-from tests.helpers.oracles import Payload, public_sam, public_tiny, relative_error
+from tests.helpers.oracles import Payload, public_tiny, relative_error
 
 TOLERANCE = 1e-4
 IMAGE = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
