@@ -32,12 +32,16 @@ Launch = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def launch(sam_file: Path, npy: Path) -> Launch:
-    """A function that trains in `work_dir` in processes of a launcher module, and returns the run's folder."""
+    """A function that trains in `work_dir` in new processes and returns the run's folder.
 
-    def launch(launcher: str, work_dir: Path, *flags: object, processes: int = 2) -> Path:
-        command = [sys.executable, "-m", launcher, f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    `launcher` is the launcher's module, or None for a single process without a launcher.
+    """
+
+    def launch(launcher: str | None, work_dir: Path, *flags: object, processes: int = 2) -> Path:
+        prefix = ["-m", launcher, f"--nproc_per_node={processes}", f"--master_port={free_port()}"] if launcher else []
         data = ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", work_dir]
-        words = [*command, REPOSITORY / "train_bdd100k.py", *data, "--device", "cpu", "-num_workers", 0, *flags]
+        script = [REPOSITORY / "train_bdd100k.py", *data, "--device", "cpu", "-num_workers", 0, *flags]
+        words = [sys.executable, *prefix, *script]
         environment = {**os.environ, **quick_start()}
         done = subprocess.run(
             [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=600
@@ -78,8 +82,8 @@ def four_by_one(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def one_by_four(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("1x4"), *COMMON, "--grad_acc_steps", 4)
+def one_by_four(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(None, tmp_path_factory.mktemp("1x4"), *COMMON, "--grad_acc_steps", 4)
 
 
 @pytest.mark.parametrize("layout", ["two_by_two", "four_by_one"])
@@ -108,10 +112,8 @@ def semantic_flags(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def one_semantic(
-    semantic_flags: list[object], train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return train(tmp_path_factory.mktemp("one"), *semantic_flags, "--grad_acc_steps", 4)
+def one_semantic(semantic_flags: list[object], launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(None, tmp_path_factory.mktemp("one"), *semantic_flags, "--grad_acc_steps", 4)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -143,12 +145,12 @@ def test_only_the_first_process_writes(two_by_two: Path, one_by_four: Path) -> N
 
 @pytest.mark.parametrize("batch_size", [1, 3])  # three images: batches of two and one process, or one batch for both
 def test_evaluation_in_two_processes_equals_one_exactly(
-    batch_size: int, launch: Launch, train: Callable[..., Path], npy: Path, tmp_path: Path
+    batch_size: int, launch: Launch, npy: Path, tmp_path: Path
 ) -> None:
     # At this learning rate no weight moves, so that both score the same decoder.
     flags = ["-batch_size", batch_size, "-num_epochs", 1, "-lr", "1e-30", "--val_npy_path", npy / "val"]
     (several,) = log_of(launch("torch.distributed.run", tmp_path / "2", *flags))
-    (single,) = log_of(train(tmp_path / "1", *flags))
+    (single,) = log_of(launch(None, tmp_path / "1", *flags))
     assert several["val_miou"] == single["val_miou"] > 0
 
 
