@@ -276,7 +276,7 @@ def test_a_signal_saves_the_step_and_resuming_equals_never_having_stopped(
         patched.setattr(Run, "stop_requested", stop_requested)
         if step == "validation":
             patched.setattr(train_bdd100k, "evaluate", evaluate)
-        cli.run(lambda: train(tmp_path, *flags))
+        cli.run(lambda: train(tmp_path, *flags))  # type: ignore[arg-type,return-value]
     assert end.value.code == 128 + number
     (folder,) = tmp_path.iterdir()
     lines = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "%|" not in line]
