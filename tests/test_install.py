@@ -46,3 +46,4 @@ def test_installing_overwrites_nothing_of_a_namesake(tmp_path: Path) -> None:
     (link,) = target.glob("*.pth")  # which Python reads in site-packages, and puts its folder at the end of the path
     folder = target / link.read_text().strip()
     assert compare(folder, cwd=tmp_path).startswith("error: missing/evaluation_results.json")
+    assert all((folder / name / "py.typed").exists() for name in ("segment_anything", "utils"))

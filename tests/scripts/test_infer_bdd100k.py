@@ -25,10 +25,10 @@ from tests.helpers.inputs import IMAGE_SIZE, write_split
 from tests.helpers.scripts import good_flags, read_results, run_script
 from utils.data.classes import CLASS_NAMES, NUM_CLASSES
 from utils.data.datasets import NpyFolder
+from utils.evaluate import evaluate
 from utils.model import checkpoint
 from utils.model.segmenter import BoxSegmenter, build_model
 from utils.runtime.errors import UserError
-from utils.train import loop
 
 # The specification's form; the values are the run's.
 BLOCK = """\
@@ -386,6 +386,6 @@ def test_a_full_gpu_is_told_in_one_line(
     def run_out(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(loop, "predict", run_out)
+    monkeypatch.setattr(evaluate, "predict", run_out)
     line = error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path))
     assert "GPU's memory is full; lower --batch_size" in line
