@@ -17,6 +17,8 @@ from segment_anything import build_sam_vit_tiny
 from tests.helpers.scripts import TINY, lines_of
 from utils.data.bdd100k import find_split
 
+pytestmark = pytest.mark.slow
+
 
 def test_encoder(capsys: pytest.CaptureFixture[str]) -> None:
     float32, bf16 = lines_of(capsys, encoder, *TINY)

@@ -9,6 +9,8 @@ import pytest
 from segment_anything.build_sam import CONFIGS
 from tests.helpers.fuzz import Target, fuzz, make_targets
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = 40
 KINDS = [
     "PNG",

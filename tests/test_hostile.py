@@ -153,6 +153,7 @@ def test_no_script_runs_what_an_npy_holds(
 
 
 @pytest.mark.parametrize("script", ["train", "infer", "pre"])
+@pytest.mark.slow
 def test_the_scripts_themselves_end_in_one_line(
     script: str, npy: Path, sam_file: Path, tmp_path: Path, scenes: Path
 ) -> None:

@@ -31,6 +31,8 @@ from tests.helpers.faults import (
 )
 from utils.model import checkpoint
 
+pytestmark = pytest.mark.slow
+
 # Seven images in groups of two: four optimizer steps an epoch, the last of a single image.
 FLAGS = ["-num_epochs", 3, "-lr", "1e-3"]
 PAIR = [*FLAGS, "--grad_acc_steps", 1]  # of two processes

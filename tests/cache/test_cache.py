@@ -436,6 +436,7 @@ def test_processes_wait_for_each_other_in_rounds(monkeypatch: pytest.MonkeyPatch
         embedding_cache._in_rounds(work(False))
 
 
+@pytest.mark.slow
 def test_whether_there_is_a_cache_is_part_of_the_run(
     split: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -499,6 +500,7 @@ def train(split: Path, sam_file: Path, tmp_path: Path, *flags: object) -> dict[s
 
 
 @pytest.mark.parametrize("prompt_mode", ["box", "semantic"])
+@pytest.mark.slow
 def test_training_from_the_cache_gives_the_weights_of_training_without(
     prompt_mode: str, split: Path, sam_file: Path, tmp_path: Path
 ) -> None:
@@ -528,6 +530,7 @@ def test_training_from_the_cache_gives_the_weights_of_training_without(
     assert half["metrics"]["val_miou"] == pytest.approx(plain["metrics"]["val_miou"], abs=bound)
 
 
+@pytest.mark.slow
 def test_inference_writes_no_cache_that_spares_nothing_and_reads_one_that_is_there(
     npy: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -547,6 +550,7 @@ def test_inference_writes_no_cache_that_spares_nothing_and_reads_one_that_is_the
     assert read_results(tmp_path / "out")["miou"] == pytest.approx(plain, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_auto_says_that_it_does_not_read_what_is_not_whole(
     split: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -698,6 +702,7 @@ def test_a_second_run_waits_for_the_first(
 
 # How far the run has come when it is killed: the files of its cache that there are by then.
 @pytest.mark.parametrize("until", ["cache.json", "projection.safetensors", "train/*.safetensors"])
+@pytest.mark.slow
 def test_a_killed_caching_run_goes_on_where_it_was(
     until: str, split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int]
 ) -> None:

@@ -281,6 +281,7 @@ def test_a_command_line_is_answered_before_what_takes_seconds_to_import(module: 
     assert done.stdout.splitlines()[-1] == f"ended {status}"
 
 
+@pytest.mark.slow
 def test_inference_needs_no_monai() -> None:
     code = "import sys, infer_bdd100k; print('monai' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

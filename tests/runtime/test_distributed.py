@@ -87,6 +87,7 @@ def one_by_four(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.parametrize("layout", ["two_by_two", "four_by_one"])
+@pytest.mark.slow
 def test_several_processes_give_the_weights_of_one(
     layout: str, one_by_four: Path, sam_file: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -117,6 +118,7 @@ def one_semantic(semantic_flags: list[object], launch: Launch, tmp_path_factory:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.slow
 def test_several_processes_give_the_semantic_weights_of_one(
     processes: int, one_semantic: Path, semantic_flags: list[object], launch: Launch, tmp_path: Path
 ) -> None:
@@ -128,6 +130,7 @@ def test_several_processes_give_the_semantic_weights_of_one(
     assert (several - single).norm() < 1e-6 * single.norm()
 
 
+@pytest.mark.slow
 def test_two_processes_log_what_one_does(two_by_two: Path, one_by_four: Path) -> None:
     several, single = log_of(two_by_two), log_of(one_by_four)
     assert [record["epoch"] for record in several] == list(range(10))  # each line once
@@ -137,6 +140,7 @@ def test_two_processes_log_what_one_does(two_by_two: Path, one_by_four: Path) ->
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
 
 
+@pytest.mark.slow
 def test_only_the_first_process_writes(two_by_two: Path, one_by_four: Path) -> None:
     assert {path.name for path in two_by_two.iterdir()} == {path.name for path in one_by_four.iterdir()}
     best = checkpoint.load_checkpoint(two_by_two / checkpoint.BEST)
@@ -144,6 +148,7 @@ def test_only_the_first_process_writes(two_by_two: Path, one_by_four: Path) -> N
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])  # three images: batches of two and one process, or one batch for both
+@pytest.mark.slow
 def test_evaluation_in_two_processes_equals_one_exactly(
     batch_size: int, launch: Launch, npy: Path, tmp_path: Path
 ) -> None:
@@ -154,12 +159,14 @@ def test_evaluation_in_two_processes_equals_one_exactly(
     assert several["val_miou"] == single["val_miou"] > 0
 
 
+@pytest.mark.slow
 def test_processes_stop_early_together(launch: Launch, npy: Path, tmp_path: Path) -> None:
     # No weight moves, so that no validation is better than the first.
     flags = ["-num_epochs", 9, "-lr", "1e-30", "--val_npy_path", npy / "val", "--patience", 1]
     assert len(log_of(launch("torch.distributed.run", tmp_path, *flags))) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_cache_that_one_reads(
     launch: Launch, train: Callable[..., Path], npy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +247,7 @@ def test_buffers_are_broadcast_once_an_optimizer_step(group_of_one: None, monkey
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are looked up in /proc")
+@pytest.mark.slow
 def test_no_thread_of_the_group_outlives_cleanup(group_of_one: None) -> None:
     """One that has a tensor to release as Python ends can abort the process, which has then failed at its very end."""
     code = (

@@ -28,6 +28,8 @@ from utils.data.manifest import read_manifest
 from utils.model import checkpoint
 from utils.model.segmenter import build_model
 
+pytestmark = pytest.mark.slow
+
 Train = Callable[..., Path]
 
 

@@ -187,6 +187,7 @@ def test_visualize_draws_each_image_up_to_twenty(
     assert picture.shape[1] > 3 * picture.shape[0]  # three pictures of 16:9 side by side, though stored as squares
 
 
+@pytest.mark.slow
 def test_a_second_evaluation_leaves_nothing_of_the_first(
     infer: Callable[..., dict[str, Any]], npy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +255,7 @@ def test_sam_alone_is_evaluated_without_a_model_checkpoint(sam_file: Path, npy: 
     assert read_results(tmp_path / "out")["model"] == f"{sam_file}, not fine-tuned"
 
 
+@pytest.mark.slow
 def test_reads_what_training_wrote(
     infer: Callable[..., dict[str, Any]], train: Callable[..., Path], npy: Path, tmp_path: Path
 ) -> None:
@@ -376,6 +378,7 @@ def test_shared_memory_that_is_too_small(
     assert line.startswith("error: /dev/shm has 64 KiB free") and "--shm-size" in line and "--num_workers 0" in line
 
 
+@pytest.mark.slow
 def test_a_runs_folder_stands_for_its_best(infer: Callable[..., dict[str, Any]], decoder: Path) -> None:
     assert infer("--model_checkpoint", decoder.parent)["confusion_matrix"] == infer()["confusion_matrix"]
 

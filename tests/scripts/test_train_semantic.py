@@ -24,6 +24,8 @@ from utils.model.checkpoint import ModelInfo
 from utils.model.segmenter import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
 from utils.runtime.device import Precision
 
+pytestmark = pytest.mark.slow
+
 Train = Callable[..., Path]
 
 

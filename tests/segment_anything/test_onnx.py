@@ -123,6 +123,7 @@ def test_three_points_are_unambiguous(sam: Sam) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("exporter", ["trace", "export"])
+@pytest.mark.slow
 def test_a_graph_takes_other_points_and_sizes(sam: Sam, exporter: str) -> None:
     """What PyTorch's two exports to ONNX begin with. The public 1.0 keeps the example's image size, or fails."""
     model = SamOnnxModel(sam, return_single_mask=True)

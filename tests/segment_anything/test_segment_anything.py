@@ -110,6 +110,7 @@ def predictors(vit_b: tuple[Sam, Any]) -> tuple[SamPredictor, Any]:
     return ours, theirs
 
 
+@pytest.mark.slow
 def test_image_encoder(predictors: tuple[SamPredictor, Any], compare: Compare) -> None:
     ours, theirs = (predictor.get_image_embedding() for predictor in predictors)
     assert ours.shape == (1, 256, 64, 64)
@@ -650,6 +651,7 @@ def test_lora_on_every_linear_layer_is_run_and_trained(small: tuple[Any, Any], c
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["lora", "parametrized", "patched", "subclass", "no bias"])
+@pytest.mark.slow
 def test_an_adapted_layer_among_plain_ones_is_run(small: tuple[Any, Any], compare: Compare, kind: str) -> None:
     """One layer at a time, so that each fast path meets each layer that it would take the weights of."""
 
