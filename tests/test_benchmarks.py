@@ -1,4 +1,4 @@
-"""The benchmarks of speed on a tiny model: they run, and their lines hold what they promise. No time is asserted."""
+"""The speed benchmarks run on a tiny model, and their lines are consistent. No time is asserted."""
 
 from __future__ import annotations
 

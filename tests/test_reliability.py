@@ -1,4 +1,4 @@
-"""Faults on purpose, through the real scripts: `tests/helpers/faults.py`; docs/RELIABILITY.md has what is promised."""
+"""Fault injection through the real scripts with `tests/helpers/faults.py`; docs/RELIABILITY.md has the guarantees."""
 
 from __future__ import annotations
 
