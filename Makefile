@@ -1,5 +1,8 @@
-# make demo: the whole pipeline on drawn scenes, about 3 minutes on 2 CPU cores. make test: lint, types, all tests.
-# Either sets up everything it needs in .venv first.
+# make demo       the whole pipeline on drawn scenes, about 3 minutes on 2 CPU cores
+# make test       lint, types, all tests
+# make test-fast  the tests without the slow ones, under a minute
+# make lint       ruff, codespell, mypy
+# Each target first installs what it needs into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +12,7 @@ ON_TRAIN := -i demo/npy/train --val_npy_path demo/npy/val --val_every 5 -model_t
 	-work_dir demo/work_dir -batch_size 4 --grad_acc_steps 1 -num_workers 1
 ON_VAL := --val_npy_path demo/npy/val --sam_checkpoint $(SAM) --model_type vit_tiny --batch_size 4
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint clean
 
 demo: $(VENV)/.installed
 	rm -rf demo
@@ -29,20 +32,25 @@ demo: $(VENV)/.installed
 test: $(VENV)/.tested lint
 	$(PY) -m pytest
 
+test-fast: $(VENV)/.tested
+	$(PY) -m pytest -m "not slow"
+
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy segment_anything utils assets benchmarks tests *.py
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
+	$(VENV)/bin/mypy segment_anything utils tools benchmarks tests *.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: setup.py | $(VENV)/bin/python
+$(VENV)/.installed: setup.py pyproject.toml | $(VENV)/bin/python
 	$(PY) -m pip install -q -e .
 	touch $@
 
-$(VENV)/.tested: setup.py | $(VENV)/bin/python
+$(VENV)/.tested: setup.py pyproject.toml | $(VENV)/bin/python
 	$(PY) -m pip install -q -e ".[test]"
-	$(PY) -m pip install -q --upgrade --no-deps --target $(VENV)/oracle segment-anything==1.0  # a namesake of ours
+	$(PY) -m pip install -q --upgrade --no-deps --target $(VENV)/oracle segment-anything==1.0  # has our package's name
 	touch $@ $(VENV)/.installed
 
 clean:

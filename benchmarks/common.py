@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.public import public_sam
 from segment_anything import sam_model_registry
 from segment_anything.build_sam import CONFIGS, PATCH_SIZE
 from segment_anything.modeling import Sam
-from tests.helpers.oracles import public_sam
 from utils.data.frame import side_length
 from utils.runtime import cli
 from utils.runtime.malloc import M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory, mallopt

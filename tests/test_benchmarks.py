@@ -1,9 +1,8 @@
-"""The benchmarks of speed on a tiny model: they run, and their lines hold what they promise. No time is asserted."""
+"""The speed benchmarks run on a tiny model, and their lines are consistent. No time is asserted."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,21 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, encoder, frames, gpu, inference, preprocessing, semantic, training
+from benchmarks import common, encoder, frames, gpu, inference, preprocessing, public, semantic, training
 from segment_anything import build_sam_vit_tiny
-from tests.conftest import run_script
-from tests.helpers import oracles
+from tests.helpers.scripts import TINY, lines_of
 from utils.data.bdd100k import find_split
 
-TINY = ("--model_type", "vit_tiny", "--image_size", 64, "--repeats", 1)
-
-
-def lines_of(capsys: pytest.CaptureFixture[str], script: Any, *flags: object) -> list[dict[str, Any]]:
-    run_script(script, *flags)
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    for line in lines:
-        assert line["ratio"] > 0 and line["peak_memory_mb"] > 0 and line["versions"]["torch"] == torch.__version__
-    return lines
+pytestmark = pytest.mark.slow
 
 
 def test_encoder(capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,8 +152,8 @@ def test_without_the_public_package_they_say_how_to_have_it(
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    monkeypatch.setattr(common, "public_sam", oracles.public_sam.__wrapped__)  # which remembers no import
-    monkeypatch.setattr(oracles, "OWN_FOLDER", Path("nowhere"))
+    monkeypatch.setattr(common, "public_sam", public.public_sam.__wrapped__)  # which remembers no import
+    monkeypatch.setattr(public, "OWN_FOLDER", Path("nowhere"))
     line = error_of(encoder, *TINY)
     assert "segment-anything==1.0, to compare with, is not installed; pip install --upgrade --no-deps --target" in line
 

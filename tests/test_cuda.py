@@ -16,11 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import infer_bdd100k
 import train_bdd100k
 from benchmarks import common, gpu
-from tests.conftest import log_of, quick_start, run_script
 from tests.helpers.faults import free_port
 from tests.helpers.oracles import relative_error
-from tests.scripts.test_infer_bdd100k import good_flags, read_results
-from tests.test_benchmarks import TINY, lines_of
+from tests.helpers.scripts import TINY, good_flags, lines_of, log_of, quick_start, read_results, run_script
 from utils.model import checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

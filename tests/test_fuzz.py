@@ -1,4 +1,4 @@
-"""A short run of `tests/helpers/fuzz.py`, always on the same inputs. At length: `python -m tests.helpers.fuzz`"""
+"""A short run of `tests/helpers/fuzz.py` on fixed inputs. The long run is `python -m tests.helpers.fuzz`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 
 from segment_anything.build_sam import CONFIGS
 from tests.helpers.fuzz import Target, fuzz, make_targets
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = 40
 KINDS = [
@@ -35,5 +37,5 @@ def test_every_kind_is_here(targets: dict[str, Target]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_is_read_or_refused(kind: str, targets: dict[str, Target]) -> None:
+def test_a_file_is_read_or_rejected(kind: str, targets: dict[str, Target]) -> None:
     fuzz(targets[kind], EXAMPLES)

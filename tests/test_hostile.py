@@ -32,8 +32,9 @@ import train_bdd100k
 from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.build_sam import load_state_dict, read_state_dict
 from segment_anything.utils.plain_load import load_plain
-from tests.conftest import IMAGE_SIZE, run_script
+from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.oracles import TENSOR, Payload, torch_archive
+from tests.helpers.scripts import run_script
 from utils import ckpt_convert
 from utils.data.bdd100k import read_image, read_size
 from utils.data.datasets import NpyFolder
@@ -152,6 +153,7 @@ def test_no_script_runs_what_an_npy_holds(
 
 
 @pytest.mark.parametrize("script", ["train", "infer", "pre"])
+@pytest.mark.slow
 def test_the_scripts_themselves_end_in_one_line(
     script: str, npy: Path, sam_file: Path, tmp_path: Path, scenes: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Our packages beside the public segment-anything, which has one of the same name."""
+"""Our packages beside the public segment-anything, which has a package of the same name."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def compare(*path: Path, cwd: Path) -> str:
-    """What `python -m utils.compare` says of a missing folder, with these folders on Python's path."""
+    """The error of `python -m utils.compare` for a missing folder, with these folders on Python's path."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     command = [sys.executable, "-m", "utils.compare", "missing"]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
@@ -43,6 +45,7 @@ def test_installing_overwrites_nothing_of_a_namesake(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--target", target, source], check=True, capture_output=True, timeout=120)
     assert not (target / "segment_anything").exists() and not (target / "utils").exists()
-    (link,) = target.glob("*.pth")  # which Python reads in site-packages, and puts its folder at the end of the path
+    (link,) = target.glob("*.pth")  # in site-packages, Python adds its folder to the path
     folder = target / link.read_text().strip()
     assert compare(folder, cwd=tmp_path).startswith("error: missing/evaluation_results.json")
+    assert all((folder / name / "py.typed").exists() for name in ("segment_anything", "utils"))

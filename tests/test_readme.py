@@ -1,4 +1,4 @@
-"""The commands of the manuals that need no download do what they say."""
+"""The manuals' commands that need no download run as written."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[1]
 
 
 def recipe(manual: str) -> str:
-    """The block of commands on drawn scenes."""
+    """The manual's commands on drawn scenes."""
     blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / manual).read_text(), re.DOTALL)
     (block,) = (block for block in blocks if "utils.scenes" in block)
     return block

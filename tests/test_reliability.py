@@ -1,4 +1,4 @@
-"""Faults on purpose, through the real scripts: `tests/helpers/faults.py`; docs/RELIABILITY.md has what is promised."""
+"""Fault injection through the real scripts with `tests/helpers/faults.py`; docs/RELIABILITY.md has the guarantees."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ from tests.helpers.faults import (
     write_inputs,
 )
 from utils.model import checkpoint
+
+pytestmark = pytest.mark.slow
 
 # Seven images in groups of two: four optimizer steps an epoch, the last of a single image.
 FLAGS = ["-num_epochs", 3, "-lr", "1e-3"]

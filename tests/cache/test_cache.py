@@ -25,8 +25,8 @@ import infer_bdd100k
 import pre_bdd100k
 import train_bdd100k
 from segment_anything.build_sam import file_digest
-from tests.conftest import IMAGE_SIZE, run_script
-from tests.scripts.test_infer_bdd100k import good_flags, read_results
+from tests.helpers.inputs import IMAGE_SIZE
+from tests.helpers.scripts import good_flags, read_results, run_script
 from utils.cache import embedding_cache
 from utils.cache.embedding_cache import Binding, EmbeddingCache, Request, entry_path, prepare_caches
 from utils.data.augment import fixed_view
@@ -93,7 +93,7 @@ def prepare_requests(
     source = requests[0].source
     info = ModelInfo("vit_tiny", source.image_size, source.resize_mode, file_digest(sam_file), "semantic")
     binding = Binding.of(segmenter, info, CPU, dtype)
-    binding = dataclasses.replace(binding, **changed)  # type: ignore[arg-type]
+    binding = dataclasses.replace(binding, **changed)
     return prepare_caches(where, requests, segmenter, CPU, binding, batch_size=4, num_workers=0)
 
 
@@ -280,7 +280,7 @@ def test_a_cache_of_something_else_is_refused_with_the_reason(
     prepare(split, segmenter, sam_file, str(tmp_path / "cache"))
     encoded.clear()
     with pytest.raises(UserError, match=rf"a cache of other features \({key} differ\)"):
-        prepare(split, segmenter, sam_file, str(tmp_path / "cache"), **{key: value})  # type: ignore[arg-type]
+        prepare(split, segmenter, sam_file, str(tmp_path / "cache"), **{key: value})
     prepare(split, segmenter, sam_file)  # beside the images each kind has a folder of its own
     assert len(encoded) > 1
 
@@ -436,6 +436,7 @@ def test_processes_wait_for_each_other_in_rounds(monkeypatch: pytest.MonkeyPatch
         embedding_cache._in_rounds(work(False))
 
 
+@pytest.mark.slow
 def test_whether_there_is_a_cache_is_part_of_the_run(
     split: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -499,6 +500,7 @@ def train(split: Path, sam_file: Path, tmp_path: Path, *flags: object) -> dict[s
 
 
 @pytest.mark.parametrize("prompt_mode", ["box", "semantic"])
+@pytest.mark.slow
 def test_training_from_the_cache_gives_the_weights_of_training_without(
     prompt_mode: str, split: Path, sam_file: Path, tmp_path: Path
 ) -> None:
@@ -528,6 +530,7 @@ def test_training_from_the_cache_gives_the_weights_of_training_without(
     assert half["metrics"]["val_miou"] == pytest.approx(plain["metrics"]["val_miou"], abs=bound)
 
 
+@pytest.mark.slow
 def test_inference_writes_no_cache_that_spares_nothing_and_reads_one_that_is_there(
     npy: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -547,6 +550,7 @@ def test_inference_writes_no_cache_that_spares_nothing_and_reads_one_that_is_the
     assert read_results(tmp_path / "out")["miou"] == pytest.approx(plain, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_auto_says_that_it_does_not_read_what_is_not_whole(
     split: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -698,11 +702,12 @@ def test_a_second_run_waits_for_the_first(
 
 # How far the run has come when it is killed: the files of its cache that there are by then.
 @pytest.mark.parametrize("until", ["cache.json", "projection.safetensors", "train/*.safetensors"])
+@pytest.mark.slow
 def test_a_killed_caching_run_goes_on_where_it_was(
     until: str, split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int]
 ) -> None:
     script = (
-        "import sys, torch; from pathlib import Path; from tests.test_embedding_cache import *;"
+        "import sys, torch; from pathlib import Path; from tests.cache.test_cache import *;"
         "torch.set_num_threads(1); split, sam = map(Path, sys.argv[1:]);"
         "model = build_model('vit_tiny', sam, image_size=IMAGE_SIZE, prompt_mode='semantic');"
         "prepare(split, model, sam, dtype='float16')"

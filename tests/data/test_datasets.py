@@ -17,8 +17,9 @@ import torch
 from torch.utils.data import get_worker_info
 
 import pre_bdd100k
-from tests.conftest import IMAGE_SIZE, run_script, write_split
+from tests.helpers.inputs import IMAGE_SIZE, write_split
 from tests.helpers.oracles import Payload
+from tests.helpers.scripts import run_script
 from utils.data.boxes import class_boxes
 from utils.data.datasets import (
     FILLER,

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from tests.conftest import with_shared_memory_of
+from tests.helpers.scripts import with_shared_memory_of
 from utils.data import loaders as loader_module
 from utils.data.loaders import Loader, require_shared_memory, sample_bytes, usable_workers
 from utils.runtime.errors import LostWorkerError
@@ -87,9 +87,11 @@ def test_what_a_data_set_raises_is_no_lost_worker(error: Exception, num_workers:
         "next(batches)",  # in a worker, which PyTorch tells by such a cycle
     ],
 )
+@pytest.mark.slow
 def test_a_process_that_fails_ends_though_its_workers_ignore_signals(failure: str) -> None:
     code = (
-        "from utils import cli; from utils.runtime.errors import UserError; from utils.data.loaders import Loader\n"
+        "from utils.runtime import cli; from utils.runtime.errors import UserError\n"
+        "from utils.data.loaders import Loader\n"
         "class Failing:\n"
         "    def __len__(self): return 9\n"
         "    def __getitem__(self, index):\n"
@@ -107,7 +109,7 @@ def test_a_process_that_fails_ends_though_its_workers_ignore_signals(failure: st
 # Loads batches of 4 x 256 KiB in a worker and prints the error in one line.
 LOAD = """
 import torch
-from utils import cli
+from utils.runtime import cli
 from utils.data.loaders import Loader
 class Data:
     def __len__(self): return 8
@@ -117,6 +119,7 @@ cli.run(lambda: [None for _ in Loader(Data(), batch_size=4, num_workers=1{option
 
 
 @pytest.mark.parametrize("options", ["", ", collate_fn=lambda samples: samples"])  # collated in shared memory, or not
+@pytest.mark.slow
 def test_a_batch_for_which_there_is_no_shared_memory(options: str) -> None:
     code = LOAD.format(parts="[]", options=options)
     ended = with_shared_memory_of("256k", [sys.executable, "-c", code], cwd=ROOT, timeout=60)
@@ -126,6 +129,7 @@ def test_a_batch_for_which_there_is_no_shared_memory(options: str) -> None:
     assert "--shm-size" in line and line.endswith("--num_workers 0")
 
 
+@pytest.mark.slow
 def test_shared_memory_that_takes_no_semaphore() -> None:
     command = [
         "bash",
@@ -139,6 +143,7 @@ def test_shared_memory_that_takes_no_semaphore() -> None:
 
 
 @pytest.mark.parametrize("limit", [24, 60])  # the worker meets it, or the main process
+@pytest.mark.slow
 def test_more_open_files_than_are_allowed(limit: int) -> None:
     before = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
     # torch opens files of its own as it is imported.

@@ -1,11 +1,11 @@
-"""Faults on purpose, through the real scripts: processes killed, machines lost, disks full, files damaged or gone.
+"""Fault injection through the real scripts: killed processes, lost machines, full disks, damaged or missing files.
 
-`tests/test_reliability.py` uses what is here for its short form. The long form is a command, of some minutes: one
-training run, killed with `kill -9` again and again, which must end with the weights of an undisturbed one, bit for bit:
+`tests/test_reliability.py` is the short form. The long form is a command that takes minutes. It kills one training run
+with `kill -9` many times. The run must end with exactly the weights of an undisturbed run:
 
     python -m tests.helpers.faults --kills 20 [--seed 0] [--processes 2] [--prompt_mode semantic]
 
-In semantic mode the frame is not square, and features of several views come from the cache.
+In semantic mode the frame is not square, and the cache supplies the features of several views.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ import numpy as np
 import torch
 
 from segment_anything import build_sam_vit_tiny
-from tests.conftest import quick_start, write_split
+from tests.helpers.inputs import write_split
+from tests.helpers.scripts import quick_start
 from utils.model import checkpoint
 from utils.runtime.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE = 64  # side of an image
-TIMEOUT = 900.0  # seconds after which a job counts as hung; the machine may have other work
+TIMEOUT = 900.0  # seconds until a job counts as hung; long, because the machine may be busy
 
 
 def write_inputs(folder: Path, *, num_images: int = 7, seed: int = 0, width: int = SIZE) -> Path:
-    """Write "train", preprocessed images of noise with some classes each, and "sam.pth", a random `vit_tiny`."""
+    """Write "train", preprocessed images of noise with three classes each, and "sam.pth", a random `vit_tiny`."""
     rng = np.random.default_rng(seed)
     items = {}
     for i in range(num_images):
@@ -59,7 +60,7 @@ def write_inputs(folder: Path, *, num_images: int = 7, seed: int = 0, width: int
 
 
 def training(inputs: Path, work_dir: Path, *flags: object) -> list[str]:
-    """The words of a training run over `write_inputs`, after the interpreter's."""
+    """The arguments for Python that train on the files of `write_inputs`."""
     words = [
         REPOSITORY / "train_bdd100k.py",
         "-i",
@@ -84,25 +85,26 @@ def training(inputs: Path, work_dir: Path, *flags: object) -> list[str]:
 
 
 def free_port() -> int:
+    """A TCP port that nothing uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def launcher(processes: int, *flags: object) -> list[str]:
-    """The words of torchrun, after the interpreter's, on a port of its own unless `flags` have one."""
+    """The arguments for Python that start torchrun, on a free port unless `flags` set one."""
     port = [] if any("master_port" in str(flag) for flag in flags) else [f"--master_port={free_port()}"]
     return ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *port, *(str(flag) for flag in flags)]
 
 
-# Importing PyTorch is most of a start: jobs are forked from a process that has done so, which has no threads yet.
+# Jobs are forked from a process that has imported PyTorch, which saves most of their start. It has no threads yet.
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["train_bdd100k", "torch.distributed.launcher.api"])
 
 
 def _be(words: list[str], log: Path, environment: dict[str, str]) -> None:
-    """Become what `python <words>` would be, with stdout and stderr in a file."""
-    multiprocessing.set_start_method(None, force=True)  # a fork of a server takes over how the server starts processes
+    """Run what `python <words>` would run in this process, with stdout and stderr in a file."""
+    multiprocessing.set_start_method(None, force=True)  # otherwise inherited from the fork server
     with open(log, "wb", buffering=0) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -117,13 +119,15 @@ def _be(words: list[str], log: Path, environment: dict[str, str]) -> None:
 
 
 class Job:
-    """A script that runs, alone or under a launcher, and what it says."""
+    """A running script, alone or under a launcher, and its output."""
 
     def __init__(self, words: list[str], log: Path, **environment: str) -> None:
-        """
+        """Start the script.
+
         Args:
-            words: after the interpreter's name.
-            log: where stdout and stderr go.
+            words: arguments for Python.
+            log: file for stdout and stderr.
+            environment: additional environment variables.
         """
         self.log = log
         log.touch()
@@ -144,11 +148,11 @@ class Job:
         return not self._process.is_alive()
 
     def workers(self) -> list[int]:
-        """The processes that a launcher has started, in the order of ranks."""
+        """The processes that a launcher has started, ordered by rank."""
         return sorted(int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split())
 
     def wait_until(self, is_so: Callable[[], Any], *, timeout: float = TIMEOUT) -> None:
-        """Wait for something that happens while the job runs."""
+        """Wait for a condition while the job runs."""
         end = time.monotonic() + timeout
         while not is_so():
             assert not self.is_over, f"ended too soon: {self.said}"
@@ -156,7 +160,7 @@ class Job:
             time.sleep(0.002)
 
     def wait(self, timeout: float = TIMEOUT) -> int:
-        """Wait for the end; the exit status."""
+        """Wait for the end and return the exit status."""
         self._process.join(timeout)
         if not self.is_over:
             self.kill()
@@ -165,13 +169,13 @@ class Job:
         return self._process.exitcode
 
     def succeed(self, timeout: float = TIMEOUT) -> str:
-        """Wait for an end without error; what was said."""
+        """Wait for the end, which must be without error, and return the output."""
         status = self.wait(timeout)
         assert status == 0, self.said
         return self.said
 
     def kill(self) -> None:
-        """`kill -9` of the process and, as when the power fails, of all that it has started."""
+        """Kill the process and its children with SIGKILL, as a power failure would."""
         victims = [] if self.is_over else [self.pid, *self.workers()]
         for pid in victims:
             try:
@@ -181,14 +185,14 @@ class Job:
         self._process.join()
 
     def kill_alone(self) -> None:
-        """`kill -9` of the process only."""
+        """Kill only the process itself with SIGKILL."""
         self._process.kill()
         self._process.join()
 
 
 @contextmanager
 def running(*jobs: Job) -> Iterator[None]:
-    """A context at the end of which nothing runs any more, whatever happened."""
+    """Kill the jobs at the end of the context."""
     try:
         yield
     finally:
@@ -198,10 +202,10 @@ def running(*jobs: Job) -> Iterator[None]:
 
 @contextmanager
 def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
-    """A file system of that size in memory, at `folder`.
+    """Mount a file system of that size in memory at `folder`.
 
     Raises:
-        PermissionError: this user may not mount any.
+        PermissionError: this user may not mount.
     """
     folder.mkdir()
     mounted = subprocess.run(
@@ -216,7 +220,7 @@ def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
 
 
 def fill(disk: Path, *, leave: int) -> Path:
-    """Write a file until the disk is full, and then give back so many bytes."""
+    """Fill the disk with one file, then free `leave` bytes. Returns the file."""
     path = disk / "filler"
     with open(path, "wb", buffering=0) as file:
         try:
@@ -228,22 +232,23 @@ def fill(disk: Path, *, leave: int) -> Path:
 
 
 def checkpoints(work_dir: Path) -> list[Path]:
+    """The checkpoints of all runs in `work_dir`."""
     return sorted(work_dir.glob("*/medsam_model_*.pth"))
 
 
 def latest_of(work_dir: Path) -> Path | None:
-    """The newest `latest` of all runs."""
+    """The newest `latest` checkpoint of all runs."""
     found = list(work_dir.glob("*/" + checkpoint.LATEST))
     return max(found, key=lambda path: path.stat().st_mtime) if found else None
 
 
 def is_writing(work_dir: Path) -> bool:
-    """Whether a `latest` is just being written."""
+    """Whether a `latest` checkpoint is being written now."""
     return any(work_dir.glob(f"*/.{checkpoint.LATEST}.*.tmp"))
 
 
 class Reader(threading.Thread):
-    """Reads every checkpoint again and again, as someone would who evaluates a run while it trains."""
+    """Read every checkpoint again and again, like an evaluation during training."""
 
     def __init__(self, work_dir: Path) -> None:
         super().__init__(daemon=True)
@@ -260,7 +265,7 @@ class Reader(threading.Thread):
 
     def read_all(self) -> None:
         self._seen |= {path for path in checkpoints(self.work_dir) if path.name == checkpoint.LATEST}
-        for path in {*checkpoints(self.work_dir), *self._seen}:  # `latest`, once there, must never be missing
+        for path in {*checkpoints(self.work_dir), *self._seen}:  # once written, `latest` must never be missing
             try:
                 checkpoint.load_checkpoint(path)
             except UserError as error:
@@ -273,7 +278,7 @@ class Reader(threading.Thread):
 
 
 def state_of(path: Path) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
-    """Weights, moments and RNGs of a `latest`; and the figures of its epochs, timings aside."""
+    """The weights, moments and RNGs of a `latest` checkpoint, and its epochs' figures without timings."""
     payload = checkpoint.load_checkpoint(path)
     state = payload["run_state"]
     moments = [value for moment in state["optimizer"]["state"].values() for value in moment.values()]
@@ -282,16 +287,17 @@ def state_of(path: Path) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    """An epoch's figures without timings."""
     return {key: value for key, value in record.items() if key not in ("seconds", "images_per_second")}
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
-    """The figures of `log.jsonl`, timings aside."""
+    """The figures of `log.jsonl` without timings."""
     return [without_times(json.loads(line)) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def assert_same_end(work_dir: Path, other: Path) -> None:
-    """The last runs of both ended with the same weights, moments, RNGs and figures, bit for bit."""
+    """Assert that the newest runs of both have bitwise equal weights, moments, RNGs and figures."""
     ours, theirs = latest_of(work_dir), latest_of(other)
     assert ours and theirs
     (tensors, figures), (expected, expected_figures) = state_of(ours), state_of(theirs)
@@ -303,18 +309,21 @@ def assert_same_end(work_dir: Path, other: Path) -> None:
 def survive_kills(
     make: Callable[[], Job], work_dir: Path, *, kills: int, rng: random.Random, start: float, window: float
 ) -> dict[str, Any]:
-    """Start a job, kill it at a random moment, and again, until it has been killed so often; then let it end.
+    """Start a job and kill it at a random moment, `kills` times. Then let it end.
 
-    By turns, the moment is drawn from a start, from training, and from training and then put off until a `latest` is
-    being written.
+    The moment is in turn during the start, during training, and while `latest` is being written.
 
     Args:
-        start: seconds that a start takes, and
-        window: of training, to draw from. As many of these as there are kills must not be all of the training.
+        make: starts the job.
+        work_dir: the folder of its runs.
+        kills: how many times to kill it.
+        rng: chooses the moments.
+        start: seconds that a start takes.
+        window: seconds of training to choose from. `kills * window` must be less than the whole training.
 
     Returns:
-        Figures: kills, and of them those before training and inside checkpoint writing; reads of checkpoints meanwhile;
-        the optimizer steps saved at each kill.
+        The number of kills, of kills before training and while a checkpoint was written, of checkpoint reads, and the
+        saved optimizer steps at each kill.
     """
     figures: dict[str, Any] = {"kills": 0, "before_training": 0, "while_writing": 0, "saved_steps": []}
     reader = Reader(work_dir)
@@ -347,7 +356,7 @@ def _has_come(moment: float) -> bool:
 
 
 def steps_of(work_dir: Path) -> int:
-    """Optimizer steps in the newest `latest`."""
+    """The optimizer steps of the newest `latest` checkpoint."""
     path = latest_of(work_dir)
     if path is None:
         return 0
@@ -372,8 +381,7 @@ def main() -> None:
         def run(work_dir: str, *more: object) -> Job:
             return Job([*prefix, *training(folder, folder / work_dir, *flags, *more)], folder / f"{work_dir}.log")
 
-        # What the first start alone waits for, imports and the encoding, is not to count as a start's time: by it, the
-        # runs after would be killed when they have long ended.
+        # The first start also imports and encodes. Counted as start time, that would put kills after the end.
         run("warm-up", "-num_epochs", 2).succeed()
         begun = time.monotonic()
         undisturbed = run("undisturbed")

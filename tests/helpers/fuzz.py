@@ -1,10 +1,10 @@
-"""Damaged and hostile files for every reader: each is read, or refused with the error that a user is meant to see.
+"""Damaged and hostile files for every reader. Each file must be read, or rejected with the error meant for users.
 
     python -m tests.helpers.fuzz --examples 2000
 
-gives so many inputs to each kind of file and prints what became of them; `tests/test_fuzz.py` is the short form. The
-inputs are valid files with flipped, missing and added bytes, with edited headers whose checksums are right again, and
-with parts replaced by what a hostile author would write, besides bytes of no kind at all.
+This tests 2,000 inputs of each kind of file and prints the outcomes. `tests/test_fuzz.py` is the short form. The inputs
+are random bytes and valid files with flipped, missing or added bytes, with edited headers and correct checksums, or
+with parts that a hostile author would write.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from utils.runtime.errors import UserError, printable
 from utils.train.run import read_latest
 
 SIZE = 64
-# A SAM of some 100 kB, so that thousands of its files are quickly written and read.
+# A SAM of about 100 kB, so that thousands of files are written and read quickly.
 SMALL = SamConfig(16, 2, 2, (1,), image_size=SIZE, window_size=2, prompt_embed_dim=16, decoder_mlp_dim=16)
-SECONDS = 60  # after which an input counts as hanging
+SECONDS = 60  # until an input counts as hanging
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 60000, 10**9, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**64 - 1]
 NAMES = ["", ".", "..", "../../x", "/etc/x", "a/b", "a\0b", "x" * 300, "\ud800", "\x1b[2J\nerror: x", "\u202ex"]
 NAMES += ["64x96", "4096x4096", "9x99999"]  # image sizes
@@ -69,7 +69,7 @@ for _ in range(50):
 
 @st.composite
 def damaged(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
-    """One to four edits of a valid file, as often in its header as anywhere."""
+    """A valid file with one to four edits, mostly near its beginning."""
     data = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 4))):
         reach = min(draw(st.sampled_from([16, 64, 512, len(data)])), len(data))
@@ -80,7 +80,7 @@ def damaged(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
         elif kind == "number":
             width, order = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from(["little", "big"]))
             number = draw(st.sampled_from(EXTREMES)) % 256**width
-            data[at : at + width] = number.to_bytes(width, order)  # type: ignore[arg-type]
+            data[at : at + width] = number.to_bytes(width, order)
         elif kind == "cut":
             del data[draw(st.integers(0, len(data))) :]
         elif kind == "insert":
@@ -92,12 +92,13 @@ def damaged(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 
 
 def anything(*beginnings: bytes) -> st.SearchStrategy[bytes]:
+    """Random bytes, some after one of these beginnings."""
     return st.builds(lambda start, rest: start + rest, st.sampled_from([b"", *beginnings]), st.binary(max_size=200))
 
 
 @st.composite
 def replaced(draw: st.DrawFn, tree: Any, odd: list[Any]) -> Any:
-    """A copy of nested dicts and lists in which one to three nodes are gone, twice there, or something odd."""
+    """A copy of nested dicts and lists with one to three nodes removed, repeated, renamed or replaced."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
         node, parent = tree, None
@@ -116,11 +117,12 @@ def replaced(draw: st.DrawFn, tree: Any, odd: list[Any]) -> Any:
         elif kind == "rename" and isinstance(parent, dict):
             parent[draw(st.sampled_from(NAMES))] = parent.pop(key)
         else:
-            parent[key] = copy.deepcopy(draw(st.sampled_from(odd)))  # the next edit may be inside it
+            parent[key] = copy.deepcopy(draw(st.sampled_from(odd)))  # the next edit may change it
     return tree
 
 
 def damaged_json(tree: Any) -> st.SearchStrategy[bytes]:
+    """JSON with other contents, or damaged."""
     structure = replaced(tree, [*NAMES, *NUMBERS, [], {}, DEEP, "a" * len(CLASS_NAMES)]).map(_dumps)
     return structure | structure | damaged([_dumps(tree)]) | anything(b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000)
 
@@ -131,7 +133,7 @@ def _dumps(tree: Any) -> bytes:
 
 @st.composite
 def damaged_chunks(draw: st.DrawFn, png: bytes) -> bytes:
-    """A PNG with damage inside its chunks, whose checksums are right again."""
+    """A PNG with damaged chunks and correct checksums."""
     chunks, at = [], 8
     while at < len(png):
         (length,) = struct.unpack_from(">I", png, at)
@@ -150,7 +152,7 @@ def damaged_chunks(draw: st.DrawFn, png: bytes) -> bytes:
 
 @st.composite
 def damaged_pickle(draw: st.DrawFn, archive: bytes) -> bytes:
-    """A checkpoint with damage inside its pickle, whose checksums are right again."""
+    """A checkpoint with a damaged pickle and correct checksums."""
     output = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(output, "w") as target:
         for name in source.namelist():
@@ -161,7 +163,7 @@ def damaged_pickle(draw: st.DrawFn, archive: bytes) -> bytes:
 
 @st.composite
 def misused_opcodes(draw: st.DrawFn) -> bytes:
-    """A checkpoint whose pickle sets items, elements or the state of any value, or claims another size of a storage."""
+    """A checkpoint whose pickle sets items or state of unsuitable values, or states a wrong storage size."""
     values = [
         b"]",
         b"}",
@@ -183,6 +185,7 @@ def misused_opcodes(draw: st.DrawFn) -> bytes:
 
 
 def damaged_checkpoint(payload: dict[str, Any]) -> st.SearchStrategy[bytes]:
+    """A checkpoint with other contents, or damaged, in both of PyTorch's formats."""
     tensors = [
         torch.ones(3, dtype=torch.int64),
         torch.zeros(()),
@@ -212,7 +215,7 @@ def _saved(payload: Any) -> bytes:
 
 @dataclass
 class Target:
-    """A kind of file: inputs, and how one is read."""
+    """A kind of file: its inputs and its reader."""
 
     inputs: st.SearchStrategy[bytes]
     read: Callable[[bytes], object]
@@ -220,7 +223,7 @@ class Target:
 
 
 def make_targets(folder: Path) -> dict[str, Target]:
-    """The targets by name; they keep their files in `folder`."""
+    """The targets by name. Their files are in `folder`."""
     CONFIGS["small"] = SMALL
     torch.manual_seed(0)
     model = BoxSegmenter(build_sam_of_type("small"))
@@ -263,11 +266,11 @@ def _picture_targets(folder: Path, image: np.ndarray, labels: np.ndarray) -> dic
         pictures[kind] = buffer.getvalue()
 
     def read(data: bytes) -> None:
-        path = folder / "picture.png"  # what it is called says nothing: a reader goes by the content
+        path = folder / "picture.png"  # readers go by the content, not by the name
         path.write_bytes(data)
         height, width = read_size(path)
         if height * width > 1 << 24:
-            return  # allowed, but not a thousand times
+            return  # valid, but too slow to read a thousand times
         with contextlib.suppress(UserError):
             read_mask(path, height, width)
         read_image(path, upright=True)
@@ -389,7 +392,7 @@ def _model_targets(folder: Path, split: Path, model: BoxSegmenter) -> dict[str, 
 
 
 class Hangs(BaseException):
-    """No reader may catch it."""
+    """An input hangs. No reader catches this."""
 
 
 @contextlib.contextmanager
@@ -407,7 +410,7 @@ def _alarm() -> Iterator[None]:
 
 
 def fuzz(target: Target, examples: int, *, derandomize: bool = True) -> None:
-    """Give `examples` inputs to a target; what it raises besides its own errors is raised, with the smallest input."""
+    """Test `examples` inputs of a target. An unexpected error is raised with the smallest input that causes it."""
 
     @settings(
         max_examples=examples,
@@ -423,7 +426,7 @@ def fuzz(target: Target, examples: int, *, derandomize: bool = True) -> None:
                 target.read(data)
             target.outcomes["read"] += 1
         except (UserError, CheckpointError) as error:
-            target.outcomes["refused"] += 1
+            target.outcomes["rejected"] += 1
             line = printable(str(error))
             assert line.strip() and line.isprintable() and len(line) < 3000
 
@@ -432,8 +435,8 @@ def fuzz(target: Target, examples: int, *, derandomize: bool = True) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--examples", type=int, default=2000, help="of each kind of file")
-    parser.add_argument("--only", nargs="*", help="kinds of file")
+    parser.add_argument("--examples", type=int, default=2000, help="inputs for each kind of file")
+    parser.add_argument("--only", nargs="*", help="kinds of file to test (default: all)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         targets = make_targets(Path(folder))

@@ -1,72 +1,24 @@
-"""What several tests share: the public `segment-anything` package to compare with, the figure the comparison is made
-in, and a pickle that tells whether it was run."""
+"""Compare with the public `segment-anything` package, and build checkpoints that run code when unpickled."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.metadata
 import io
-import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.public import public_sam
 from segment_anything.build_sam import CONFIGS
 from segment_anything.modeling import Sam
-from utils.runtime.errors import UserError
-
-_NAME = "segment_anything"
-
-
-@functools.cache
-def public_sam() -> ModuleType:
-    """The public package, whose import name is that of ours, imported beside it.
-
-    It is imported while ours is out of `sys.modules`, and taken out again, so that `import segment_anything` means our
-    package before and after. Its parts are reached as attributes: `public_sam().modeling.image_encoder.Block`.
-
-    Raises:
-        UserError: it is not installed, or ours is in its place.
-    """
-    folder = _public_folder()
-    ours, path = _take_out(), sys.path.copy()
-    sys.path.insert(0, str(folder))
-    try:
-        public = importlib.import_module(_NAME)
-        importlib.import_module(f"{_NAME}.utils.onnx")  # a part that the package does not import by itself
-    finally:
-        _take_out()
-        sys.modules.update(ours)
-        sys.path[:] = path
-    # What installs ours over the public one would have us compare with ourselves.
-    where = Path(str(public.__file__)).resolve()
-    if where.parents[1] != folder.resolve() or hasattr(public, "build_sam_vit_tiny"):
-        raise UserError(f"{where} is not the public segment-anything==1.0; {_HOW_TO_INSTALL}")
-    return public
-
-
-OWN_FOLDER = Path(sys.prefix) / "oracle"  # where the Makefile puts it, and nothing can collide with it
-_HOW_TO_INSTALL = f"pip install --upgrade --no-deps --target {OWN_FOLDER} segment-anything==1.0"
-
-
-def _public_folder() -> Path:
-    """The folder that the public package is in: its own, or else the one that pip puts packages into."""
-    if (OWN_FOLDER / _NAME).is_dir():
-        return OWN_FOLDER
-    try:
-        return Path(str(importlib.metadata.distribution("segment-anything").locate_file("")))
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"segment-anything==1.0, to compare with, is not installed; {_HOW_TO_INSTALL}") from None
 
 
 def public_tiny(ours: Sam) -> Any:
-    """A SAM of the public package that is our `vit_tiny` `ours`, its weights and its image size included."""
+    """The public package's copy of our `vit_tiny`, with its weights and image size."""
     config, side = CONFIGS["vit_tiny"], ours.prompt_encoder.input_image_size[0]
     modeling = public_sam().modeling
     theirs = modeling.Sam(
@@ -93,11 +45,6 @@ def public_tiny(ours: Sam) -> Any:
     return theirs.eval()
 
 
-def _take_out() -> dict[str, ModuleType]:
-    names = [name for name in sys.modules if name == _NAME or name.startswith(f"{_NAME}.")]
-    return {name: sys.modules.pop(name) for name in names}
-
-
 def relative_error(actual: Any, expected: Any) -> float:
     """Norm of the difference over the norm of `expected`, in float64; arrays or tensors of one shape."""
     actual, expected = (torch.as_tensor(np.asarray(value), dtype=torch.float64) for value in (actual, expected))
@@ -106,7 +53,7 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 class Payload:
-    """Unpickling it makes the file `path`, as a hostile file would run something worse."""
+    """An object that creates the file `path` when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -115,7 +62,7 @@ class Payload:
         return open, (str(self.path), "w")
 
 
-# Opcodes of protocol 2 that make a tensor of four zeros out of the storage "0" of a `torch_archive`.
+# Pickle opcodes (protocol 2) that build a tensor of four zeros from the storage "0" of a `torch_archive`.
 TENSOR = (
     b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x04tQ"
     b"K\0K\x04\x85K\x01\x85\x89ccollections\nOrderedDict\n)RtR"
@@ -123,7 +70,7 @@ TENSOR = (
 
 
 def torch_archive(opcodes: bytes, storage: bytes = bytes(16)) -> bytes:
-    """A file of `torch.save`'s form whose pickle is {"a": what the opcodes leave}."""
+    """A file in `torch.save`'s format whose pickle is {"a": the opcodes' result}."""
     buffer = io.BytesIO()
     members = {
         "data.pkl": b"\x80\x02}X\x01\0\0\0a" + opcodes + b"s.",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from segment_anything import build_sam_vit_b, build_sam_vit_tiny
-from tests.conftest import IMAGE_SIZE
+from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.oracles import Payload
 from utils.data.classes import CLASS_NAMES
 from utils.model import checkpoint

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tests.conftest import IMAGE_SIZE, write_split
+from tests.helpers.inputs import IMAGE_SIZE, write_split
 from utils.data.augment import fixed_view
 from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
 from utils.data.datasets import BoxPromptDataset, EvaluationDataset, NpyFolder, collate_evaluation
@@ -166,7 +166,7 @@ def speaking(sam_file: Path) -> Segmenter:
     torch.manual_seed(1)
     for parameter in model.mask_decoder.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.eval()  # type: ignore[return-value]
+    return model.eval()
 
 
 # Original sizes of pictures padded to the frame: below, on the right, by an odd number of columns, not at all.

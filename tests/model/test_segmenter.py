@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import IMAGE_SIZE
+from tests.helpers.inputs import IMAGE_SIZE
 from utils.model.losses import prompt_losses
 from utils.model.segmenter import Segmenter, build_model
 from utils.runtime.errors import UserError

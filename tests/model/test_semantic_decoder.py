@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from segment_anything import build_sam_vit_tiny
 from segment_anything.modeling.common import MLP
-from tests.conftest import IMAGE_SIZE
+from tests.helpers.inputs import IMAGE_SIZE
 from utils.data.classes import NUM_CLASSES
 from utils.model.segmenter import SemanticSegmenter, build_model
 from utils.model.semantic_decoder import ClassMLPs, doubled

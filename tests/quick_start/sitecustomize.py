@@ -1,6 +1,6 @@
-"""On the path of processes that tests start: they need half the time without what came with the tests' oracles.
+"""Hide optional packages from processes that tests start, which halves their start.
 
-monai imports whatever it finds installed, torchvision above all, to find out what it could do with it.
+monai imports every optional package that it finds. The tests' dependencies install many.
 """
 
 import sys

@@ -281,6 +281,7 @@ def test_a_command_line_is_answered_before_what_takes_seconds_to_import(module: 
     assert done.stdout.splitlines()[-1] == f"ended {status}"
 
 
+@pytest.mark.slow
 def test_inference_needs_no_monai() -> None:
     code = "import sys, infer_bdd100k; print('monai' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -385,7 +386,7 @@ def test_of_several_processes_the_one_speaks_that_knows_most(
         raise error("gone")
 
     with pytest.raises(SystemExit):
-        cli.run(fail)  # type: ignore[arg-type]
+        cli.run(fail)
     assert len(slept) == waits
 
 

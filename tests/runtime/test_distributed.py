@@ -1,6 +1,6 @@
-"""Several processes on the CPU, by either launcher, against one process that saw the same images.
+"""Several processes on the CPU, with both launchers, compared with one process on the same images.
 
-Starting a process costs seconds, so that few launches serve all the tests here.
+A start takes seconds, so the tests share a few launches.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import train_bdd100k
-from tests.conftest import log_of, quick_start
 from tests.helpers.faults import free_port, write_inputs
+from tests.helpers.scripts import log_of, quick_start
 from utils.model import checkpoint
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
@@ -32,41 +32,45 @@ Launch = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def launch(sam_file: Path, npy: Path) -> Launch:
-    """A function that trains in `work_dir` in processes of a launcher module, and returns the run's folder."""
+    """A function that trains in `work_dir` in new processes and returns the run's folder.
 
-    def launch(launcher: str, work_dir: Path, *flags: object, processes: int = 2) -> Path:
-        command = [sys.executable, "-m", launcher, f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    `launcher` is the launcher's module, or None for a single process without a launcher.
+    """
+
+    def launch(launcher: str | None, work_dir: Path, *flags: object, processes: int = 2) -> Path:
+        prefix = ["-m", launcher, f"--nproc_per_node={processes}", f"--master_port={free_port()}"] if launcher else []
         data = ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", work_dir]
-        words = [*command, REPOSITORY / "train_bdd100k.py", *data, "--device", "cpu", "-num_workers", 0, *flags]
+        script = [REPOSITORY / "train_bdd100k.py", *data, "--device", "cpu", "-num_workers", 0, *flags]
+        words = [sys.executable, *prefix, *script]
         environment = {**os.environ, **quick_start()}
         done = subprocess.run(
             [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Best model:") == 1  # only the first process speaks
+        assert done.stdout.count("Best model:") == 1  # only the first process prints
         assert "broadcast_buffers" not in done.stderr  # PyTorch deprecated it
-        (folder,) = work_dir.iterdir()  # and only it makes a folder
+        (folder,) = work_dir.iterdir()  # only the first process makes a folder
         return folder
 
     return launch
 
 
 def flat(state: dict[str, Tensor]) -> Tensor:
-    """The weights in one vector, but for the biases of keys.
+    """The weights in one vector, without the biases of keys.
 
-    Such a bias adds the same to all scores of a query, which softmax does not see: its gradient is rounding noise,
-    which Adam turns into full steps.
+    Such a bias adds a constant to all scores of a query. Softmax ignores it, so its gradient is rounding noise, which
+    Adam turns into full steps.
     """
     return torch.cat([value.flatten().double() for key, value in state.items() if not key.endswith("k_proj.bias")])
 
 
-# 20 steps. Seven images in batches of one divide by none of this: each epoch's second step is three and a filler.
+# 20 steps. Seven images do not divide evenly: each epoch's second step has three images and a filler.
 COMMON = ["-batch_size", 1, "-num_epochs", 10, "-lr", "5e-5"]
 
 
 @pytest.fixture(scope="module")
 def two_by_two(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of two processes x accumulation 2, as the specification launches it."""
+    """Two processes x accumulation 2, launched as in the specification."""
     flags = ["--grad_acc_steps", 2, "--world_size", 2, "--distributed"]
     return launch("torch.distributed.launch", tmp_path_factory.mktemp("2x2"), *COMMON, *flags)
 
@@ -78,11 +82,12 @@ def four_by_one(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def one_by_four(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("1x4"), *COMMON, "--grad_acc_steps", 4)
+def one_by_four(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(None, tmp_path_factory.mktemp("1x4"), *COMMON, "--grad_acc_steps", 4)
 
 
 @pytest.mark.parametrize("layout", ["two_by_two", "four_by_one"])
+@pytest.mark.slow
 def test_several_processes_give_the_weights_of_one(
     layout: str, one_by_four: Path, sam_file: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -100,21 +105,20 @@ def test_several_processes_give_the_weights_of_one(
 
 @pytest.fixture(scope="module")
 def semantic_flags(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Of a run in semantic mode on a non-square frame that reads views of the images from a cache."""
+    """Flags of a semantic run on a non-square frame with cached views."""
     folder = tmp_path_factory.mktemp("frame")
     flags = ["-i", write_inputs(folder, width=96) / "train", "--cache_embeddings", folder / "cache"]
-    # Views without crops, which need the torchvision that `quick_start` does without.
+    # No crops: they need torchvision, which `quick_start` hides.
     return [*flags, "--augment", "flip", "--prompt_mode", "semantic", "-batch_size", 1, "-num_epochs", 4, "-lr", "5e-5"]
 
 
 @pytest.fixture(scope="module")
-def one_semantic(
-    semantic_flags: list[object], train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    return train(tmp_path_factory.mktemp("one"), *semantic_flags, "--grad_acc_steps", 4)
+def one_semantic(semantic_flags: list[object], launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(None, tmp_path_factory.mktemp("one"), *semantic_flags, "--grad_acc_steps", 4)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.slow
 def test_several_processes_give_the_semantic_weights_of_one(
     processes: int, one_semantic: Path, semantic_flags: list[object], launch: Launch, tmp_path: Path
 ) -> None:
@@ -126,6 +130,7 @@ def test_several_processes_give_the_semantic_weights_of_one(
     assert (several - single).norm() < 1e-6 * single.norm()
 
 
+@pytest.mark.slow
 def test_two_processes_log_what_one_does(two_by_two: Path, one_by_four: Path) -> None:
     several, single = log_of(two_by_two), log_of(one_by_four)
     assert [record["epoch"] for record in several] == list(range(10))  # each line once
@@ -135,6 +140,7 @@ def test_two_processes_log_what_one_does(two_by_two: Path, one_by_four: Path) ->
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
 
 
+@pytest.mark.slow
 def test_only_the_first_process_writes(two_by_two: Path, one_by_four: Path) -> None:
     assert {path.name for path in two_by_two.iterdir()} == {path.name for path in one_by_four.iterdir()}
     best = checkpoint.load_checkpoint(two_by_two / checkpoint.BEST)
@@ -142,22 +148,25 @@ def test_only_the_first_process_writes(two_by_two: Path, one_by_four: Path) -> N
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])  # three images: batches of two and one process, or one batch for both
+@pytest.mark.slow
 def test_evaluation_in_two_processes_equals_one_exactly(
-    batch_size: int, launch: Launch, train: Callable[..., Path], npy: Path, tmp_path: Path
+    batch_size: int, launch: Launch, npy: Path, tmp_path: Path
 ) -> None:
-    # At this learning rate no weight moves, so that both score the same decoder.
+    # At this learning rate no weight changes, so both score the same decoder.
     flags = ["-batch_size", batch_size, "-num_epochs", 1, "-lr", "1e-30", "--val_npy_path", npy / "val"]
     (several,) = log_of(launch("torch.distributed.run", tmp_path / "2", *flags))
-    (single,) = log_of(train(tmp_path / "1", *flags))
+    (single,) = log_of(launch(None, tmp_path / "1", *flags))
     assert several["val_miou"] == single["val_miou"] > 0
 
 
+@pytest.mark.slow
 def test_processes_stop_early_together(launch: Launch, npy: Path, tmp_path: Path) -> None:
-    # No weight moves, so that no validation is better than the first.
+    # No weight changes, so no validation is better than the first.
     flags = ["-num_epochs", 9, "-lr", "1e-30", "--val_npy_path", npy / "val", "--patience", 1]
     assert len(log_of(launch("torch.distributed.run", tmp_path, *flags))) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_cache_that_one_reads(
     launch: Launch, train: Callable[..., Path], npy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,7 +184,7 @@ def test_two_processes_write_the_cache_that_one_reads(
 
 @pytest.fixture
 def group_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a launcher of a single process says; DDP is then at work as in any group."""
+    """The environment of a launcher with a single process, in which DDP works as in any group."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
@@ -188,7 +197,7 @@ def test_gradients_are_communicated_once_an_optimizer_step(
 ) -> None:
     events: list[Any] = []
 
-    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+    def hook(state, bucket):  # DDP rejects annotations that are strings
         events.append((bucket.index(), [id(parameter) for parameter in bucket.parameters()]))
         return default_hooks.allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
@@ -213,11 +222,11 @@ def test_gradients_are_communicated_once_an_optimizer_step(
         else:
             buckets[-1].append(event)
     assert len(buckets) == 7 and not buckets[-1]
-    settled = buckets[1]  # before the first step there was the pass that settles their layout too
+    settled = buckets[1]  # the first also has the pass that fixes the buckets' layout
     assert sorted(index for index, _ in settled) == list(range(len(settled)))
     parameters = [parameter for _, some in settled for parameter in some]
     assert len(parameters) == len(set(parameters)) > 100
-    assert buckets[0][-len(settled) :] == settled  # so that a run that is resumed sums in the same order
+    assert buckets[0][-len(settled) :] == settled  # so a resumed run sums in the same order
     assert all(group == settled for group in buckets[1:-1])
 
 
@@ -238,16 +247,17 @@ def test_buffers_are_broadcast_once_an_optimizer_step(group_of_one: None, monkey
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are looked up in /proc")
+@pytest.mark.slow
 def test_no_thread_of_the_group_outlives_cleanup(group_of_one: None) -> None:
-    """One that has a tensor to release as Python ends can abort the process, which has then failed at its very end."""
+    """A thread that releases a tensor while Python exits can abort the process."""
     code = (
-        "import time, torch; from pathlib import Path; from utils import distributed\n"
+        "import time, torch; from pathlib import Path; from utils.runtime import distributed\n"
         "cpu = torch.device('cpu')\n"
         "distributed.setup(requested=True, world_size=1, node_rank=None, init_method='env://', device=cpu)\n"
         "distributed.wrap(torch.nn.Linear(2, 1), cpu)(torch.ones(1, 2)).sum().backward()\n"
         "names = lambda: ' '.join(path.read_text() for path in Path('/proc/self/task').glob('*/comm'))\n"
         "assert 'gloo' in names(), names()\n"
-        "distributed.cleanup(); time.sleep(0.2)\n"  # one that has ended may be listed for a moment
+        "distributed.cleanup(); time.sleep(0.2)\n"  # an ended thread stays listed for a moment
         "assert 'gloo' not in names(), names()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
@@ -271,7 +281,7 @@ VARIABLES = (*NUMBERS, "MASTER_ADDR", "SLURM_NTASKS", "SLURM_NNODES", "OMPI_COMM
 
 @pytest.fixture
 def launched_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """A function that sets up with these launcher's variables and no others."""
+    """A function that sets up with only these variables of a launcher."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # New pages of memory (of 4 kB) that each of eight rounds touches: two tensors of 64 MB, freed again.
 ROUNDS = """
 import resource

@@ -16,10 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.public import public_sam
 from segment_anything import SamPredictor, build_sam_vit_b, build_sam_vit_tiny
 from segment_anything.build_sam import file_digest
-from tests.conftest import IMAGE_SIZE, run_script
-from tests.helpers.oracles import public_sam, relative_error
+from tests.helpers.inputs import IMAGE_SIZE
+from tests.helpers.oracles import relative_error
+from tests.helpers.scripts import run_script
 from utils import ckpt_convert
 from utils.data.frame import ImageSize, frame_size
 from utils.model.checkpoint import BEST, LATEST, ModelInfo, load_checkpoint, load_decoder, save_best
@@ -57,6 +59,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_public_package_loads_vit_b_strictly_and_gives_the_same_masks(
     folder: Path, capsys: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
 ) -> None:

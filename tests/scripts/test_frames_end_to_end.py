@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 import infer_bdd100k
 import pre_bdd100k
 from segment_anything import SamPredictor, build_sam_vit_tiny
-from tests.conftest import log_of, run_script
+from tests.helpers.inputs import pictures, write_detections, write_video
 from tests.helpers.oracles import relative_error
-from tests.scripts.test_infer_bdd100k import good_flags, read_results
-from tests.scripts.test_infer_semantic import pictures, write_detections, write_video
+from tests.helpers.scripts import good_flags, log_of, read_results, run_script
 from utils import ckpt_convert
 from utils.data.boxes import to_frame
 from utils.data.datasets import NpyFolder
@@ -28,6 +27,8 @@ from utils.data.geometry import PAD_COLOR
 from utils.data.manifest import read_manifest
 from utils.model import checkpoint
 from utils.model.segmenter import build_model
+
+pytestmark = pytest.mark.slow
 
 Train = Callable[..., Path]
 

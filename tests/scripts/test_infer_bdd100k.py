@@ -21,13 +21,14 @@ from torch.utils.data import get_worker_info
 import infer_bdd100k
 from segment_anything import build_sam_vit_tiny
 from segment_anything.build_sam import file_digest
-from tests.conftest import IMAGE_SIZE, run_script, write_split
+from tests.helpers.inputs import IMAGE_SIZE, write_split
+from tests.helpers.scripts import good_flags, read_results, run_script
 from utils.data.classes import CLASS_NAMES, NUM_CLASSES
 from utils.data.datasets import NpyFolder
+from utils.evaluate import evaluate
 from utils.model import checkpoint
 from utils.model.segmenter import BoxSegmenter, build_model
 from utils.runtime.errors import UserError
-from utils.train import loop
 
 # The specification's form; the values are the run's.
 BLOCK = """\
@@ -84,20 +85,6 @@ def infer(sam_file: Path, npy: Path, decoder: Path, tmp_path: Path) -> Callable[
         return read_results(tmp_path / "out")
 
     return infer
-
-
-def good_flags(sam_file: Path, npy: Path, tmp_path: Path) -> list[object]:
-    model = ["--sam_checkpoint", sam_file, "--model_type", "vit_tiny", "--device", "cpu", "--num_workers", 0]
-    return ["--val_npy_path", npy / "val", *model, "--output_dir", tmp_path / "out"]
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """Read `evaluation_results.json` as strict JSON, which knows no NaN."""
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads((folder / "evaluation_results.json").read_text(), parse_constant=refuse)
 
 
 def test_prints_the_specified_block_and_writes_the_same(
@@ -200,6 +187,7 @@ def test_visualize_draws_each_image_up_to_twenty(
     assert picture.shape[1] > 3 * picture.shape[0]  # three pictures of 16:9 side by side, though stored as squares
 
 
+@pytest.mark.slow
 def test_a_second_evaluation_leaves_nothing_of_the_first(
     infer: Callable[..., dict[str, Any]], npy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +255,7 @@ def test_sam_alone_is_evaluated_without_a_model_checkpoint(sam_file: Path, npy: 
     assert read_results(tmp_path / "out")["model"] == f"{sam_file}, not fine-tuned"
 
 
+@pytest.mark.slow
 def test_reads_what_training_wrote(
     infer: Callable[..., dict[str, Any]], train: Callable[..., Path], npy: Path, tmp_path: Path
 ) -> None:
@@ -389,6 +378,7 @@ def test_shared_memory_that_is_too_small(
     assert line.startswith("error: /dev/shm has 64 KiB free") and "--shm-size" in line and "--num_workers 0" in line
 
 
+@pytest.mark.slow
 def test_a_runs_folder_stands_for_its_best(infer: Callable[..., dict[str, Any]], decoder: Path) -> None:
     assert infer("--model_checkpoint", decoder.parent)["confusion_matrix"] == infer()["confusion_matrix"]
 
@@ -399,6 +389,6 @@ def test_a_full_gpu_is_told_in_one_line(
     def run_out(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(loop, "predict", run_out)
+    monkeypatch.setattr(evaluate, "predict", run_out)
     line = error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path))
     assert "GPU's memory is full; lower --batch_size" in line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,8 +18,8 @@ from PIL import Image
 
 import infer_bdd100k
 from segment_anything.build_sam import file_digest
-from tests.conftest import IMAGE_SIZE, run_script
-from tests.scripts.test_infer_bdd100k import good_flags, read_results
+from tests.helpers.inputs import IMAGE_SIZE, pictures, write_detections, write_video
+from tests.helpers.scripts import good_flags, read_results, run_script
 from utils.model import checkpoint
 from utils.model.segmenter import build_model
 
@@ -56,25 +55,6 @@ def infer(sam_file: Path, npy: Path, tmp_path: Path) -> Callable[..., int | None
         return run_script(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), *flags)
 
     return infer
-
-
-def pictures(folder: Path) -> dict[str, tuple[int, int]]:
-    """Write JPEGs of mixed sizes; their (height, width) by name."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    sizes = {"wide": (30, 90), "tall": (101, 40), "tiny": (7, 5), "large": (300, 401)}
-    for name, size in sizes.items():
-        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{name}.jpg")
-    return sizes
-
-
-def write_video(path: Path) -> Path:
-    """Five frames of 64 x 48 at 10 a second."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
-    for i in range(5):
-        writer.write(np.full((48, 64, 3), 40 * i, np.uint8))
-    writer.release()
-    return path
 
 
 def test_the_mode_is_read_from_the_checkpoint_and_the_report_says_no_boxes(
@@ -206,6 +186,7 @@ def test_a_video_gives_a_video(infer: Callable[..., int | None], semantic: Path,
     assert frames == 5 and video.get(cv2.CAP_PROP_FPS) == 10
 
 
+@pytest.mark.slow
 def test_original_size_equals_bdd100ks_toolkit_on_the_saved_pngs(
     infer: Callable[..., int | None], scenes: Path, boxed: Path, semantic: Path, tmp_path: Path
 ) -> None:
@@ -266,13 +247,6 @@ def test_original_masks_of_odd_shares_are_warned_of(
     assert f"{masks}: label 7" in line and "id2label" in line
 
 
-def write_detections(path: Path, names: list[str], category: str = "car") -> Path:
-    box = {"x1": 20, "y1": 30, "x2": 200.5, "y2": 120}
-    frames = [{"name": f"{name}.jpg", "labels": [{"category": category, "box2d": box}] * 2} for name in names]
-    path.write_text(json.dumps(frames))
-    return path
-
-
 def test_boxes_of_a_detector_take_the_place_of_the_ground_truths(
     infer: Callable[..., int | None], npy: Path, boxed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,6 +285,7 @@ def test_boxes_that_fit_no_frame_of_a_video(
     assert (tmp_path / "out" / "clip.mp4").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_exactly(
     infer: Callable[..., int | None], sam_file: Path, npy: Path, semantic: Path, tmp_path: Path
 ) -> None:

@@ -870,6 +870,7 @@ def stopped_half_way(out):
     return not json.loads((out / "train/manifest.json").read_text())["complete"]
 
 
+@pytest.mark.slow
 def test_kill_and_go_on(many, tmp_path, capsys):
     (root, undisturbed), out = many, tmp_path / "out"
     process = start(root, out)
@@ -885,6 +886,7 @@ def test_kill_and_go_on(many, tmp_path, capsys):
     ("flags", "again"),
     [([], GO_ON), (["--overwrite"], "run the same command again, without --overwrite, which begins anew, to go on")],
 )
+@pytest.mark.slow
 def test_interrupt(many, tmp_path, flags, again):
     (root, undisturbed), out = many, tmp_path / "out"
     process = start(root, out, *flags)
@@ -901,6 +903,7 @@ def test_interrupt(many, tmp_path, flags, again):
 
 
 @pytest.mark.parametrize("later", [0.02, 0.1, 0.2])
+@pytest.mark.slow
 def test_a_second_interrupt_is_no_hang(many, tmp_path, later):
     """Python's executor, interrupted as it shuts down, leaves processes that are waited for ever."""
     (root, undisturbed), out = many, tmp_path / "out"

@@ -1,4 +1,4 @@
-"""assets/pretrain_vit_tiny.py: what two steps leave, and what it refuses and leaves out."""
+"""tools/pretrain_vit_tiny.py: two steps write a file that loads, and bad flags are rejected."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from assets import pretrain_vit_tiny
 from segment_anything import build_sam_vit_tiny
-from tests.conftest import run_script, write_split
+from tests.helpers.inputs import write_split
+from tests.helpers.scripts import run_script
+from tools import pretrain_vit_tiny
 
 FEW = ["--num_steps", 2, "--batch_size", 2]
 
@@ -25,7 +26,9 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_drawn_scenes_leave_a_file_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain_vit_tiny, "usable_cores", lambda: 1)  # processes would cost more than they save
+    monkeypatch.setattr(
+        pretrain_vit_tiny, "usable_cores", lambda: 1
+    )  # starting processes would take longer than it saves
     run_script(pretrain_vit_tiny, "--output", tmp_path / "sam.pth", "--num_scenes", 2, *FEW)
     build_sam_vit_tiny(tmp_path / "sam.pth")
     assert {value.dtype for value in torch.load(tmp_path / "sam.pth", weights_only=True).values()} == {torch.float16}
@@ -53,7 +56,7 @@ def test_data_of_another_frame(npy: Path, tmp_path: Path) -> None:
 
 
 def test_a_frame_that_is_no_square(npy: Path, tmp_path: Path) -> None:
-    """It starts from a square of another size, and what is saved loads with the positions it was trained with."""
+    """Initial weights may be those of a square. The saved file loads with the positions of training."""
     torch.save(build_sam_vit_tiny(image_size=512).state_dict(), tmp_path / "init.pth")
     flags = ["--image_size", "64x96", "--init", tmp_path / "init.pth", "--num_scenes", 2, "--num_steps", 1]
     trained = pretrain_vit_tiny.load_sam(tmp_path / "init.pth", "64x96")

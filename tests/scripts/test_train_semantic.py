@@ -14,15 +14,17 @@ import infer_bdd100k
 import train_bdd100k
 from segment_anything.build_sam import file_digest
 from segment_anything.modeling import Sam
-from tests.conftest import IMAGE_SIZE, log_of, run_script, write_split
-from tests.scripts.test_infer_bdd100k import good_flags, read_results
-from tests.train.test_loop import train as train_epoch
+from tests.helpers.inputs import IMAGE_SIZE, write_split
+from tests.helpers.scripts import good_flags, log_of, read_results, run_script
+from tests.helpers.training import train as train_epoch
 from utils.cache.embedding_cache import use_caches
 from utils.data.datasets import FILLER, EvaluationDataset, NpyFolder, SemanticDataset
 from utils.model import checkpoint
 from utils.model.checkpoint import ModelInfo
 from utils.model.segmenter import SEGMENTERS, Segmenter, SemanticSegmenter, build_model
 from utils.runtime.device import Precision
+
+pytestmark = pytest.mark.slow
 
 Train = Callable[..., Path]
 

@@ -12,10 +12,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from benchmarks.public import public_sam
 from segment_anything import SamAutomaticMaskGenerator, build_sam_vit_tiny
 from segment_anything.modeling import Sam
 from segment_anything.utils import amg
-from tests.helpers.oracles import public_sam, public_tiny
+from tests.helpers.oracles import public_tiny
 
 WEIGHTS = Path(__file__).parents[2] / "assets" / "sam_vit_tiny_scenes.pth"
 SOME: dict[str, Any] = {"points_per_side": 8, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.3}

@@ -16,7 +16,7 @@ import infer_bdd100k
 import train_bdd100k
 from segment_anything import CheckpointError, build_sam_vit_tiny
 from segment_anything.build_sam import CONFIGS, file_digest, read_state_dict
-from tests.conftest import IMAGE_SIZE
+from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.oracles import Payload, torch_archive
 from utils import ckpt_convert
 from utils.model.checkpoint import ModelInfo, load_checkpoint, save_best, save_latest

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.public import public_sam
 from segment_anything import SamPredictor, build_sam_vit_tiny
 from segment_anything.modeling import Sam
 from segment_anything.utils.onnx import SamOnnxModel
-from tests.helpers.oracles import public_sam, public_tiny, relative_error
+from tests.helpers.oracles import public_tiny, relative_error
 
 WEIGHTS = Path(__file__).parents[2] / "assets" / "sam_vit_tiny_scenes.pth"
 SIDE = 128
@@ -122,6 +123,7 @@ def test_three_points_are_unambiguous(sam: Sam) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("exporter", ["trace", "export"])
+@pytest.mark.slow
 def test_a_graph_takes_other_points_and_sizes(sam: Sam, exporter: str) -> None:
     """What PyTorch's two exports to ONNX begin with. The public 1.0 keeps the example's image size, or fails."""
     model = SamOnnxModel(sam, return_single_mask=True)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import segment_anything
+from benchmarks.public import public_sam
 from segment_anything import (
     CheckpointError,
     SamPredictor,
@@ -39,7 +40,7 @@ from segment_anything import (
 from segment_anything.build_sam import read_state_dict
 from segment_anything.modeling import MaskDecoder, Sam, image_encoder
 from segment_anything.utils.transforms import ResizeLongestSide
-from tests.helpers.oracles import Payload, public_sam, public_tiny, relative_error
+from tests.helpers.oracles import Payload, public_tiny, relative_error
 
 TOLERANCE = 1e-4
 IMAGE = np.random.default_rng(0).integers(0, 256, (300, 500, 3), dtype=np.uint8)
@@ -109,6 +110,7 @@ def predictors(vit_b: tuple[Sam, Any]) -> tuple[SamPredictor, Any]:
     return ours, theirs
 
 
+@pytest.mark.slow
 def test_image_encoder(predictors: tuple[SamPredictor, Any], compare: Compare) -> None:
     ours, theirs = (predictor.get_image_embedding() for predictor in predictors)
     assert ours.shape == (1, 256, 64, 64)
@@ -649,6 +651,7 @@ def test_lora_on_every_linear_layer_is_run_and_trained(small: tuple[Any, Any], c
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["lora", "parametrized", "patched", "subclass", "no bias"])
+@pytest.mark.slow
 def test_an_adapted_layer_among_plain_ones_is_run(small: tuple[Any, Any], compare: Compare, kind: str) -> None:
     """One layer at a time, so that each fast path meets each layer that it would take the weights of."""
 
@@ -704,7 +707,7 @@ def test_hooks_see_what_they_see_in_the_public_package(small: tuple[Any, Any], h
                 seen.append((place[module], [tuple(x.shape) for x in (*inputs, *outputs) if isinstance(x, Tensor)]))
 
         register = {"before": nn.Module.register_forward_pre_hook}.get(hooks, nn.Module.register_forward_hook)
-        handles = [register(sam.get_submodule(name), see) for name in names]  # type: ignore[operator]
+        handles = [register(sam.get_submodule(name), see) for name in names]
         if hooks == "global":
             handles = [nn.modules.module.register_module_forward_hook(see)]
         if any(name.startswith("image_encoder") for name in names):
@@ -826,7 +829,7 @@ def test_a_predictor_in_another_type(small: tuple[Any, Any], dtype: torch.dtype,
     for actual, expected in zip(*results, strict=True):
         assert relative_error(actual, expected) < error
     numpy_type = np.float32 if dtype == torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
-    assert {array.dtype for array in results[0][1:]} == {np.dtype(numpy_type)}  # type: ignore[union-attr]
+    assert {array.dtype for array in results[0][1:]} == {np.dtype(numpy_type)}
 
 
 def test_copies_and_pickles_give_the_same(small: tuple[Any, Any]) -> None:

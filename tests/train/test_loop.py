@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tests.conftest import IMAGE_SIZE, write_split
+from tests.helpers.inputs import IMAGE_SIZE, write_split
+from tests.helpers.training import CPU, train
 from utils.data.datasets import FILLER, BoxPromptDataset, NpyFolder, TrainingSampler, collate_training
 from utils.model.segmenter import Segmenter, build_model
 from utils.runtime.device import Precision
 from utils.runtime.errors import DivergedError, UserError
-from utils.train.loop import Progress, train_one_epoch
-from utils.train.optim import build_optimizer, build_scheduler
-
-CPU = Precision(torch.device("cpu"))
+from utils.train.optim import build_optimizer
 
 
 def fresh(sam_file: Path) -> Segmenter:
@@ -50,35 +48,6 @@ def weights(model: Segmenter) -> dict[str, Tensor]:
 def flat(model: Segmenter) -> Tensor:
     """The trained weights in one vector, in float64."""
     return torch.cat([p.detach().flatten().double() for p in model.mask_decoder.parameters()])
-
-
-def train(
-    model: Segmenter,
-    loader: Any,
-    *,
-    grad_acc_steps: int = 1,
-    clip: float = 0,
-    epoch: int = 0,
-    scaler: torch.amp.GradScaler | None = None,
-    precision: Precision = CPU,
-    schedule: str = "constant",
-) -> dict:
-    """One epoch of plain gradient descent, in which a step is the gradient itself.
-
-    Adam would divide it by its own size, and blow the rounding errors of vanishing gradients up to full steps.
-    """
-    optimizer = torch.optim.SGD(model.mask_decoder.parameters(), lr=0.1)
-    return train_one_epoch(
-        model,
-        loader,
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, schedule, total_steps=4, warmup_steps=0),
-        scaler=scaler or CPU.grad_scaler(),
-        precision=precision,
-        grad_acc_steps=grad_acc_steps,
-        clip_grad_norm=clip,
-        progress=Progress(epoch),
-    )
 
 
 def batched(dataset: BoxPromptDataset, batch_size: int) -> DataLoader:

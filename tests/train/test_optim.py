@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import IMAGE_SIZE
+from tests.helpers.inputs import IMAGE_SIZE
 from utils.model.segmenter import build_model
 from utils.runtime.choices import SCHEDULES
 from utils.train.optim import build_optimizer, build_scheduler, lr_factor

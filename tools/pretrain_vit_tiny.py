@@ -1,19 +1,19 @@
-"""Train the built-in `vit_tiny` SAM to do what SAM does: a box in, the mask of one thing out.
+"""Train a `vit_tiny` SAM on SAM's own task: a box in, the mask of one object out.
 
-The weights that are shipped, from random ones, on drawn scenes of seeds that no other part of the project draws:
+The weights in assets/ start from random ones and learn from drawn scenes with seeds that nothing else here uses:
 
-    python -m assets.pretrain_vit_tiny --output assets/sam_vit_tiny_scenes.pth
+    python -m tools.pretrain_vit_tiny --output assets/sam_vit_tiny_scenes.pth
 
-(That was done when the loss compared every second pixel; it now compares every fourth.)
+They were trained when the loss sampled every second pixel; it now samples every fourth.
 
-From those on, on photographs, for `docs/RESULTS.md`:
+Starting from those weights, on photographs, for `docs/RESULTS.md`:
 
-    python -m assets.pretrain_vit_tiny --data data/camvid_npy/train --init assets/sam_vit_tiny_scenes.pth \\
+    python -m tools.pretrain_vit_tiny --data data/camvid_npy/train --init assets/sam_vit_tiny_scenes.pth \\
         --output work_dir/SAM/sam_vit_tiny_camvid.pth
 
-It is told of no class: its prompts are boxes of single things, so that training on classes still has something to
-learn. Photographs with masks of classes have no instances; a thing is there a connected piece of one class. All of SAM
-is trained but the embeddings of points and masks, which keep their values. The weights are stored in float16.
+The script does not use classes: each prompt is the box of one object, so later training on classes still has something
+to learn. Class masks of photographs have no instances, so an object there is a connected region of one class.
+Everything in SAM is trained except the embeddings of points and masks. Weights are saved as float16.
 """
 
 from __future__ import annotations
@@ -45,44 +45,45 @@ from utils.runtime.process_pool import run_jobs, usable_cores
 from utils.scenes import draw_scene
 from utils.train.optim import build_optimizer, build_scheduler
 
-OTHER = 254  # a pixel of a thing that was not asked for
-MIN_PIXELS = 24  # smaller things are specks at this size
+OTHER = 254  # label of an object without a prompt
+MIN_PIXELS = 24  # smaller objects are skipped
 SEED = 1_000_003  # far from the seeds of the demo and the tests
 
 
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
-    parser.add_flag("output", type=Path, default=Path("assets/sam_vit_tiny_scenes.pth"), help="where the weights go")
-    parser.add_flag("data", type=Path, help="learn from this split of pre_bdd100k.py, not from drawn scenes")
-    parser.add_flag("init", type=Path, help="weights to start from (default: random ones)")
+    parser.add_flag("output", type=Path, default=Path("assets/sam_vit_tiny_scenes.pth"), help="file for the weights")
+    parser.add_flag("data", type=Path, help="train on this split of pre_bdd100k.py instead of drawn scenes")
+    parser.add_flag("init", type=Path, help="initial weights (default: random)")
     parser.add_flag(
         "image_size",
         type=image_size,
-        help=f"frame of drawn scenes (default: {CONFIGS['vit_tiny'].image_size}); --data has its own",
+        help=f"frame of drawn scenes (default: {CONFIGS['vit_tiny'].image_size}); a --data split has its own",
     )
-    parser.add_flag("num_scenes", type=cli.positive_int, default=1200, help="scenes to draw")
+    parser.add_flag("num_scenes", type=cli.positive_int, default=1200, help="number of drawn scenes")
     parser.add_flag("num_steps", type=cli.positive_int, default=1500, help="optimizer steps")
-    parser.add_flag("batch_size", type=cli.positive_int, default=8, help="images a step")
-    parser.add_flag("num_prompts", type=cli.positive_int, default=4, help="things of each image a step")
-    parser.add_flag("lr", type=cli.positive_float, default=8e-4, help="highest learning rate")
-    parser.add_switch("use_amp", help="compute in bf16, two to three times as fast on some CPUs")
+    parser.add_flag("batch_size", type=cli.positive_int, default=8, help="images per step")
+    parser.add_flag("num_prompts", type=cli.positive_int, default=4, help="objects per image and step")
+    parser.add_flag("lr", type=cli.positive_float, default=8e-4, help="peak learning rate")
+    parser.add_switch("use_amp", help="compute in bf16, two to three times faster on some CPUs")
     return parser
 
 
 def draw_all(indices: list[int], image_size: ImageSize) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The scenes of `draw` for several indices."""
     return [draw(index, image_size) for index in indices]
 
 
 def draw(index: int, image_size: ImageSize) -> tuple[np.ndarray, np.ndarray]:
-    """Scene `index` as the encoder sees it: image, H x W x 3 uint8, and instances, H x W uint16."""
+    """Draw scene `index` at `image_size`. Returns its image, H x W x 3 uint8, and instances, H x W uint16."""
     scene = draw_scene(np.random.default_rng((SEED, index)), 360, 640)
-    # Two bytes of an instance id go through the resizing of labels one by one: nearest keeps them together.
+    # resize_mask takes uint8, so resize the two bytes of an id apart. Nearest keeps them together.
     low, high = (resize_mask(np.uint8(scene.instances >> shift & 255), image_size, "stretch") for shift in (0, 8))
     return resize_image(scene.image, image_size, "stretch"), low.astype(np.uint16) | high.astype(np.uint16) << 8
 
 
 def read(source: NpyFolder, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Photograph `index`, H x W x 3 uint8, and its things, H x W uint16: 0 is what is not labelled."""
+    """Read photograph `index`, H x W x 3 uint8, and its objects, H x W uint16 with 0 for unlabelled pixels."""
     image, labels = source.read(index)
     things = np.zeros(labels.shape, dtype=np.uint16)
     for class_id in np.setdiff1d(labels, [IGNORE_LABEL]):
@@ -94,10 +95,15 @@ def read(source: NpyFolder, index: int) -> tuple[np.ndarray, np.ndarray]:
 def make_sample(
     image: np.ndarray, instances: np.ndarray, num_prompts: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The image, mirrored half of the time; Q things of it as labels 0..Q-1, the rest `OTHER`; their jittered boxes;
-    and which of the Q prompts stand for a thing, as there may be fewer.
+    """Choose up to Q objects of an image and mirror the image half of the time.
 
-    Where nothing is labelled (instance 0) nothing is learned.
+    Unlabelled pixels (instance 0) become IGNORE_LABEL.
+
+    Returns:
+        image: H x W x 3 uint8.
+        labels: H x W uint8, 0..Q-1 for the chosen objects and `OTHER` for the rest.
+        boxes: Q x 4 jittered boxes.
+        valid: Q bool, False for prompts without an object.
     """
     if rng.random() < 0.5:
         image, instances = image[:, ::-1], instances[:, ::-1]
@@ -113,7 +119,7 @@ def make_sample(
 
 
 def train_step(sam: Sam, images: Tensor, labels: Tensor, boxes: Tensor, use_amp: bool = False) -> dict[str, Tensor]:
-    """Losses, B x Q each, of one batch: images B x 3 x H x W uint8, labels B x H x W, boxes B x Q x 4."""
+    """The losses of one batch, B x Q each. Images are B x 3 x H x W uint8, labels B x H x W, boxes B x Q x 4."""
     b, q = boxes.shape[:2]
     with torch.autocast("cpu", torch.bfloat16, enabled=use_amp):
         sparse, dense = sam.prompt_encoder(boxes=boxes.flatten(0, 1))
@@ -125,17 +131,18 @@ def train_step(sam: Sam, images: Tensor, labels: Tensor, boxes: Tensor, use_amp:
             multimask_output=False,
         )
     class_ids = torch.arange(q).expand(b, q)
-    # At every fourth pixel, which is as fine as the masks are.
+    # Masks have a quarter of the image's size, so every fourth pixel is enough.
     return prompt_losses(low_res_masks[:, :, 0], iou_predictions[:, :, 0], labels, class_ids, stride=4)
 
 
 def mean_loss(losses: dict[str, Tensor], valid: Tensor) -> Tensor:
-    """The mean over the prompts that stand for something, B x Q bool; 0 where none does."""
+    """The mean loss over the valid prompts, B x Q bool; 0 if there are none."""
     total = losses["dice"] + losses["bce"] + losses["iou"]
     return (total * valid).sum() / valid.sum().clamp(min=1)
 
 
 def load_sam(init: Path | None, image_size: ImageSize) -> Sam:
+    """A `vit_tiny` in training mode, with random weights or those of the file `init`."""
     try:
         sam = build_sam_vit_tiny(image_size=frame_size(image_size))
         if init:  # the builder would scale positions by this file's square, which what is saved does not name
@@ -152,13 +159,13 @@ def main(args: argparse.Namespace) -> None:
     image_size = source.image_size if source else args.image_size or CONFIGS["vit_tiny"].image_size
     if args.image_size not in (None, image_size):
         raise UserError(
-            f"{args.data}: has image size {image_size}; leave out --image_size {args.image_size}, or give "
+            f"{args.data}: has image size {image_size}; leave out --image_size {args.image_size}, or pass "
             "it to pre_bdd100k.py"
         )
     sam = load_sam(args.init, image_size)
     make_folder(args.output.parent, "--output")
     if args.output.is_dir():
-        raise UserError(f"{args.output}: is a folder; give the name of a file as --output")
+        raise UserError(f"{args.output}: is a folder; set --output to a file")
     if source:
         scenes = [read(source, index) for index in tqdm(range(len(source.items)), desc="reading", unit="image")]
     else:

@@ -1,0 +1,60 @@
+"""Write small inputs: preprocessed splits, pictures, a video, detections."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.frame import image_size_of
+from utils.data.manifest import Manifest, ManifestItem
+
+IMAGE_SIZE = 64
+
+
+def write_split(folder: Path, items: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Path:
+    """Write a split as pre_bdd100k.py does, from (image, labels) by name. Images keep their dtype."""
+    for kind in ("imgs", "gts"):
+        (folder / kind).mkdir(parents=True)
+    entries = []
+    for name, (image, labels) in items.items():
+        np.save(folder / "imgs" / f"{name}.npy", image)
+        np.save(folder / "gts" / f"{name}.npy", labels)
+        height, width = labels.shape
+        counts = np.bincount(labels.ravel(), minlength=256).tolist()
+        entries.append(ManifestItem(name, height, width, counts[:NUM_CLASSES], counts[IGNORE_LABEL]))
+    size = image_size_of((height, width))
+    Manifest(size, str(image.dtype), "stretch", labelled=True, complete=True, items=entries).write(folder)
+    return folder
+
+
+def pictures(folder: Path) -> dict[str, tuple[int, int]]:
+    """Write JPEGs of mixed sizes. Returns their (height, width) by name."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    sizes = {"wide": (30, 90), "tall": (101, 40), "tiny": (7, 5), "large": (300, 401)}
+    for name, size in sizes.items():
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{name}.jpg")
+    return sizes
+
+
+def write_video(path: Path) -> Path:
+    """Write a video of five frames, 48 x 64 pixels, at 10 frames a second."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, (64, 48))
+    for i in range(5):
+        writer.write(np.full((48, 64, 3), 40 * i, np.uint8))
+    writer.release()
+    return path
+
+
+def write_detections(path: Path, names: list[str], category: str = "car") -> Path:
+    """Write Scalabel boxes: one box, twice, for each image name."""
+    box = {"x1": 20, "y1": 30, "x2": 200.5, "y2": 120}
+    frames = [{"name": f"{name}.jpg", "labels": [{"category": category, "box2d": box}] * 2} for name in names]
+    path.write_text(json.dumps(frames))
+    return path
