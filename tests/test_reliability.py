@@ -192,7 +192,7 @@ def test_a_loader_process_that_is_killed(inputs: Path, tmp_path: Path) -> None:
                     killed.add(pid)
         assert job.wait() == 1
     line = error_in(job.said)
-    assert re.match(r"error: a loader process has ended \(.*\): if it was for lack of memory, lower -num_workers", line)
+    assert re.match(r"error: a loader process has ended \(.*\); if memory ran out, lower -num_workers", line)
     assert "--resume" in line or "nothing was saved yet" in line
 
 
