@@ -40,8 +40,7 @@ class _OnePath(argparse.Action):
             folder = folders.pop() if len(folders) == 1 else Path("FOLDER")
             pattern = folder / f"*{suffixes.pop() if len(suffixes) == 1 else ''}"
             raise argparse.ArgumentError(
-                self,
-                f"takes one path, got {len(values)}; quote a pattern: --images {shlex.quote(str(pattern))}",
+                self, f"takes one path, got {len(values)}; quote a pattern: --images {shlex.quote(str(pattern))}"
             )
         setattr(namespace, self.dest, values[0])
 
@@ -162,18 +161,10 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     make_folders(args)
 
     dataset = EvaluationDataset(source, boxes, tta=args.tta)
-    batch_size, num_workers = args.batch_size, usable_workers(args.num_workers)
-    use_caches(
-        {dataset: 1},
-        model,
-        info,
-        precision,
-        where="off" if args.tta else args.cache_embeddings,
-        dtype=args.cache_dtype,
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )
-    loader = evaluation_loader(dataset, batch_size=batch_size, num_workers=num_workers, precision=precision)
+    loading = {"batch_size": args.batch_size, "num_workers": usable_workers(args.num_workers)}
+    where = "off" if args.tta else args.cache_embeddings
+    use_caches({dataset: 1}, model, info, precision, where=where, dtype=args.cache_dtype, **loading)
+    loader = evaluation_loader(dataset, **loading, precision=precision)
     confusion = ConfusionMatrix(precision.device)
     names = [item.name for item in source.items]
     pictures = {
@@ -293,11 +284,7 @@ def is_of(source: ImageFolder | Video, name: str) -> bool:
 
 
 def collate_pictures(
-    pictures: list[tuple[str, np.ndarray]],
-    boxes: BoxesByName | Literal["oracle"] | None,
-    info: ModelInfo,
-    *,
-    tta: bool,
+    pictures: list[tuple[str, np.ndarray]], boxes: BoxesByName | Literal["oracle"] | None, info: ModelInfo, *, tta: bool
 ) -> EvaluationBatch:
     """A batch for `predict` of pictures of any sizes."""
     frames = [resize_image(image, info.image_size, info.resize_mode) for _, image in pictures]

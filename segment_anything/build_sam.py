@@ -58,11 +58,7 @@ CONFIGS = {
 }
 
 _META_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
-_META_FILES = {
-    "vit_h": "sam_vit_h_4b8939.pth",
-    "vit_l": "sam_vit_l_0b3195.pth",
-    "vit_b": "sam_vit_b_01ec64.pth",
-}
+_META_FILES = {"vit_h": "sam_vit_h_4b8939.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_b": "sam_vit_b_01ec64.pth"}
 
 
 def build_sam_of_type(

@@ -387,12 +387,7 @@ def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
 
 
 def add_decomposed_rel_pos(
-    attn: Tensor,
-    q: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    q_size: tuple[int, int],
-    k_size: tuple[int, int],
+    attn: Tensor, q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, q_size: tuple[int, int], k_size: tuple[int, int]
 ) -> Tensor:
     """Add decomposed relative positions to attention scores; the encoder itself uses `relative_position_bias`.
 

@@ -61,10 +61,7 @@ class PromptEncoder(nn.Module):
         return self.pe_layer(self.position_grid_size)[None, :, :height, :width]
 
     def forward(
-        self,
-        points: tuple[Tensor, Tensor] | None = None,
-        boxes: Tensor | None = None,
-        masks: Tensor | None = None,
+        self, points: tuple[Tensor, Tensor] | None = None, boxes: Tensor | None = None, masks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Embed P prompts.
 

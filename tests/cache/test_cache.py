@@ -93,7 +93,7 @@ def prepare_requests(
     source = requests[0].source
     info = ModelInfo("vit_tiny", source.image_size, source.resize_mode, file_digest(sam_file), "semantic")
     binding = Binding.of(segmenter, info, CPU, dtype)
-    binding = dataclasses.replace(binding, **changed)  # type: ignore[arg-type]
+    binding = dataclasses.replace(binding, **changed)
     return prepare_caches(where, requests, segmenter, CPU, binding, batch_size=4, num_workers=0)
 
 
@@ -280,7 +280,7 @@ def test_a_cache_of_something_else_is_refused_with_the_reason(
     prepare(split, segmenter, sam_file, str(tmp_path / "cache"))
     encoded.clear()
     with pytest.raises(UserError, match=rf"a cache of other features \({key} differ\)"):
-        prepare(split, segmenter, sam_file, str(tmp_path / "cache"), **{key: value})  # type: ignore[arg-type]
+        prepare(split, segmenter, sam_file, str(tmp_path / "cache"), **{key: value})
     prepare(split, segmenter, sam_file)  # beside the images each kind has a folder of its own
     assert len(encoded) > 1
 

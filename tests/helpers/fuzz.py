@@ -80,7 +80,7 @@ def damaged(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
         elif kind == "number":
             width, order = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from(["little", "big"]))
             number = draw(st.sampled_from(EXTREMES)) % 256**width
-            data[at : at + width] = number.to_bytes(width, order)  # type: ignore[arg-type]
+            data[at : at + width] = number.to_bytes(width, order)
         elif kind == "cut":
             del data[draw(st.integers(0, len(data))) :]
         elif kind == "insert":

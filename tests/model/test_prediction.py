@@ -166,7 +166,7 @@ def speaking(sam_file: Path) -> Segmenter:
     torch.manual_seed(1)
     for parameter in model.mask_decoder.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.eval()  # type: ignore[return-value]
+    return model.eval()
 
 
 # Original sizes of pictures padded to the frame: below, on the right, by an odd number of columns, not at all.

@@ -385,7 +385,7 @@ def test_of_several_processes_the_one_speaks_that_knows_most(
         raise error("gone")
 
     with pytest.raises(SystemExit):
-        cli.run(fail)  # type: ignore[arg-type]
+        cli.run(fail)
     assert len(slept) == waits
 
 

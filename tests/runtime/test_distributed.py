@@ -188,7 +188,7 @@ def test_gradients_are_communicated_once_an_optimizer_step(
 ) -> None:
     events: list[Any] = []
 
-    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses annotations that are strings
+    def hook(state, bucket):  # DDP refuses annotations that are strings
         events.append((bucket.index(), [id(parameter) for parameter in bucket.parameters()]))
         return default_hooks.allreduce_hook(None, bucket)  # type: ignore[arg-type]
 

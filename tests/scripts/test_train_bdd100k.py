@@ -275,7 +275,7 @@ def test_a_signal_saves_the_step_and_resuming_equals_never_having_stopped(
         patched.setattr(Run, "stop_requested", stop_requested)
         if step == "validation":
             patched.setattr(train_bdd100k, "evaluate", evaluate)
-        cli.run(lambda: train(tmp_path, *flags))  # type: ignore[func-returns-value,arg-type,return-value]
+        cli.run(lambda: train(tmp_path, *flags))  # type: ignore[arg-type,return-value]
     assert end.value.code == 128 + number
     (folder,) = tmp_path.iterdir()
     lines = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "%|" not in line]
@@ -696,7 +696,7 @@ def test_shared_memory_that_is_too_small_is_told_before_anything_is_begun(
 def test_room_for_the_checkpoints_is_measured_before_long_work(
     inputs: Path, error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 2**20))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 2**20))
     monkeypatch.setattr(train_bdd100k, "use_caches", lambda *_, **__: pytest.fail("long work"))
     line = error_of(train_bdd100k, *good_flags(inputs), "--keep_last", 9)
     assert "work: the checkpoints need" in line and "has 1.0 MiB free; make room there, lower --keep_last" in line

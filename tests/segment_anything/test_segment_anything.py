@@ -704,7 +704,7 @@ def test_hooks_see_what_they_see_in_the_public_package(small: tuple[Any, Any], h
                 seen.append((place[module], [tuple(x.shape) for x in (*inputs, *outputs) if isinstance(x, Tensor)]))
 
         register = {"before": nn.Module.register_forward_pre_hook}.get(hooks, nn.Module.register_forward_hook)
-        handles = [register(sam.get_submodule(name), see) for name in names]  # type: ignore[operator]
+        handles = [register(sam.get_submodule(name), see) for name in names]
         if hooks == "global":
             handles = [nn.modules.module.register_module_forward_hook(see)]
         if any(name.startswith("image_encoder") for name in names):
@@ -826,7 +826,7 @@ def test_a_predictor_in_another_type(small: tuple[Any, Any], dtype: torch.dtype,
     for actual, expected in zip(*results, strict=True):
         assert relative_error(actual, expected) < error
     numpy_type = np.float32 if dtype == torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
-    assert {array.dtype for array in results[0][1:]} == {np.dtype(numpy_type)}  # type: ignore[union-attr]
+    assert {array.dtype for array in results[0][1:]} == {np.dtype(numpy_type)}
 
 
 def test_copies_and_pickles_give_the_same(small: tuple[Any, Any]) -> None:

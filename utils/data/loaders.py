@@ -214,13 +214,7 @@ def _end_worker(error: Exception, batch: Any) -> NoReturn:
 
 
 def training_loader(
-    dataset: TrainingDataset,
-    *,
-    batch_size: int,
-    num_workers: int,
-    seed: int,
-    grad_acc_steps: int,
-    precision: Precision,
+    dataset: TrainingDataset, *, batch_size: int, num_workers: int, seed: int, grad_acc_steps: int, precision: Precision
 ) -> Loader:
     """A loader of this process's batches of each epoch; its `batch_sampler` is a `TrainingSampler`."""
     sampler = TrainingSampler(

@@ -176,11 +176,7 @@ class ClassFigures(TypedDict):
 
 
 class Figures(TypedDict):
-    """All figures as plain values for strict JSON; None is undefined.
-
-    A class's row of `confusion_matrix` and its entry of `unclaimed`, the pixels predicted as no class, sum to its
-    `gt_pixels`.
-    """
+    """All figures as plain values for strict JSON; None is undefined."""
 
     miou: float | None
     pixel_accuracy: float | None
@@ -188,7 +184,7 @@ class Figures(TypedDict):
     labelled_pixels: int
     per_class: list[ClassFigures]
     confusion_matrix: list[list[int]]  # a row for each true class, a column for each predicted class
-    unclaimed: list[int]
+    unclaimed: list[int]  # pixels predicted as no class, for each true class
 
 
 def results_dict(matrix: Tensor) -> Figures:

@@ -176,7 +176,4 @@ def semantic_losses(low_res_masks: Tensor, labels: Tensor, weights: Tensor, *, s
     probabilities = log_probabilities.exp() * labelled[:, None]
     occurs = one_hot.flatten(2).any(-1)  # B x C
     dice = _dice_loss()(probabilities, one_hot.float())[..., 0, 0] * occurs
-    return {
-        "ce": ce.flatten(1).sum(-1) / num_labelled,
-        "dice": dice.sum(-1) / occurs.sum(-1).clamp(min=1),
-    }
+    return {"ce": ce.flatten(1).sum(-1) / num_labelled, "dice": dice.sum(-1) / occurs.sum(-1).clamp(min=1)}

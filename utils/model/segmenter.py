@@ -146,12 +146,7 @@ class SemanticSegmenter(Segmenter):
     CLASS_WEIGHT_POWER = 0.5
 
     def __init__(
-        self,
-        sam: Sam,
-        *,
-        feature_blocks: Sequence[int] | None = None,
-        stem_blocks: int = 3,
-        pixel_channels: int = 16,
+        self, sam: Sam, *, feature_blocks: Sequence[int] | None = None, stem_blocks: int = 3, pixel_channels: int = 16
     ) -> None:
         """Replace the mask decoder of `sam` by a `SemanticDecoder`.
 

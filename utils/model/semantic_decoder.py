@@ -80,11 +80,7 @@ class SemanticDecoder(nn.Module):
         self.register_buffer("no_mask_embedding", no_mask, persistent=False)  # it is in the SAM file
 
     def forward(
-        self,
-        image_embeddings: Tensor,
-        features: Sequence[Tensor],
-        image_pe: Tensor,
-        pixels: Tensor | None = None,
+        self, image_embeddings: Tensor, features: Sequence[Tensor], image_pe: Tensor, pixels: Tensor | None = None
     ) -> Tensor:
         """Decode all classes.
 
