@@ -213,7 +213,13 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
         f"image_encoder.blocks.{i}.attn.rel_pos_{axis}" for i in global_blocks for axis in "hw"
     }
     grid_size = sam.prompt_encoder.image_embedding_size
-    if actual and embedding is not None and not _square_side(state) and embedding.shape[1:3] != grid_size:
+    if (
+        actual
+        and embedding is not None
+        and embedding.numel()
+        and not _square_side(state)
+        and embedding.shape[1:3] != grid_size
+    ):
         height, width = (PATCH_SIZE * side for side in embedding.shape[1:3])
         raise CheckpointError(
             f"{source}: its positions fit only the frame {height}x{width}; use the image size {height}x{width}"

@@ -216,7 +216,7 @@ def test_frame_without_a_name(path: Path, bad: Any) -> None:
 
 @pytest.mark.parametrize("labels", [{}, {"0": label()}, "car", 0, True])
 def test_labels_that_are_no_list(path: Path, labels: Any) -> None:
-    assert error(path, [{"name": "a.jpg", "labels": labels}]).startswith("image 'a.jpg': its labels are no list")
+    assert error(path, [{"name": "a.jpg", "labels": labels}]).startswith("image 'a.jpg': its labels are not a list")
 
 
 @pytest.mark.parametrize("bad", [None, 3, "car", ["car", 1, 2, 3, 4]])

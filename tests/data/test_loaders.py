@@ -40,7 +40,7 @@ class Doomed(Dataset):
 
 
 def test_a_worker_that_dies_at_work() -> None:
-    with pytest.raises(LostWorkerError, match=r"a loader process has ended \(.*\): .*, lower -num_workers"):
+    with pytest.raises(LostWorkerError, match=r"a loader process has ended \(.*\); .*, lower -num_workers"):
         list(Loader(Doomed(0), sampler=[0, 1], num_workers=1))
 
 
@@ -89,7 +89,8 @@ def test_what_a_data_set_raises_is_no_lost_worker(error: Exception, num_workers:
 )
 def test_a_process_that_fails_ends_though_its_workers_ignore_signals(failure: str) -> None:
     code = (
-        "from utils import cli; from utils.runtime.errors import UserError; from utils.data.loaders import Loader\n"
+        "from utils.runtime import cli; from utils.runtime.errors import UserError; "
+        "from utils.data.loaders import Loader\n"
         "class Failing:\n"
         "    def __len__(self): return 9\n"
         "    def __getitem__(self, index):\n"
@@ -107,7 +108,7 @@ def test_a_process_that_fails_ends_though_its_workers_ignore_signals(failure: st
 # Loads batches of 4 x 256 KiB in a worker and prints the error in one line.
 LOAD = """
 import torch
-from utils import cli
+from utils.runtime import cli
 from utils.data.loaders import Loader
 class Data:
     def __len__(self): return 8

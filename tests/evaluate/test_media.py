@@ -495,9 +495,9 @@ def test_sources_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyP
     source = find_source("in/*.jpg")
     refuse_overwriting(source, Path("out"))
     refuse_overwriting(source, Path("in/overlays"))
-    with pytest.raises(UserError, match="write elsewhere"):
+    with pytest.raises(UserError, match="give another --output_dir"):
         refuse_overwriting(source, tmp_path / "in")
     refuse_overwriting(find_source(str(video)), Path("in/w.mp4"))
     os.symlink(tmp_path / "in", tmp_path / "link")
-    with pytest.raises(UserError, match="write elsewhere"):
+    with pytest.raises(UserError, match="give another --output_dir"):
         refuse_overwriting(find_source(str(video)), Path("link/v.mp4"))

@@ -241,7 +241,7 @@ def test_buffers_are_broadcast_once_an_optimizer_step(group_of_one: None, monkey
 def test_no_thread_of_the_group_outlives_cleanup(group_of_one: None) -> None:
     """One that has a tensor to release as Python ends can abort the process, which has then failed at its very end."""
     code = (
-        "import time, torch; from pathlib import Path; from utils import distributed\n"
+        "import time, torch; from pathlib import Path; from utils.runtime import distributed\n"
         "cpu = torch.device('cpu')\n"
         "distributed.setup(requested=True, world_size=1, node_rank=None, init_method='env://', device=cpu)\n"
         "distributed.wrap(torch.nn.Linear(2, 1), cpu)(torch.ones(1, 2)).sum().backward()\n"

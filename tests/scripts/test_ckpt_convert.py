@@ -189,7 +189,7 @@ def test_a_frame_that_is_no_square_is_given_as_python_takes_it() -> None:
     wide = replace(INFO, image_size="576x1024")
     said = advice(wide, 1024)
     assert "trained at image size 576x1024 and works best at it (image_size=(576, 1024) in this project's" in said
-    assert "the public package has 1024 only" in said and "The public segment-anything package loads it" in said
+    assert "the public package has only 1024" in said and "The public segment-anything package loads it" in said
     assert "stretched to 576x1024, but SamPredictor pads" in advice(replace(wide, resize_mode="stretch"), 1024)
     tiny = replace(INFO, model_type="vit_tiny", image_size="352x480")
     assert advice(tiny, "352x480").endswith(", image_size=(352, 480))")
@@ -226,7 +226,7 @@ def test_another_sam_file(refuse: Callable[..., str], run: Path, sam_file: Path,
     sam = build_sam_vit_tiny(sam_file, image_size=IMAGE_SIZE)
     disturb(sam, seed=3)
     torch.save(sam.state_dict(), other)
-    said = f"{run / BEST}: was trained with sam sha256 {file_digest(sam_file)}, not {file_digest(other)}; give the same"
+    said = f"{run / BEST}: was trained with sam sha256 {file_digest(sam_file)}, not {file_digest(other)}; give the SAM"
     assert said in refuse(sam_checkpoint=other)
 
 

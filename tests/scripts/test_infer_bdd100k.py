@@ -27,7 +27,6 @@ from utils.data.datasets import NpyFolder
 from utils.model import checkpoint
 from utils.model.segmenter import BoxSegmenter, build_model
 from utils.runtime.errors import UserError
-from utils.train import loop
 
 # The specification's form; the values are the run's.
 BLOCK = """\
@@ -300,7 +299,7 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = {
         lambda f, d, s: ["--sam_checkpoint", other_sam(f / "other.pth")],
         r"was trained with sam sha256 .*give the SAM file",
     ),
-    "another model type": (lambda f, d, s: ["--model_type", "vit_b"], r"a decoder of vit_tiny, not of vit_b; give"),
+    "another model type": (lambda f, d, s: ["--model_type", "vit_b"], r"a decoder for vit_tiny, not vit_b; give"),
     "another image size": (
         lambda f, d, s: ["--model_checkpoint", make_decoder(f / "big.pth", s, image_size=256)],
         r"was trained with image size 256, not 64; preprocess the data at that --image_size",
@@ -310,7 +309,7 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = {
         r"was trained with resize mode pad, not stretch",
     ),
     "batch size 0": (lambda f, d, s: ["--batch_size", 0], r"at least 1, got 0"),
-    "CUDA where there is none": (lambda f, d, s: ["--device", "cuda:0"], r"PyTorch finds no CUDA here"),
+    "CUDA where there is none": (lambda f, d, s: ["--device", "cuda:0"], r"PyTorch finds no CUDA device"),
 }
 
 
@@ -359,7 +358,7 @@ def test_data_that_goes_away_midway_leaves_no_result(
     monkeypatch.setattr(infer_bdd100k, "NpyFolder", lambda folder: checked)
     truncate(last)
     line = error_of(infer_bdd100k, *good_flags(sam_file, tmp_path / "npy", tmp_path))
-    assert f"{last}: became unreadable" in line
+    assert f"{last}: truncated" in line
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -399,6 +398,6 @@ def test_a_full_gpu_is_told_in_one_line(
     def run_out(*_: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(loop, "predict", run_out)
+    monkeypatch.setattr("utils.evaluate.evaluate.predict", run_out)
     line = error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path))
     assert "GPU's memory is full; lower --batch_size" in line

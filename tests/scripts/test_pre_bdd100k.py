@@ -524,7 +524,7 @@ def test_pictures_of_other_formats(run, data, tmp_path, capsys):
     flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--image_size", 32, "--splits", "test"]
     assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags])) == 0
     assert "1 pictures are left out, such as" in (err := capsys.readouterr().err)
-    assert f"{folder / 'x.HEIC'}; convert them to JPEG" in err
+    assert f"{folder / 'x.HEIC'}: their format is not supported; convert them to JPEG" in err
     assert [item.name for item in read_manifest(tmp_path / "out/test").items] == ["s", "t", "u", "v", "w"]
 
 
@@ -683,7 +683,7 @@ def test_an_older_mask_is_another_mask(run, data, tmp_path):
     assert status == 0 and (load(tmp_path, "out/train/gts/b.npy") == 5).all()
     assert f"{tmp_path}/out/train: 1 of 3 images are redone: " in said and "2 of them by an earlier run" in said
     assert {name for name, when in times(tmp_path / "out/train/gts").items() if when != before[name]} == {"b.npy"}
-    assert "done again" not in run("--splits", "train")[1]
+    assert "redone" not in run("--splits", "train")[1]
 
 
 @pytest.mark.parametrize("linked", ["root", "folder", "file"])
@@ -706,7 +706,7 @@ def test_a_link_to_other_files_is_other_files(run, data, tmp_path, linked):
         (link if linked == "root" else link / below).symlink_to(target / below)
         status, said, _ = run("--splits", "train", root=link)
         assert status == 0 and car in load(tmp_path, "out/train/gts/b.npy")
-        assert ("done again" in said) == bool(changed) and f"{changed} of 3" in (said if changed else "0 of 3")
+        assert ("redone" in said) == bool(changed) and f"{changed} of 3" in (said if changed else "0 of 3")
 
 
 def test_another_root_with_the_same_names_is_done_again(run, data, tmp_path):

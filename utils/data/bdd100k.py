@@ -218,8 +218,10 @@ def _by_name(paths: list[Path], what: str, suffix: int = 0) -> dict[str, Path]:
         stem = path.stem[: len(path.stem) - suffix]
         other = found.setdefault(match_key(stem), path)
         if other is not path:
-            twin = f"{other.name!a}, in another case or Unicode form" if other.stem != path.stem else other.name
-            raise UserError(f"{path}: a second {what} named {stem!r} beside {twin}; keep one")
+            is_same = other.stem == path.stem
+            name = f"{stem!r}" if is_same else f"{path.name!a}"  # forms that look alike are escaped
+            twin = other.name if is_same else f"{other.name!a}, in another case or Unicode form"
+            raise UserError(f"{path}: a second {what} named {name} beside {twin}; keep one")
     return found
 
 
