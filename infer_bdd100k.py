@@ -5,15 +5,14 @@
         --sam_checkpoint work_dir/SAM/sam_vit_b_01ec64.pth --model_type vit_b \\
         --output_dir ./inference_results --visualize
 
-The checkpoint says how it is prompted. A semantic one needs nothing but the image. A boxed one is prompted with the box
-of each class, taken from the ground truth (its figures are those of *oracle* boxes) or from a detector's --boxes FILE.
-Without --model_checkpoint the SAM file is evaluated as it is: the figure to compare a fine-tuned one with.
+A semantic checkpoint needs only the image. A box checkpoint needs boxes: those of the ground truth (*oracle* boxes), or
+a detector's with --boxes FILE. Without --model_checkpoint, SAM is evaluated without fine-tuning, for comparison.
 
 Your own pictures, without labels: a file, a folder, a quoted pattern, or a video.
 
     python infer_bdd100k.py --images drive.mp4 --model_checkpoint ... --sam_checkpoint ... --output_dir results
 
-Several processes share an evaluation: torchrun --nproc_per_node=4 infer_bdd100k.py ...
+Several GPUs share an evaluation: torchrun --nproc_per_node=4 infer_bdd100k.py ...
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +31,7 @@ NUM_PICTURES = 20
 
 
 class _OnePath(argparse.Action):
-    """Takes one path; several come of a pattern that the shell has expanded."""
+    """Takes one path; several are a pattern that the shell has expanded."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         if len(values) > 1:
@@ -42,68 +40,71 @@ class _OnePath(argparse.Action):
             folder = folders.pop() if len(folders) == 1 else Path("FOLDER")
             pattern = folder / f"*{suffixes.pop() if len(suffixes) == 1 else ''}"
             raise argparse.ArgumentError(
-                self,
-                f"takes one path, and got {len(values)}; if they are of a pattern, "
-                f"quote it: --images {shlex.quote(str(pattern))}",
+                self, f"takes one path, got {len(values)}; quote a pattern: --images {shlex.quote(str(pattern))}"
             )
         setattr(namespace, self.dest, values[0])
 
 
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
-    flag = parser.add_flag
-    flag("val_npy_path", type=Path, default=Path("data/bdd100k_npy/val"), help="split written by pre_bdd100k.py")
-    flag("images", nargs="+", action=_OnePath, help="your own pictures or video, instead of --val_npy_path")
-    flag("model_checkpoint", type=Path, help="a run's folder, or its best (default: none, SAM as it is)")
-    flag("sam_checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM, for its encoders")
-    parser.add_switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
-    flag("model_type", choices=MODEL_TYPES, default="vit_b", help="which SAM")
-    flag("boxes", type=Path, help="detections in Scalabel's JSON to prompt with, instead of the ground truth's boxes")
+    flag, switch = parser.add_flag, parser.add_switch
+    sam = Path("work_dir/SAM/sam_vit_b_01ec64.pth")
+
+    parser.begin_group("data")
+    data = Path("data/bdd100k_npy/val")
+    flag("val_npy_path", type=Path, default=data, metavar="DIR", help="split written by pre_bdd100k.py")
+    flag("images", nargs="+", action=_OnePath, metavar="PATH", help="your own pictures or video; replaces the split")
+    flag("bdd100k_root", type=Path, metavar="DIR", help="the unpacked BDD100K, for --eval_size original")
+    flag("num_workers", type=cli.non_negative_int, default=2, metavar="N", help="loader processes")
+
+    parser.begin_group("model")
+    flag("model_checkpoint", type=Path, metavar="PATH", help="a run's folder or its best (default: none, SAM itself)")
+    flag("sam_checkpoint", type=Path, default=sam, metavar="FILE", help="SAM file the model was trained on")
+    flag("model_type", choices=MODEL_TYPES, default="vit_b", help="size of SAM")
+    switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
+
+    parser.begin_group("boxes and maps")
+    flag("boxes", type=Path, metavar="FILE", help="detected boxes in Scalabel's JSON; replace the ground truth's boxes")
     rules = "; ".join(f"{rule}: {text}" for rule, text in MAP_RULES.items())
     flag(
         "map_rule",
         choices=list(MAP_RULES),
-        help=f"how masks become one map. {rules} (default: argmax, and box_threshold with --boxes)",
+        help=f"class of a pixel. {rules} (default: argmax; with --boxes, box_threshold)",
     )
-    parser.add_switch(
-        "tta",
-        help="test-time augmentation, of semantic checkpoints: average the class probabilities of "
-        "each image and of its mirror image. Takes about twice the time, and reads no cached features",
-    )
-    flag(
-        "output_dir",
-        type=Path,
-        default=Path("inference_results"),
-        help="where the results go; what an earlier evaluation wrote there is removed",
-    )
-    flag("batch_size", type=cli.positive_int, default=1, help="images encoded at once")
-    flag(
-        "cache_embeddings",
-        default="auto",
-        help="features of a labelled split, as train_bdd100k.py keeps them: auto, those beside the images, if there "
-        "are any; a folder, where they are kept from now on; or off",
-    )
-    flag("cache_dtype", choices=CACHE_DTYPES, default="float16", help="what cached features are stored in")
-    flag("num_workers", type=cli.non_negative_int, default=2, help="loader processes")
-    flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_switch("use_amp", help="mixed precision")
-    flag("amp_dtype", choices=AMP_DTYPES, default="auto", help=AMP_HELP)
-    parser.add_switch("visualize", help=f"draw the first {NUM_PICTURES} images")
-    parser.add_switch("save_predictions", help="write each image's train ids at its original size as PNG")
+    switch("tta", help="average with the mirror image; semantic checkpoints only, twice the time, reads no cache")
     flag(
         "eval_size",
         choices=["frame", "original"],
         default="frame",
-        help="score in the preprocessed frame, or at the original size against the masks of --bdd100k_root",
+        help="score at the preprocessed size, or at the original size against the masks of --bdd100k_root",
     )
-    flag("bdd100k_root", type=Path, help="the unpacked BDD100K, for --eval_size original")
-    # torch.distributed.launch passes it; the environment says the same.
+
+    parser.begin_group("memory and speed")
+    flag("batch_size", type=cli.positive_int, default=1, metavar="N", help="images encoded together")
+    flag("device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if available)")
+    switch("use_amp", help="mixed precision")
+    flag("amp_dtype", choices=AMP_DTYPES, default="auto", help=AMP_HELP)
+    flag(
+        "cache_embeddings",
+        default="auto",
+        metavar="DIR",
+        help="cache of the split's features: auto reads the one next to the split if it exists; a folder is read and "
+        "filled; off uses none",
+    )
+    flag("cache_dtype", choices=CACHE_DTYPES, default="float16", help="type of cached features")
+
+    parser.begin_group("output")
+    output = Path("inference_results")
+    flag("output_dir", type=Path, default=output, metavar="DIR", help="results; those of an earlier run are removed")
+    switch("visualize", help=f"draw the first {NUM_PICTURES} images")
+    switch("save_predictions", help="write each image's train ids at its original size as PNG")
+    # torch.distributed.launch passes it; the environment has the same value.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 if __name__ == "__main__":
-    get_args_parser().parse_args()  # --help and a mistyped flag are answered before imports that take seconds
+    get_args_parser().parse_args()  # --help and wrong flags are answered before slow imports
 
 import numpy as np
 import torch
@@ -112,7 +113,7 @@ from tqdm import tqdm
 from segment_anything.build_sam import CONFIGS, file_digest
 from utils.cache.embedding_cache import use_caches
 from utils.data.bdd100k import check_first_masks, find_split, match_key, read_mask, read_size
-from utils.data.datasets import BoxesByName, EvaluationDataset, NpyFolder, detected_prompts
+from utils.data.datasets import BoxesByName, EvaluationBatch, EvaluationDataset, NpyFolder, detected_prompts
 from utils.data.detections import read_detections
 from utils.data.frame import ImageSize
 from utils.data.geometry import fitted_size, resize_image, unframe
@@ -128,7 +129,7 @@ from utils.model.prediction import Prediction, predict
 from utils.model.segmenter import Segmenter, build_model
 from utils.runtime import distributed
 from utils.runtime.device import Precision, resolve_precision, telling_out_of_memory
-from utils.runtime.errors import UserError, printable
+from utils.runtime.errors import UserError, printable, warn
 from utils.runtime.files import make_folder
 
 
@@ -149,11 +150,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
-    """Score a preprocessed split; several processes each take a share of it, and every image belongs to one."""
+    """Score a preprocessed split; each process scores a share of it."""
     if args.tta and args.cache_embeddings not in ("auto", "off"):
-        raise UserError(
-            "--tta encodes each image and its mirror image and reads no cache; leave out --cache_embeddings"
-        )
+        raise UserError("--tta reads no cache; leave out --cache_embeddings")
     source = NpyFolder(args.val_npy_path)
     masks = original_masks(args, source) if args.eval_size == "original" else None
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
@@ -162,7 +161,7 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     make_folders(args)
 
     dataset = EvaluationDataset(source, boxes, tta=args.tta)
-    loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": usable_workers(args.num_workers)}
+    loading = {"batch_size": args.batch_size, "num_workers": usable_workers(args.num_workers)}
     where = "off" if args.tta else args.cache_embeddings
     use_caches({dataset: 1}, model, info, precision, where=where, dtype=args.cache_dtype, **loading)
     loader = evaluation_loader(dataset, **loading, precision=precision)
@@ -215,15 +214,16 @@ def original_size(prediction: Prediction, height: int, width: int, info: ModelIn
 
 
 def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
-    """Write overlays of the user's own pictures or video; returns 1 if some of it could not be read."""
+    """Write overlays of the user's own pictures or video; returns 1 if a part of it could not be read."""
+    wrong = None
     if distributed.world_size() > 1:
-        raise UserError("--images runs in one process; start it without a launcher")
-    if args.visualize or args.eval_size != "frame" or args.bdd100k_root:
-        raise UserError(
-            "--images draws overlays and scores nothing: leave out --visualize, --eval_size and --bdd100k_root"
-        )
-    if args.cache_embeddings not in ("auto", "off"):
-        raise UserError("--images encodes each picture once and reads no cache; leave out --cache_embeddings")
+        wrong = "runs in one process; start it without a launcher"
+    elif args.visualize or args.eval_size != "frame" or args.bdd100k_root:
+        wrong = "draws overlays without a score; leave out --visualize, --eval_size and --bdd100k_root"
+    elif args.cache_embeddings not in ("auto", "off"):
+        wrong = "reads no cache; leave out --cache_embeddings"
+    if wrong:
+        raise UserError(f"--images {wrong}")
     source = find_source(args.images)
     model, info = load_model(args, precision, frame=None)
     boxes = choose_boxes(args, info, list(source.pictures) if isinstance(source, ImageFolder) else None)
@@ -262,17 +262,17 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
                     save_labels(args.output_dir / "predictions" / f"{name}.png", labels)
         if boxes is not None and not prompted:
             raise UserError(
-                f"{args.boxes}: has no box for anything in {args.images}; nothing was segmented (boxes go "
-                "by the name of the picture; a video's frames are named <video>_000000 and so on)"
+                f"{args.boxes}: has no box for {args.images}; nothing was segmented (boxes are found by the picture's "
+                "name; a video's frames are named <video>_000000, ...)"
             )
     print(f"\nOverlays: {output}")
     print_folders(args)
     for failure in failures:
         print(printable(f"not segmented: {failure}"))
     for video in source.videos if isinstance(source, ImageFolder) else ():
-        print(printable(f"not segmented: {video}: a video; give it to --images by itself"))
+        print(printable(f"not segmented: {video}: a video; give it alone as --images"))
     for picture in source.foreign if isinstance(source, ImageFolder) else ():
-        print(printable(f"not segmented: {picture}: of a format that is not read here; convert it to JPEG or PNG"))
+        print(printable(f"not segmented: {picture}: its format is not supported; convert it to JPEG or PNG"))
     return 1 if failures else 0
 
 
@@ -284,22 +284,19 @@ def is_of(source: ImageFolder | Video, name: str) -> bool:
 
 
 def collate_pictures(
-    pictures: list[tuple[str, np.ndarray]],
-    boxes: BoxesByName | Literal["oracle"] | None,
-    info: ModelInfo,
-    *,
-    tta: bool,
-) -> dict[str, Any]:
-    """A batch as `predict` takes it, of pictures of any sizes."""
+    pictures: list[tuple[str, np.ndarray]], boxes: BoxesByName | Literal["oracle"] | None, info: ModelInfo, *, tta: bool
+) -> EvaluationBatch:
+    """A batch for `predict` of pictures of any sizes."""
     frames = [resize_image(image, info.image_size, info.resize_mode) for _, image in pictures]
-    batch: dict[str, Any] = {"image": torch.from_numpy(np.stack(frames))}
+    batch: EvaluationBatch = {"image": torch.from_numpy(np.stack(frames))}
     if boxes is not None:
-        assert boxes != "oracle", "pictures of one's own have no ground truth"
+        assert boxes != "oracle", "--images has no ground truth"
         prompts = [
             detected_prompts(boxes, name, image.shape[0], image.shape[1], info.image_size, info.resize_mode)
             for name, image in pictures
         ]
-        batch |= {key: [prompt[key] for prompt in prompts] for key in ("class_ids", "boxes")}
+        batch["class_ids"] = [prompt["class_ids"] for prompt in prompts]
+        batch["boxes"] = [prompt["boxes"] for prompt in prompts]
     if tta:
         sizes = [image.shape[:2] for _, image in pictures]
         batch["mirror_width"] = [fitted_size(h, w, info.image_size, info.resize_mode)[1] for h, w in sizes]
@@ -309,23 +306,22 @@ def collate_pictures(
 def load_model(
     args: argparse.Namespace, precision: Precision, frame: tuple[ImageSize, str] | None
 ) -> tuple[Segmenter, ModelInfo]:
-    """SAM with the fine-tuned decoder, if one is given, which must belong to this SAM file and this data.
+    """Load SAM and the fine-tuned decoder, if one is given, and check that they and the data belong together.
 
     Args:
-        frame: image size and resize mode of the data; None where pictures can be brought into any.
+        frame: image size and resize mode of the data; None for pictures that can be resized to any.
     """
-    # The small file first: what does not fit should not wait for the large one.
+    # The small file first, so that errors do not wait for the large one.
     state = checkpoint.load_checkpoint(args.model_checkpoint) if args.model_checkpoint else None
     if state and state["info"].model_type != args.model_type:
         actual = state["info"].model_type
         raise UserError(
-            f"{args.model_checkpoint}: a decoder of {actual}, not of {args.model_type}; "
+            f"{args.model_checkpoint}: a decoder for {actual}, not {args.model_type}; "
             f"give --model_type {actual} and the SAM file it was trained on"
         )
     prompt_mode = state["info"].prompt_mode if state else "box"
     if args.tta and prompt_mode != "semantic":
-        which = args.model_checkpoint or "without --model_checkpoint, SAM as it is"
-        raise UserError(f"{which}: takes boxes, and --tta is for semantic checkpoints; leave out --tta")
+        raise UserError(f"{args.model_checkpoint or 'plain SAM'}: takes boxes, but --tta needs a semantic checkpoint")
     if state and frame is None:
         frame = (state["info"].image_size, state["info"].resize_mode)
     image_size, resize_mode = frame or (CONFIGS[args.model_type].image_size, "stretch")
@@ -347,10 +343,10 @@ def load_model(
 def choose_boxes(
     args: argparse.Namespace, info: ModelInfo, names: list[str] | None
 ) -> BoxesByName | Literal["oracle"] | None:
-    """What the decoder is prompted with: detections, the ground truth's boxes, or nothing in semantic mode.
+    """The boxes to prompt with: detected ones, "oracle" for the ground truth's, or None in semantic mode.
 
     Args:
-        names: of the images; None where they are not known before they are read.
+        names: of the images; None if they are unknown before reading.
     """
     if info.prompt_mode == "semantic":
         if args.boxes:
@@ -358,10 +354,9 @@ def choose_boxes(
         return None
     if not args.boxes:
         if args.images is not None:
-            which = args.model_checkpoint or "without --model_checkpoint, SAM as it is"
             raise UserError(
-                f"{which}: needs boxes, and pictures of your own have no ground truth to take them from: "
-                "give --boxes FILE, or the checkpoint of a run with --prompt_mode semantic"
+                f"{args.model_checkpoint or 'plain SAM'}: needs boxes, and --images has no ground truth to take them "
+                "from; give --boxes FILE, or the checkpoint of a run with --prompt_mode semantic"
             )
         return "oracle"
     detections = read_detections(args.boxes)
@@ -369,49 +364,42 @@ def choose_boxes(
         found = sum(match_key(name) in detections.boxes for name in names)
         if not found:
             raise UserError(f"{args.boxes}: has none of the images (such as {names[0]}); give the file of this split")
-        distributed.say(f"{args.boxes}: has {found} of {len(names)} images; those it lacks are taken to have no boxes")
+        distributed.say(f"{args.boxes}: has {found} of {len(names)} images; the others get no boxes")
     if detections.left_out:
         some = ", ".join(f"{name} ({count})" for name, count in detections.left_out.items())
-        distributed.say(printable(f"{args.boxes}: boxes of categories that are no class here were left out: {some}"))
+        distributed.say(printable(f"{args.boxes}: boxes of other categories are ignored: {some}"))
     return detections.boxes
 
 
 def choose_map_rule(
     args: argparse.Namespace, info: ModelInfo, boxes: BoxesByName | Literal["oracle"] | None
 ) -> MapRule:
-    """How masks become a map: a detector's boxes leave out classes and background, so that masks keep a threshold."""
+    """How masks become a map. Detected boxes miss classes and background, so that their masks need a threshold."""
     if info.prompt_mode == "semantic":
         if args.map_rule not in (None, "argmax"):
-            raise UserError(
-                f"--map_rule {args.map_rule}: a semantic checkpoint takes no boxes and knows argmax alone; "
-                "leave out --map_rule"
-            )
+            raise UserError(f"--map_rule {args.map_rule}: is for boxes; a semantic checkpoint supports only argmax")
         return "argmax"
     return args.map_rule or ("argmax" if boxes == "oracle" else "box_threshold")
 
 
 def original_masks(args: argparse.Namespace, source: NpyFolder) -> dict[str, Path]:
-    """The masks that the split was made from, by name; all of them are there and of the size that the manifest has."""
+    """The original masks of the split by name, with the sizes that the manifest records."""
     if not args.bdd100k_root:
-        raise UserError("--eval_size original needs the original masks: give --bdd100k_root, the unpacked BDD100K")
+        raise UserError("--eval_size original needs the original masks; give the unpacked BDD100K as --bdd100k_root")
     split = find_split(args.bdd100k_root, source.folder.resolve().name)
     for note in split.notes:
         distributed.say(printable(note))
     if (doubt := check_first_masks(split)) and distributed.is_main():
-        print(f"warning: {printable(doubt)}", file=sys.stderr, flush=True)
+        warn(doubt)
     found = {match_key(item.name): item.mask for item in split.items if item.mask}
     masks = {}
     for item in source.items:
         mask = found.get(match_key(item.name))
-        if mask is None:
-            raise UserError(
-                f"{args.bdd100k_root}: has no mask of {item.name}; give the folder that {source.folder} was made from"
+        if mask is None or read_size(mask) != (item.height, item.width):
+            wrong = (
+                f"{mask}: is not {item.width}x{item.height}" if mask else f"{args.bdd100k_root}: lacks {item.name}.png"
             )
-        if read_size(mask) != (item.height, item.width):
-            raise UserError(
-                f"{mask}: is not of the {item.width}x{item.height} that {source.folder} was made from; "
-                "give the folder that it was made from"
-            )
+            raise UserError(f"{wrong}; give the folder from which {source.folder} was written")
         masks[item.name] = mask
     return masks
 

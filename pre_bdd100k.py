@@ -1,13 +1,13 @@
-"""Turn BDD100K's images and masks into the .npy files that training and inference read.
+"""Convert BDD100K's images and masks to the .npy files that training and inference read.
 
     python pre_bdd100k.py --bdd100k_root data/bdd100k --output_path data/bdd100k_npy --splits train val
     python pre_bdd100k.py --bdd100k_root data/bdd100k --splits test --image_dtype uint8    # a quarter of the disk
     python pre_bdd100k.py --bdd100k_root data/bdd100k --resize_mode pad --overwrite        # keep the aspect ratio
-    python pre_bdd100k.py --bdd100k_root data/bdd100k --image_size 576x1024                # that of the pictures
+    python pre_bdd100k.py --bdd100k_root data/bdd100k --image_size 576x1024                # BDD100K's aspect ratio
 
 Writes `<output_path>/<split>/imgs/<name>.npy` (H, W, 3) RGB in [0, 1], `gts/<name>.npy` (H, W) uint8 with ids 0-18 and
-255 = not labelled, and `manifest.json`. A run that was stopped resumes when started again. An image is redone if its
-file or its mask is another one than before: another path, size or time of modification.
+255 = not labelled, and `manifest.json`. Run the same command again to resume. An image is redone if the path, size or
+modification time of its file or mask has changed.
 """
 
 from __future__ import annotations
@@ -44,8 +44,16 @@ from utils.data.frame import ImageSize, frame_size, image_size
 from utils.data.geometry import resize_image, resize_mask
 from utils.data.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, Source, read_manifest, source_of
 from utils.runtime import cli
-from utils.runtime.errors import UnreadableError, UserError, printable
-from utils.runtime.files import atomic_write, cannot_be_read, check_npy, exists, is_file, remove_temporaries
+from utils.runtime.errors import UnreadableError, UserError, printable, warn
+from utils.runtime.files import (
+    atomic_write,
+    cannot_be_read,
+    check_npy,
+    exists,
+    is_file,
+    open_untrusted,
+    remove_temporaries,
+)
 from utils.runtime.process_pool import run_jobs, usable_cores
 
 UNIT_INTERVAL = np.arange(256, dtype=np.float32) / 255  # a byte's value in [0, 1]
@@ -53,28 +61,32 @@ MAX_LISTED = 10  # files of one kind of trouble named one by one
 
 
 def get_args_parser() -> cli.Parser:
-    p = cli.Parser(description=__doc__)
-    p.add_flag("bdd100k_root", type=Path, required=True, help="folder of the unpacked BDD100K")
-    p.add_flag("output_path", type=Path, default=Path("data/bdd100k_npy"), help="folder to write")
-    p.add_flag(
+    parser = cli.Parser(__doc__)
+    flag = parser.add_flag
+    parser.begin_group("data")
+    flag("bdd100k_root", type=Path, required=True, metavar="DIR", help="the unpacked BDD100K")
+    flag("splits", nargs="+", default=["train", "val"], metavar="SPLIT", help="splits to process")
+    flag("output_path", type=Path, default=Path("data/bdd100k_npy"), metavar="DIR", help="folder to write")
+    parser.add_switch("overwrite", help="delete the files of earlier runs for these splits, and start anew")
+    parser.begin_group("format")
+    flag(
         "image_size",
         type=image_size,
         default=1024,
-        help="side of the square arrays, or HxW: 576x1024 has "
-        "the shape of BDD100K's pictures and 2,304 tokens in place of 4,096, 720x1280 has every pixel. "
-        "Sides are multiples of 16",
+        metavar="SIZE",
+        help="side of the square arrays, or HxW, in multiples of 16. 576x1024 has BDD100K's aspect ratio and "
+        "2,304 tokens instead of 4,096; 720x1280 keeps every pixel",
     )
-    p.add_flag("splits", nargs="+", default=["train", "val"], help="splits to process")
-    p.add_flag("num_workers", type=cli.positive_int, default=usable_cores(), help="processes")
-    p.add_flag("image_dtype", choices=IMAGE_DTYPES, default="float32", help="uint8 holds 0-255, the others [0, 1]")
-    p.add_flag("resize_mode", choices=RESIZE_MODES, default="stretch", help="pad keeps the aspect ratio, as SAM does")
-    p.add_switch("overwrite", help="delete what earlier runs wrote for these splits, and redo it")
-    return p
+    flag("resize_mode", choices=RESIZE_MODES, default="stretch", help="pad keeps the aspect ratio, as in SAM")
+    flag("image_dtype", choices=IMAGE_DTYPES, default="float32", help="uint8 holds 0-255, the others [0, 1]")
+    parser.begin_group("speed")
+    flag("num_workers", type=cli.positive_int, default=usable_cores(), metavar="N", help="worker processes")
+    return parser
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all files of a split have in common; files of other settings are never mixed in."""
+    """The settings that all files of a split share."""
 
     image_size: ImageSize
     image_dtype: str
@@ -86,7 +98,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One image to be written into a split's folder; `done` if an earlier run has written it."""
+    """One image to write into a split's folder; `done` if an earlier run has written it."""
 
     item: Item
     folder: Path
@@ -101,39 +113,39 @@ class Job:
 
 @dataclass(frozen=True)
 class Failure:
-    """An image or a mask that is not used."""
+    """An image that cannot be used."""
 
     message: str
-    kind: str  # equal for what is grouped
-    stays: bool = False  # what an earlier run made of it
+    kind: str  # failures of the same kind are grouped
+    stays: bool = False  # the files of an earlier run are kept
 
 
-WRONG_LABELS = "wrong labels"  # as a kind
+WRONG_LABELS = "wrong labels"  # a kind
 
 
 def make_jobs(split: Split, folder: Path, settings: Settings, earlier: Manifest | None) -> list[Job]:
-    """One job for each image; done are those whose files an earlier run has written from the same sources.
+    """One job for each image; it is done if an earlier run has written its files from the same sources.
 
     Raises:
-        UnreadableError: the system does not tell of a source, or does not let us read one whose outputs are replaced.
+        UnreadableError: the system does not let us look at a source, or read one whose outputs will be replaced.
     """
     known = (earlier and earlier.sources) or {}
     jobs = []
     for item in split.items:
         job = Job(item, folder, settings, sources=sources_of(item))
         is_same = job.sources is not None and known.get(item.name) == job.sources
-        job = replace(job, done=is_same and is_whole(job))
-        if not job.done and any(exists(path) for path in job.outputs):  # which are deleted before it is read
+        job = replace(job, done=is_same and is_complete(job))
+        if not job.done and any(exists(path) for path in job.outputs):  # they are deleted before the source is read
             require_openable(item)
         jobs.append(job)
     return jobs
 
 
 def sources_of(item: Item) -> list[Source] | None:
-    """What tells the item's files from others; None if one is missing, which reading it will tell.
+    """Identify the item's files; None if one is missing.
 
     Raises:
-        UnreadableError: it cannot be told.
+        UnreadableError: the system does not let us look.
     """
     sources = []
     for path in filter(None, (item.image, item.mask)):
@@ -148,15 +160,13 @@ def sources_of(item: Item) -> list[Source] | None:
 
 def require_openable(item: Item) -> None:
     """Raise UnreadableError if the system does not let us open one of the item's files."""
-    for path in filter(None, (item.image, item.mask)):
-        try:
-            if is_file(path):  # a pipe would keep us waiting
-                open(path, "rb").close()
-        except OSError as error:
-            raise cannot_be_read(path, error) from None
+    for path in filter(is_file, filter(None, (item.image, item.mask))):
+        with open_untrusted(path):
+            pass
 
 
-def is_whole(job: Job) -> bool:
+def is_complete(job: Job) -> bool:
+    """Whether all files of the job exist and are intact."""
     size = frame_size(job.settings.image_size)
     forms = [((*size, 3), job.settings.image_dtype), (size, "uint8")]
     try:
@@ -168,20 +178,20 @@ def is_whole(job: Job) -> bool:
 
 
 def process(jobs: list[Job]) -> list[ManifestItem | Failure]:
-    """Write images and masks, each while the next of `jobs` is decoded; of the two, the shorter costs no time then.
+    """Write images and masks, each while the next one is decoded.
 
     Returns:
-        For each job what `prepare` does.
+        For each job, the first result of `prepare`.
 
     Raises:
         UserError: the output cannot be written.
     """
     results = []
     with ThreadPoolExecutor(1) as writer:
-        writing = writer.submit(write, {})  # nothing yet
+        writing = writer.submit(write, {})
         for job in jobs:
             result, arrays = prepare(job)
-            writing.result()  # so that one image waits in memory, and not all of them
+            writing.result()  # so that only one image waits in memory
             writing = writer.submit(write, arrays)
             results.append(result)
         writing.result()
@@ -189,12 +199,11 @@ def process(jobs: list[Job]) -> list[ManifestItem | Failure]:
 
 
 def prepare(job: Job) -> tuple[ManifestItem | Failure, dict[Path, np.ndarray]]:
-    """Decode and resize what the job has still to write.
+    """Decode and resize the files that the job has to write.
 
     Returns:
-        The manifest's entry, and the files that must be written before it is true: none if the job is done.
-        Or, for a bad image or mask, one line saying so; what was there of the item is deleted then, unless the system
-        does not let us read what it may well be made of.
+        The manifest's entry and the files to write, none if the job is done. For a bad image or mask, a failure;
+        earlier files of the item are then deleted, except after an `UnreadableError`.
     """
     item, settings = job.item, job.settings
     try:
@@ -223,7 +232,7 @@ def prepare(job: Job) -> tuple[ManifestItem | Failure, dict[Path, np.ndarray]]:
 
 
 def kind_of(error: UserError, item: Item) -> str:
-    """What an error has in common with those of other files: its words, without the file and the numbers."""
+    """The kind of an error: its words without file names and numbers."""
     if isinstance(error, LabelError):
         return WRONG_LABELS
     message = str(error)
@@ -239,44 +248,46 @@ def write(arrays: dict[Path, np.ndarray]) -> None:
         UserError: one cannot be written.
     """
     for path, array in arrays.items():
-        with atomic_write(path) as file:  # not np.save, whose errors do not tell that a disk is full
+        with atomic_write(path) as file:  # np.save hides errors such as a full disk
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
             file.write(array.data)
 
 
 def read_earlier(folder: Path, settings: Settings, labelled: bool) -> Manifest | None:
-    """What an earlier run of the same settings wrote into `folder`; None if there is nothing.
+    """The manifest of an earlier run of the same settings; None if there is none.
 
     Raises:
-        UserError: it holds files of other settings, or of unknown ones.
+        UserError: the folder holds files of other settings, or .npy files without a manifest.
     """
-    if not exists(folder / "manifest.json"):
-        if any(folder.glob("imgs/*.npy")) or any(folder.glob("gts/*.npy")):
-            raise UserError(f"{folder}: holds .npy files but no manifest.json (--overwrite deletes and redoes them)")
-        return None
-    earlier = read_manifest(folder, allow_incomplete=True)
-    found = Settings(earlier.image_size, earlier.image_dtype, earlier.resize_mode)
-    if found != settings:
-        raise UserError(f"{folder}: was written with {found}, not with {settings} (--overwrite redoes it)")
-    if earlier.labelled != labelled:
-        was, now = ("with", "none") if earlier.labelled else ("without", "some")
-        raise UserError(f"{folder}: was written {was} masks, and there are {now} now (--overwrite redoes it)")
+    earlier, wrong = None, None
+    if exists(folder / "manifest.json"):
+        earlier = read_manifest(folder, allow_incomplete=True)
+        found = Settings(earlier.image_size, earlier.image_dtype, earlier.resize_mode)
+        if found != settings:
+            wrong = f"was written with {found}, not with {settings}"
+        elif earlier.labelled != labelled:
+            was, now = ("with", "none") if earlier.labelled else ("without", "some")
+            wrong = f"was written {was} masks, and there are {now} now"
+    elif any(folder.glob("imgs/*.npy")) or any(folder.glob("gts/*.npy")):
+        wrong = "holds .npy files but no manifest.json"
+    if wrong:
+        raise UserError(f"{folder}: {wrong}; add --overwrite to delete its files and start anew")
     return earlier
 
 
 def redone(folder: Path, earlier: Manifest, jobs: list[Job]) -> str | None:
-    """A line that says which files of an earlier run are not taken over, if there are any."""
+    """A message about the files of an earlier run that are redone, if there are any."""
     if earlier.sources is None:
         count = sum(any(exists(path) for path in job.outputs) for job in jobs)
-        why = "an older version wrote them, without a record of their sources"
+        why = "an older version did not record their sources"
     else:
         count = sum(job.item.name in earlier.sources and earlier.sources[job.item.name] != job.sources for job in jobs)
-        why = "the image or its mask is not the file that it was (another path, size or date)"
-    return f"{folder}: {count:,} of {len(jobs):,} images are done again: {why}" if count else None
+        why = "the image or its mask has changed (path, size or modification time)"
+    return f"{folder}: {count:,} of {len(jobs):,} images are redone: {why}" if count else None
 
 
 def check_disk(output: Path, jobs: list[Job], overwrite: bool) -> None:
-    """Raise UserError unless the disk of `output` has room for what `jobs` still have to write."""
+    """Raise UserError unless the disk of `output` has room for the files that `jobs` still have to write."""
     todo = [job for job in jobs if not job.done]
 
     def needed(itemsize: int) -> int:
@@ -285,7 +296,7 @@ def check_disk(output: Path, jobs: list[Job], overwrite: bool) -> None:
 
     place = next(path for path in (output, *output.absolute().parents) if exists(path))
     free = shutil.disk_usage(place).free
-    # These go before the first write.
+    # Deleted before the first write.
     old = (path for folder in {job.folder for job in jobs} for path in folder.glob("*/*.npy"))
     if not overwrite:
         old = (path for job in todo for path in job.outputs if exists(path))
@@ -301,10 +312,10 @@ def check_disk(output: Path, jobs: list[Job], overwrite: bool) -> None:
 
 
 def begin(folder: Path, manifest: Manifest, jobs: list[Job], overwrite: bool) -> None:
-    """Make the split's folders and record its settings and sources.
+    """Create the split's folders and record its settings and sources.
 
-    Files that are written anew are deleted first, as what is found beside this record counts as made from its sources;
-    with `overwrite`, so are all others.
+    Files that will be rewritten are deleted first, because files next to the record count as written from its sources.
+    With `overwrite`, all files are deleted.
     """
     try:
         for path in [*folder.glob("imgs/*.npy"), *folder.glob("gts/*.npy")] if overwrite else ():
@@ -312,12 +323,12 @@ def begin(folder: Path, manifest: Manifest, jobs: list[Job], overwrite: bool) ->
         for path in (path for job in jobs if not job.done for path in job.outputs):
             path.unlink(missing_ok=True)
         if overwrite:
-            with suppress(OSError):  # a split without labels has no gts/; if other files are in it, it stays
+            with suppress(OSError):  # missing without labels; it stays if other files are in it
                 (folder / "gts").rmdir()
         for kind in ("imgs", "gts") if manifest.labelled else ("imgs",):
             (folder / kind).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror} (choose another --output_path)") from None
+        raise UserError(f"{error.filename}: {error.strerror}; give another --output_path") from None
     remove_temporaries(folder)
     manifest.write(folder)
 
@@ -327,14 +338,14 @@ def unpaired(split: Split) -> list[str]:
     lines = []
     kinds = {"image without a mask": split.images_without_mask, "mask without an image": split.masks_without_image}
     for what, paths in kinds.items():
-        lines += [f"{path}: {what} (add the other or remove this one)" for path in paths[:MAX_LISTED]]
+        lines += [f"{path}: {what}; add the other or remove this one" for path in paths[:MAX_LISTED]]
         if len(paths) > MAX_LISTED:
-            lines.append(f"{paths[0].parent}: {what}: {len(paths)} in all, the first {MAX_LISTED} are listed above")
+            lines.append(f"{paths[0].parent}: {what}: {len(paths)} in total, the first {MAX_LISTED} are listed above")
     return lines
 
 
 def grouped(folder: Path, failures: Iterable[Failure]) -> list[str]:
-    """The first ten failures of each kind, and how many more there are."""
+    """The first ten failures of each kind, and the number of further ones."""
     kinds: dict[str, list[str]] = {}
     for failure in failures:
         kinds.setdefault(failure.kind, []).append(failure.message)
@@ -360,12 +371,7 @@ def report(folder: Path, split: Split, manifest: Manifest, kept: int) -> None:
     for label, name, count in rows:
         print(f"{label:>3}  {name:<14}{count:>18,}{100 * count / total:>9.3f}")
     if not has_labels(manifest):
-        print(
-            f"warning: {folder}: all masks are {IGNORE_LABEL} (not labelled) throughout; there is nothing to train "
-            "or score on",
-            file=sys.stderr,
-            flush=True,
-        )
+        warn(f"{folder}: all pixels of all masks are {IGNORE_LABEL} (not labelled); this split is of no use")
 
 
 def has_labels(manifest: Manifest) -> bool:
@@ -373,13 +379,13 @@ def has_labels(manifest: Manifest) -> bool:
 
 
 def next_command(output: Path, manifests: dict[str, Manifest]) -> str | None:
-    """The command that trains on what was written; None where there is nothing to train on."""
+    """The command that trains on the written data; None if no split is usable."""
     usable = [name for name, manifest in manifests.items() if has_labels(manifest)]
     train = next((name for name in ("train", *usable) if name in usable and name not in ("val", "test")), None)
     if train is None:
         return None
     model = "-model_type vit_b -checkpoint work_dir/SAM/sam_vit_b_01ec64.pth"
-    # What the built-in model was made for, and too little for SAM's.
+    # The built-in model is trained at 256 pixels, too few for SAM's.
     if max(frame_size(manifests[train].image_size)) <= 256:
         model = "-model_type vit_tiny -checkpoint assets/sam_vit_tiny_scenes.pth"
     lines = [
@@ -394,7 +400,7 @@ def next_command(output: Path, manifests: dict[str, Manifest]) -> str | None:
 
 def main(args: Namespace) -> int:
     settings = Settings(args.image_size, args.image_dtype, args.resize_mode)
-    # Everything that can be known to fail fails here, before the first write.
+    # All checks come before the first write.
     splits = {name: find_split(args.bdd100k_root, name) for name in args.splits}
     doubts = [doubt for split in splits.values() if (doubt := check_first_masks(split))]
     jobs: dict[str, list[Job]] = {}
@@ -414,16 +420,9 @@ def main(args: Namespace) -> int:
         print(printable(note), flush=True)
     if len({split.base for split in splits.values()}) > 1:
         found = ", ".join(f"{name} in {split.base}" for name, split in splits.items())
-        print(
-            printable(
-                f"warning: the splits are in different folders ({found}); if they are not of one data set, "
-                "give another --bdd100k_root"
-            ),
-            file=sys.stderr,
-            flush=True,
-        )
+        warn(f"the splits are in different folders ({found}); if they are different data, give another --bdd100k_root")
     for doubt in doubts:
-        print(printable(f"warning: {doubt}"), file=sys.stderr, flush=True)
+        warn(doubt)
     manifests = {}
     for name, split in splits.items():
         sources = {job.item.name: job.sources for job in jobs[name] if job.sources}
@@ -431,34 +430,28 @@ def main(args: Namespace) -> int:
         masks = f"{len(split.items)} with a mask" if split.labelled else f"no masks in {split.mask_dir}, so no gts/"
         print(f"{name}: {len(split.items) + len(split.images_without_mask)} images, {masks}", flush=True)
         if not split.labelled and name != "test":
-            print(
-                f"warning: without masks, {name} is nothing to train or score on; BDD100K's are a download of their "
-                "own, to be unpacked into the same folder",
-                file=sys.stderr,
-                flush=True,
+            warn(
+                f"without masks, {name} is of no use for training or evaluation; download BDD100K's masks and unpack "
+                "them into the same folder"
             )
         if foreign := foreign_pictures(split.items[0].image.parent):
-            print(
-                printable(
-                    f"warning: {name}: {len(foreign)} pictures are of formats that are not read and were left "
-                    f"out, such as {foreign[0]}; convert them to JPEG or PNG"
-                ),
-                file=sys.stderr,
-                flush=True,
+            warn(
+                f"{name}: {len(foreign)} pictures are left out, such as {foreign[0]}: their format is not supported; "
+                "convert them to JPEG or PNG"
             )
     errors: list[str] = []
     suspect: list[str] = []
     try:
         for name, manifest in manifests.items():
             begin(args.output_path / name, manifest, jobs[name], args.overwrite)
-        # Seldom where stderr is a file, so that a log stays readable.
+        # Rarely if stderr is a file, so that a log stays readable.
         pace = 0.2 if sys.stderr.isatty() else 30
         with tqdm(total=sum(map(len, jobs.values())), unit="image", mininterval=pace) as progress:
             for name, split in splits.items():
                 progress.set_description(name)
                 results = run_jobs(process, jobs[name], args.num_workers, progress.update)
                 stay = {job.item.name for job, r in zip(jobs[name], results) if isinstance(r, Failure) and r.stays}
-                # What a stopped run left has no items; the record of its sources stays all the same.
+                # The manifest of a stopped run has no items, but a record of sources, which stays.
                 known = [
                     earlier_items[name].get(job.item.name) if job.item.name in stay else result
                     for job, result in zip(jobs[name], results)
@@ -473,8 +466,8 @@ def main(args: Namespace) -> int:
                 manifests[name] = replace(manifests[name], complete=True, items=items, sources=sources)
                 manifests[name].write(args.output_path / name)
     except KeyboardInterrupt:
-        again = ", without --overwrite, which begins anew," if args.overwrite else ""
-        raise KeyboardInterrupt(f"run the same command again{again} to go on") from None
+        again = " without --overwrite" if args.overwrite else " again"
+        raise KeyboardInterrupt(f"run the same command{again} to resume") from None
     finally:
         for name in splits:
             remove_temporaries(args.output_path / name)
@@ -484,9 +477,9 @@ def main(args: Namespace) -> int:
     command = None if suspect or doubts else next_command(args.output_path, manifests)
     if command:
         print(f"\nNext:\n    {command}")
-    sys.stdout.flush()  # before the errors, in whatever file the two may share
+    sys.stdout.flush()  # before the errors, if both go to one file
     for line in suspect:
-        print(f"warning: {line}; the others may be of the same kind, so check them before training", file=sys.stderr)
+        warn(f"{line}; check the others before training")
     for error in errors:
         print(f"error: {printable(error)}", file=sys.stderr)
     return 1 if errors else 0

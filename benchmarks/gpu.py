@@ -118,7 +118,7 @@ def training(args: argparse.Namespace, precision: Precision) -> None:
     batch = random_batch(args.batch_size, args.image_size, args.prompt_mode, args.classes)
     peaks = {"uncached": peak_gb(partial(epoch, batch))}
     with precision.autocast():
-        features = stored(segmenter, segmenter.encode(precision.images(batch)))
+        features = stored(segmenter, segmenter.encode(precision.images(batch["image"])))
     images = batch.pop("image")
     cached = {**batch, "features": features} | ({"image": images} if segmenter.takes_pixels else {})
     # Away, as in a run whose images are all in the cache.

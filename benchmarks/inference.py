@@ -12,12 +12,12 @@ it by itself, and again (`ratio_memory_kept`) as this project's scripts have it.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import common
+from utils.data.datasets import EvaluationBatch
 from utils.model.prediction import Prediction, predict
 from utils.model.segmenter import BoxSegmenter
 from utils.runtime import cli
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     segmenter = BoxSegmenter(sam)
     image = torch.randint(256, (1, args.image_size, args.image_size, 3), dtype=torch.uint8)
     boxes = random_boxes(args.classes, args.image_size)
-    batch: dict[str, Any] = {"image": image, "boxes": [boxes], "class_ids": [torch.arange(args.classes)]}
+    batch: EvaluationBatch = {"image": image, "boxes": [boxes], "class_ids": [torch.arange(args.classes)]}
     features = segmenter.encode(image.permute(0, 3, 1, 2))
 
     def decode() -> Tensor:

@@ -34,7 +34,7 @@ from segment_anything.modeling.common import upscaled_masks
 from utils.data.augment import fixed_view
 from utils.data.boxes import class_boxes, jitter_boxes
 from utils.data.classes import NUM_CLASSES
-from utils.data.datasets import NpyFolder, box_prompts, collate_training
+from utils.data.datasets import NpyFolder, Sample, TrainingBatch, box_prompts, collate_training
 from utils.data.frame import image_size_of
 from utils.evaluate.metrics import ConfusionMatrix, iou_per_class, mean_iou
 from utils.model.feature_pca import FIT_IMAGES, Reduction
@@ -67,7 +67,7 @@ class LinearProbe(SemanticSegmenter):
 class PlainProbe(LinearProbe):
     """The probe as probes are trained elsewhere: by cross-entropy alone."""
 
-    def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, outputs: tuple[Tensor, ...], batch: TrainingBatch) -> dict[str, Tensor]:
         return {"ce": super().losses(outputs, batch)["ce"]}
 
 
@@ -121,14 +121,14 @@ class PixelsAlone(SemanticSegmenter):
 class CoarseLoss(SemanticSegmenter):
     """The loss at every fourth pixel, on logits of that resolution."""
 
-    def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, outputs: tuple[Tensor, ...], batch: TrainingBatch) -> dict[str, Tensor]:
         return semantic_losses(F.avg_pool2d(outputs[0].float(), 2), batch["labels"], self.class_weights, stride=4)
 
 
 class FineLoss(SemanticSegmenter):
     """The loss at every pixel."""
 
-    def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, outputs: tuple[Tensor, ...], batch: TrainingBatch) -> dict[str, Tensor]:
         return semantic_losses(outputs[0], batch["labels"], self.class_weights, stride=1)
 
 
@@ -136,7 +136,7 @@ def competing(weight: float) -> Callable[[Sam], BoxSegmenter]:
     """The boxed mode with another weight of the cross-entropy in which the classes of an image compete."""
 
     class Weighted(BoxSegmenter):
-        def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        def losses(self, outputs: tuple[Tensor, ...], batch: TrainingBatch) -> dict[str, Tensor]:
             parts = super().losses(outputs, batch)
             return {**parts, "ce": parts["ce"] * (weight / COMPETING_WEIGHT)}
 
@@ -298,9 +298,9 @@ def reduced(split: Split) -> Split:
     return replace(split, features=[torch.cat(feature) for feature in zip(*pieces)])
 
 
-def random_boxes(labels: Tensor, classes: int | None, rng: np.random.Generator) -> dict[str, Tensor]:
+def random_boxes(labels: Tensor, classes: int | None, rng: np.random.Generator) -> TrainingBatch:
     """Jittered boxes of the classes of each image, as `BoxPromptDataset` and `collate_training` make them."""
-    samples = []
+    samples: list[Sample] = []
     for label in labels.numpy():
         class_ids, boxes = class_boxes(label)
         chosen = rng.permutation(len(class_ids))[:classes]
@@ -333,7 +333,10 @@ def train(
         for chosen in torch.from_numpy(rng.permutation(data.num_images)).split(batch_size):
             view = torch.from_numpy(rng.integers(row.num_views, size=len(chosen)))
             indexes = view * data.num_images + chosen
-            batch = {"labels": data.labels[indexes], "valid": torch.ones(len(chosen), dtype=torch.bool)}
+            batch: TrainingBatch = {
+                "labels": data.labels[indexes],
+                "valid": torch.ones(len(chosen), dtype=torch.bool),
+            }
             if isinstance(segmenter, BoxSegmenter):
                 batch |= random_boxes(batch["labels"], row.classes, rng)
             if row.encoder_lr:

@@ -13,6 +13,7 @@ from segment_anything.modeling.common import ArgumentError
 from segment_anything.predictor import SamPredictor
 from segment_anything.utils.amg import (
     MaskData,
+    Rle,
     area_from_rle,
     batch_iterator,
     batched_mask_to_box,
@@ -56,25 +57,27 @@ class SamAutomaticMaskGenerator:
         min_mask_region_area: int = 0,
         output_mode: str = "binary_mask",
     ) -> None:
-        """
+        """Set the grid of points, and which masks are kept.
+
         Args:
-            points_per_side: the grid has the square of this many points; None where `point_grids` are given.
-            points_per_batch: points decoded at once. Less takes less memory.
+            points_per_side: points on each side of the grid; None if `point_grids` is given.
+            points_per_batch: points decoded together; fewer take less memory.
             pred_iou_thresh: masks with a predicted IoU up to this are dropped; 0 keeps all.
             stability_score_thresh: masks with a stability score below this are dropped; 0 keeps all.
             stability_score_offset: how far the stability score moves the threshold, in logits.
-            box_nms_thresh: of masks whose boxes have a larger IoU, the one with the best predicted IoU is kept.
-            crop_n_layers: layers of crops to look at beside the whole image; layer i has 4^i crops.
+            box_nms_thresh: among masks whose boxes have a larger IoU, the one with the best predicted IoU is kept.
+            crop_n_layers: layers of crops in addition to the whole image; layer i has 4^i crops.
             crop_nms_thresh: as `box_nms_thresh`, between crops; the mask of the smallest crop is kept.
             crop_overlap_ratio: overlap of crops in the first layer over the image's shorter side.
-            crop_n_points_downscale_factor: each layer's `points_per_side` is that of the layer before over this.
-            point_grids: in place of `points_per_side`: N x 2 points (x, y) in [0, 1] for each layer from 0.
+            crop_n_points_downscale_factor: divides `points_per_side` from layer to layer.
+            point_grids: instead of `points_per_side`: N x 2 points (x, y) in [0, 1] for each layer from 0.
             min_mask_region_area: holes and parts of a mask with fewer pixels are filled and removed; 0 keeps them.
-            output_mode: how a mask is given: binary_mask (H x W bool), uncompressed_rle, or coco_rle.
+            output_mode: the form of masks: binary_mask (H x W bool), uncompressed_rle, or coco_rle.
 
         Raises:
-            ArgumentError: both or neither of `points_per_side` and `point_grids`, too few grids, or an unknown
-                output mode; or crops, which have any shape, for a model of a non-square frame.
+            ArgumentError: both or neither of `points_per_side` and `point_grids` are given, there are too few grids,
+                the
+                output mode is unknown, or the model's frame is not square and there are crops, which have any shape.
             ImportError: `output_mode` is coco_rle and pycocotools is not installed.
         """
         if points_per_side is not None and point_grids is None:
@@ -117,7 +120,7 @@ class SamAutomaticMaskGenerator:
         Returns:
             A dict for each mask, in the order of non-maximum suppression: segmentation (as `output_mode` says), area
             (pixels), bbox (xywh), predicted_iou, stability_score, point_coords ([[x, y]], the point that prompted
-            it), crop_box (xywh, the part of the image that was looked at).
+            it), crop_box (xywh, the part of the image that was encoded).
         """
         data = self._generate_masks(image)
         if self.min_mask_region_area > 0:
@@ -136,7 +139,7 @@ class SamAutomaticMaskGenerator:
             for i, rle in enumerate(data["rles"])
         ]
 
-    def _encode(self, rle: dict[str, Any]) -> Any:
+    def _encode(self, rle: Rle) -> Any:
         if self.output_mode == "binary_mask":
             return rle_to_mask(rle)
         return coco_encode_rle(rle) if self.output_mode == "coco_rle" else rle
@@ -176,7 +179,7 @@ class SamAutomaticMaskGenerator:
     def _process_batch(
         self, points: np.ndarray, im_size: tuple[int, ...], crop_box: list[int], orig_size: tuple[int, ...]
     ) -> MaskData:
-        """The masks that points of a crop prompt, those left out that are bad or cut off by the crop.
+        """The masks for points of a crop, without bad ones and those cut off by the crop.
 
         Args:
             points: N x 2 (x, y) in pixels of the crop.
@@ -221,7 +224,7 @@ class SamAutomaticMaskGenerator:
 
         Args:
             mask_data: with rles and boxes in the image. It is changed in place.
-            nms_thresh: of masks whose boxes have a larger IoU, one is kept, rather one that had no small regions.
+            nms_thresh: among masks whose boxes have a larger IoU, one is kept, preferably one without small regions.
         """
         if not mask_data["rles"]:
             return mask_data

@@ -1,4 +1,4 @@
-"""Building SAM and loading its checkpoints: strictly, and with an answer to every file that does not fit."""
+"""Building SAM and loading its checkpoints strictly, with a clear error for every file that does not fit."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ PATCH_SIZE = 16
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, told in one line: which file, what is wrong with it, how to mend it."""
+    """A checkpoint that cannot be used, in one line: the file, the problem, the fix."""
 
 
 class MissingCheckpointError(CheckpointError, FileNotFoundError):
-    """There is no such file; also what programs for the public package expect."""
+    """The file does not exist; a FileNotFoundError, as in the public package."""
 
 
 class FineTunedError(CheckpointError):
-    """A checkpoint of `train_bdd100k.py` where a SAM file is wanted."""
+    """A checkpoint of `train_bdd100k.py` instead of a SAM file."""
 
 
 @dataclass(frozen=True)
 class SamConfig:
-    """What differs from one SAM to another. The defaults are those of all of Meta's models."""
+    """The sizes of a SAM. The defaults are the same in all of Meta's models."""
 
     embed_dim: int
     depth: int
@@ -51,18 +51,14 @@ CONFIGS = {
     "vit_h": SamConfig(1280, 32, 16, (7, 15, 23, 31)),
     "vit_l": SamConfig(1024, 24, 16, (5, 11, 17, 23)),
     "vit_b": SamConfig(768, 12, 12, (2, 5, 8, 11)),
-    # The same code at 5 M parameters, for demonstrations and tests on a CPU. Not one of Meta's.
+    # 5 M parameters, for demonstrations and tests on a CPU. Not one of Meta's.
     "vit_tiny": SamConfig(
         192, 8, 6, (1, 3, 5, 7), image_size=256, window_size=8, prompt_embed_dim=128, decoder_mlp_dim=1024
     ),
 }
 
 _META_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
-_META_FILES = {
-    "vit_h": "sam_vit_h_4b8939.pth",
-    "vit_l": "sam_vit_l_0b3195.pth",
-    "vit_b": "sam_vit_b_01ec64.pth",
-}
+_META_FILES = {"vit_h": "sam_vit_h_4b8939.pth", "vit_l": "sam_vit_l_0b3195.pth", "vit_b": "sam_vit_b_01ec64.pth"}
 
 
 def build_sam_of_type(
@@ -76,12 +72,11 @@ def build_sam_of_type(
 
     Args:
         model_type: a key of `CONFIGS`.
-        checkpoint: a SAM state dict to load, all of it; None leaves the weights random.
+        checkpoint: a SAM state dict to load; None leaves the weights random.
         image_size: side of the square input in pixels, or its (H, W), multiples of 16; None is the model's own.
-            Positions of a checkpoint made at another square are resampled to a square. In a non-square frame, they
-            are the top-left part of the checkpoint's, as SAM pads below and to the right; where a side is longer, of
-            the checkpoint's resampled to the square of that side. A checkpoint made at a non-square frame is loaded
-            at that frame alone.
+            Positions of a square checkpoint are resampled to another square. A non-square frame gets their top-left
+            part, as SAM pads below and to the right; if a side is longer, they are first resampled to the square of
+            that side. A checkpoint of a non-square frame loads only at that frame.
         check_hash: compare the file with the hash in its name; see `check_file_hash`.
 
     Raises:
@@ -151,14 +146,14 @@ sam_model_registry = {
 
 
 def read_state_dict(path: Path, model_type: str) -> dict[str, Tensor]:
-    """Read a SAM state dict without ever running what a pickle may hold.
+    """Read a SAM state dict from a PyTorch or a safetensors file, without running code in it.
 
-    The file is PyTorch's or of safetensors. What trainers put around a state dict (MedSAM's `{"model": ...}`, DDP's
-    prefix) is left out, and the names of Hugging Face's `SamModel` are replaced by SAM's.
+    Wrappers of trainers (MedSAM's `{"model": ...}`, DDP's prefix) are removed, and the names of Hugging Face's
+    `SamModel` are replaced by SAM's.
 
     Raises:
-        CheckpointError: `path` is missing, unreadable, or holds anything but named tensors; a `FineTunedError`, it is
-            of `train_bdd100k.py`.
+        CheckpointError: `path` is missing, unreadable, or holds anything but named tensors.
+        FineTunedError: it is a checkpoint of `train_bdd100k.py`.
     """
     fetch = _fetch_hint(path, model_type)
     try:
@@ -176,17 +171,16 @@ def read_state_dict(path: Path, model_type: str) -> dict[str, Tensor]:
         raise
     except ValueError as error:
         kind = foreign.kind_of_file(path)
-        if kind in (None, foreign.SAM, foreign.OURS):  # damaged, or with more in it than tensors
-            raise CheckpointError(f"{path}: truncated, or not a PyTorch checkpoint of plain tensors{fetch}") from error
+        if kind in (None, foreign.SAM, foreign.OURS):
+            kind = f"truncated, or not a PyTorch checkpoint of plain tensors{fetch}"
         raise CheckpointError(f"{path}: {kind}") from error
     state = foreign.sam_state(payload)
     kind = foreign.kind_of(_names(payload))
     if kind == foreign.OURS:
-        raise FineTunedError(f"{path}: holds something else than a SAM state dict: {foreign.OURS}")
-    if kind not in (None, foreign.SAM):
-        raise CheckpointError(f"{path}: {kind}")
-    if state is None:
-        raise CheckpointError(f"{path}: holds something else than a SAM state dict{fetch}")
+        raise FineTunedError(f"{path}: not a SAM state dict, but {foreign.OURS}")
+    if state is None or kind not in (None, foreign.SAM):
+        known = kind not in (None, foreign.SAM)
+        raise CheckpointError(f"{path}: {kind if known else f'does not hold a SAM state dict{fetch}'}")
     return state
 
 
@@ -198,11 +192,11 @@ def _names(payload: Any) -> Iterator[str]:
 
 
 def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, source: Path) -> None:
-    """Load a whole SAM state dict strictly, its positions fitted to the model's image size where they differ.
+    """Load a complete SAM state dict strictly, with positions resampled to the model's image size.
 
     Raises:
-        CheckpointError: names the keys that are missing, foreign or of another shape, and the model that would fit; or
-            the frame, where the positions are of another frame that is not square.
+        CheckpointError: names keys that are missing, unknown or of another shape, and the model that would fit; or the
+            frame, if the positions are of another frame that is not square.
     """
     embedding = state.get("image_encoder.pos_embed")
     actual = next(
@@ -221,11 +215,16 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
         f"image_encoder.blocks.{i}.attn.rel_pos_{axis}" for i in global_blocks for axis in "hw"
     }
     grid_size = sam.prompt_encoder.image_embedding_size
-    if actual and embedding is not None and not _square_side(state) and embedding.shape[1:3] != grid_size:
+    if (
+        actual
+        and embedding is not None
+        and embedding.numel()
+        and not _square_side(state)
+        and embedding.shape[1:3] != grid_size
+    ):
         height, width = (PATCH_SIZE * side for side in embedding.shape[1:3])
         raise CheckpointError(
-            f"{source}: its positions are of the frame {height}x{width} and fit no other; use the "
-            f"image size {height}x{width}"
+            f"{source}: its positions fit only the frame {height}x{width}; use the image size {height}x{width}"
         )
     # A non-square frame has the top-left part of a square's positions.
     side = None if grid_size[0] == grid_size[1] or not _square_side(state) else max(*grid_size, _square_side(state))
@@ -246,27 +245,26 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
 
 
 def check_file_hash(path: Path) -> None:
-    """Compare a file with the hash that its name carries, as in `sam_vit_b_01ec64.pth`.
+    """Compare a file with the hash in its name, as in `sam_vit_b_01ec64.pth`.
 
-    Meta's names carry the beginning of the MD5; PyTorch Hub's, `name-<hash>.pth`, that of the SHA-256. Either may
-    match.
+    Meta's names hold the beginning of the MD5; those of PyTorch Hub, `name-<hash>.pth`, of the SHA-256.
 
     Raises:
-        CheckpointError: the name carries no hash, or neither digest begins with it.
+        CheckpointError: the name holds no hash, or neither digest begins with it.
     """
     match = re.search(r"[-_]([0-9a-f]{6,64})\.pth$", path.name)
     if match is None:
-        raise CheckpointError(f"{path}: its name carries no hash to check it against")
+        raise CheckpointError(f"{path}: its name holds no hash to compare with")
     digests = {name: file_digest(path, name) for name in ("sha256", "md5")}
     if not any(digest.startswith(match[1]) for digest in digests.values()):
         raise CheckpointError(
-            f"{path}: damaged or renamed: its name says {match[1]}, but its SHA-256 begins with "
-            f"{digests['sha256'][:8]} and its MD5 with {digests['md5'][:8]}; fetch it again"
+            f"{path}: damaged or renamed: its name has the hash {match[1]}, but its SHA-256 begins with "
+            f"{digests['sha256'][:8]} and its MD5 with {digests['md5'][:8]}; download it again"
         )
 
 
 def file_digest(path: Path, algorithm: str = "sha256") -> str:
-    """The hexadecimal digest of a file, read in pieces; an `OSError` of any of them names the file."""
+    """The hexadecimal digest of a file, read in pieces; an `OSError` names the file."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
     try:
         with open(path, "rb") as file:
@@ -278,20 +276,20 @@ def file_digest(path: Path, algorithm: str = "sha256") -> str:
 
 
 def _square_side(state: dict[str, Tensor]) -> int:
-    """Side of the grid that a state dict's position embeddings are of; 0 where the grid is not square."""
+    """The side of the grid of a state dict's position embeddings; 0 if the grid is not square."""
     table = state.get("image_encoder.pos_embed")
     return table.shape[1] if table is not None and table.ndim == 4 and table.shape[1] == table.shape[2] else 0
 
 
 def _fit_positions(value: Tensor, target: Tensor, side: int | None) -> Tensor:
-    """Bring a position table to another grid: `pos_embed` in two dimensions, relative positions in one.
+    """Resample a position table to another grid: `pos_embed` in two dimensions, relative positions in one.
 
-    What is no such table is returned as it is: it will be refused for its shape.
+    Any other tensor is returned unchanged, and will be rejected for its shape.
 
     Args:
         value: 1 x H x W x C, or 2L - 1 distances x C.
-        target: of the shape that is wanted.
-        side: of the square that the wanted grid is the top-left part of; None to resample to the wanted grid.
+        target: of the wanted shape.
+        side: of a square whose top-left part is the wanted grid; None to resample to the wanted grid.
     """
     if value.ndim != target.ndim or value.shape[-1] != target.shape[-1] or not value.numel():
         return value
@@ -317,4 +315,4 @@ def _resample(x: Tensor, size: Sequence[int]) -> Tensor:
 def _fetch_hint(path: Path, model_type: str) -> str:
     if model_type not in _META_FILES:
         return "; this repository has one: assets/sam_vit_tiny_scenes.pth"
-    return f"; fetch it with: wget -P {path.parent} {_META_URL}{_META_FILES[model_type]}"
+    return f"; download it with: wget -P {path.parent} {_META_URL}{_META_FILES[model_type]}"

@@ -12,7 +12,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 
 
 class SamPredictor:
-    """Keeps the embedding of one image, so that each further prompt costs only the mask decoder.
+    """Keeps the embedding of one image, so that each further prompt runs only the mask decoder.
 
     predictor.set_image(image)  # H x W x 3 uint8
     masks, iou_predictions, low_res_masks = predictor.predict(box=np.array([x0, y0, x1, y1]))
@@ -52,7 +52,7 @@ class SamPredictor:
 
     @torch.no_grad()
     def set_torch_image(self, transformed_image: Tensor, original_image_size: tuple[int, ...]) -> None:
-        """Encode an image already scaled: 1 x 3 x H x W of 0..255, its longest side the encoder's input size."""
+        """Encode a scaled image: 1 x 3 x H x W of 0..255, its longest side the encoder's input size."""
         side, shape = self.model.image_encoder.img_size, tuple(transformed_image.shape)
         if len(shape) != 4 or shape[1] != 3 or max(shape[2:]) != side:
             raise ArgumentError(f"expected 1 x 3 x H x W with longest side {side}, got {shape}")
@@ -60,7 +60,7 @@ class SamPredictor:
         if shape[2] > height or shape[3] > width:
             raise ArgumentError(
                 f"an image of {shape[2]} x {shape[3]} does not fit the model's {height} x {width}; "
-                f"build the model with image_size={side}, which takes every shape"
+                f"build the model with image_size={side}, which accepts every shape"
             )
         self.reset_image()
         self.original_size, self.input_size = tuple(original_image_size), shape[2:]
@@ -77,15 +77,15 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Predict the masks of one prompt, which may have points, a box and an earlier mask.
+        """Predict the masks of one prompt of points, a box and an earlier mask; each is optional.
 
         Args:
             point_coords: N x 2 (x, y) in pixels of the image given to `set_image`.
             point_labels: N, 1 foreground and 0 background.
             box: 4 or 1 x 4, xyxy in the same pixels.
             mask_input: 1 x h x w logits, such as `low_res_masks` of an earlier call.
-            multimask_output: three masks, best for an ambiguous prompt, or one.
-            return_logits: logits instead of booleans.
+            multimask_output: return three masks, for an ambiguous prompt, or one.
+            return_logits: return logits instead of booleans.
 
         Returns:
             masks, M x H x W; iou_predictions, M; low_res_masks, M x h x w logits.
@@ -120,10 +120,11 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Predict the masks of Q prompts in one pass; coordinates are those of the scaled image.
+        """Predict the masks of Q prompts in one pass, with coordinates in the scaled image.
 
         Args:
-            point_coords, point_labels: Q x N x 2 and Q x N.
+            point_coords: Q x N x 2.
+            point_labels: Q x N.
             boxes: Q x 4.
             mask_input: Q x 1 x h x w logits.
 
@@ -150,7 +151,7 @@ class SamPredictor:
         return self._image()[0]
 
     def _image(self) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-        """The image's embedding, `original_size` and `input_size`, which clients may have set themselves."""
+        """The image's embedding, `original_size` and `input_size`; clients may set these themselves."""
         if not self.is_image_set or self.features is None or self.original_size is None or self.input_size is None:
             raise RuntimeError("no image is set; call set_image first")
         return self.features, self.original_size, self.input_size

@@ -16,6 +16,7 @@ from benchmarks import common, encoder, frames, gpu, inference, preprocessing, p
 from segment_anything import build_sam_vit_tiny
 from tests.helpers.scripts import TINY, lines_of
 from utils.data.bdd100k import find_split
+from utils.data.datasets import TrainingBatch
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +64,7 @@ def test_each_row_of_the_semantic_benchmark_takes_a_step(name: str) -> None:
     segmenter = row.build(build_sam_vit_tiny(image_size=(32, 48))).train()
     images, labels = torch.rand(2, 3, 32, 48), torch.arange(19, dtype=torch.uint8).repeat_interleave(81)[:1536]
     labels = labels.view(1, 32, 48).repeat(2, 1, 1)
-    batch: dict[str, Any] = {"labels": labels, "valid": torch.ones(2, dtype=torch.bool)}
+    batch: TrainingBatch = {"labels": labels, "valid": torch.ones(2, dtype=torch.bool)}
     if segmenter.PROMPTS:
         batch |= semantic.random_boxes(labels, row.classes, np.random.default_rng(0))
     features = segmenter.inputs(images)

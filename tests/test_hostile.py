@@ -216,23 +216,23 @@ def test_what_would_be_larger_inside_than_outside(value: Any, legacy: bool, tmp_
 ODICT = b"ccollections\nOrderedDict\n)R"
 # What an opcode is applied to, of which PyTorch looks at the names alone; and what is said of it.
 MISUSES = {
-    "item of a list": (b"]K\0K\x01s", "does to a list what is done to a dict"),
-    "items of a list": (b"](K\0K\x01u", "does to a list what is done to a dict"),
-    "items of a tensor": (TENSOR + b"(K\0K\x01u", "does to a tensor what is done to a dict"),
-    "items of a string": (b"X\x01\0\0\0b(K\0K\x01u", "does to a str what is done to a dict"),
-    "items of a class": (b"ctorch\nFloatStorage\n(K\0K\x01u", "does to a global what is done to a dict"),
+    "item of a list": (b"]K\0K\x01s", "applies an operation of a dict to a list"),
+    "items of a list": (b"](K\0K\x01u", "applies an operation of a dict to a list"),
+    "items of a tensor": (TENSOR + b"(K\0K\x01u", "applies an operation of a dict to a tensor"),
+    "items of a string": (b"X\x01\0\0\0b(K\0K\x01u", "applies an operation of a dict to a str"),
+    "items of a class": (b"ctorch\nFloatStorage\n(K\0K\x01u", "applies an operation of a dict to a global"),
     "items of what is remembered": (b"]q\x05}q\x060h\x05(K\0K\x01u", "has an opcode POP"),
     "an odd number of items": (b"}(K\0K\x01K\x02u", "a key without a value"),
-    "append to a dict": (b"}K\0a", "does to a dict what is done to a list"),
-    "append to a tensor": (TENSOR + b"(K\0e", "does to a tensor what is done to a list"),
+    "append to a dict": (b"}K\0a", "applies an operation of a list to a dict"),
+    "append to a tensor": (TENSOR + b"(K\0e", "applies an operation of a list to a tensor"),
     "state of a tensor": (TENSOR + TENSOR[TENSOR.index(b"(X") : TENSOR.index(b"Q") + 1] + b"K\0\x86b", "by a tuple"),
-    "state of a tensor, a dict": (TENSOR + b"}b", "does to a tensor what is done to a ordered dict"),
-    "state of a dict": (b"}}b", "does to a dict what is done to a ordered dict"),
+    "state of a tensor, a dict": (TENSOR + b"}b", "applies an operation of a ordered dict to a tensor"),
+    "state of a dict": (b"}}b", "applies an operation of a ordered dict to a dict"),
     "state that is a list": (ODICT + b"]b", "sets the state of a value by a list"),
     "call of a storage's type": (b"ctorch\nFloatStorage\nK\x7f\x85R", "calls torch FloatStorage"),
     "tensor of no storage": (b"ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\0)K\x01tR", "calls torch._utils _rebuild"),
     "parameter of no tensor": (b"ctorch._utils\n_rebuild_parameter\n(]\x89}tR", "calls torch._utils _rebuild_param"),
-    "below the mark": (b"](K\x01\x86", "takes more from the stack than there is"),
+    "below the mark": (b"](K\x01\x86", "takes more values than the stack has"),
 }
 
 
@@ -256,7 +256,7 @@ def test_a_storage_has_the_bytes_that_the_pickle_says(length: int, tmp_path: Pat
     path.write_bytes(torch_archive(TENSOR, bytes(length)))
     with pytest.raises(ValueError, match=rf"{path}: damaged") as error:
         load_plain(path)
-    assert "storage 0 is not of the size that the pickle says" in str(error.value.__cause__)
+    assert "storage 0 does not have the size that the pickle claims" in str(error.value.__cause__)
 
 
 def test_a_storage_of_the_older_format_is_in_the_file(tmp_path: Path) -> None:
@@ -352,13 +352,13 @@ def test_a_checkpoint_that_claims_an_absurd_image_size(size: int | str, tmp_path
     model = BoxSegmenter(build_sam_vit_tiny(image_size=IMAGE_SIZE))
     info = ModelInfo("vit_tiny", size, "stretch", sam_sha256="ab" * 32)
     save_best(tmp_path / "best.pth", model, info, epoch=0, metrics={}, args={})
-    with pytest.raises(UserError, match=r"best\.pth: (of image size .*no model is of these|not a checkpoint of)"):
+    with pytest.raises(UserError, match=r"best\.pth: (image size .* is not supported|not a checkpoint of)"):
         load_checkpoint(tmp_path / "best.pth")
 
 
 def test_an_image_size_that_no_model_takes(sam_file: Path) -> None:
     for size in (100, "64x100", "100x64"):
-        with pytest.raises(UserError, match=f"image size {size}: no model takes it; preprocess at multiples of 16"):
+        with pytest.raises(UserError, match=f"image size {size}: not supported; preprocess at multiples of 16"):
             build_model("vit_tiny", sam_file, image_size=size)
 
 
@@ -404,13 +404,10 @@ def test_files_of_holes_are_not_read_whole(split: Path, tmp_path: Path) -> None:
     """A terabyte in the folder's listing, and nothing on the disk."""
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.jpg")
     os.truncate(tmp_path / "a.jpg", 1 << 40)
-    assert read_image(tmp_path / "a.jpg").shape == (8, 8, 3)  # holes behind a picture are no harm
-    os.truncate(tmp_path / "a.jpg", 500)
-    os.truncate(tmp_path / "a.jpg", 1 << 40)
-    with pytest.raises(UserError, match=r"a\.jpg: has more bytes than the largest picture"):
+    with pytest.raises(UserError, match=r"a\.jpg: larger than 341 MiB"):
         read_image(tmp_path / "a.jpg")
     os.truncate(split / "manifest.json", 1 << 40)
-    with pytest.raises(UserError, match=r"manifest\.json: cannot be read \(larger than 1024 MiB\)"):
+    with pytest.raises(UserError, match=r"manifest\.json: larger than 1024 MiB"):
         read_manifest(split)
 
 
@@ -422,7 +419,7 @@ def test_a_jpeg_of_thousands_of_scans(tmp_path: Path) -> None:
     data = path.read_bytes()
     last = data.rindex(b"\xff\xda")
     path.write_bytes(data[:last] + data[last:-2] * MAX_JPEG_SCANS + data[-2:])
-    with pytest.raises(UserError, match=rf"{path}: has 1\d\d scans, which would take hours to decode"):
+    with pytest.raises(UserError, match=rf"{path}: has 1\d\d scans and would take hours to decode"):
         read_image(path)
 
 
@@ -500,7 +497,7 @@ def test_names_that_no_file_has(name: str, split: Path) -> None:
 
 def test_json_that_is_absurdly_deep(split: Path) -> None:
     (split / "manifest.json").write_text('{"format_version":' + "[" * 100_000)
-    with pytest.raises(UserError, match=r"manifest\.json: not a manifest of pre_bdd100k\.py"):
+    with pytest.raises(UserError, match=r"manifest\.json: not JSON"):
         read_manifest(split)
 
 
@@ -516,11 +513,11 @@ def test_boxes_as_deep_as_can_just_be_read(depth: int, tmp_path: Path) -> None:
 def test_a_manifest_that_is_no_file(split: Path) -> None:
     (split / "manifest.json").unlink()
     (split / "manifest.json").mkdir()
-    with pytest.raises(UserError, match=r"manifest\.json: cannot be read \(not a regular file\)"):
+    with pytest.raises(UserError, match=r"manifest\.json: not a regular file"):
         read_manifest(split)
     (split / "manifest.json").rmdir()
     os.mkfifo(split / "manifest.json")  # nobody will ever write into it
-    with pytest.raises(UserError, match=r"manifest\.json: cannot be read \(not a regular file\)"):
+    with pytest.raises(UserError, match=r"manifest\.json: not a regular file"):
         read_manifest(split)
 
 
@@ -528,11 +525,11 @@ def test_pipes_and_devices_are_not_waited_for(split: Path, tmp_path: Path) -> No
     victim = sorted((split / "gts").iterdir())[0]
     victim.unlink()
     os.mkfifo(victim)
-    with pytest.raises(UserError, match=rf"{victim}: damaged, or not an \.npy file"):
+    with pytest.raises(UserError, match=rf"{victim}: not a regular file"):
         NpyFolder(split)
     victim.unlink()
     victim.symlink_to("/dev/zero")
-    with pytest.raises(UserError, match=rf"{victim}: damaged, or not an \.npy file"):
+    with pytest.raises(UserError, match=rf"{victim}: not a regular file"):
         NpyFolder(split)
     os.mkfifo(tmp_path / "a.jpg")
     with pytest.raises(UserError, match=r"a\.jpg: not a regular file"):

@@ -1,9 +1,9 @@
-"""Join a fine-tuned mask decoder with the SAM file it was trained on into one plain SAM checkpoint.
+"""Join a fine-tuned mask decoder and its SAM file into one plain SAM checkpoint.
 
     python -m utils.ckpt_convert --model_checkpoint work_dir/<run>/medsam_model_best.pth \\
         --sam_checkpoint work_dir/SAM/sam_vit_b_01ec64.pth --output sam_vit_b_bdd100k.pth
 
-The result is an ordinary SAM state dict, which the public `segment-anything` package loads strictly.
+The result is a SAM state dict that the public `segment-anything` package loads strictly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from utils.runtime import cli
 
-# What the public package's registry builds, and the one input size that it builds them for.
+# The models of the public package's registry, and their only input size.
 PUBLIC_MODELS = ("vit_b", "vit_l", "vit_h")
 PUBLIC_SIZE = 1024
 
@@ -25,15 +25,16 @@ PUBLIC_SIZE = 1024
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     flag = parser.add_flag
-    flag("model_checkpoint", type=Path, required=True, help="medsam_model_best.pth of a run")
-    flag("sam_checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM it was trained on")
-    flag("output", type=Path, required=True, help="the SAM checkpoint to write")
-    parser.add_switch("overwrite", help="replace the output if it exists")
+    flag("model_checkpoint", type=Path, required=True, metavar="FILE", help="medsam_model_best.pth of a run")
+    sam = Path("work_dir/SAM/sam_vit_b_01ec64.pth")
+    flag("sam_checkpoint", type=Path, default=sam, metavar="FILE", help="SAM file it was trained on")
+    flag("output", type=Path, required=True, metavar="FILE", help="SAM checkpoint to write")
+    parser.add_switch("overwrite", help="replace an existing output")
     return parser
 
 
 if __name__ == "__main__":
-    get_args_parser().parse_args()  # --help and a mistyped flag are answered before imports that take seconds
+    get_args_parser().parse_args()  # --help and wrong flags are answered before slow imports
 
 from torch import Tensor
 
@@ -48,65 +49,61 @@ from utils.runtime.files import exists, is_folder, status
 
 
 def join(model_checkpoint: Path, sam_checkpoint: Path) -> tuple[dict[str, Tensor], ModelInfo]:
-    """The SAM file's tensors as they are, in its order, but the fine-tuned decoder's in place of its own.
+    """The SAM file's tensors in its order, with the decoder's tensors replaced by the fine-tuned ones.
 
-    Nothing is built or resampled: position tables keep the SAM file's size, whatever size the decoder was trained at.
+    Position tables keep the SAM file's size, whatever size the decoder was trained at.
 
     Raises:
         UserError: a file is missing, damaged or of another kind, or the two do not belong together.
     """
-    # The small file first: what does not fit should not wait for the large one.
+    # The small file first, so that errors do not wait for the large one.
     trained = checkpoint.load_checkpoint(model_checkpoint)
-    info: ModelInfo = trained["info"]
+    info = trained["info"]
+    wrong = None
     if info.model_type not in CONFIGS:
-        raise UserError(
-            f"{model_checkpoint}: a decoder of {info.model_type}, which is none of {', '.join(CONFIGS)}; "
-            "give one that train_bdd100k.py wrote"
-        )
-    if info.prompt_mode != "box":
-        raise UserError(
-            f"{model_checkpoint}: was trained in prompt mode {info.prompt_mode}, and class tokens do not "
-            "exist in plain SAM; give a checkpoint of prompt mode box"
-        )
+        wrong = f"model type {info.model_type} is unknown; give a checkpoint of {', '.join(CONFIGS)}"
+    elif info.prompt_mode != "box":
+        wrong = f"prompt mode {info.prompt_mode} has class tokens, and plain SAM has none; give a box checkpoint"
+    if wrong:
+        raise UserError(f"{model_checkpoint}: {wrong}")
     try:
         sam = read_state_dict(sam_checkpoint, info.model_type)
     except CheckpointError as error:
         raise INFER_FLAGS.about(error) from None
     info.require_same(replace(info, sam_sha256=file_digest(sam_checkpoint)), model_checkpoint)
-    if getattr(sam.get("image_encoder.pos_embed"), "ndim", None) != 4:  # which says what size the file is of
+    if getattr(sam.get("image_encoder.pos_embed"), "ndim", None) != 4:
         raise UserError(f"{sam_checkpoint}: not a {info.model_type} SAM checkpoint: it has no table of positions")
-    decoder: dict[str, Tensor] = trained["model"]
+    decoder = trained["model"]
     untrained = {key: value for key, value in sam.items() if key.startswith(DECODER_PREFIX)}
     checkpoint.require_same_decoder(decoder, untrained, model_checkpoint)
     return {key: decoder.get(key, value) for key, value in sam.items()}, info
 
 
 def how_to_load(output: Path, state: Mapping[str, Tensor], info: ModelInfo) -> str:
-    """What to know before using the file, and the two lines of Python that load it."""
+    """Notes on using the file, and the two lines of Python that load it."""
     name, size = info.model_type, info.image_size
     rows, columns = state["image_encoder.pos_embed"].shape[1:3]
     table_size = image_size_of((rows * PATCH_SIZE, columns * PATCH_SIZE))
     argument = f"image_size={size if isinstance(size, int) else frame_size(size)}"
     at_its_size = size == CONFIGS[name].image_size
     notes = [
-        "box training trains the single-mask token, which is mask 0: call with multimask_output=False; export to ONNX "
-        "without return_single_mask and take mask 0. SamAutomaticMaskGenerator takes the other three masks, which were "
-        "not trained"
+        "only mask 0, the single-mask token, was trained. Use multimask_output=False. For ONNX, export without "
+        "return_single_mask and use mask 0. SamAutomaticMaskGenerator uses the other three masks: they are not trained"
     ]
     if info.resize_mode == "stretch":
         shape = "a square" if isinstance(size, int) else size
-        notes.append(f"it was trained on images stretched to {shape}; SamPredictor pads instead: stretch them first")
+        notes.append(f"it was trained on images stretched to {shape}, but SamPredictor pads: stretch images first")
     if not at_its_size:
         notes.append(
-            f"it was trained at image size {size} and works best there "
-            f"({argument} in this project's registry; the public package has {PUBLIC_SIZE} only)"
+            f"it was trained at image size {size} and works best at it "
+            f"({argument} in this project's registry; the public package has only {PUBLIC_SIZE})"
         )
 
     arguments = f"checkpoint={json.dumps(str(output), ensure_ascii=False)}"
     if name in PUBLIC_MODELS and table_size == PUBLIC_SIZE:
         loader = "loads it, and so does this project's registry:"
     else:
-        missing = f"positions of {table_size}" if name in PUBLIC_MODELS else name  # ours resamples positions
+        missing = f"positions of {table_size}" if name in PUBLIC_MODELS else name  # our registry resamples positions
         loader = f"has no builder for {missing}; this project's registry loads it:"
         arguments += "" if at_its_size else f", {argument}"
     return "\n".join(
@@ -124,11 +121,10 @@ def main(args: argparse.Namespace) -> None:
     for source in (checkpoint.in_folder(args.model_checkpoint, checkpoint.BEST), args.sam_checkpoint):
         ours, theirs = status(output), status(source)
         if ours and theirs and os.path.samestat(ours, theirs):
-            raise UserError(f"{output}: is one of the two files to join; give another --output")
-    if is_folder(output):
-        raise UserError(f"{output}: is a folder; give --output the name of a file")
-    if exists(output) and not args.overwrite:
-        raise UserError(f"{output}: exists already; give another --output, or --overwrite to replace it")
+            raise UserError(f"{output}: is one of the two input files; give another --output")
+    if is_folder(output) or (exists(output) and not args.overwrite):
+        fix = "is a folder; add a file name" if is_folder(output) else "already exists; add --overwrite to replace it"
+        raise UserError(f"{output}: {fix}, or give another --output")
     state, info = join(args.model_checkpoint, args.sam_checkpoint)
     checkpoint.save_whole(output, state)
     print(f"SAM checkpoint: {output}")

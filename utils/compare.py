@@ -1,4 +1,4 @@
-"""Evaluations side by side, class by class.
+"""Compare evaluations class by class.
 
 python -m utils.compare demo/before demo/after demo/semantic
 """
@@ -9,52 +9,67 @@ import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from utils.runtime import cli
 from utils.runtime.errors import UserError
-from utils.runtime.files import cannot_be_read, read_json
+from utils.runtime.files import read_json
 
 
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
-    parser.add_argument("folders", type=Path, nargs="+", help="each an --output_dir of infer_bdd100k.py on one split")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="output folders of infer_bdd100k.py")
     return parser
 
 
-def read_results(folder: Path) -> dict[str, Any]:
+class ClassResult(TypedDict):
+    """A class in `evaluation_results.json`; only what is printed."""
+
+    id: int
+    name: str
+    iou: float | None
+    gt_pixels: int
+
+
+class Results(TypedDict, total=False):
+    """The content of `evaluation_results.json`; only what is printed."""
+
+    miou: float | None
+    boxes: object
+    per_class: list[ClassResult]
+    map_rule: object  # missing from files of earlier versions
+
+
+def read_results(folder: Path) -> Results:
     """Read `folder/evaluation_results.json`.
 
     Raises:
-        UserError: it is missing or not a result of `infer_bdd100k.py`.
+        UserError: it is missing, or is not a result of `infer_bdd100k.py`.
     """
     path = folder / "evaluation_results.json"
-    try:
-        results = read_json(path)
-        if not {"miou", "boxes", "per_class"} <= results.keys():
-            raise ValueError("other keys")
-        if not all({"id", "name", "iou", "gt_pixels"} <= entry.keys() for entry in results["per_class"]):
-            raise ValueError("other keys of a class")
-        figures = [results["miou"], *(entry["iou"] for entry in results["per_class"])]
-        counts = [entry[key] for entry in results["per_class"] for key in ("id", "gt_pixels")]
-        if not all(figure is None or (isinstance(figure, float | int) and 0 <= figure <= 1) for figure in figures):
-            raise ValueError("a figure that is none")
-        if not all(isinstance(entry["name"], str) for entry in results["per_class"]):
-            raise ValueError("a name that is none")
-        if not all(isinstance(count, int) for count in counts):
-            raise ValueError("a count that is none")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); infer_bdd100k.py writes it") from None
-    except OSError as error:
-        raise cannot_be_read(path, error) from None
-    except (ValueError, AttributeError, TypeError):
-        raise UserError(f"{path}: not a result of infer_bdd100k.py") from None
+    results = read_json(path, "give an --output_dir of infer_bdd100k.py")
+    if not _is_results(results):
+        raise UserError(f"{path}: not a result of infer_bdd100k.py")
     return results
 
 
-def format_comparison(results: Mapping[str, dict[str, Any]]) -> str:
-    """A line for each class that occurs in the ground truth, the mIoU, and where the boxes came from; a column for each
-    of `results`, which are as the JSON has them, under its name."""
+def _is_results(results: Any) -> bool:
+    """Whether all that is printed is present and of its type."""
+    try:
+        classes = results["per_class"]
+        figures = [results["miou"], *(entry["iou"] for entry in classes)]
+        return (
+            "boxes" in results
+            and all(figure is None or (isinstance(figure, float | int) and 0 <= figure <= 1) for figure in figures)
+            and all(isinstance(entry["name"], str) for entry in classes)
+            and all(isinstance(entry[key], int) for entry in classes for key in ("id", "gt_pixels"))
+        )
+    except (KeyError, TypeError, IndexError):
+        return False
+
+
+def format_comparison(results: Mapping[str, Results]) -> str:
+    """A table with a column for each of the named results: classes in the ground truth, mIoU, and box sources."""
     width = max(10, *(len(name) + 2 for name in results))
     per_class = [result["per_class"] for result in results.values()]
     lines = [f"{'IoU':<24}{'gt pixels':>14}" + "".join(f"{name:>{width}}" for name in results)]
@@ -68,7 +83,7 @@ def format_comparison(results: Mapping[str, dict[str, Any]]) -> str:
     sources = [str(result["boxes"]) for result in results.values()]
     lines.append(f"boxes: {_shared(sources)}")
     if any("map_rule" in result for result in results.values()):
-        # Earlier versions had one rule for boxes and did not name it.
+        # Earlier versions had one rule for boxes and did not write it.
         former = ["argmax" if source == "none" else "threshold" for source in sources]
         rules = [str(result.get("map_rule", rule)) for result, rule in zip(results.values(), former)]
         lines.append(f"map rule: {_shared(rules)}")
@@ -78,7 +93,7 @@ def format_comparison(results: Mapping[str, dict[str, Any]]) -> str:
 
 
 def _shared(values: list[str]) -> str:
-    """One for each column, or the one that all have."""
+    """The values of all columns, or the one that they share."""
     return values[0] if len(set(values)) == 1 else ", ".join(values)
 
 
@@ -88,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
     pixels = {folder: [entry["gt_pixels"] for entry in result["per_class"]] for folder, result in read.items()}
     for other in others:
         if pixels[other] != pixels[first]:
-            raise UserError(f"{first} and {other} were measured on different data; evaluate both on the same")
+            raise UserError(f"{first} and {other} were measured on different data; evaluate both on the same split")
     names = [folder.name for folder in read]
     unique = len(set(names)) == len(names)
     print(format_comparison({folder.name if unique else str(folder): result for folder, result in read.items()}))

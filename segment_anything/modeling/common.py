@@ -12,14 +12,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 class ArgumentError(ValueError, AssertionError):
-    """An argument that SAM does not take: AssertionError in the public package, ValueError as usual in Python."""
+    """An invalid argument: an AssertionError as in the public package, and a ValueError as usual in Python."""
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is of exactly one of `kinds`, and calling it runs that class's forward and nothing else.
+    """Whether a module is exactly one of `kinds`, and a call runs nothing but that class's forward.
 
-    Only then may its weights be used without calling it. An adapter (LoRA), a hook, a parametrization, a quantised
-    layer or a patched forward needs the call.
+    Only then may its weights be used without a call. An adapter (LoRA), a hook, a parametrization, a quantised layer or
+    a patched forward needs the call.
     """
     return (
         type(module) in kinds
@@ -33,7 +33,7 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 class LayerNorm2d(nn.Module):
-    """Layer normalisation over the channels of a B x C x H x W map, at each pixel by itself."""
+    """Layer normalisation over the channels of a B x C x H x W map, at each pixel."""
 
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class LayerNorm2d(nn.Module):
         return self.of_rows(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """The same of pixels whose channels are last, ... x C."""
+        """Normalise pixels with channels last, ... x C."""
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -67,14 +67,14 @@ def upscaled_masks(weights: Tensor, upscalings: Sequence[tuple[nn.Module, Tensor
 
     Args:
         weights: B x M x C.
-        upscalings: modules such as `pixel_upscaling`, each with the tokens that it upscales, B x HW x C_i. The channels
-            of their outputs, one after another, are the C of `weights`.
+        upscalings: modules such as `pixel_upscaling`, each with its tokens, B x HW x C_i. The channels of their outputs
+            together are the C of `weights`.
         size: (H, W).
 
     Returns:
         B x M x 4H x 4W.
     """
-    if all(_keeps_pixels_apart(module) for module, _ in upscalings):
+    if all(_is_pixelwise(module) for module, _ in upscalings):
         parts = [_upscale_rows(module, tokens) for module, tokens in upscalings]
         rows = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]  # B x HW x 4 x 4 x C
         masks = weights @ rows.flatten(1, 3).transpose(1, 2)  # B x M x 16HW
@@ -97,8 +97,8 @@ def doubled_map(conv: nn.Module, x: Tensor) -> Tensor:
     return _double_rows(conv, x).unflatten(3, (2, 2)).permute(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, -1)
 
 
-def _keeps_pixels_apart(module: nn.Module) -> bool:
-    """Whether it is `pixel_upscaling`, plain throughout: then no two output pixels of a convolution share an input."""
+def _is_pixelwise(module: nn.Module) -> bool:
+    """Whether it is a plain `pixel_upscaling`: each output pixel depends on one input pixel."""
     if not (is_plain(module, nn.Sequential) and isinstance(module, nn.Sequential) and len(module) == 5):
         return False
     first, norm, activation, second, last = module
@@ -121,10 +121,9 @@ def _doubles_size(conv: nn.Module) -> bool:
 
 
 def _upscale_rows(upscaling: nn.Module, x: Tensor) -> Tensor:
-    """`pixel_upscaling` of pixels that are rows, ... x C_in -> ... x 4 x 4 x C_out.
+    """`pixel_upscaling` of pixels as rows, ... x C_in -> ... x 4 x 4 x C_out.
 
-    Channels stay last, as the layers around it want them. `_pixels_to_map` puts the pixels in their places at the end,
-    when there are few channels left.
+    `_pixels_to_map` arranges the pixels at the end, when few channels are left.
     """
     assert isinstance(upscaling, nn.Sequential)
     first, norm, activation, second, last = upscaling
@@ -134,7 +133,7 @@ def _upscale_rows(upscaling: nn.Module, x: Tensor) -> Tensor:
 def _double_rows(conv: nn.Module, x: Tensor) -> Tensor:
     """A transposed convolution of kernel and stride 2 as a linear layer, ... x C_in -> ... x 4 x C_out.
 
-    It makes four pixels of each: upper left, upper right, lower left, lower right.
+    The four pixels are upper left, upper right, lower left and lower right.
     """
     assert isinstance(conv, nn.ConvTranspose2d) and conv.bias is not None
     weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (4 C_out) x C_in
@@ -146,15 +145,15 @@ def _pixels_to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     h, w = size
     *leading, _, _, _ = x.shape
     n = len(leading)
-    x = x.reshape(*leading, h, w, 2, 2, 2, 2)  # row and column, those within the first upscaling, and the second
+    x = x.reshape(*leading, h, w, 2, 2, 2, 2)  # row and column, then within the first and the second upscaling
     x = x.permute(*range(n), n, n + 2, n + 4, n + 1, n + 3, n + 5)
     return x.reshape(*leading, 4 * h, 4 * w)
 
 
 def interpolate_axis(x: Tensor, dim: int, offsets: list[float]) -> Tensor:
-    """Linear interpolation of an axis at these offsets, -0.5 to 0.5, from each of its points; n -> n len(offsets).
+    """Linear interpolation of an axis at offsets, -0.5 to 0.5, from each of its points; n -> n len(offsets).
 
-    Its backward kernels are deterministic on CUDA, which that of `F.interpolate` is not.
+    Its backward kernels are deterministic on CUDA; that of `F.interpolate` is not.
     """
     n = x.shape[dim]
     before = torch.cat([x.narrow(dim, 0, 1), x.narrow(dim, 0, n - 1)], dim)

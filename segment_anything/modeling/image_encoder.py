@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from segment_anything.modeling.common import ArgumentError, LayerNorm2d, MLPBlock, is_plain
 
-# Elements made at a time of what is larger than all else: the attention's bias and the MLP's hidden layer. On a CPU,
-# 16 MB in float32: above 32 MB the C library takes a tensor's memory from the system anew, page by page, which costs
-# more than to compute it. On any other device, 0.5 GB in half precision.
+# Largest number of elements of the two largest tensors, the attention's bias and the MLP's hidden layer, which are
+# computed in pieces. On a CPU, 16 MB in float32: above 32 MB the C library maps new pages for each tensor, which takes
+# longer than the computation. On other devices, 0.5 GB in half precision.
 MAX_ELEMENTS = {"cpu": 2**22}
 MAX_ELEMENTS_ELSEWHERE = 2**28
 
-Order = tuple[Tensor, Tensor]  # of the tokens of a map in windows, and back: see `window_order`
+WindowIndex = tuple[Tensor, Tensor]  # window_index and inverse_index: see `index_windows`
 
 
 class ImageEncoderViT(nn.Module):
@@ -45,19 +45,20 @@ class ImageEncoderViT(nn.Module):
         window_size: int = 0,
         global_attn_indexes: Collection[int] = (),
     ) -> None:
-        """
+        """Set the sizes; the defaults are the public package's.
+
         Args:
             img_size: side of the square input in pixels, or its (H, W).
             mlp_ratio: width of a block's hidden layer, in units of `embed_dim`.
-            norm_layer: makes a block's norm of its width; SAM's has eps=1e-6.
-            use_rel_pos: SAM's models have relative positions; the default is the public package's.
+            norm_layer: creates a block's norm from its width; SAM's has eps=1e-6.
+            use_rel_pos: whether attention has relative positions; SAM's models have them.
             rel_pos_zero_init: without effect, as in the public package: the tables start as zeros.
-            window_size: side, in patches, of the windows that attention is confined to; 0 for the whole image.
-            global_attn_indexes: the blocks that attend over the whole image all the same.
+            window_size: side of the attention windows in patches; 0 for global attention.
+            global_attn_indexes: blocks with global attention in spite of `window_size`.
         """
         super().__init__()
         self.frame_size = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.img_size = max(self.frame_size)  # the longest side, as the public package's clients want it
+        self.img_size = max(self.frame_size)  # clients of the public package expect the longest side
         self.embed_dim = embed_dim
         grid_size = (self.frame_size[0] // patch_size, self.frame_size[1] // patch_size)
         self.patch_embed = PatchEmbed(
@@ -67,7 +68,7 @@ class ImageEncoderViT(nn.Module):
             embed_dim=embed_dim,
         )
         self.pos_embed = nn.Parameter(torch.zeros(1, *grid_size, embed_dim)) if use_abs_pos else None
-        # Of each block; 0 where it attends over the whole image.
+        # Of each block; 0 for global attention.
         self.window_sizes = [0 if i in global_attn_indexes else window_size for i in range(depth)]
         self.blocks = nn.ModuleList(
             Block(
@@ -95,7 +96,7 @@ class ImageEncoderViT(nn.Module):
         return self.forward_features(x, ())[0]
 
     def forward_features(self, x: Tensor, block_indexes: Collection[int]) -> tuple[Tensor, list[Tensor]]:
-        """The image embeddings, and the outputs of some blocks on the way to them.
+        """Encode images, and return the outputs of some blocks, too.
 
         Returns:
             B x out_chans x H x W, and B x C x H x W for each of `block_indexes`, in the order of the blocks.
@@ -104,11 +105,11 @@ class ImageEncoderViT(nn.Module):
         if self.pos_embed is not None:
             x = x + self.pos_embed
         features = []
-        orders: dict[int, Order] = {}  # made once an encoding
+        indexes: dict[int, WindowIndex] = {}  # by window size, shared by the blocks
         for i, block in enumerate(self.blocks):
             if is_plain(block, Block):
                 assert isinstance(block, Block)
-                x = block.with_orders(x, orders)
+                x = block.forward_indexed(x, indexes)
             else:
                 x = block(x)
             if i in block_indexes:
@@ -135,7 +136,7 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block on B x H x W x C, attending within windows (`window_size` > 0) or globally."""
+    """A pre-norm transformer block on B x H x W x C with windowed (`window_size` > 0) or global attention."""
 
     def __init__(
         self,
@@ -150,10 +151,7 @@ class Block(nn.Module):
         window_size: int = 0,
         input_size: tuple[int, int] | None = None,
     ) -> None:
-        """
-        Args:
-            input_size: (H, W) of the map, which global relative positions need.
-        """
+        """Set the sizes as for `ImageEncoderViT`; global relative positions need `input_size`, the map's (H, W)."""
         super().__init__()
         self.window_size = window_size
         self.norm1 = norm_layer(dim)
@@ -169,30 +167,30 @@ class Block(nn.Module):
         self.mlp = MLPBlock(dim, int(dim * mlp_ratio), act_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.with_orders(x, {})
+        return self.forward_indexed(x, {})
 
-    def with_orders(self, x: Tensor, orders: dict[int, Order]) -> Tensor:
-        """As `forward`, with the `window_order` of each window size, which blocks share and add to."""
-        x = x + self._attend(self.norm1(x), orders)
-        if not self._maps_tokens_apart():
+    def forward_indexed(self, x: Tensor, indexes: dict[int, WindowIndex]) -> Tensor:
+        """As `forward`, with the `index_windows` of each window size; a missing one is added."""
+        x = x + self._attend(self.norm1(x), indexes)
+        if not self._is_tokenwise():
             return x + self.mlp(self.norm2(x))
         tokens = x.flatten(0, 2)
         pieces = tokens.chunk(-(-len(tokens) * self.mlp.lin1.out_features // _max_elements(x)))
         return torch.cat([piece + self.mlp(self.norm2(piece)) for piece in pieces]).view_as(x)
 
-    def _attend(self, x: Tensor, orders: dict[int, Order]) -> Tensor:
+    def _attend(self, x: Tensor, indexes: dict[int, WindowIndex]) -> Tensor:
         size, attn = self.window_size, self.attn
         if not size:
             return attn(x)
         if is_plain(attn, Attention) and all(is_plain(linear, nn.Linear) for linear in (attn.qkv, attn.proj)):
-            if size not in orders:
-                orders[size] = window_order((x.shape[1], x.shape[2]), size, x.device)
-            return attn.within_windows(x, size, orders[size])
+            if size not in indexes:
+                indexes[size] = index_windows((x.shape[1], x.shape[2]), size, x.device)
+            return attn.forward_windows(x, size, indexes[size])
         windows, padded_size = window_partition(x, size)
         return window_unpartition(attn(windows), size, padded_size, (x.shape[1], x.shape[2]))
 
-    def _maps_tokens_apart(self) -> bool:
-        """Whether norm and MLP are plain, so that they may be given some tokens at a time in place of a map."""
+    def _is_tokenwise(self) -> bool:
+        """Whether norm and MLP are plain, so that they can be applied to some tokens at a time instead of a map."""
         mlp = self.mlp
         return (
             is_plain(self.norm2, nn.LayerNorm)
@@ -214,10 +212,7 @@ class Attention(nn.Module):
         rel_pos_zero_init: bool = True,
         input_size: tuple[int, int] | None = None,
     ) -> None:
-        """
-        Args:
-            input_size: (H, W) of the map, by which relative positions are made; at another size they are resampled.
-        """
+        """Set the sizes; relative positions need `input_size`, the map's (H, W), and are resampled for other maps."""
         super().__init__()
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
@@ -237,21 +232,21 @@ class Attention(nn.Module):
         attended = self._attend(qkv.flatten(1, 2), (h, w)).unflatten(0, (b, -1))  # B x heads x HW x C/heads
         return self.proj(attended.transpose(1, 2).reshape(b, h, w, -1))
 
-    def within_windows(self, x: Tensor, window_size: int, order: Order) -> Tensor:
-        """As `forward` of each window by itself: `window_unpartition(self(window_partition(x)))`, with fewer copies.
+    def forward_windows(self, x: Tensor, window_size: int, index: WindowIndex) -> Tensor:
+        """Attend within windows: `window_unpartition(self(window_partition(x)))` with fewer copies.
 
         Args:
             x: B x H x W x C.
-            order: `window_order` of the map.
+            index: `index_windows` of the map.
         """
         b, _, _, c = x.shape
-        sources, places = order
-        # SAM pads the last windows with zeros. All project alike, so one is enough: it is put behind the tokens.
+        window_index, inverse_index = index
+        # SAM pads the last windows with zeros. One zero token after the others is enough.
         qkv = self.qkv(F.pad(x.flatten(1, 2), (0, 0, 0, 1))).unflatten(2, (3, self.num_heads, -1))
-        qkv = qkv.permute(2, 0, 3, 1, 4).index_select(3, sources)  # 3 x B x heads x places x C/heads
+        qkv = qkv.permute(2, 0, 3, 1, 4).index_select(3, window_index)  # 3 x B x heads x positions x C/heads
         windows = qkv.view(3, -1, window_size**2, c // self.num_heads)
         attended = self._attend(windows, (window_size, window_size)).view(b, self.num_heads, -1, c // self.num_heads)
-        return self.proj(attended.transpose(1, 2).index_select(1, places).view_as(x))
+        return self.proj(attended.transpose(1, 2).index_select(1, inverse_index).view_as(x))
 
     def _attend(self, qkv: Tensor, size: tuple[int, int]) -> Tensor:
         """3 x N x HW x C/heads, contiguous, of maps of `size` (H, W) -> N x HW x C/heads."""
@@ -264,17 +259,18 @@ class Attention(nn.Module):
 
 
 def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w: Tensor, scale: float) -> Tensor:
-    """Attention whose additive bias is `bias_h` of the key's row plus `bias_w` of its column.
+    """Attention with the additive bias `bias_h` of the key's row plus `bias_w` of its column.
 
-    That sum is the one tensor of quadratic size, and no kernel adds it up by itself. It is made for some windows and
-    heads, and where one of them is too large, for some rows of queries, at a time: at 1024 pixels, the whole of it
-    would be 0.8 GB for each image and block, and on a CPU to have such pages mapped takes as long as the attention
-    itself.
+    The sum of both biases has quadratic size, and no kernel computes it on the fly. It is computed for some windows and
+    heads at a time and, if one is too large, for some rows of queries. At 1024 pixels, all of it would take 0.8 GB for
+    each image and block, and on a CPU, mapping these pages takes as long as the attention.
 
     Args:
-        q, k, v: N x HW x C.
-        bias_h: N x H x W x H, of a query's place and a key's row.
-        bias_w: N x H x W x W, of a query's place and a key's column.
+        q: N x HW x C.
+        k: N x HW x C.
+        v: N x HW x C.
+        bias_h: N x H x W x H, of a query's position and a key's row.
+        bias_w: N x H x W x W, of a query's position and a key's column.
         scale: of the products of q and k.
 
     Returns:
@@ -283,7 +279,7 @@ def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w:
     n, h, w, _ = bias_h.shape
     limit, size = _max_elements(q), h * w
     heads, rows = max(1, min(n, limit // size**2)), max(1, min(h, limit // (size * w)))
-    # One memory for all pieces, unless autograd keeps them.
+    # One buffer for all pieces, unless autograd keeps them.
     memory = None if torch.is_grad_enabled() else q.new_empty(heads, rows, w, h, w)
     attended = []
     for some, keys, values, of_row, of_column in zip(*(x.split(heads) for x in (q, k, v, bias_h, bias_w))):
@@ -296,13 +292,13 @@ def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Attention on N x L x C with the bias N x L x L', which is not needed any more afterwards."""
+    """Attention on N x L x C with the bias N x L x L', which may be overwritten."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # On a CPU PyTorch's fused kernel gains nothing from bf16; the products by themselves do.
+        # On a CPU PyTorch's fused kernel is no faster in bf16; single products are.
         out = None if torch.is_grad_enabled() else bias
         scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale, out=out)
         return scores.softmax(dim=-1) @ v
-    # With the dimension of batches in front, PyTorch's fused kernels take it.
+    # PyTorch's fused kernels need a batch dimension.
     return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias[None], scale=scale)[0]
 
 
@@ -313,15 +309,18 @@ def relative_position_bias(
 
     Args:
         q: N x HW x C queries, unscaled.
-        rel_pos_h, rel_pos_w: (2H - 1) x C and (2W - 1) x C, one row for each distance.
+        rel_pos_h: (2H - 1) x C, one row for each distance.
+        rel_pos_w: (2W - 1) x C.
+        size: (H, W).
 
     Returns:
         N x H x W x H and N x H x W x W, as views.
     """
     h, w = size
-    # The affinity to every distance, of which each query needs a window of as many as there are keys. It begins one
-    # further to the left for each place further on, so that all windows together are one strided view ("skewing":
-    # Huang et al., 2018, arXiv 1809.04281). Flipped, as the tables count distances from a key to the query.
+    # The affinity of each query to every distance. A query needs a window of these, with one entry for each key; it
+    # moves one to the left from position to position, so that all windows are one strided view ("skewing": Huang et
+    # al.,
+    # 2018, arXiv 1809.04281). Flipped, as the tables count distances from a key to the query.
     distances = torch.cat([rel_pos_h.flip(0), rel_pos_w.flip(0)])
     affinity = F.linear(q, distances)  # N x HW x D
     n, _, d = affinity.shape
@@ -330,18 +329,18 @@ def relative_position_bias(
     return bias_h, bias_w
 
 
-def window_order(size: tuple[int, int], window_size: int, device: torch.device) -> Order:
-    """Which token of an H x W map is at each place of the windows that cover it, and where each token is.
+def index_windows(size: tuple[int, int], window_size: int, device: torch.device) -> WindowIndex:
+    """The indexes that arrange the tokens of an H x W map in windows, and back.
 
     Returns:
-        (windows * window_size**2,) int64, windows by rows and the places in each by rows: the index of the token in the
-        flattened map, or H * W where the window exceeds the map; and (H * W,) int64, the place of each token.
+        window_index, (windows * window_size**2,) int64, windows by rows and positions in each by rows: the index of the
+        token in the flattened map, or H * W outside the map. inverse_index, (H * W,) int64: the position of each token.
     """
     h, w = size
     tokens = torch.arange(h * w, device=device).view(h, w)
     tokens = F.pad(tokens, (0, -w % window_size, 0, -h % window_size), value=h * w)
-    sources = tokens.unflatten(1, (-1, window_size)).unflatten(0, (-1, window_size)).transpose(1, 2).flatten()
-    return sources, sources.argsort()[: h * w]
+    window_index = tokens.unflatten(1, (-1, window_size)).unflatten(0, (-1, window_size)).transpose(1, 2).flatten()
+    return window_index, window_index.argsort()[: h * w]
 
 
 def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:
@@ -371,10 +370,10 @@ def window_unpartition(windows: Tensor, window_size: int, pad_hw: tuple[int, int
 def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
     """The row of a relative position table for each pair of a query and a key on one axis.
 
-    Where the axis is of different length for both, the shorter one's steps are longer.
+    If the numbers of queries and keys differ, the smaller one's steps are longer.
 
     Args:
-        rel_pos: L x C, one row for each distance; resampled where L does not go with the sizes.
+        rel_pos: L x C, one row for each distance; resampled if L does not match the sizes.
 
     Returns:
         q_size x k_size x C.
@@ -388,20 +387,17 @@ def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
 
 
 def add_decomposed_rel_pos(
-    attn: Tensor,
-    q: Tensor,
-    rel_pos_h: Tensor,
-    rel_pos_w: Tensor,
-    q_size: tuple[int, int],
-    k_size: tuple[int, int],
+    attn: Tensor, q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, q_size: tuple[int, int], k_size: tuple[int, int]
 ) -> Tensor:
     """Add decomposed relative positions to attention scores; the encoder itself uses `relative_position_bias`.
 
     Args:
         attn: N x (H_q W_q) x (H_k W_k) scores.
         q: N x (H_q W_q) x C queries, unscaled.
-        rel_pos_h, rel_pos_w: L x C, one row for each distance.
-        q_size, k_size: (H_q, W_q) and (H_k, W_k).
+        rel_pos_h: L x C, one row for each distance.
+        rel_pos_w: L x C.
+        q_size: (H_q, W_q).
+        k_size: (H_k, W_k).
     """
     queries = q.unflatten(1, q_size)
     by_row = torch.einsum("nyxc,ykc->nyxk", queries, get_rel_pos(q_size[0], k_size[0], rel_pos_h))
@@ -411,7 +407,7 @@ def add_decomposed_rel_pos(
 
 
 def _resampled(table: Tensor, length: int) -> Tensor:
-    """A relative position table, L x C, as one of `length` rows."""
+    """Resample a relative position table, L x C, to `length` rows."""
     if len(table) == length:
         return table
     return F.interpolate(table.T[None], length, mode="linear", align_corners=False)[0].T

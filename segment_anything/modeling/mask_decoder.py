@@ -24,10 +24,11 @@ class MaskDecoder(nn.Module):
         iou_head_depth: int = 3,
         iou_head_hidden_dim: int = 256,
     ) -> None:
-        """
+        """Set the sizes.
+
         Args:
-            transformer: a `TwoWayTransformer` of width `transformer_dim`.
-            num_multimask_outputs: masks for an ambiguous prompt, beside the one for a clear prompt.
+            transformer: a `TwoWayTransformer` of that width.
+            num_multimask_outputs: masks for an ambiguous prompt, in addition to the one for a clear prompt.
             activation: of the upscaling.
         """
         super().__init__()
@@ -51,8 +52,7 @@ class MaskDecoder(nn.Module):
         dense_prompt_embeddings: Tensor,
         multimask_output: bool,
     ) -> tuple[Tensor, Tensor]:
-        """
-        Two forms. P prompts of one image, or of P images one each, as `PromptEncoder` gives them:
+        """Decode P prompts of one image, or one prompt for each of P images.
 
         Args:
             image_embeddings: 1 x C x H x W, or P x C x H x W.
@@ -64,9 +64,9 @@ class MaskDecoder(nn.Module):
         Returns:
             low_res_masks, P x M x 4H x 4W logits, and iou_predictions, P x M, with M = 3 or 1.
 
-        Or Q prompts for each of B images: `image_embeddings` B x C x H x W, `sparse_prompt_embeddings` B x Q x N x C,
-        and `dense_prompt_embeddings` B x Q x C x H x W, or B x 1 x C x H x W where all prompts of an image share them,
-        which spares work. That gives B x Q x M x 4H x 4W and B x Q x M.
+        To decode Q prompts for each of B images, give `image_embeddings` B x C x H x W, `sparse_prompt_embeddings`
+        B x Q x N x C, and `dense_prompt_embeddings` B x Q x C x H x W, or B x 1 x C x H x W if an image's prompts share
+        them, which is faster. The results are B x Q x M x 4H x 4W and B x Q x M.
         """
         # Token 0 was trained for clear prompts, the others for ambiguous ones.
         chosen = slice(1, None) if multimask_output else slice(0, 1)
@@ -83,7 +83,7 @@ class MaskDecoder(nn.Module):
         sparse_prompt_embeddings: Tensor,
         dense_prompt_embeddings: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, but all masks: the single one first, then those for an ambiguous prompt."""
+        """Decode as `forward`, but return all masks: the single one first, then those for an ambiguous prompt."""
         embeddings = (image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings)
         return self._predict(*embeddings, slice(None))
 
@@ -92,7 +92,7 @@ class MaskDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         if sparse.ndim == 4:
             return self._predict_each(image_embeddings, image_pe, sparse, dense, chosen)
-        if len(image_embeddings) == 1:  # of one image; without a mask, `dense` is one prompt's, expanded
+        if len(image_embeddings) == 1:  # one image; without a mask, `dense` is one prompt's, expanded
             dense = dense[:1] if dense.stride(0) == 0 else dense
             sparse, dense = sparse.unsqueeze(0), dense.unsqueeze(0)
         elif len(image_embeddings) == len(sparse):
@@ -108,21 +108,21 @@ class MaskDecoder(nn.Module):
     def _predict_each(
         self, image_embeddings: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor, chosen: slice
     ) -> tuple[Tensor, Tensor]:
-        """Q prompts for each of B images; of the masks, those `chosen` are made."""
+        """Decode Q prompts for each of B images, and return the masks in `chosen`."""
         b, q = sparse.shape[:2]
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (1 + M) x C
         tokens = torch.cat([output_tokens.expand(b, q, -1, -1), sparse], dim=2).flatten(0, 1)
 
-        # The image tokens are updated for each prompt: they come out as BQ x HW x C.
+        # The image tokens are updated for each prompt: the transformer returns BQ x HW x C.
         image = (image_embeddings.unsqueeze(1) + dense).flatten(0, 1)
-        if not is_plain(self.transformer, TwoWayTransformer):  # another one knows of no prompts that share an image
+        if not is_plain(self.transformer, TwoWayTransformer):  # others do not support prompts that share an image
             image, image_pe = repeated(image, b * q), repeated(image_pe, b * q)
         tokens, image_tokens = self.transformer(image, image_pe, tokens)
         iou_token, mask_tokens = tokens[:, 0], tokens[:, 1 : 1 + self.num_mask_tokens]
 
         weights = torch.stack(
             [mlp(token) for mlp, token in zip(self.output_hypernetworks_mlps, mask_tokens.unbind(1))], dim=1
-        )[:, chosen]  # BQ x M x C/8; all are made, though few are used: each parameter is to have a gradient
+        )[:, chosen]  # BQ x M x C/8; all MLPs run, so that each parameter has a gradient
         size = (image_embeddings.shape[2], image_embeddings.shape[3])
         masks = upscaled_masks(weights, [(self.output_upscaling, image_tokens)], size)
         iou_predictions = self.iou_prediction_head(iou_token)[:, chosen]

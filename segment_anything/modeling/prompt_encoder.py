@@ -25,19 +25,19 @@ class PromptEncoder(nn.Module):
         mask_in_chans: int,
         activation: type[nn.Module] = nn.GELU,
     ) -> None:
-        """
+        """Set the sizes.
+
         Args:
             image_embedding_size: (H, W) of the image embedding.
-            input_image_size: (H, W), in pixels, of the frame that positions are shares of.
-            mask_in_chans: channels that masks go through.
-            activation: on the way through them.
+            input_image_size: (H, W) of the frame in pixels; positions are relative to it.
+            mask_in_chans: hidden channels of the mask downscaling.
         """
         super().__init__()
         self.embed_dim = embed_dim
         self.image_embedding_size = image_embedding_size
         self.input_image_size = input_image_size
-        # (H, W) of the grid that positions are shares of; the image embedding is its top-left part. `build_sam` sets
-        # it for a non-square frame, as the public package's arguments have no place for it.
+        # (H, W) of the grid of positions; the image embedding is its top-left part. `build_sam` sets it for a
+        # non-square frame, because the public package has no argument for it.
         self.position_grid_size = image_embedding_size
         self.mask_input_size = (4 * image_embedding_size[0], 4 * image_embedding_size[1])
         self.pe_layer = PositionEmbeddingRandom(embed_dim // 2)
@@ -61,12 +61,10 @@ class PromptEncoder(nn.Module):
         return self.pe_layer(self.position_grid_size)[None, :, :height, :width]
 
     def forward(
-        self,
-        points: tuple[Tensor, Tensor] | None = None,
-        boxes: Tensor | None = None,
-        masks: Tensor | None = None,
+        self, points: tuple[Tensor, Tensor] | None = None, boxes: Tensor | None = None, masks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """
+        """Embed P prompts.
+
         Args:
             points: coordinates, P x N x 2 (x, y) in pixels of the input frame, and labels, P x N:
                 1 foreground, 0 background, -1 no point.
@@ -98,7 +96,7 @@ class PromptEncoder(nn.Module):
         return self.no_mask_embed.weight.device
 
     def _embed_points(self, points: Tensor, labels: Tensor, pad: bool) -> Tensor:
-        if pad:  # SAM always has a second corner: without a box, a point that is none stands in for it
+        if pad:  # without a box, SAM adds a point with the label "no point"
             points = torch.cat([points, points.new_zeros(points.shape[0], 1, 2)], dim=1)
             labels = torch.cat([labels, labels.new_full((labels.shape[0], 1), -1)], dim=1)
         embeddings = self._encode_pixels(points)
@@ -128,10 +126,7 @@ class PositionEmbeddingRandom(nn.Module):
     positional_encoding_gaussian_matrix: Tensor
 
     def __init__(self, num_pos_feats: int = 64, scale: float | None = None) -> None:
-        """
-        Args:
-            scale: standard deviation of the frequencies; 1 for None or what is not positive.
-        """
+        """Draw the frequencies with the standard deviation `scale`; 1 if it is None or not positive."""
         super().__init__()
         matrix = torch.randn(2, num_pos_feats) * (scale if scale and scale > 0 else 1.0)
         self.register_buffer("positional_encoding_gaussian_matrix", matrix)
@@ -154,11 +149,11 @@ class PositionEmbeddingRandom(nn.Module):
         matrix = self.positional_encoding_gaussian_matrix
         x, y = (2 * coords.to(self.precise) - 1).unsqueeze(-2).unbind(-1)  # each ... x 1
         frequencies_x, frequencies_y = matrix.to(self.precise)
-        # Not a matrix product: autocast would run that in half precision, which cannot tell pixels apart.
+        # Not a matrix product: autocast would compute it in half precision, too coarse for pixels.
         phase = 2 * math.pi * (x * frequencies_x + y * frequencies_y)
         return torch.cat([phase.sin(), phase.cos()], dim=-1).to(matrix.dtype)
 
     @property
     def precise(self) -> torch.dtype:
-        """What positions are computed in: the weights' type, but float32 in a model of half precision."""
+        """The type for positions: that of the weights, but float32 in a model of half precision."""
         return torch.promote_types(self.positional_encoding_gaussian_matrix.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""SAM as a whole: the three parts, the normalisation of images, and the way back to their size."""
+"""The complete SAM: its three parts, the normalisation of images, and the resizing of masks to the images' size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 class Sam(nn.Module):
-    """Images and prompts in, masks out. `SamPredictor` spares the encoder where one image has many prompts."""
+    """Images and prompts in, masks out. For many prompts of one image, `SamPredictor` runs the encoder only once."""
 
     mask_threshold: float = 0.0  # a pixel belongs to a mask where its logit is above this
     image_format: str = "RGB"
@@ -45,8 +45,8 @@ class Sam(nn.Module):
 
     @property
     def frame_size(self) -> tuple[int, int]:
-        """(H, W) in pixels of what the encoder takes."""
-        side = self.image_encoder.img_size  # another project's encoder may have a square alone
+        """(H, W) in pixels of the encoder's input."""
+        side = self.image_encoder.img_size  # encoders of other projects may only have this
         return getattr(self.image_encoder, "frame_size", (side, side))
 
     @property
@@ -55,10 +55,10 @@ class Sam(nn.Module):
 
     @torch.no_grad()
     def forward(self, batched_input: Sequence[dict[str, Any]], multimask_output: bool) -> list[dict[str, Tensor]]:
-        """Masks of images that have prompts each.
+        """Predict the masks of images with their own prompts.
 
         Args:
-            batched_input: for each image, of which only the first two must be given:
+            batched_input: for each image, with only the first two required:
                 image: 3 x H x W of 0..255, its longest side scaled to S (see `ResizeLongestSide`).
                 original_size: (H, W) before that.
                 point_coords, point_labels: P x N x 2 in pixels of the scaled image, and P x N.
@@ -70,7 +70,7 @@ class Sam(nn.Module):
             For each image:
                 masks: P x M x H x W bool, at `original_size`.
                 iou_predictions: P x M.
-                low_res_logits: P x M x h x w, which `mask_inputs` of a later call may be taken from.
+                low_res_logits: P x M x h x w, possible `mask_inputs` of a later call.
         """
         embeddings = self.image_encoder(torch.stack([self.preprocess(record["image"]) for record in batched_input]))
         image_pe = self.prompt_encoder.get_dense_pe()
@@ -111,10 +111,10 @@ class Sam(nn.Module):
         return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
 
     def postprocess_masks(self, masks: Tensor, input_size: Sequence[int], original_size: Sequence[int]) -> Tensor:
-        """Bring mask logits to the original image: upsample to the frame, crop the padding, resize.
+        """Resize mask logits to the original image: upsample to the frame, crop the padding, resize.
 
         Args:
-            masks: B x M x h x w logits as the decoder gives them.
+            masks: B x M x h x w logits of the decoder.
             input_size: (H, W) of the image within the frame, before padding.
             original_size: (H, W) of the original image.
 

@@ -1,10 +1,10 @@
 """The two-way transformer of SAM's mask decoder: prompt tokens and image tokens attend to each other.
 
-There are thousands of image tokens and a few prompt tokens, so what attention does to image tokens decides its cost.
-A projected image token is only ever multiplied with few things: a query q meets a key as q (W x + b), which is
-(q W) x + q b. Here the few are projected instead, with the matrices of both sides, and the image tokens are multiplied
-as they are: the same function, in less than half the arithmetic, and without a projected copy of the image tokens.
-Layers whose weights must not be used without a call (see `is_plain`) are called: `Attention.forward` is that formula.
+There are thousands of image tokens and a few prompt tokens, so operations on image tokens dominate the cost. The score
+of a query q and a key that is projected from an image token x is q (W x + b) = (q W) x + q b. The second form projects
+the few queries instead of the many image tokens: the same result in less than half the arithmetic, without a projected
+copy of the image tokens. Layers whose weights must not be used without a call (see `is_plain`) are called as usual by
+`Attention.forward`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from segment_anything.modeling.common import ArgumentError, MLPBlock, is_plain
 
 
 class TwoWayTransformer(nn.Module):
-    """`depth` two-way blocks, then one last look of the tokens at the image."""
+    """`depth` two-way blocks, then a last attention from the tokens to the image."""
 
     def __init__(
         self,
@@ -28,10 +28,7 @@ class TwoWayTransformer(nn.Module):
         activation: type[nn.Module] = nn.ReLU,
         attention_downsample_rate: int = 2,
     ) -> None:
-        """
-        Args:
-            attention_downsample_rate: what the width is divided by within attention between tokens and image.
-        """
+        """Set the sizes; `attention_downsample_rate` divides the width within attention between tokens and image."""
         super().__init__()
         self.depth = depth
         self.embedding_dim = embedding_dim
@@ -52,17 +49,18 @@ class TwoWayTransformer(nn.Module):
         self.norm_final_attn = nn.LayerNorm(embedding_dim)
 
     def forward(self, image_embedding: Tensor, image_pe: Tensor, point_embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """
+        """Let tokens and image attend to each other.
+
         Args:
             image_embedding: P x C x H x W.
             image_pe: position encodings, P x C x H x W or 1 x C x H x W.
-            point_embedding: tokens, PG x N x C, where G prompts after one another share an image to begin with (G = 1
-                in the public package); added again to the queries of every attention, as their position encoding.
+            point_embedding: tokens, PG x N x C: G successive prompts share an image (G = 1 in the public package). They
+                are also the position encoding of the queries in every attention.
 
         Returns:
             The tokens, PG x N x C, and the image tokens, PG x HW x C, after attending to each other.
         """
-        if not all(is_plain(layer, TwoWayAttentionBlock) for layer in self.layers):  # others know of no sharing
+        if not all(is_plain(layer, TwoWayAttentionBlock) for layer in self.layers):  # others do not support sharing
             image_embedding = repeated(image_embedding, len(point_embedding))
         keys = image_embedding.flatten(2).transpose(1, 2).contiguous()  # P x HW x C
         image_pe = image_pe.flatten(2).transpose(1, 2)
@@ -146,11 +144,10 @@ class Attention(nn.Module):
         return x.transpose(1, 2).flatten(2)
 
     def spares_work(self, few: Tensor, *folded: nn.Module) -> bool:
-        """Whether to multiply image tokens as they are with `few` tokens, P x N x C, by weights of `folded` layers.
+        """Whether to project the `few` tokens, P x N x C, with the weights of the `folded` layers.
 
-        Many tokens, as a prompt of many points has, are cheaper to multiply with projected image tokens: on a CPU, both
-        cost the same at about `internal_dim / num_heads` tokens. An exported graph gets the general formula, whatever
-        N it is traced with.
+        For many tokens, as of a prompt with many points, it is cheaper to project the image tokens: on a CPU, both cost
+        the same at about `internal_dim / num_heads` tokens. An exported graph uses the general formula for any N.
         """
         return (
             is_plain(self, Attention)
@@ -170,7 +167,7 @@ def tokens_to_image(attention: nn.Module, *, q: Tensor, k: Tensor, v: Tensor) ->
     attended = scores.softmax(dim=3).view(len(k), -1, k.shape[1]) @ v  # P x (G heads N) x C
     value_weight = attention.v_proj.weight.unflatten(0, (heads, -1))  # heads x c x C
     attended = torch.einsum("phnc,hdc->pnhd", attended.view(*scores.shape[:3], -1), value_weight)
-    # What each query attends with sums to 1: one bias.
+    # The weights of each query sum to 1, so the bias is added once.
     return attention.out_proj(attended.flatten(2) + attention.v_proj.bias)
 
 
@@ -188,7 +185,7 @@ def image_to_tokens(attention: nn.Module, *, q: Tensor, k: Tensor, v: Tensor) ->
 
 
 def _scores(few: Tensor, projection: nn.Linear, many: Tensor) -> Tensor:
-    """Scaled products of what is projected already, PG x heads x N x c, with the projection of `many`, P x HW x C.
+    """Scaled products of projected tokens, PG x heads x N x c, with the projection of `many`, P x HW x C.
 
     Returns:
         PG x heads x N x HW.
@@ -205,5 +202,5 @@ def _scores(few: Tensor, projection: nn.Linear, many: Tensor) -> Tensor:
 
 
 def repeated(x: Tensor, count: int) -> Tensor:
-    """P x ... -> PG x ... = `count` x ..., each G times after one another."""
+    """P x ... -> PG x ... = `count` x ..., each entry G times in a row."""
     return x if len(x) == count else x.repeat_interleave(count // len(x), dim=0)

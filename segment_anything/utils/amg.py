@@ -1,4 +1,4 @@
-"""Helpers for generating masks without prompts: point grids, crops, run lengths, and masks with what belongs to them.
+"""Helpers for generating masks without prompts: point grids, crops, run lengths, and tables of masks.
 
 Boxes are xyxy in pixels with inclusive corners. A run-length encoding (RLE) is COCO's uncompressed one,
 `{"size": [H, W], "counts": [...]}`: lengths of alternating runs of False and True, down the columns, False first.
@@ -10,7 +10,7 @@ import copy
 import itertools
 import math
 from collections.abc import ItemsView, Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -20,6 +20,13 @@ from torch import Tensor
 from segment_anything.modeling.common import ArgumentError
 
 Column = Tensor | np.ndarray | list[Any]
+
+
+class Rle(TypedDict):
+    """An uncompressed run-length encoding."""
+
+    size: list[int]  # [H, W]
+    counts: list[int]
 
 
 class MaskData:
@@ -57,7 +64,7 @@ class MaskData:
                 self._stats[key] = [column[row] for row in on_cpu.tolist()]
 
     def cat(self, new_stats: MaskData) -> None:
-        """Append the rows of `new_stats`. A column that is new here is taken over as a copy."""
+        """Append the rows of `new_stats`. New columns are copied."""
         for key, column in new_stats.items():
             if key not in self._stats:
                 self._stats[key] = copy.deepcopy(column)
@@ -168,7 +175,7 @@ def calculate_stability_score(masks: Tensor, mask_threshold: float, threshold_of
 
     The mask at the higher threshold lies within the other, so the IoU is the ratio of their areas.
     """
-    # int32 holds any area, takes half the memory of the default int64, and is a type that ONNX can sum.
+    # int32 holds any area, takes half the memory of int64, and ONNX can sum it.
     inner, outer = (
         (masks > mask_threshold + offset).sum(dim=(-2, -1), dtype=torch.int32)
         for offset in (threshold_offset, -threshold_offset)
@@ -189,32 +196,32 @@ def batched_mask_to_box(masks: Tensor) -> Tensor:
     return torch.where(boxes[..., 2:3] < 0, 0, boxes)
 
 
-def mask_to_rle_pytorch(tensor: Tensor) -> list[dict[str, Any]]:
+def mask_to_rle_pytorch(tensor: Tensor) -> list[Rle]:
     """Boolean masks, N x H x W -> the RLE of each."""
     _, height, width = tensor.shape
-    encoded = []
+    encoded: list[Rle] = []
     # One at a time: CUDA cannot list the changes of more than 2^31 pixels at once.
     for mask in tensor:
-        pixels = F.pad(mask.T.flatten(), (1, 0))  # False first: if the mask begins with True, that run has length 0
+        pixels = F.pad(mask.T.flatten(), (1, 0))  # False first: its run has length 0 if the mask begins with True
         starts = (pixels[1:] != pixels[:-1]).nonzero().flatten().tolist()
         counts = np.diff([0, *starts, height * width]).tolist()
         encoded.append({"size": [height, width], "counts": counts})
     return encoded
 
 
-def rle_to_mask(rle: dict[str, Any]) -> np.ndarray:
+def rle_to_mask(rle: Rle) -> np.ndarray:
     """An RLE -> H x W bool."""
     height, width = rle["size"]
     counts = rle["counts"]
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
-def area_from_rle(rle: dict[str, Any]) -> int:
-    """Pixels of the mask."""
+def area_from_rle(rle: Rle) -> int:
+    """The number of pixels of the mask."""
     return sum(rle["counts"][1::2])
 
 
-def coco_encode_rle(uncompressed_rle: dict[str, Any]) -> dict[str, Any]:
+def coco_encode_rle(uncompressed_rle: Rle) -> dict[str, list[int] | str]:
     """An RLE with its counts compressed to COCO's string.
 
     Raises:
@@ -229,7 +236,7 @@ def coco_encode_rle(uncompressed_rle: dict[str, Any]) -> dict[str, Any]:
 def remove_small_regions(mask: np.ndarray, area_thresh: float, mode: str) -> tuple[np.ndarray, bool]:
     """Fill the holes ("holes") or remove the parts ("islands") of a mask that are smaller than `area_thresh` pixels.
 
-    Pixels that touch at a corner are connected. A mask with small parts alone keeps its largest.
+    Pixels that touch at a corner are connected. A mask with only small parts keeps the largest.
 
     Args:
         mask: H x W bool.
@@ -245,7 +252,7 @@ def remove_small_regions(mask: np.ndarray, area_thresh: float, mode: str) -> tup
     _, labels, stats, _ = cv2.connectedComponentsWithStats(parts.astype(np.uint8), connectivity=8)
     areas = stats[:, cv2.CC_STAT_AREA]
     small = areas < area_thresh
-    small[0] = False  # the rest of the picture, which is no part
+    small[0] = False  # the rest of the picture
     if not small.any():
         return mask, False
     if mode == "holes":

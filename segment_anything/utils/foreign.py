@@ -1,4 +1,4 @@
-"""Checkpoints that other programs wrote: those that are a SAM in other words, and the names of those that are not."""
+"""Checkpoints of other programs: SAM files in other forms are converted, and other models are named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from segment_anything.utils.plain_load import MAX_PICKLE, is_archive, load_plain
 
 OURS = "a fine-tuned decoder of train_bdd100k.py"
 SAM = "a SAM checkpoint"
-# What a file is, by a name in it; the first that fits. Names may have prefixes, such as DDP's "module.".
+# The kind of a file by names in it; the first match counts. Names may have prefixes, such as DDP's "module.".
 _KINDS = (
     (r"^class_names$[\s\S]*^sam_sha256$|^sam_sha256$[\s\S]*^class_names$", OURS),
     (
@@ -47,10 +47,10 @@ _KINDS = (
         SAM,
     ),
 )
-_WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys that trainers put a state dict under
+_WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which trainers store a state dict
 _PREFIXES = ("module.", "_orig_mod.")  # of DDP and of torch.compile
 
-# Hugging Face's SamModel -> SAM, each applied to what the ones before it made of a name.
+# Hugging Face's SamModel -> SAM; applied one after another.
 _FROM_HUGGING_FACE = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -76,7 +76,7 @@ _FROM_HUGGING_FACE = tuple(
         (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
         (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
         (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
-        # Of three layers, its MLPs number the one in the middle alone.
+        # Its MLPs number only the middle one of three layers.
         (r"(_mlps\.\d|iou_prediction_head)\.layers\.0\.", r"\1.layers.1."),
         (r"(_mlps\.\d|iou_prediction_head)\.proj_in\.", r"\1.layers.0."),
         (r"(_mlps\.\d|iou_prediction_head)\.proj_out\.", r"\1.layers.2."),
@@ -85,7 +85,7 @@ _FROM_HUGGING_FACE = tuple(
 
 
 def load(path: Path) -> Any:
-    """What a PyTorch or a safetensors file holds, without running anything of it; raises as `load_plain`."""
+    """Load a PyTorch or a safetensors file without running its code; raises as `load_plain`."""
     if not _is_safetensors(path):
         return load_plain(path)
     try:
@@ -96,8 +96,8 @@ def load(path: Path) -> Any:
 
 
 def sam_state(payload: Any) -> dict[str, Tensor] | None:
-    """The state dict in what was loaded, by the names that SAM has: without what trainers put around it, and with the
-    names of Hugging Face's `SamModel` replaced. None where there is no state dict."""
+    """The state dict in a loaded file with SAM's names: without the wrappers of trainers, and with the names of Hugging
+    Face's `SamModel` replaced. None if there is no state dict."""
     if not isinstance(payload, dict):
         return None
     for key in _WRAPPERS:
@@ -123,16 +123,16 @@ def _from_hugging_face(key: str) -> str:
 
 
 def kind_of(names: Iterable[str]) -> str | None:
-    """What a file is that has these names in it, with what can be done about it; None where they tell nothing."""
+    """The kind of a file with these names, and what to do with it; None if unknown."""
     text = "\n".join(names)
     return next((kind for pattern, kind in _KINDS if re.search(pattern, text, re.MULTILINE)), None)
 
 
 def kind_of_file(path: Path) -> str | None:
-    """As `kind_of`, of a file that could not be loaded: nothing of it is run, and no tensor is read."""
+    """The kind of a file that could not be loaded; no code of it runs, and no tensor is read."""
     try:
         return kind_of(_names_in(path))
-    except Exception:  # damaged bytes lead the parsers to almost any; such a file has no names
+    except Exception:  # damaged bytes can raise almost anything in the parsers
         return None
 
 

@@ -13,11 +13,11 @@ from segment_anything.utils.amg import calculate_stability_score
 
 
 class SamOnnxModel(nn.Module):
-    """Prompt encoder, mask decoder and the way back to the image's size, without control flow that depends on data.
+    """Prompt encoder, mask decoder and resizing to the image's size, without control flow that depends on data.
 
     A prompt is always points and a mask. A box is two points with the labels 2 (top left) and 3 (bottom right). Without
-    a box, a last point with the label -1 stands in for it, as `PromptEncoder` adds it. Without a mask,
-    `has_mask_input` is 0. A model of a non-square frame takes images that fit it alone; the graph cannot check that.
+    a box, add a last point with the label -1, as `PromptEncoder` does. Without a mask, `has_mask_input` is 0. A model
+    of a non-square frame needs images that fit the frame; the graph cannot check that.
     """
 
     def __init__(
@@ -27,9 +27,10 @@ class SamOnnxModel(nn.Module):
         use_stability_score: bool = False,
         return_extra_metrics: bool = False,
     ) -> None:
-        """
+        """Set what is exported.
+
         Args:
-            return_single_mask: return the best mask, or all four; mask 0 is the one for an unambiguous prompt.
+            return_single_mask: return the best mask instead of all four; mask 0 is for an unambiguous prompt.
             use_stability_score: score masks by their stability instead of the predicted IoU.
             return_extra_metrics: also return stability scores and areas at the image's size.
         """
@@ -58,7 +59,7 @@ class SamOnnxModel(nn.Module):
             image_embeddings: 1 x C x h x w.
             point_coords: 1 x N x 2 (x, y) in pixels of the scaled image.
             point_labels: 1 x N float: 1 foreground, 0 background, 2 and 3 corners of a box, -1 no point.
-            mask_input: 1 x 1 x 4h x 4w logits; not used where `has_mask_input` is 0.
+            mask_input: 1 x 1 x 4h x 4w logits; ignored if `has_mask_input` is 0.
             has_mask_input: 1, of 0 or 1.
             orig_im_size: 2 float, (H, W) of the original image.
 
@@ -104,9 +105,9 @@ class SamOnnxModel(nn.Module):
         return torch.floor(longest_side / size.max() * size + 0.5).to(torch.int64)
 
     def mask_postprocessing(self, masks: Tensor, orig_im_size: Tensor) -> Tensor:
-        """Logits of the decoder, 1 x M x 4h x 4w, at the original size: 1 x M x H x W."""
+        """Resize logits of the decoder, 1 x M x 4h x 4w, to the original size, 1 x M x H x W."""
         masks = F.interpolate(masks, self.model.frame_size, mode="bilinear", align_corners=False)
-        # Tensors and not numbers, which would fix the example's size in the exported graph.
+        # Tensors, because numbers would fix the example's size in the exported graph.
         scaled = self.resize_longest_image_size(orig_im_size, self.img_size)
         masks = masks[..., : scaled[0], : scaled[1]]
         original = orig_im_size.to(torch.int64)
@@ -116,11 +117,11 @@ class SamOnnxModel(nn.Module):
     def select_masks(self, masks: Tensor, iou_preds: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
         """The best mask of each prompt by `iou_preds`, B x 1 x H x W, and its score, B x 1.
 
-        Mask 0 is always taken for three points or more, of any label, and never for fewer: those may be ambiguous.
+        With three points or more, of any label, this is mask 0. Fewer may be ambiguous: then it is never mask 0.
         """
         is_first = torch.arange(iou_preds.shape[1], device=iou_preds.device) == 0
         best = (iou_preds + 1000 * (iou_preds.new_full((), num_points) - 2.5) * is_first).argmax(dim=1, keepdim=True)
-        # Gathered and not indexed, which PyTorch's newer exporter cannot translate.
+        # gather, because PyTorch's newer exporter cannot translate this indexing.
         best_masks = masks.gather(1, best[..., None, None].expand(-1, -1, *masks.shape[2:]))
         return best_masks, iou_preds.gather(1, best)
 

@@ -1,9 +1,8 @@
-"""Reading what `torch.save` wrote, though every byte of it may be meant to harm.
+"""Reading files of `torch.save` that may be hostile.
 
-`torch.load(weights_only=True)` runs no code that a file brings, and that is all it promises: it unpacks what is packed
-a thousandfold, makes a `bytearray` of any length that it is told, and tensors that claim more than their file has.
-Here a file may name nothing but plain tensors, do nothing else to them than `torch.save` writes, and give no more bytes
-than it has.
+`torch.load(weights_only=True)` runs no code from a file, but it unpacks zip bombs, allocates a `bytearray` of any
+length, and accepts tensors that claim more bytes than the file has. Here a file may hold only plain tensors, only the
+operations that `torch.save` writes, and no more bytes than its own size.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-MAX_PICKLE = 16 << 20  # bytes of structure; that of vit_h, its tensors left aside, has some hundred thousand
-_MAX_DEPTH = 32  # of containers in containers
-# All that is in a state dict or in a checkpoint of plain values.
+MAX_PICKLE = 16 << 20  # bytes of structure; vit_h has about a hundred thousand beside its tensors
+_MAX_DEPTH = 32  # of nested containers
+# The globals of a state dict or of a checkpoint of plain values.
 _GLOBALS = re.compile(
     r"collections OrderedDict|torch Size|torch \w+Storage|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)"
 )
@@ -37,14 +36,15 @@ _LEGACY_PICKLES = 5  # magic number, protocol, system, the object, the keys of i
 
 
 def load_plain(path: Path, *, strict: bool = False) -> Any:
-    """Read tensors, numbers, strings and None in dicts, lists and tuples, on the CPU; nothing else passes.
+    """Read tensors, numbers, strings and None in dicts, lists and tuples, on the CPU.
 
     Args:
-        strict: take only the archives of today's `torch.save`, not its older format, and compare every checksum.
-            PyTorch does not, so that a flipped bit would become a weight.
+        path: the file.
+        strict: accept only archives, not the older format of `torch.save`, and compare all checksums. PyTorch does not,
+            so that a flipped bit would become a weight.
 
     Raises:
-        ValueError: the file is damaged, holds or claims anything else, or is larger inside than outside.
+        ValueError: the file is damaged, holds anything else, or claims more bytes than it has.
         OSError: the system does not let us read it.
     """
     try:
@@ -61,30 +61,30 @@ def load_plain(path: Path, *, strict: bool = False) -> Any:
             if sum(storages.values()) > path.stat().st_size:
                 raise ValueError("claims more bytes than there are")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are PyTorch's to its caller, and the file's word is not the user's
+            warnings.simplefilter("ignore")  # they are for developers
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         return _plain(loaded, path.stat().st_size, 0, {})
-    except Exception as error:  # the unpickler goes where damaged bytes lead it, and raises almost anything there
+    except Exception as error:  # damaged bytes can raise almost anything in the unpickler
         require_readable(path)
         raise ValueError(f"{path}: damaged, or not a file of plain tensors") from error
 
 
 def is_archive(path: Path) -> bool:
-    """Whether it begins as the archives of `torch.save`, as PyTorch decides it; an OSError is the system's."""
+    """Whether it is an archive of `torch.save`, by the test that PyTorch uses. Raises OSError if it is unreadable."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def require_readable(path: Path) -> None:
-    """Read a file to its end: what a reader took for damage may be an `OSError` of the system, which this raises."""
+    """Read a file to its end: what a parser took for damage may be an `OSError` of the system."""
     with open(path, "rb") as file:
         while file.read(1 << 20):
             pass
 
 
 def _check_archive(path: Path, *, check_sums: bool) -> None:
-    """Raise ValueError unless the archive is as `torch.save` writes it: no member is packed, there twice, or lies upon
-    another, and each storage has the bytes that the pickle says."""
+    """Raise ValueError unless the archive is as `torch.save` writes it: no member is compressed, repeated or overlaps
+    another, and each storage has the size that the pickle claims."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         names = {member.filename.casefold() for member in members}
@@ -103,22 +103,22 @@ def _check_archive(path: Path, *, check_sums: bool) -> None:
         sizes = {member.filename: member.file_size for member in members}
         for key, size in storages.items():
             if sizes.get(f"{folder}/data/{key}") != size:
-                raise ValueError(f"storage {key} is not of the size that the pickle says")
+                raise ValueError(f"storage {key} does not have the size that the pickle claims")
 
 
 @dataclass
 class _Value:
-    """What an opcode leaves on the stack: its kind, and of what has no kind of its own (a dict) nothing else."""
+    """A value on the unpickler's stack."""
 
     kind: str
-    content: Any = None  # of a str, an int or a global its value, of a tuple its values
+    content: Any = None  # the value of a str, an int or a global, or the values of a tuple
 
 
 class _Checker:
-    """Follows a pickle without running anything of it, and takes nothing that `torch.save` does not write.
+    """Follows a pickle without executing it, and rejects everything that `torch.save` does not write.
 
-    PyTorch's unpickler looks at the names in a pickle, and not at what its opcodes are applied to: items are set in
-    what is no dict, and the state of a tensor is replaced.
+    PyTorch's unpickler checks the names in a pickle, but not the types that opcodes are applied to: it sets items in
+    other values than dicts, and replaces the state of tensors.
     """
 
     _CONSTANTS: ClassVar = {
@@ -143,10 +143,10 @@ class _Checker:
         """Read one pickle to its end.
 
         Returns:
-            For the key of each storage the bytes that it is said to have.
+            The claimed bytes of each storage by its key.
 
         Raises:
-            ValueError: it holds something else than plain values and tensors.
+            ValueError: it holds anything but plain values and tensors.
         """
         for opcode, argument, _ in pickletools.genops(stream):
             self._follow(opcode.name, argument)
@@ -177,7 +177,7 @@ class _Checker:
         elif name in ("APPEND", "APPENDS"):
             _ = self._pop(1) if name == "APPEND" else self._pop_to_mark()
             self._top("list")
-        elif name == "BUILD":  # of the dict that Module.state_dict returns: its `_metadata`
+        elif name == "BUILD":  # the `_metadata` of Module.state_dict's result
             (state,) = self._pop(1)
             if state.kind not in ("dict", "ordered dict"):
                 raise ValueError(f"sets the state of a value by a {state.kind}")
@@ -198,12 +198,12 @@ class _Checker:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0) or (
             kinds != ("anything",) and value.kind not in kinds
         ):
-            raise ValueError(f"does to a {value.kind} what is done to a {kinds[0]}")
+            raise ValueError(f"applies an operation of a {kinds[0]} to a {value.kind}")
         return value
 
     def _pop(self, count: int) -> list[_Value]:
         if len(self.stack) - (self.marks[-1] if self.marks else 0) < count:
-            raise ValueError("takes more from the stack than there is")
+            raise ValueError("takes more values than the stack has")
         taken = self.stack[len(self.stack) - count :]
         del self.stack[len(self.stack) - count :]
         return taken
@@ -215,7 +215,7 @@ class _Checker:
         return taken
 
     def _result(self, function: _Value, arguments: _Value) -> str:
-        """The kind of what a call gives."""
+        """The kind of a call's result."""
         kinds = [value.kind for value in arguments.content] if arguments.kind == "tuple" else None
         name = function.content if function.kind == "global" else function.kind
         if name == "collections OrderedDict" and kinds == []:
@@ -233,20 +233,19 @@ class _Checker:
         parts = value.content if value.kind == "tuple" else []
         kinds = [part.kind for part in parts[:5]]
         if kinds != ["str", "global", "str", "str", "int"] or parts[0].content != "storage":
-            raise ValueError("a persistent id that is no storage")
+            raise ValueError("a persistent id is not a storage")
         _, kind, key, _, elements = (part.content for part in parts[:5])
         size = elements * _ELEMENT_BYTES[kind.removeprefix("torch ").removesuffix("Storage")]
         if elements < 0 or self.storages.setdefault(key, size) != size:
-            raise ValueError("a storage of two sizes")
+            raise ValueError("a storage has two sizes")
         return key
 
 
 def _plain(value: Any, max_bytes: int, depth: int, done: dict[int, Any]) -> Any:
-    """A copy in Python's own containers: an `OrderedDict` of a file may carry an `items` of its own.
+    """Copy to Python's own containers: an `OrderedDict` in a file may have its own `items`.
 
     Args:
-        max_bytes: the most that a tensor may have: the length of the file. One that repeats an element may claim any
-            size, and takes it up when it is copied.
+        max_bytes: of a tensor, the length of the file: a tensor that repeats an element could claim any size.
         done: copies by the id of their original; a few containers can hold each other a million times.
     """
     kind = type(value)

@@ -32,7 +32,7 @@ from utils.cache.embedding_cache import Binding, EmbeddingCache, Request, entry_
 from utils.data.augment import fixed_view
 from utils.data.datasets import EvaluationDataset, NpyFolder, SemanticDataset, collate_evaluation
 from utils.model import checkpoint
-from utils.model.checkpoint import ModelInfo
+from utils.model.checkpoint import Checkpoint, ModelInfo
 from utils.model.segmenter import Features, Segmenter, build_model
 from utils.runtime.device import Precision
 from utils.runtime.errors import Interrupted, LostWorkerError, UnreadableError, UserError
@@ -305,7 +305,7 @@ def test_folders_that_cannot_be_a_cache(
         prepare(split, segmenter, sam_file, str(tmp_path / "full"))
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "cache.json").write_text("{")
-    with pytest.raises(UserError, match=r"cache\.json: damaged; remove"):
+    with pytest.raises(UserError, match=r"cache\.json: not JSON .*; remove"):
         prepare(split, segmenter, sam_file, str(tmp_path / "damaged"))
     monkeypatch.setattr(embedding_cache, "ROOM_TO_LEAVE", 1 << 60)
     with pytest.raises(UserError, match=r"the cache needs .* GiB of disk"):
@@ -473,7 +473,7 @@ def test_whether_there_is_a_cache_is_part_of_the_run(
             run_script(train_bdd100k, *common, "-num_epochs", 4, "--resume", cached, *flags)
 
 
-def train(split: Path, sam_file: Path, tmp_path: Path, *flags: object) -> dict[str, Any]:
+def train(split: Path, sam_file: Path, tmp_path: Path, *flags: object) -> Checkpoint:
     """Train on a split, which is validated on too; returns `latest`."""
     work_dir = tmp_path / f"work{len(list(tmp_path.glob('work*')))}"
     common = [
@@ -670,7 +670,7 @@ def test_entries_of_other_views_are_made_anew(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prepare(split, segmenter, sam_file, num_views=3)
-    monkeypatch.setattr("utils.data.augment.LEAST_AREA", 0.3)
+    monkeypatch.setattr("utils.data.augment.MIN_CROP_AREA", 0.3)
     capsys.readouterr()
     prepare(split, segmenter, sam_file, num_views=2)  # these are as they were
     assert capsys.readouterr().out == ""

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.data.augment import LEAST_AREA, View, draw_view, fixed_view
+from utils.data.augment import MIN_CROP_AREA, View, draw_view, fixed_view
 from utils.data.geometry import PAD_COLOR
 
 SIDE = 48
@@ -88,7 +88,7 @@ def test_windows_stay_inside_and_reach_their_bounds() -> None:
     assert windows.min() >= 0
     assert (windows[:, :2] + windows[:, 2:]).max() <= 1
     areas = windows[:, 2] * windows[:, 3]
-    assert LEAST_AREA * 0.9 < areas.min() < 0.55 and areas.max() > 0.9
+    assert MIN_CROP_AREA * 0.9 < areas.min() < 0.55 and areas.max() > 0.9
     assert 0.4 < np.mean([view.mirrored for view in views]) < 0.6
     for what in ("brightness", "contrast"):
         values = [getattr(view, what) for view in views]

@@ -112,7 +112,7 @@ def test_a_split_without_masks_is_unlabelled(tmp_path, mask_folder):
 
 
 def test_nothing_to_find(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere: no such folder .*--bdd100k_root"):
+    with pytest.raises(UserError, match=r"nowhere: no such folder; .*--bdd100k_root"):
         find_split(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match=r"no images of split 'train' \(looked for .*images/10k/train or .*seg/images"):
         find_split(tmp_path, "train")
@@ -208,14 +208,16 @@ def test_files_but_no_mask(tmp_path, names, layout):
 def test_masks_above_the_splits(tmp_path):
     _, masks = lay_out(tmp_path, NEW, "train", ["a.jpg"], [])
     (masks.parent / "a.png").touch()
-    with pytest.raises(UserError, match=rf"masks: holds masks of split 'train' \(move them into {masks}\)"):
+    with pytest.raises(UserError, match=rf"masks: holds the masks of split 'train'; move them into {masks}"):
         find_split(tmp_path, "train")
 
 
 @pytest.mark.parametrize("colours", ["labels/sem_seg/colormaps/train", "seg/color_labels/train"])
 def test_colour_pictures_alone(tmp_path, colours):
     lay_out(tmp_path, (NEW[0], colours), "train", ["a.jpg"], ["a.png"])
-    with pytest.raises(UserError, match=rf"{colours}: holds colour pictures, such as a\.png, but there are no masks"):
+    with pytest.raises(
+        UserError, match=rf"{colours}: holds colour pictures, such as a\.png, but .* has no masks of train ids"
+    ):
         find_split(tmp_path, "train")
 
 
@@ -350,14 +352,14 @@ def test_an_absurd_header_costs_no_memory(tmp_path):
 
 
 def test_what_is_no_image(tmp_path):
-    with pytest.raises(UserError, match=r"a\.jpg: cannot be read \(No such file or directory\)"):
+    with pytest.raises(UserError, match=r"a\.jpg: no such file"):
         read_image(tmp_path / "a.jpg")
     (tmp_path / "a.jpg").write_text("<html>404</html>")
-    with pytest.raises(UserError, match="neither a JPEG nor a PNG"):
+    with pytest.raises(UserError, match="not a JPEG, PNG, WebP, BMP or TIFF picture"):
         read_image(tmp_path / "a.jpg")
     (tmp_path / "a.jpg").unlink()
     (tmp_path / "a.jpg").mkdir()
-    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(UserError, match=r"a\.jpg: not a regular file"):
         read_image(tmp_path / "a.jpg")
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "b.png")
     with pytest.raises(UserError, match="not an 8-bit image"):
@@ -474,9 +476,9 @@ def test_labels_that_are_none(tmp_path, labels, said):
         ("RGB", r"a colour-coded \(RGB\)"),
         ("RGBA", r"a colour-coded \(RGBA\)"),
         ("P", r"a colour-coded \(palette\)"),
-        ("1", "no 8-bit greyscale"),
-        ("LA", "no 8-bit greyscale"),
-        ("I;16", "no 8-bit greyscale"),
+        ("1", "not an 8-bit greyscale"),
+        ("LA", "not an 8-bit greyscale"),
+        ("I;16", "not an 8-bit greyscale"),
     ],
 )
 def test_pictures_that_are_no_masks(tmp_path, mode, said):

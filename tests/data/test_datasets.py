@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from utils.data.datasets import (
     BoxPromptDataset,
     EvaluationDataset,
     NpyFolder,
+    Sample,
     SemanticDataset,
     TrainingDataset,
     TrainingSampler,
@@ -43,7 +45,7 @@ def dataset(npy: Path, **changes: Any) -> BoxPromptDataset:
     return BoxPromptDataset(NpyFolder(npy / "train"), **options)
 
 
-def equal(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def equal(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return all(torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key] for key in a)
 
 
@@ -86,7 +88,7 @@ def labels_of(*class_ids: int) -> np.ndarray:
     return labels
 
 
-def over_epochs(data: TrainingDataset, count: int) -> list[dict[str, Any]]:
+def over_epochs(data: TrainingDataset, count: int) -> list[Sample]:
     samples = []
     for epoch in range(count):
         data.set_epoch(epoch)
@@ -153,7 +155,7 @@ def test_a_batch_pads_prompts_to_the_most_that_an_image_has(tmp_path: Path) -> N
     assert first == [[0, 0, 7, 7], [8, 8, 15, 15], [16, 16, 23, 23]] and second == [[0, 0, 7, 7], [0] * 4, [0] * 4]
     assert batch["boxes"].dtype == torch.float32 and batch["name"] == ["0", "1"]
     # A crop that shows nothing labelled has no class; the decoder is given one box all the same.
-    nothing = {**data[1], **{key: data[1][key][:0] for key in ("class_ids", "boxes", "valid")}}
+    nothing: Any = {**data[1], **{key: data[1][key][:0] for key in ("class_ids", "boxes", "valid")}}
     batch = collate_training([nothing])
     assert (batch["class_ids"].tolist(), batch["valid"].tolist()) == ([[255]], [[False]])
     semantic = SemanticDataset(NpyFolder(source / "train"), seed=0)
@@ -379,7 +381,7 @@ def _npy_bytes(tmp_path: Path, array: np.ndarray) -> bytes:
 def test_folder_refuses_what_is_no_labelled_split(npy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         NpyFolder(tmp_path / "none")
-    with pytest.raises(UserError, match=r"manifest.json: not found"):
+    with pytest.raises(UserError, match=r"manifest.json: no such file"):
         NpyFolder(tmp_path)
     label = next((npy / "train" / "gts").iterdir())
     shutil.copytree(npy / "train", tmp_path / "train")
@@ -401,7 +403,7 @@ def test_an_unlabelled_split_is_refused(npy: Path, tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest |= {"labelled": False, "items": [{**item, "pixels": []} for item in manifest["items"]]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=rf"{folder}: this split has no labels \(gts/\); take one that has"):
+    with pytest.raises(UserError, match=rf"{folder}: this split has no labels \(gts/\); give one that has"):
         NpyFolder(folder)
 
 
@@ -409,13 +411,13 @@ def test_a_file_that_changes_or_goes_after_the_check_is_named(tmp_path: Path) ->
     data = dataset(split_of(tmp_path, labels_of(1)))
     path, ran = tmp_path / "train" / "gts" / "0.npy", tmp_path / "ran"
     np.save(path, np.array([Payload(ran)], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match=rf"{path}: became unreadable while it was in use"):
+    with pytest.raises(UserError, match=rf"{path}: holds pickled objects, which are never loaded"):
         data[0]
     assert not ran.exists()
     np.load(path, allow_pickle=True)  # the payload is live: a reader that allows pickles runs it
     assert ran.exists()
     path.unlink()
-    with pytest.raises(UserError, match=rf"{path}: became unreadable while it was in use"):
+    with pytest.raises(UserError, match=rf"{path}: no such file; run pre_bdd100k\.py again"):
         data[0]
 
 

@@ -98,7 +98,7 @@ def test_several_pictures_in_one_jpeg(tmp_path: Path) -> None:
     data = (tmp_path / "a.jpg").read_bytes()
     end = data.index(b"\xff\xd9", len(JPEG) // 2)  # of the first
     for spoilt in (data[: end - 900] + bytes(902) + data[end + 2 :], data[: end - 900] + data[end + 2 :]):
-        with pytest.raises(UserError, match=r"a\.jpg: truncated, the JPEG has no end before another begins"):
+        with pytest.raises(UserError, match=r"a\.jpg: truncated, the JPEG has no end"):
             read(tmp_path / "a.jpg", spoilt)
 
 
@@ -163,24 +163,13 @@ def test_what_follows_a_png_and_its_animation_do_not_matter(tmp_path: Path) -> N
         assert np.array_equal(read_image(tmp_path / "a.png"), PIXELS)
 
 
-@pytest.mark.parametrize("more", [-1, 0, 1])
-@pytest.mark.parametrize("kind", ["BMP", "TIFF", "PNG"])
-def test_a_file_as_long_as_the_first_read_is_read(
-    tmp_path: Path, kind: str, more: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = encoded(kind)
-    monkeypatch.setattr("utils.data.image_files._FIRST_READ", len(data) - more)
-    assert np.array_equal(read(tmp_path / "a", data), PIXELS)
-
-
 @pytest.mark.parametrize("kind", ["BMP", "TIFF"])
 def test_a_file_longer_than_the_largest_picture_is_named(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = encoded(kind)
-    monkeypatch.setattr("utils.data.image_files._FIRST_READ", len(data) - 9)
     monkeypatch.setattr("utils.data.image_files.MAX_BYTES", len(data) - 1)
-    with pytest.raises(UserError, match="has more bytes than the largest picture that is read"):
+    with pytest.raises(UserError, match=r"a: larger than \d+ MiB; remove it"):
         read(tmp_path / "a", data)
 
 
@@ -193,7 +182,7 @@ def test_a_cut_png_is_refused(tmp_path: Path, share: float, filled: bool) -> Non
 
 
 def test_a_png_of_apples_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"a\.png: not a standard PNG \(it has a chunk CgBI\); save it anew"):
+    with pytest.raises(UserError, match=r"a\.png: not a standard PNG \(it has a chunk CgBI\); save it again"):
         read(tmp_path / "a.png", PNG[:8] + chunk(b"CgBI", b"\x50\0\x20\2") + PNG[8:])
 
 
@@ -233,7 +222,7 @@ def test_a_large_picture_of_another_format_is_read_to_its_end(tmp_path: Path) ->
     ],
 )
 def test_formats_that_are_not_read_are_named(tmp_path: Path, start: bytes, kind: str) -> None:
-    with pytest.raises(UserError, match=rf"a\.jpg: a {kind} picture, which is not read here; convert it to JPEG"):
+    with pytest.raises(UserError, match=rf"a\.jpg: {kind} is not supported; convert the picture to JPEG"):
         read(tmp_path / "a.jpg", start + bytes(100))
 
 

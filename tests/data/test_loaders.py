@@ -40,7 +40,7 @@ class Doomed(Dataset):
 
 
 def test_a_worker_that_dies_at_work() -> None:
-    with pytest.raises(LostWorkerError, match=r"a loader process has ended \(.*\): .*, lower -num_workers"):
+    with pytest.raises(LostWorkerError, match=r"a loader process has ended \(.*\); .*, lower -num_workers"):
         list(Loader(Doomed(0), sampler=[0, 1], num_workers=1))
 
 
@@ -125,7 +125,7 @@ def test_a_batch_for_which_there_is_no_shared_memory(options: str) -> None:
     ended = with_shared_memory_of("256k", [sys.executable, "-c", code], cwd=ROOT, timeout=60)
     (line,) = ended.stderr.splitlines()
     assert ended.returncode == 1
-    assert line.startswith("error: a loader process cannot hand over a batch: /dev/shm of 256 KiB is full (No space")
+    assert line.startswith("error: a loader process cannot send a batch: /dev/shm of 256 KiB is full (No space")
     assert "--shm-size" in line and line.endswith("--num_workers 0")
 
 
@@ -151,7 +151,7 @@ def test_more_open_files_than_are_allowed(limit: int) -> None:
     code += LOAD.format(parts="[torch.ones(1) for _ in range(9)]", options=", collate_fn=lambda samples: samples")
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     (line,) = ended.stderr.splitlines()
-    assert ended.returncode == 1 and line.startswith("error: a loader process cannot hand over a batch (too many open")
+    assert ended.returncode == 1 and line.startswith("error: a loader process cannot send a batch (too many open")
     assert "ulimit -n" in line
 
 
@@ -176,9 +176,7 @@ def test_the_status_of_a_crash_is_no_reason(status: int) -> None:
     assert os.strerror(status) not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("number", "said"), [(errno.EIO, r"has ended \(Input/output"), (errno.ENOSPC, "cannot hand over")]
-)
+@pytest.mark.parametrize(("number", "said"), [(errno.EIO, r"has ended \(Input/output"), (errno.ENOSPC, "cannot send")])
 def test_a_batch_that_the_system_does_not_send_says_why(number: int, said: str) -> None:
     class Unsendable:
         def __reduce__(self) -> Any:
@@ -232,4 +230,4 @@ def test_no_more_workers_than_cores(
     assert usable_workers(asked) == given
     said = capsys.readouterr().out
     assert said.count("\n") == (given != asked)
-    assert given == asked or said.startswith(f"--num_workers {asked} is lowered to {given}: there are 6 usable cores")
+    assert given == asked or said.startswith(f"--num_workers {asked} is lowered to {given}: 6 cores are available")

@@ -92,7 +92,7 @@ def test_a_stopped_run_is_told_apart(tmp_path):
 def test_missing(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         read_manifest(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"manifest\.json: not found; .* was not written by pre_bdd100k\.py"):
+    with pytest.raises(UserError, match=r"manifest\.json: no such file; .* was not written by pre_bdd100k\.py"):
         read_manifest(tmp_path)
 
 
@@ -100,7 +100,7 @@ def test_the_folder_above_the_splits(tmp_path):
     for name in ("train", "val"):
         (tmp_path / name).mkdir()
         manifest().write(tmp_path / name)
-    with pytest.raises(UserError, match=f"is above the splits; give one of them, such as {tmp_path}/train$"):
+    with pytest.raises(UserError, match=f"holds splits; give one of them, such as {tmp_path}/train$"):
         read_manifest(tmp_path)
 
 
@@ -109,7 +109,9 @@ def test_the_folder_above_the_splits(tmp_path):
 )
 def test_not_a_manifest(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match=r"manifest\.json: not a manifest of pre_bdd100k\.py"):
+    with pytest.raises(
+        UserError, match=r"manifest\.json: not (JSON .*|a manifest of pre_bdd100k\.py); run pre_bdd100k"
+    ):
         read_manifest(tmp_path)
 
 

@@ -172,7 +172,7 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves ~ alone inside quotes
     assert list(names_of("~/city/y*")) == ["y"]
     assert "matches nothing" in error_of("city/z*.jpg")
-    assert "no .jpg, .jpeg or .png" in error_of("city/*.txt")
+    assert "no .jpg, .jpeg, .png" in error_of("city/*.txt")
 
 
 def test_names_are_unique_and_tell_pictures_apart(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_what_is_no_source_is_one_clear_error(tmp_path: Path) -> None:
     assert "not a video" in error_of(tmp_path / "a.npy")
     for suffix, kind in (("gif", "GIF"), ("jp2", "JPEG 2000"), ("avif", "AVIF")):  # which may be videos to FFmpeg
         path = write_picture(tmp_path / f"still.{suffix}", picture(16, 16))
-        assert f"a {kind} picture, which is not read here; convert it to JPEG" in error_of(path)
+        assert f"{kind} is not supported; convert the picture to JPEG" in error_of(path)
     (tmp_path / "damaged.jpg").write_bytes(b"\xff\xd8 and no more")
     assert "JPEG" in error_of(tmp_path / "damaged.jpg")
 
@@ -390,7 +390,7 @@ def test_overlay_folder_writes_jpegs(tmp_path: Path) -> None:
     assert near(written[:, :30], GREEN)
     assert near(written[:, 40:], (10, 90, 101))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"), OverlayFolder(tmp_path / "file" / "out"):
+    with pytest.raises(UserError, match="cannot be created"), OverlayFolder(tmp_path / "file" / "out"):
         pass
 
 
@@ -465,7 +465,7 @@ def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "a.mp4"], cwd=ROOT, timeout=60, capture_output=True, text=True
     )
-    assert "a.mp4: could not be written whole" in done.stdout and done.stderr == ""
+    assert "a.mp4: could not be written completely" in done.stdout and done.stderr == ""
     assert list(tmp_path.iterdir()) == []
 
 
@@ -495,9 +495,9 @@ def test_sources_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyP
     source = find_source("in/*.jpg")
     refuse_overwriting(source, Path("out"))
     refuse_overwriting(source, Path("in/overlays"))
-    with pytest.raises(UserError, match="write elsewhere"):
+    with pytest.raises(UserError, match="give another --output_dir"):
         refuse_overwriting(source, tmp_path / "in")
     refuse_overwriting(find_source(str(video)), Path("in/w.mp4"))
     os.symlink(tmp_path / "in", tmp_path / "link")
-    with pytest.raises(UserError, match="write elsewhere"):
+    with pytest.raises(UserError, match="give another --output_dir"):
         refuse_overwriting(find_source(str(video)), Path("link/v.mp4"))

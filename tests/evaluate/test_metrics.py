@@ -275,8 +275,8 @@ def test_details_give_pixels_and_the_source_of_boxes() -> None:
     rows = [line.split() for line in details.split("\n")]
     assert rows[1] == ["0.", "road", "3", "42.86%", "1.0000", "0.6667"]
     assert rows[6] == ["5.", "pole", "0", "0.00%", "0.0000", "nan"]
-    assert "pixel accuracy: 0.5714 of 7 labelled pixels; 14.29% of them were claimed by no class" in details
-    assert "oracle boxes: every class box was taken from the ground truth; these figures are an upper bound" in details
+    assert "pixel accuracy: 0.5714 of 7 labelled pixels; 14.29% of them predicted as no class" in details
+    assert "oracle boxes: taken from the ground truth; these figures are an upper bound" in details
     other = format_details(hand_matrix(), "a detector")
     assert "oracle" not in other
     assert other.endswith("boxes: a detector")

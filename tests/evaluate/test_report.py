@@ -38,8 +38,8 @@ def test_what_an_evaluation_wrote_goes_and_what_it_did_not_write_stays(
     (tmp_path / ".pictures.json").unlink()
     assert files(tmp_path) == {str(path.relative_to(tmp_path)) for path in mine}
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{tmp_path}: 7 files of an earlier evaluation are removed"
-    assert said[1] == f"{tmp_path}/visualizations: 1 other files stay there, such as mine.png"
+    assert said[0] == f"{tmp_path}: removed 7 files of an earlier evaluation"
+    assert said[1] == f"{tmp_path}/visualizations: 1 other files stay, such as mine.png"
     assert len(said) == 3
 
 
@@ -74,8 +74,8 @@ def test_pictures_of_this_run_go_and_others_stay(tmp_path: Path, capsys: pytest.
     begin_pictures(tmp_path, ".jpg", lambda name: name == "a")
     assert files(tmp_path) == {"a.png", "b.jpg", ".a.jpg"}
     assert capsys.readouterr().out.splitlines() == [
-        f"{tmp_path}: 1 pictures of an earlier run are replaced",
-        f"{tmp_path}: 2 other files stay there, such as a.png",
+        f"{tmp_path}: replacing 1 pictures of an earlier run",
+        f"{tmp_path}: 2 other files stay, such as a.png",
     ]
 
 
@@ -87,23 +87,23 @@ def test_pictures_of_this_run_go_and_others_stay(tmp_path: Path, capsys: pytest.
             "argmax",
             "frame",
             [
-                "oracle boxes: every class box was taken from the ground truth",
+                "oracle boxes: taken from the ground truth",
                 "in the preprocessed frame",
-                "map rule: argmax: a pixel goes to the highest logit among the classes whose box holds it",
+                "map rule: argmax: the highest logit among the classes whose box holds the pixel",
             ],
         ),
-        ("oracle", "threshold", "frame", ["map rule: threshold: a pixel goes to the highest logit above 0, inside or"]),
+        ("oracle", "threshold", "frame", ["map rule: threshold: the highest logit above 0, inside or"]),
         (
             "none",
             "argmax",
             "original",
             [
-                "no boxes: every map was made from the image alone",
+                "no boxes: every map was predicted from the image alone",
                 "at the original size",
                 "map rule: each pixel goes to",
             ],
         ),
-        ("det.json", "box_threshold", "frame", ["boxes: det.json", "map rule: box_threshold: a pixel goes to"]),
+        ("det.json", "box_threshold", "frame", ["boxes: det.json", "map rule: box_threshold: the highest logit"]),
     ],
 )
 def test_says_what_was_measured_on_what(

@@ -230,10 +230,10 @@ def test_a_decoder_that_does_not_fit_is_told_by_its_keys(best: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "vit_b"}, "model type vit_tiny, not vit_b; give the model type it was trained with"),
+        ({"model_type": "vit_b"}, "model type vit_tiny, not vit_b; give that model type"),
         ({"image_size": 1024}, f"image size {IMAGE_SIZE}, not 1024; preprocess the data at that --image_size"),
         ({"resize_mode": "pad"}, "resize mode stretch, not pad; preprocess the data with that --resize_mode"),
-        ({"sam_sha256": "cd" * 32}, f"sam sha256 {'ab' * 32}, not {'cd' * 32}; give the same SAM file"),
+        ({"sam_sha256": "cd" * 32}, f"sam sha256 {'ab' * 32}, not {'cd' * 32}; give the SAM file it was trained on"),
         ({"prompt_mode": "point"}, "prompt mode box, not point; give that --prompt_mode"),
     ],
 )

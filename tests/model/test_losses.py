@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from monai.losses import DiceLoss
 
 from utils.model import losses as product
-from utils.model.losses import MAX_CLASS_WEIGHT, class_weights, compared, semantic_losses
+from utils.model.losses import MAX_CLASS_WEIGHT, class_weights, sample_at_stride, semantic_losses
 
 # Unless they say otherwise, these tests have logits at the labels' own size, and every pixel is compared.
 prompt_losses = partial(product.prompt_losses, stride=1)
@@ -153,7 +153,7 @@ def test_float32_whatever_the_model_computes_in() -> None:
 def test_what_is_compared_is_the_upsampled_mask_at_every_nth_pixel(stride: int, size: tuple[int, int]) -> None:
     low_res = torch.randn(2, 3, size[0] // 4, size[1] // 4, generator=torch.Generator().manual_seed(7))
     labels = torch.arange(2 * size[0] * size[1]).view(2, *size)
-    logits, at = compared(low_res, labels, stride)
+    logits, at = sample_at_stride(low_res, labels, stride)
     full = F.interpolate(low_res, size, mode="bilinear", align_corners=False)
     first = stride // 2
     torch.testing.assert_close(logits, full[..., first::stride, first::stride])
@@ -165,7 +165,7 @@ def test_prompts_are_compared_at_every_second_pixel() -> None:
     low_res, ious = torch.randn(2, 3, 4, 4, generator=generator), torch.rand(2, 3, generator=generator)
     labels = torch.randint(0, 4, (2, 16, 16), generator=generator, dtype=torch.uint8)
     class_ids = torch.tensor([[0, 1, 2], [3, 0, 1]])
-    logits, at = compared(low_res, labels, 2)
+    logits, at = sample_at_stride(low_res, labels, 2)
     for b in range(2):
         for q in range(3):
             expected = oracle(logits[b, q].numpy(), ious[b, q].item(), at[b].numpy(), int(class_ids[b, q]))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tests.helpers.inputs import IMAGE_SIZE, write_split
 from utils.data.augment import fixed_view
 from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
-from utils.data.datasets import BoxPromptDataset, EvaluationDataset, NpyFolder, collate_evaluation
+from utils.data.datasets import BoxPromptDataset, EvaluationBatch, EvaluationDataset, NpyFolder, collate_evaluation
 from utils.data.frame import ImageSize, frame_size
 from utils.data.geometry import fitted_size, resize_image
 from utils.evaluate.evaluate import evaluate
@@ -231,7 +231,7 @@ def test_many_boxes_are_decoded_as_each_by_itself(sam_file: Path, npy: Path, mon
     model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
     image = torch.from_numpy(NpyFolder(npy / "val").read_image(0))[None]
     boxes = torch.tensor([[i, i, i + 20, i + 30] for i in range(7)], dtype=torch.float32)
-    batch = {"image": image, "class_ids": [torch.arange(7)], "boxes": [boxes]}
+    batch: EvaluationBatch = {"image": image, "class_ids": [torch.arange(7)], "boxes": [boxes]}
     (together,) = predict(model, batch, CPU)
     monkeypatch.setattr("utils.model.prediction.MAX_PROMPTS", 3)
     (in_turn,) = predict(model, batch, CPU)

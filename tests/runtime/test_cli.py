@@ -315,7 +315,7 @@ def test_run_prints_a_user_error_in_one_line(capfd: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize(
     ("becomes", "what"),
-    [("gone", "became unreadable"), ("a loop", "cannot be read (Too many levels of symbolic links)")],
+    [("gone", "no such file"), ("a loop", "cannot be read (Too many levels of symbolic links)")],
 )
 def test_run_prints_a_loader_workers_error_in_one_line(
     npy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], becomes: str, what: str

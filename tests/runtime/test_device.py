@@ -65,9 +65,9 @@ def test_the_card(monkeypatch: pytest.MonkeyPatch, name: str | None, local_rank:
 @pytest.mark.parametrize(
     ("name", "cards", "said"),
     [
-        ("cuda", 0, "--device cuda: PyTorch finds no CUDA here; use --device cpu"),
-        ("cuda:4", 4, "--device cuda:4: there are only 4 CUDA devices here"),
-        ("gpu", 4, "--device gpu: not a device; use cpu, cuda or cuda:N"),
+        ("cuda", 0, "--device cuda: PyTorch finds no CUDA device; use --device cpu"),
+        ("cuda:4", 4, "--device cuda:4: only 4 CUDA devices are available"),
+        ("gpu", 4, "--device gpu: not supported; use cpu, cuda or cuda:N"),
         ("mps", 4, "--device mps: not supported; use cpu, cuda or cuda:N"),
     ],
 )
@@ -80,7 +80,7 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch, name: str, 
 
 def test_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_cuda(monkeypatch, count=2)
-    with pytest.raises(UserError, match="there are only 2 CUDA devices"):
+    with pytest.raises(UserError, match="only 2 CUDA devices are available"):
         resolve("cuda", local_rank=2, local_world_size=3)
 
 
@@ -89,8 +89,8 @@ def test_several_processes_do_not_take_one_card(monkeypatch: pytest.MonkeyPatch,
     pretend_cuda(monkeypatch)
     with pytest.raises(UserError) as error:
         resolve("cuda:1", local_rank=local_rank, local_world_size=2)
-    said = "--device cuda:1: 2 processes were started on this machine; "
-    assert str(error.value) == said + "give --device cuda: each process takes its own card"
+    said = "--device cuda:1: this machine runs 2 processes; "
+    assert str(error.value) == said + "use --device cuda to give each its own card"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_type_on_a_card(
 
 def test_turing_cannot_compute_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_cuda(monkeypatch, TURING)
-    with pytest.raises(UserError, match="--amp_dtype bf16: this card cannot compute in bf16; use fp16"):
+    with pytest.raises(UserError, match="--amp_dtype bf16: this card does not support bf16; use fp16"):
         resolve("cuda", use_amp=True, amp_dtype="bf16")
 
 
@@ -162,7 +162,7 @@ def test_what_autocast_and_the_scaler_do(amp_dtype: torch.dtype | None, computed
 
 def test_images_become_channels_first() -> None:
     stored = torch.arange(2 * 4 * 4 * 3, dtype=torch.uint8).view(2, 4, 4, 3)
-    images = Precision(CPU).images({"image": stored})
+    images = Precision(CPU).images(stored)
     assert images.shape == (2, 3, 4, 4)
     assert torch.equal(images[1, 2, 3, 0], stored[1, 3, 0, 2])
 

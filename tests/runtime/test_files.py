@@ -19,7 +19,9 @@ from utils.runtime.files import (
     is_file,
     is_folder,
     listed,
+    load_npy,
     make_folder,
+    open_untrusted,
     read_json,
     remove_temporaries,
     require_readable,
@@ -229,7 +231,43 @@ def refusing(number):
 
 def test_json_that_the_system_refuses(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("{}")
-    for call in ("os.stat", "pathlib.Path.read_bytes"):
-        with monkeypatch.context() as patch, pytest.raises(PermissionError):
+    for call in ("os.stat", "builtins.open"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(UnreadableError, match=r"cannot be read \(Permission denied"),
+        ):
             patch.setattr(call, refusing(errno.EACCES))
-            read_json(tmp_path / "a.json")
+            read_json(tmp_path / "a.json", "mend it")
+
+
+def test_files_that_anybody_may_have_written(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(1 << 20))
+    with open_untrusted(tmp_path / "a", 1 << 20) as file:
+        assert len(file.read()) == 1 << 20
+    os.mkfifo(tmp_path / "pipe")  # nobody will ever write into it
+    for path, wrong in (
+        (tmp_path / "gone", "no such file"),
+        (tmp_path / "a" / "b", "no such file"),
+        (tmp_path, "not a regular file"),
+        (tmp_path / "pipe", "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
+    ):
+        with pytest.raises(UserError) as error, open_untrusted(path, fix="give another"):
+            pass
+        assert str(error.value) == f"{path}: {wrong}; give another"
+    os.truncate(tmp_path / "a", (1 << 20) + 1)
+    with pytest.raises(UserError, match=r"a: larger than 1 MiB$"), open_untrusted(tmp_path / "a", 1 << 20):
+        pass
+    with (
+        pytest.raises(UnreadableError, match=r"a: cannot be read \(Input/output error\)"),
+        open_untrusted(tmp_path / "a"),
+    ):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))  # midway
+
+
+def test_arrays_are_read_as_they_were_checked(tmp_path: Path) -> None:
+    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    np.save(tmp_path / "a.npy", array)
+    assert np.array_equal(load_npy(tmp_path / "a.npy", (2, 3), "uint8"), array)
+    with pytest.raises(UserError, match=r"a\.npy: expected uint8 of shape \(3, 2\), found uint8 of \(2, 3\)"):
+        load_npy(tmp_path / "a.npy", (3, 2), "uint8")

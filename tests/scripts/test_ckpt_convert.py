@@ -167,12 +167,14 @@ def test_the_path_is_a_python_string_and_the_mask_that_was_trained_is_named() ->
     exec(said.splitlines()[-1].strip(), {"sam_model_registry": {"vit_b": lambda checkpoint: paths.append(checkpoint)}})
     assert paths == ['a "b".pth']
     assert said.count("note:") == 1
-    assert "the single-mask token, which is mask 0: call with multimask_output=False; export to ONNX without" in said
+    assert (
+        "only mask 0, the single-mask token, was trained. Use multimask_output=False. For ONNX, export without" in said
+    )
 
 
 def test_a_decoder_of_another_image_size_is_noted() -> None:
     said = advice(replace(INFO, image_size=512), 1024)
-    assert "note: it was trained at image size 512 and works best there (image_size=512 in this project's" in said
+    assert "note: it was trained at image size 512 and works best at it (image_size=512 in this project's" in said
     assert "The public segment-anything package loads it" in said
 
 
@@ -189,9 +191,9 @@ def test_a_sam_file_of_another_size_is_not_promised_to_the_public_package() -> N
 def test_a_frame_that_is_no_square_is_given_as_python_takes_it() -> None:
     wide = replace(INFO, image_size="576x1024")
     said = advice(wide, 1024)
-    assert "trained at image size 576x1024 and works best there (image_size=(576, 1024) in this project's" in said
-    assert "the public package has 1024 only" in said and "The public segment-anything package loads it" in said
-    assert "stretched to 576x1024; SamPredictor pads instead" in advice(replace(wide, resize_mode="stretch"), 1024)
+    assert "trained at image size 576x1024 and works best at it (image_size=(576, 1024) in this project's" in said
+    assert "the public package has only 1024" in said and "The public segment-anything package loads it" in said
+    assert "stretched to 576x1024, but SamPredictor pads" in advice(replace(wide, resize_mode="stretch"), 1024)
     tiny = replace(INFO, model_type="vit_tiny", image_size="352x480")
     assert advice(tiny, "352x480").endswith(", image_size=(352, 480))")
     assert "package has no builder for positions of 576x1024;" in advice(wide, "576x1024")
@@ -227,19 +229,19 @@ def test_another_sam_file(refuse: Callable[..., str], run: Path, sam_file: Path,
     sam = build_sam_vit_tiny(sam_file, image_size=IMAGE_SIZE)
     disturb(sam, seed=3)
     torch.save(sam.state_dict(), other)
-    said = f"{run / BEST}: was trained with sam sha256 {file_digest(sam_file)}, not {file_digest(other)}; give the same"
+    said = f"{run / BEST}: was trained with sam sha256 {file_digest(sam_file)}, not {file_digest(other)}; give the SAM"
     assert said in refuse(sam_checkpoint=other)
 
 
 def test_semantic_mode(refuse: Callable[..., str], run: Path, tmp_path: Path) -> None:
     semantic = rewrite_info(run / BEST, tmp_path / "semantic.pth", prompt_mode="semantic")
-    said = f"{semantic}: was trained in prompt mode semantic, and class tokens do not exist in plain SAM"
+    said = f"{semantic}: prompt mode semantic has class tokens, and plain SAM has none"
     assert said in refuse(model_checkpoint=semantic)
 
 
 def test_an_unknown_model_type(refuse: Callable[..., str], run: Path, tmp_path: Path) -> None:
     unknown = rewrite_info(run / BEST, tmp_path / "unknown.pth", model_type="vit_x")
-    assert f"{unknown}: a decoder of vit_x, which is none of" in refuse(model_checkpoint=unknown)
+    assert f"{unknown}: model type vit_x is unknown; give" in refuse(model_checkpoint=unknown)
 
 
 def test_missing_files(refuse: Callable[..., str], tmp_path: Path) -> None:
@@ -256,7 +258,7 @@ def test_foreign_files(refuse: Callable[..., str], run: Path, sam_file: Path, tm
     assert f"{text}: truncated, or not a checkpoint of train_bdd100k.py" in refuse(model_checkpoint=text)
     assert f"{text}: truncated, or not a PyTorch checkpoint" in refuse(sam_checkpoint=text)
     assert f"{sam_file}: not a checkpoint of train_bdd100k.py" in refuse(model_checkpoint=sam_file)
-    assert f"{run / BEST}: holds something else than a SAM state dict" in refuse(sam_checkpoint=run / BEST)
+    assert f"{run / BEST}: not a SAM state dict, but" in refuse(sam_checkpoint=run / BEST)
 
 
 def test_a_decoder_of_other_keys_or_shapes(refuse: Callable[..., str], run: Path, tmp_path: Path) -> None:
@@ -278,7 +280,7 @@ def test_an_existing_output_is_replaced_only_if_told_to(
 ) -> None:
     output = tmp_path / "out.pth"
     output.write_text("of value")
-    assert f"{output}: exists already; give another --output, or --overwrite to replace it" in refuse()
+    assert f"{output}: already exists; add --overwrite to replace it, or give another --output" in refuse()
     assert f"{tmp_path}: is a folder" in refuse("--overwrite", output=tmp_path)
     files = ("--model_checkpoint", run / BEST, "--sam_checkpoint", sam_file, "--output", output)
     run_script(ckpt_convert, *files, "--overwrite")
@@ -292,7 +294,7 @@ def test_the_files_to_join_are_never_replaced(
     link = tmp_path / "link.pth"
     link.symlink_to(sam_file)
     for path in (run / BEST, sam_file, link):
-        assert f"{path}: is one of the two files to join; give another" in refuse("--overwrite", output=path)
+        assert f"{path}: is one of the two input files; give another" in refuse("--overwrite", output=path)
 
 
 def test_the_best_of_a_run_is_not_replaced_where_its_folder_is_given(
@@ -300,7 +302,7 @@ def test_the_best_of_a_run_is_not_replaced_where_its_folder_is_given(
 ) -> None:
     before = (run / BEST).read_bytes()
     sources = ["--model_checkpoint", run, "--sam_checkpoint", sam_file]
-    assert "is one of the two files" in error_of(ckpt_convert, *sources, "--output", run / BEST, "--overwrite")
+    assert "is one of the two input files" in error_of(ckpt_convert, *sources, "--output", run / BEST, "--overwrite")
     assert (run / BEST).read_bytes() == before
 
 

@@ -200,8 +200,8 @@ def test_a_second_evaluation_leaves_nothing_of_the_first(
     names = {path.stem for path in (npy / "val" / "imgs").iterdir()}
     assert {path.stem for path in (out / "visualizations").iterdir()} == {*names, "mine"}
     assert not list((out / "predictions").iterdir())
-    assert f"{out}: 17 files of an earlier evaluation are removed" in said  # 3 results and 2 x 7 pictures
-    assert f"{out / 'visualizations'}: 1 other files stay there, such as mine.png" in said
+    assert f"{out}: removed 17 files of an earlier evaluation" in said  # 3 results and 2 x 7 pictures
+    assert f"{out / 'visualizations'}: 1 other files stay, such as mine.png" in said
     infer()
     assert [path.name for path in (out / "visualizations").iterdir()] == ["mine.png"]
 
@@ -287,9 +287,9 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = {
     "decoder as SAM file": (lambda f, d, s: ["--sam_checkpoint", d], r"best.pth: .*SAM"),
     "another SAM file": (
         lambda f, d, s: ["--sam_checkpoint", other_sam(f / "other.pth")],
-        r"was trained with sam sha256 .*give the same SAM file",
+        r"was trained with sam sha256 .*give the SAM file",
     ),
-    "another model type": (lambda f, d, s: ["--model_type", "vit_b"], r"a decoder of vit_tiny, not of vit_b; give"),
+    "another model type": (lambda f, d, s: ["--model_type", "vit_b"], r"a decoder for vit_tiny, not vit_b; give"),
     "another image size": (
         lambda f, d, s: ["--model_checkpoint", make_decoder(f / "big.pth", s, image_size=256)],
         r"was trained with image size 256, not 64; preprocess the data at that --image_size",
@@ -299,7 +299,7 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = {
         r"was trained with resize mode pad, not stretch",
     ),
     "batch size 0": (lambda f, d, s: ["--batch_size", 0], r"at least 1, got 0"),
-    "CUDA where there is none": (lambda f, d, s: ["--device", "cuda:0"], r"PyTorch finds no CUDA here"),
+    "CUDA where there is none": (lambda f, d, s: ["--device", "cuda:0"], r"PyTorch finds no CUDA device"),
 }
 
 
@@ -348,7 +348,7 @@ def test_data_that_goes_away_midway_leaves_no_result(
     monkeypatch.setattr(infer_bdd100k, "NpyFolder", lambda folder: checked)
     truncate(last)
     line = error_of(infer_bdd100k, *good_flags(sam_file, tmp_path / "npy", tmp_path))
-    assert f"{last}: became unreadable" in line
+    assert f"{last}: truncated" in line
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -114,8 +114,8 @@ def test_a_picture_that_went_bad_keeps_no_overlay_of_before(
     for folder in ("overlays", "predictions"):
         names = {path.stem for path in (tmp_path / "out" / folder).iterdir()}
         assert names == {"large", "tiny", "wide", "other"}  # who gives other pictures keeps those of before
-        assert f"{tmp_path / 'out' / folder}: 3 pictures of an earlier run are replaced" in said
-        assert f"{tmp_path / 'out' / folder}: 2 other files stay there" in said
+        assert f"{tmp_path / 'out' / folder}: replacing 3 pictures of an earlier run" in said
+        assert f"{tmp_path / 'out' / folder}: 2 other files stay," in said
 
 
 def test_frames_of_a_longer_video_do_not_stay(infer: Callable[..., int | None], semantic: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_video_among_pictures_is_told(
     write_video(folder / "drive.mp4")
     for images in (folder, folder / "*"):
         assert not infer("--model_checkpoint", semantic, "--images", images)
-        assert f"{folder / 'drive.mp4'}: a video; give it to --images by itself" in capsys.readouterr().out
+        assert f"{folder / 'drive.mp4'}: a video; give it alone as --images" in capsys.readouterr().out
 
 
 def test_pictures_of_other_formats_are_segmented_or_told(
@@ -151,7 +151,7 @@ def test_pictures_of_other_formats_are_segmented_or_told(
     for images in (folder, folder / "*"):
         assert not infer("--model_checkpoint", semantic, "--images", images)
         said = capsys.readouterr().out
-        assert f"not segmented: {folder / 'e.HEIC'}: of a format that is not read here; convert it to JPEG" in said
+        assert f"not segmented: {folder / 'e.HEIC'}: its format is not supported; convert it to JPEG" in said
     assert sorted(path.name for path in (tmp_path / "out/overlays").iterdir()) == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
 
 
@@ -162,7 +162,7 @@ def test_saved_predictions_never_replace_the_pictures(
     pictures(tmp_path / "mine" / "predictions")
     flags = ["--images", tmp_path / "mine" / "predictions", "--output_dir", tmp_path / "mine", "--save_predictions"]
     line = error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--model_checkpoint", semantic, *flags)
-    assert "holds the pictures themselves" in line
+    assert "holds the pictures, which overlays would replace" in line
 
 
 def test_an_unknown_prompt_mode(
@@ -172,7 +172,7 @@ def test_an_unknown_prompt_mode(
     payload["info"]["prompt_mode"] = "points"
     torch.save(payload, tmp_path / "points.pth")
     flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", tmp_path / "points.pth"]
-    assert "of prompt mode points, which this version does not know" in error_of(infer_bdd100k, *flags)
+    assert "prompt mode points is unknown to this version" in error_of(infer_bdd100k, *flags)
 
 
 def test_a_video_gives_a_video(infer: Callable[..., int | None], semantic: Path, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_boxes_that_fit_no_frame_of_a_video(
     clip = write_video(tmp_path / "clip.mp4")
     flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", boxed, "--images", clip, "--boxes"]
     detections = write_detections(tmp_path / "det.json", ["other_000000"])
-    assert "has no box for anything in" in error_of(infer_bdd100k, *flags, detections)
+    assert "has no box for" in error_of(infer_bdd100k, *flags, detections)
     assert not list((tmp_path / "out").glob("*.mp4"))  # nothing half done is left
     detections = write_detections(tmp_path / "det.json", ["clip_000001"])
     assert not run_script(infer_bdd100k, *flags, detections)
@@ -377,12 +377,12 @@ BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
     "a threshold for a semantic checkpoint": (
         "semantic",
         lambda f: ["--map_rule", "threshold"],
-        "knows argmax alone; leave out --map_rule",
+        "supports only argmax",
     ),
     "mirror images for a boxed checkpoint": (
         "box",
         lambda f: ["--tta"],
-        "takes boxes, and --tta is for semantic checkpoints; leave out --tta",
+        "takes boxes, but --tta needs a semantic checkpoint",
     ),
     "a cache for mirror images": (
         "semantic",
@@ -397,12 +397,12 @@ BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
     "scoring one's own pictures": (
         "semantic",
         lambda f: ["--images", f, "--eval_size", "original"],
-        "--images draws overlays and scores nothing",
+        "--images draws overlays without a score",
     ),
     "a cache for one's own pictures": (
         "semantic",
         lambda f: ["--images", f, "--cache_embeddings", f / "c"],
-        "--images encodes each picture once and reads no cache; leave out --cache_embeddings",
+        "--images reads no cache; leave out --cache_embeddings",
     ),
     "unreadable video": (
         "semantic",
@@ -414,12 +414,12 @@ BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
     "a pattern that the shell has expanded": (
         "semantic",
         lambda f: ["--images", f / "a b.jpg", f / "c.jpg"],
-        "takes one path, and got 2; if they are of a pattern, quote it: --images '",
+        "takes one path, got 2; quote a pattern: --images '",
     ),
     "pictures of other formats alone": (
         "semantic",
         lambda f: ["--images", written(f / "q" / "x.heic", "-").parent],
-        "directly in this folder, but 1 of other formats, such as x.heic: convert them to JPEG",
+        "directly in this folder, but 1 in other formats, such as x.heic; convert them to JPEG",
     ),
     "unknown categories alone": (
         "box",

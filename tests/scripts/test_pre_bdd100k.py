@@ -196,7 +196,7 @@ def test_an_image_is_written_while_the_next_is_decoded(data, tmp_path, monkeypat
     settings = pre_bdd100k.Settings(32, "uint8", "stretch")
     jobs = pre_bdd100k.make_jobs(find_split(data, "train"), tmp_path / "out", settings, None)
     assert [getattr(entry, "name", entry) for entry in pre_bdd100k.process(jobs)] == ["a", "b", "c"]
-    assert all(pre_bdd100k.is_whole(job) for job in jobs)
+    assert all(pre_bdd100k.is_complete(job) for job in jobs)
 
 
 def places(said):
@@ -246,7 +246,7 @@ def test_forgotten_masks_are_warned_of(data, tmp_path, capsys):
     flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--splits", "train", "val", "test"]
     assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags])) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1 and "without masks, val is nothing to train or score on" in warnings[0]
+    assert len(warnings) == 1 and "without masks, val is of no use for training or evaluation" in warnings[0]
 
 
 def test_report(run, tmp_path):
@@ -347,7 +347,7 @@ def no_mask(masks, images):
         (palette_mask, ("masks/train/b.png: a colour-coded (palette) picture", "labels/sem_seg/masks/")),
         (truncated_jpeg, ("10k/train/b.jpg: truncated",)),
         (corrupt_mask, ("masks/train/b.png: cannot be decoded",)),
-        (no_jpeg, ("10k/train/b.jpg: neither a JPEG nor a PNG",)),
+        (no_jpeg, ("10k/train/b.jpg: not a JPEG, PNG, WebP, BMP or TIFF",)),
         (no_mask, ("10k/train/b.jpg: image without a mask",)),
     ],
 )
@@ -404,7 +404,7 @@ def test_a_split_that_is_unlabelled_throughout_is_said_to_be_so(data, tmp_path, 
     flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--image_size", 32]
     assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags])) == 0
     said = capsys.readouterr()
-    assert f"warning: {tmp_path}/out/train: all masks are 255 (not labelled) throughout" in said.err
+    assert f"warning: {tmp_path}/out/train: all pixels of all masks are 255 (not labelled)" in said.err
     assert f"-i {tmp_path}/out/train" not in said.out
 
 
@@ -523,8 +523,8 @@ def test_pictures_of_other_formats(run, data, tmp_path, capsys):
     (folder / "x.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
     flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--image_size", 32, "--splits", "test"]
     assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(flag) for flag in flags])) == 0
-    assert "1 pictures are of formats that are not read and were left out, such as" in (err := capsys.readouterr().err)
-    assert f"{folder / 'x.HEIC'}; convert them to JPEG" in err
+    assert "1 pictures are left out, such as" in (err := capsys.readouterr().err)
+    assert f"{folder / 'x.HEIC'}: their format is not supported; convert them to JPEG" in err
     assert [item.name for item in read_manifest(tmp_path / "out/test").items] == ["s", "t", "u", "v", "w"]
 
 
@@ -536,7 +536,7 @@ def test_orphans_of_both_kinds(run, data, tmp_path):
     status, said, errors = run()
     assert status == 1 and len(errors) == 12
     assert all(f"10k/train/lone{index:02}.jpg: image without a mask" in errors[index] for index in range(10))
-    assert "12 in all, the first 10 are listed" in errors[10]
+    assert "12 in total, the first 10 are listed" in errors[10]
     assert "masks/train/c.png: mask without an image" in errors[11]
     assert f"{tmp_path}/out/train: 2 of 14 images written" in said
 
@@ -661,7 +661,7 @@ def test_what_is_not_whole_or_is_out_of_date_is_redone(run, data, tmp_path, spoi
     status, said, _ = run("--splits", "train")
     if spoil is newer_source:
         now = {**contents(tmp_path / "out"), "train/manifest.json": first["train/manifest.json"]}
-        assert status == 0 and now == first and "1 of 3 images are done again" in said
+        assert status == 0 and now == first and "1 of 3 images are redone" in said
     else:
         assert status == 0 and contents(tmp_path / "out") == first
     redone = {name for name, when in times(folder).items() if when != 4 * 10**18}
@@ -681,9 +681,9 @@ def test_an_older_mask_is_another_mask(run, data, tmp_path):
     before = times(tmp_path / "out/train/gts")
     status, said, _ = run("--splits", "train")
     assert status == 0 and (load(tmp_path, "out/train/gts/b.npy") == 5).all()
-    assert f"{tmp_path}/out/train: 1 of 3 images are done again: " in said and "2 of them by an earlier run" in said
+    assert f"{tmp_path}/out/train: 1 of 3 images are redone: " in said and "2 of them by an earlier run" in said
     assert {name for name, when in times(tmp_path / "out/train/gts").items() if when != before[name]} == {"b.npy"}
-    assert "done again" not in run("--splits", "train")[1]
+    assert "redone" not in run("--splits", "train")[1]
 
 
 @pytest.mark.parametrize("linked", ["root", "folder", "file"])
@@ -706,14 +706,14 @@ def test_a_link_to_other_files_is_other_files(run, data, tmp_path, linked):
         (link if linked == "root" else link / below).symlink_to(target / below)
         status, said, _ = run("--splits", "train", root=link)
         assert status == 0 and car in load(tmp_path, "out/train/gts/b.npy")
-        assert ("done again" in said) == bool(changed) and f"{changed} of 3" in (said if changed else "0 of 3")
+        assert ("redone" in said) == bool(changed) and f"{changed} of 3" in (said if changed else "0 of 3")
 
 
 def test_another_root_with_the_same_names_is_done_again(run, data, tmp_path):
     run("--splits", "train")
     shutil.copytree(data, tmp_path / "copy")  # dates too
     status, said, _ = run("--splits", "train", root=tmp_path / "copy")
-    assert status == 0 and "3 of 3 images are done again" in said and "by an earlier run" not in said
+    assert status == 0 and "3 of 3 images are redone" in said and "by an earlier run" not in said
 
 
 def test_what_is_stopped_before_it_is_done_again_is_not_taken_over(run, data, tmp_path, monkeypatch):
@@ -755,7 +755,7 @@ def test_a_folder_of_an_older_version_is_done_again_and_said_to_be(run, data, tm
     path.write_text(json.dumps(fields))
     replace_by(data / "labels/sem_seg/masks/train/b.png", 5)
     status, said, _ = run("--splits", "train")
-    assert status == 0 and "3 of 3 images are done again: an older version wrote them" in said
+    assert status == 0 and "3 of 3 images are redone: an older version did not record" in said
     assert (load(tmp_path, "out/train/gts/b.npy") == 5).all()
     assert "3 of them by an earlier run" in run("--splits", "train")[1]
 
@@ -799,7 +799,7 @@ def test_overwrite_leaves_nothing_of_before(run, data, tmp_path):
     for path in (data / "images/10k/train/c.jpg", data / "labels/sem_seg/masks/train/c.png"):
         path.unlink()
     shutil.rmtree(data / "labels/sem_seg/masks/val")
-    refused(run(), "out/val: was written with masks, and there are none now (--overwrite redoes it)")
+    refused(run(), "out/val: was written with masks, and there are none now; add --overwrite")
     assert run("--overwrite")[0] == 0
     run(out="fresh")
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
@@ -820,7 +820,7 @@ def test_files_of_unknown_origin_are_not_taken_over(run, tmp_path, manifest):
 
 
 SMALL = ["--splits", "train", "--image_size", "256"]
-GO_ON = "run the same command again to go on"
+GO_ON = "run the same command again to resume"
 NUM_MANY = 160
 
 
@@ -884,7 +884,7 @@ def test_kill_and_go_on(many, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "again"),
-    [([], GO_ON), (["--overwrite"], "run the same command again, without --overwrite, which begins anew, to go on")],
+    [([], GO_ON), (["--overwrite"], "run the same command without --overwrite to resume")],
 )
 @pytest.mark.slow
 def test_interrupt(many, tmp_path, flags, again):
@@ -918,7 +918,7 @@ def test_a_second_interrupt_is_no_hang(many, tmp_path, later):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130 and "Traceback" not in said
-    assert "\nstopping: what was begun is finished first\n" in said and said.endswith(f"\ninterrupted: {GO_ON}\n")
+    assert "\nstopping after the images in progress\n" in said and said.endswith(f"\ninterrupted: {GO_ON}\n")
     assert stopped_half_way(out) and not temporaries(out)
     assert go_on(root, out) == 0 and contents(out) == undisturbed
 

@@ -42,7 +42,7 @@ def test_a_split_leaves_a_file_that_loads(data: Path, tmp_path: Path) -> None:
 def test_an_output_that_cannot_be_is_told_before_the_work(tmp_path: Path, error_of: Callable[..., str]) -> None:
     (tmp_path / "file").touch()
     line = error_of(pretrain_vit_tiny, "--output", tmp_path / "file" / "sam.pth", "--num_steps", 10**6)
-    assert f"{tmp_path}/file: cannot be made" in line and "--output" in line
+    assert f"{tmp_path}/file: cannot be created" in line and "--output" in line
     line = error_of(pretrain_vit_tiny, "--output", tmp_path, "--num_steps", 10**6)
     assert f"{tmp_path}: is a folder" in line
 

@@ -455,8 +455,8 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
         r"\+ bce \+ iou, this one has dice \+ bce \+ iou \+ ce; start a new run",
     ),
     "other augmentation": (lambda f: resume(f, "--augment", "flip"), r"--augment is flip, but .* began with none;"),
-    "more views than there are": (lambda f: ["--cache_views", 2], r"_views 2: --augment none has no more than 1"),
-    "one view to augment": (lambda f: ["--augment", "full", "--cache_views", 1], r"_views 1: .* give --augment none"),
+    "more views than there are": (lambda f: ["--cache_views", 2], r"_views 2: --augment none has only 1"),
+    "one view to augment": (lambda f: ["--augment", "full", "--cache_views", 1], r"_views 1: .* use --augment none"),
     "patience without validation": (lambda f: ["--patience", 3], r"--patience counts validations: give --val_npy_path"),
     "patience of no validation": (lambda f: ["--patience", 0], r"patience.* at least 1, got 0"),
     "resume a run that has stopped": (
@@ -466,8 +466,8 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     ),
     "other jitter": (lambda f: resume(f, "--bbox_shift", 0), r"--bbox_shift is 0, but .* began with 20;"),
     "other seed": (lambda f: resume(f, "--seed", 1), r"--seed is 1, but .* began with 2024; give it so, or start"),
-    "CUDA where there is none": (lambda f: ["--device", "cuda:0"], r"--device cuda:0: PyTorch finds no CUDA here"),
-    "no device at all": (lambda f: ["--device", "gpu"], r"--device gpu: not a device"),
+    "CUDA where there is none": (lambda f: ["--device", "cuda:0"], r"--device cuda:0: PyTorch finds no CUDA device"),
+    "no device at all": (lambda f: ["--device", "gpu"], r"--device gpu: not supported"),
     "no launcher": (lambda f: ["--distributed"], r"needs a launcher: python -m torch.distributed.launch"),
     "world size without launcher": (lambda f: ["--world_size", 4], r"needs a launcher"),
     "node without launcher": (lambda f: ["--node_rank", 3], r"--node_rank 3 is .* need a launcher"),
@@ -604,7 +604,7 @@ def test_resuming_on_another_sam_file(run: Path, npy: Path, tmp_path: Path, erro
     for folder, name in ((run, "run"), (npy / "train", "train")):
         shutil.copytree(folder, tmp_path / name)
     line = error_of(train_bdd100k, *good_flags(tmp_path), *resume(tmp_path))
-    assert "was trained with sam sha256" in line and "give the same SAM file" in line
+    assert "was trained with sam sha256" in line and "give the SAM file it was trained on" in line
 
 
 def test_validation_data_of_another_kind(
@@ -630,7 +630,7 @@ def test_validation_data_without_a_labelled_pixel(inputs: Path, error_of: Callab
     [
         (["--world_size", 4], "--world_size 4, but the launcher started 2 processes"),
         (["--world_size", 2, "--node_rank", 1], "--node_rank 1, but the launcher calls this node 0"),
-        (["--device", "cuda"], "PyTorch finds no CUDA here"),
+        (["--device", "cuda"], "PyTorch finds no CUDA device"),
     ],
 )
 def test_flags_that_contradict_the_launcher(

@@ -204,7 +204,7 @@ def test_ours_as_a_sam_file(
     which: str, ours: dict[str, Path], npy: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
     path = ours[which]
-    said = f"{path}: holds something else than a SAM state dict: a fine-tuned decoder of train_bdd100k.py; "
+    said = f"{path}: not a SAM state dict, but a fine-tuned decoder of train_bdd100k.py; "
     model = ["--model_type", "vit_tiny", "--device", "cpu"]
     infer = ["--val_npy_path", npy / "val", *model, "--output_dir", tmp_path / "out"]
     infer_said = said + "give it as --model_checkpoint"
@@ -212,8 +212,8 @@ def test_ours_as_a_sam_file(
         infer_bdd100k, *infer, "--sam_checkpoint", path
     )
     train = ["-i", npy / "train", *model, "-work_dir", tmp_path / "work"]
-    train_said = "-checkpoint takes the SAM file it was trained on; to go on with its run, give the run's folder, "
-    assert said + train_said + "which has a medsam_model_latest.pth, as --resume" in error_of(
+    train_said = "-checkpoint takes the SAM file it was trained on. To resume its run, give the run's folder, "
+    assert said + train_said + "which holds medsam_model_latest.pth, as --resume" in error_of(
         train_bdd100k, *train, "-checkpoint", path
     )
     assert infer_said in error_of(

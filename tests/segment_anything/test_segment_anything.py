@@ -962,7 +962,7 @@ def test_a_missing_file_is_told_with_the_command_that_fetches_it(tmp_path: Path)
     with pytest.raises(CheckpointError, match=r"nowhere\.pth: no such checkpoint; this repository has one: assets/"):
         load_tiny(tmp_path / "nowhere.pth")
     url = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth"
-    with pytest.raises(CheckpointError, match=rf"no such checkpoint; fetch it with: wget -P {tmp_path} {url}"):
+    with pytest.raises(CheckpointError, match=rf"no such checkpoint; download it with: wget -P {tmp_path} {url}"):
         read_state_dict(tmp_path / "nowhere.pth", "vit_b")
 
 
@@ -999,7 +999,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
             pytest.fail(f"{what} was loaded")
     for other in ({}, [torch.zeros(1)], {"model": {"a": torch.zeros(1)}}, {0: torch.zeros(1)}):
         torch.save(other, path)
-        with pytest.raises(CheckpointError, match=r"sam\.pth: holds something else than a SAM state dict"):
+        with pytest.raises(CheckpointError, match=r"sam\.pth: does not hold a SAM state dict"):
             load_tiny(path)
 
 
@@ -1051,10 +1051,12 @@ def test_the_hash_in_the_name_is_checked_on_request(
     load_tiny(path.rename(tmp_path / f"sam_vit_tiny_{beginning}.pth"), check_hash=True)
     wrong = save(tiny_state, tmp_path / "sam_vit_tiny_000000.pth")
     load_tiny(wrong)  # nobody asked
-    with pytest.raises(CheckpointError, match=r"000000\.pth: damaged or renamed: its name says 000000, but its SHA"):
+    with pytest.raises(
+        CheckpointError, match=r"000000\.pth: damaged or renamed: its name has the hash 000000, but its SHA"
+    ):
         load_tiny(wrong, check_hash=True)
     plain = save(tiny_state, tmp_path / "medsam_vit_b.pth")
-    with pytest.raises(CheckpointError, match=r"medsam_vit_b\.pth: its name carries no hash"):
+    with pytest.raises(CheckpointError, match=r"medsam_vit_b\.pth: its name holds no hash"):
         load_tiny(plain, check_hash=True)
 
 
@@ -1240,7 +1242,7 @@ def test_a_checkpoint_of_a_frame_is_loaded_at_its_own_frame_as_it_is(tmp_path: P
     for other in (64, (96, 48), (48, 128)):
         with pytest.raises(
             CheckpointError,
-            match=r"sam\.pth: its positions are of the frame 48x96 and fit no other; "
+            match=r"sam\.pth: its positions fit only the frame 48x96; "
             "use the image size 48x96$",
         ):
             build_sam_vit_tiny(path, image_size=other)

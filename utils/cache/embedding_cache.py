@@ -277,11 +277,9 @@ def _is_claimed(root: Path, binding: Binding) -> bool:
     try:
         # What a run that was killed left, and another's lock, are nothing that anybody put there.
         found = [name.name for name in root.iterdir() if name.name != LOCK and not name.match(".*.tmp")]
-        held = read_json(path) if path.name in found else None
+        held = read_json(path, f"remove {root} to create the cache anew") if path.name in found else None
     except OSError as error:
         raise _no_place(root, error) from None
-    except ValueError:
-        raise UserError(f"{path}: damaged; remove {root}, and the cache is made anew") from None
     if path.name not in found:
         if found:
             raise UserError(f"{root}: is not empty and no cache; give --cache_embeddings another folder")
@@ -459,7 +457,7 @@ class _Writer:
         """B x H x W x 3, as stored -> features, on the device."""
         self.segmenter.eval()
         with self.precision.autocast():
-            return self.segmenter.encode(self.precision.images({"image": images}))
+            return self.segmenter.encode(self.precision.images(images))
 
     def _stored(self, features: Features, reduction: Reduction | None) -> list[Tensor]:
         """What an entry has of features, still in batches."""

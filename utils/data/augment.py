@@ -1,4 +1,4 @@
-"""Views of an image: mirrored, cropped, brighter or darker, its labels along with it."""
+"""Augmentation: views of an image and its labels, mirrored, cropped, brighter or darker."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LEAST_AREA = 0.35  # of the picture, in a random crop; a cached view is seen again and again, and must not be a bad one
-MOST_STRETCH = 4 / 3  # of one side of a crop against the other
-MOST_CHANGE = 0.25  # of brightness and of contrast
+MIN_CROP_AREA = 0.35  # share of the picture in a random crop; a cached view is used again and again
+MAX_CROP_STRETCH = 4 / 3  # of one side of a crop against the other
+MAX_COLOR_CHANGE = 0.25  # of brightness and of contrast
 
 
 @dataclass(frozen=True)
 class View:
-    """What is done to an image and its labels together. The default shows the image as it is.
+    """A transformation of an image and its labels; the default changes nothing.
 
-    `window`, the part of the picture that is seen and enlarged to fill its place, has its top, left, height and width
-    as shares of the picture's. It never reaches outside, so that there is nothing to be filled in, neither pixels nor
-    labels. The frame's padding, beside the picture, stays what and where it is.
+    `window` is the part of the picture that is cropped and enlarged to the picture's size: top, left, height and width
+    as shares of the picture. It lies inside the picture, so that nothing is filled in. The frame's padding is
+    unchanged.
     """
 
     mirrored: bool = False
@@ -33,20 +33,20 @@ class View:
         """The view of an image, of the same shape and type, contiguous.
 
         Args:
-            frame: H x W x 3, in any type that images are stored in.
-            size: height and width of the picture in the upper left of the frame (`utils.data.geometry.fitted_size`).
+            frame: H x W x 3, in any type in which images are stored.
+            size: (height, width) of the picture in the upper left of the frame (`utils.data.geometry.fitted_size`).
         """
         height, width = size
         return torch.from_numpy(_framed(self._placed(self._colored(frame[:height, :width])), frame))
 
     def labels(self, frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """The same for labels, H x W uint8; no new ones come about."""
+        """The view of labels, H x W uint8, without interpolation."""
         height, width = size
         return _framed(self._placed(frame[:height, :width]), frame)
 
     def _placed(self, picture: np.ndarray) -> np.ndarray:
         if self.window != View.window:
-            from torchvision.transforms import v2  # here, as it takes seconds to import
+            from torchvision.transforms import v2  # it takes seconds to import
 
             rows, columns = picture.shape[:2]
             top, left, height, width = (
@@ -56,8 +56,7 @@ class View:
             place = (min(top, rows - height), min(left, columns - width), height, width, [rows, columns])
             tensor = torch.from_numpy(picture)
             if tensor.ndim == 2:
-                # As a picture, for which pixels' centres count (`utils.data.geometry`), and not as tv_tensors.Mask,
-                # which takes the upper left of the candidates: up to half a pixel off from how the image is sampled.
+                # Not as tv_tensors.Mask, which samples up to half a pixel off from the image (`utils.data.geometry`).
                 nearest = v2.InterpolationMode.NEAREST_EXACT
                 picture = v2.functional.resized_crop(tensor[None], *place, interpolation=nearest)[0].numpy()
             else:
@@ -77,7 +76,7 @@ class View:
 
 
 def _framed(picture: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """The frame with another picture in its upper left, contiguous."""
+    """The frame with a new picture in its upper left, contiguous."""
     if picture.shape == frame.shape:
         return np.ascontiguousarray(picture)
     framed = frame.copy()
@@ -86,27 +85,27 @@ def _framed(picture: np.ndarray, frame: np.ndarray) -> np.ndarray:
 
 
 def _planes(image: Tensor) -> Tensor:
-    """H x W x 3 -> 3 x H x W, as torchvision takes it; float16, which CPUs do not interpolate, becomes float32."""
+    """H x W x 3 -> 3 x H x W for torchvision; float16, which CPUs do not interpolate, becomes float32."""
     planes = image.permute(2, 0, 1)
     return planes.float() if planes.dtype == torch.float16 else planes
 
 
 def draw_view(rng: np.random.Generator) -> View:
-    """A random view, of all that `--augment full` does."""
-    side, stretch = math.sqrt(rng.uniform(LEAST_AREA, 1)), math.sqrt(MOST_STRETCH) ** rng.uniform(-1, 1)
+    """A random view of `--augment full`."""
+    side, stretch = math.sqrt(rng.uniform(MIN_CROP_AREA, 1)), math.sqrt(MAX_CROP_STRETCH) ** rng.uniform(-1, 1)
     height, width = min(1.0, side * stretch), min(1.0, side / stretch)
     return View(
         mirrored=bool(rng.random() < 0.5),
         window=(rng.uniform(0, 1 - height), rng.uniform(0, 1 - width), height, width),
-        brightness=rng.uniform(1 - MOST_CHANGE, 1 + MOST_CHANGE),
-        contrast=rng.uniform(1 - MOST_CHANGE, 1 + MOST_CHANGE),
+        brightness=rng.uniform(1 - MAX_COLOR_CHANGE, 1 + MAX_COLOR_CHANGE),
+        contrast=rng.uniform(1 - MAX_COLOR_CHANGE, 1 + MAX_COLOR_CHANGE),
     )
 
 
 def fixed_view(name: str, number: int) -> View:
-    """The view of an image that a cache has under a number: 0 the image itself, 1 its mirror image, then random ones.
+    """View `number` of an image in a cache: 0 is the image, 1 its mirror image, the others are random.
 
-    A function of the image's name and the number alone, not of the run's seed: a cache serves every run.
+    It depends on name and number alone, not on the run's seed, so that a cache serves every run.
     """
     if number < 2:
         return View(mirrored=number == 1)

@@ -33,40 +33,40 @@ class Item:
 
 @dataclass(frozen=True)
 class Split:
-    """A split's images paired with their masks by name, and what could not be paired."""
+    """A split's images paired with their masks by name, and the files without a partner."""
 
     items: list[Item]
     labelled: bool
     image_dir: Path
-    mask_dir: Path  # where the masks are, or were looked for first
-    base: Path  # the folder that the layout of the images is in
+    mask_dir: Path  # where the masks are, or were first searched
+    base: Path  # the folder that holds the layout of the images
     images_without_mask: list[Path]
     masks_without_image: list[Path]
-    notes: list[str]  # one for each place that is not in the folder the user named
+    notes: list[str]  # about images or masks found in another folder than the user gave
 
 
 class LabelError(UserError):
-    """A mask that can be read but does not hold train ids."""
+    """A readable mask that does not hold train ids."""
 
 
-# The two forms in which BDD100K has been given out; `{split}` is train, val or test.
+# The two official layouts; `{split}` is train, val or test.
 _IMAGE_DIRS = ("images/10k/{split}", "seg/images/{split}")
 _MASK_DIRS = ("labels/sem_seg/masks/{split}", "seg/labels/{split}")
 _COLOUR_DIRS = ("labels/sem_seg/colormaps/{split}", "seg/color_labels/{split}")  # pictures for people
-_MAX_DEPTH = 2  # folders below the named one that are searched: the archives hold a folder `bdd100k` themselves
-_TRAIN_ID = "_train_id"  # what the older form appends to a mask's name
+_MAX_DEPTH = 2  # levels of folders that are searched: the archives contain a folder `bdd100k`
+_TRAIN_ID = "_train_id"  # the end of a mask's name in the older layout
 _TRAIN_ID_HINT = "use labels/sem_seg/masks/<split>/<name>.png or seg/labels/<split>/<name>_train_id.png"
 _LABEL_ID_HINT = (
     "probably Cityscapes' label ids, not train ids: map each by id2label[id].trainId of "
     "cityscapesscripts.helpers.labels"
 )
 _MAX_LABEL_ID = 33  # Cityscapes' label ids; its train ids end at 18
-NUM_FIRST_MASKS = 16  # of a split, spread over it, that are read before the others
+NUM_FIRST_MASKS = 16  # spread over the split, read before the others
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # in any case
-# Pictures too, but not read here.
+# Picture formats that are not supported.
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl")
 
-# What turns the stored pixels upright, by EXIF orientation; 1 is upright already.
+# The transpose that turns stored pixels upright, by EXIF orientation; 1 is upright.
 _UPRIGHT: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -79,27 +79,28 @@ _UPRIGHT: dict[object, Image.Transpose] = {
 
 
 def match_key(name: str) -> str:
-    """What names are compared by: macOS stores an accent as a character of its own (NFD), others do not (NFC)."""
+    """The form in which names are compared: macOS stores accents as separate characters (NFD), others do not (NFC)."""
     return unicodedata.normalize("NFC", name)
 
 
 def find_split(root: Path, split: str) -> Split:
     """Find a split's images and masks, and pair them by file stem, sorted by name.
 
-    Images and masks are searched for in both layouts of BDD100K: in `root`, up to two folders below it, and above it
-    if `root` is a folder inside a layout. A mask is `<name>.png` or `<name>_train_id.png`, the suffix in any case.
+    Both layouts of BDD100K are detected: in `root`, up to two folders below it, and above it if `root` is a folder
+    inside a layout. A mask is `<name>.png` or `<name>_train_id.png`, the suffix in any case.
 
-    A split without masks anywhere has no labels (`test`): all its images are kept, with `mask=None`. Otherwise an
-    image without a mask, or a mask without an image, is listed in the result and not paired.
+    A split without any mask has no labels (`test`): all its images are kept with `mask=None`. Otherwise images without
+    a mask and masks without an image are listed in the result.
 
     Raises:
-        UserError: `root` is no folder or cannot be read, has no such split, holds it twice, the split holds no image,
-            or there are files where masks belong, but no mask of any image.
+        UserError: `root` is not a folder or cannot be read, has no such split, holds it twice, the split holds no
+            image,
+            or the mask folder holds files but no mask of any image.
     """
-    if Path(split).name != split or split in ("", ".."):  # it names a folder to read and one to write: none elsewhere
+    if Path(split).name != split or split in ("", ".."):  # it is a folder to read and one to write
         raise UserError(f"split {split!r}: not a plain folder name (use train, val or test)")
     if not is_folder(root):
-        raise UserError(f"{root}: no such folder (point --bdd100k_root at the unpacked BDD100K)")
+        raise UserError(f"{root}: no such folder; give the unpacked BDD100K as --bdd100k_root")
     base, image_dir = _find_images(root, split)
     images = _by_name([path for path in _visible(image_dir) if path.suffix.lower() in IMAGE_SUFFIXES], "image")
     images = dict(sorted(images.items(), key=lambda entry: entry[1].stem))  # not quite the order of file names
@@ -120,7 +121,7 @@ def find_split(root: Path, split: str) -> Split:
 
 
 def _find_images(root: Path, split: str) -> tuple[Path, Path]:
-    """The folder that holds a layout, and the split's images in it."""
+    """The folder that holds a layout, and the split's image folder in it."""
     empty = None
     for bases in _levels(root):
         found = {}
@@ -139,27 +140,26 @@ def _find_images(root: Path, split: str) -> tuple[Path, Path]:
             )
         if found:
             return next(iter(found.items()))
-    if empty:
-        raise UserError(f"{empty}: no .jpg or .png image (or WebP, BMP, TIFF) in this folder")
     places = " or ".join(map(str, _in(root, _IMAGE_DIRS, split)))
-    raise UserError(f"{root}: no images of split {split!r} (looked for {places}, here and up to two folders below)")
+    missing = f"{root}: no images of split {split!r} (searched {places}, here and up to two folders below)"
+    raise UserError(f"{empty}: no .jpg or .png image (or WebP, BMP, TIFF) in this folder" if empty else missing)
 
 
 def _find_masks(
     root: Path, base: Path, image_dir: Path, images: Mapping[str, Path], split: str
 ) -> tuple[Path, dict[str, Path], list[Path]]:
-    """The folder of a split's masks, the masks by the keys of `images`, and those of no image.
+    """The folder of a split's masks, the masks by the keys of `images`, and the masks without an image.
 
-    Without any mask, the folder is the one that the layout of the images has.
+    Without any mask, the folder is that of the images' layout.
     """
     own = _in(base, _MASK_DIRS, split)
     if image_dir == _in(base, _IMAGE_DIRS, split)[1]:
-        own.reverse()  # the folder of the same layout first
+        own.reverse()  # the same layout first
     for folder in own:
         masks, orphans = _masks_in(folder, images)
         if masks:
             return folder, masks, orphans
-    for bases in _levels(root):  # archives that were unpacked into folders of their own
+    for bases in _levels(root):  # archives unpacked into separate folders
         elsewhere = {}
         for other in bases:
             for folder in _in(other, _MASK_DIRS, split) if other != base else ():
@@ -171,50 +171,57 @@ def _find_masks(
             raise UserError(f"{root}: holds masks of split {split!r} in {first} and in {second}; keep one")
         for folder, (masks, orphans) in elsewhere.items():
             return folder, masks, orphans
+    if wrong := _unusable_masks(own, _in(base, _COLOUR_DIRS, split), image_dir, images):
+        raise UserError(wrong)
+    return own[0], {}, []
+
+
+def _unusable_masks(
+    mask_dirs: list[Path], colour_dirs: list[Path], image_dir: Path, images: Mapping[str, Path]
+) -> str | None:
+    """Why a split without a usable mask is not simply unlabelled, if so."""
     example = next(iter(images.values()))
     needed = f"image {example.name} needs {example.stem}.png or {example.stem}{_TRAIN_ID}.png"
-    for folder in own:
+    for folder in mask_dirs:
         if found := _visible(folder):
             jpeg = "; JPEG changes labels, save them as PNG" if found[0].suffix.lower() in (".jpg", ".jpeg") else ""
-            raise UserError(
+            return (
                 f"{folder}: holds {len(found):,} files, such as {found[0].name}, but no mask here belongs "
                 f"to any image of {image_dir} ({needed}{jpeg})"
             )
         if _masks_in(folder.parent, images)[0]:
-            raise UserError(f"{folder.parent}: holds masks of split {split!r} (move them into {folder})")
-    for folder in _in(base, _COLOUR_DIRS, split):
+            return f"{folder.parent}: holds the masks of split {folder.name!r}; move them into {folder}"
+    for folder in colour_dirs:
         if found := _visible(folder):
-            raise UserError(
-                f"{folder}: holds colour pictures, such as {found[0].name}, but there are no masks of "
-                f"train ids in {own[0]} ({_TRAIN_ID_HINT})"
+            return (
+                f"{folder}: holds colour pictures, such as {found[0].name}, but {mask_dirs[0]} has no masks of train "
+                f"ids ({_TRAIN_ID_HINT})"
             )
-    return own[0], {}, []
+    return None
 
 
 def _masks_in(folder: Path, images: Mapping[str, Path]) -> tuple[dict[str, Path], list[Path]]:
-    """The folder's masks by the keys of `images`, and its masks of no image."""
+    """The folder's masks by the keys of `images`, and its masks without an image."""
     files = [path for path in _visible(folder) if path.suffix.lower() == ".png"]
     marked = [path for path in files if path.stem.lower().endswith(_TRAIN_ID)]
     by_name = _by_name(files, "mask") | _by_name(marked, "mask", len(_TRAIN_ID))
     masks = {key: by_name[key] for key in images if key in by_name}
     used = set(masks.values())
-    # Beside masks that are marked as such, the others are pictures of them: a_train_color.png.
+    # If some masks are marked, unmarked files are colour pictures such as a_train_color.png.
     return masks, [path for path in marked or files if path not in used]
 
 
 def _by_name(paths: list[Path], what: str, suffix: int = 0) -> dict[str, Path]:
-    """Paths by what they are matched by: the stem, without the last `suffix` characters."""
+    """Paths by `match_key` of their stem without the last `suffix` characters."""
     found: dict[str, Path] = {}
     for path in paths:
         stem = path.stem[: len(path.stem) - suffix]
         other = found.setdefault(match_key(stem), path)
         if other is not path:
-            if other.stem == path.stem:
-                raise UserError(f"{path}: a second {what} named {stem!r} beside {other.name}; keep one")
-            raise UserError(
-                f"{path}: a second {what} of this name, which is written {path.name!a} here and "
-                f"{other.name!a} there (in another case or Unicode form); keep one"
-            )
+            is_same = other.stem == path.stem
+            name = f"{stem!r}" if is_same else f"{path.name!a}"  # forms that look alike are escaped
+            twin = other.name if is_same else f"{other.name!a}, in another case or Unicode form"
+            raise UserError(f"{path}: a second {what} named {name} beside {twin}; keep one")
     return found
 
 
@@ -223,7 +230,7 @@ def _in(base: Path, folders: tuple[str, ...], split: str) -> list[Path]:
 
 
 def _levels(root: Path) -> Iterator[list[Path]]:
-    """Where a layout may begin, the likeliest first: `root`, folders below it, and a folder that it is inside of."""
+    """Where a layout may begin, the likeliest first: `root`, folders below it, and folders above it."""
     level = [root]
     for depth in range(_MAX_DEPTH + 1):
         if depth:
@@ -240,29 +247,29 @@ def _levels(root: Path) -> Iterator[list[Path]]:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        with os.scandir(folder) as entries:  # which knows folders without a look at each of ten thousand images
+        with os.scandir(folder) as entries:  # faster than a status call for each of ten thousand images
             return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     except OSError:
-        return []  # one that may not be read is not searched
+        return []  # an unreadable folder is not searched
 
 
 def _visible(folder: Path) -> list[Path]:
-    """The folder's entries by name, without hidden ones (macOS packs a `._x.jpg` beside every `x.jpg`)."""
+    """The folder's entries by name, without hidden ones (macOS archives contain `._x.jpg` for every `x.jpg`)."""
     return [path for path in listed(folder) if not path.name.startswith(".")] if is_folder(folder) else []
 
 
 def foreign_pictures(folder: Path) -> list[Path]:
-    """Pictures of a folder that are of formats that are not read here."""
+    """Pictures of a folder in formats that are not supported."""
     return [path for path in _visible(folder) if path.suffix.lower() in FOREIGN_SUFFIXES]
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open a picture without decoding it yet; whatever Pillow finds wrong, then or later, is a `UserError`."""
+    """Open a picture without decoding it; all errors of Pillow within the context become a `UserError`."""
     picture = read_picture_file(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and the like, which says nothing of the pixels
+            warnings.simplefilter("ignore")  # Pillow warns about odd EXIF and the like, not about pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(picture.data), formats=FORMATS) as image:
                 if image.height * image.width > MAX_PIXELS:
@@ -270,48 +277,51 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 if picture.exif:
                     image.info["exif"] = picture.exif  # where Pillow looks for it
                 yield image
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{path}: {ABSURD_SIZE}") from None
-    except Image.UnidentifiedImageError:
-        raise UserError(f"{path}: cannot be decoded: its header makes no sense {DAMAGED}") from None
     except UserError:
         raise
-    except Exception as error:  # damaged bytes lead Pillow to almost any
-        raise UserError(f"{path}: cannot be decoded: {error} {DAMAGED}") from None
+    except Exception as error:  # damaged bytes can raise almost anything in Pillow
+        reason = f"cannot be decoded: {error} {DAMAGED}"
+        if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+            reason = ABSURD_SIZE
+        elif isinstance(error, Image.UnidentifiedImageError):
+            reason = f"cannot be decoded: its header is invalid {DAMAGED}"
+        raise UserError(f"{path}: {reason}") from None
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image file, not decoded.
+    """Read the (height, width) of an image file without decoding it.
 
     Raises:
-        UserError: the file is missing or truncated, or is no image.
+        UserError: the file is missing or truncated, or is not an image.
     """
     with _opened(path) as image:
         return image.height, image.width
 
 
 def read_image(path: Path, *, upright: bool = False) -> np.ndarray:
-    """Read an image whole as (H, W, 3) uint8 RGB; greyscale becomes RGB.
+    """Read a complete image as (H, W, 3) uint8 RGB; greyscale becomes RGB.
 
-    Pixels come as they are stored, since the mask was drawn on the stored ones; only with `upright` is a picture
-    turned as its EXIF orientation says, which is how every viewer shows it.
+    Args:
+        path: the file.
+        upright: turn the picture by its EXIF orientation, as viewers do. Without it, pixels come as stored: BDD100K's
+            masks were drawn on these.
 
     Raises:
-        UserError: the file is missing, truncated (which OpenCV would fill with grey), damaged, not of 8 bits, or of
-            a format that is not read.
+        UserError: the file is missing, truncated (OpenCV would fill it with grey), damaged, not of 8 bits, or of a
+            format that is not supported.
     """
     with _opened(path) as image:
         if image.mode.startswith(("I", "F")):
             raise UserError(f"{path}: not an 8-bit image (Pillow mode {image.mode}); convert it to 8 bits a channel")
-        # Of a TIFF, Pillow turns the pixels itself.
+        # Pillow turns a TIFF itself.
         turn = _UPRIGHT.get(_orientation(image)) if upright and image.format != "TIFF" else None
-        image.load()  # np.asarray would swallow some errors of decoding
+        image.load()  # np.asarray hides some decoding errors
         picture = image if turn is None else image.transpose(turn)
         return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))  # convert() copies RGB too
 
 
 def _orientation(image: Image.Image) -> object:
-    """EXIF's orientation, 1-8 where it is told; damaged EXIF tells none, and says nothing of the pixels."""
+    """EXIF's orientation, 1-8, or None; damaged EXIF counts as none, as the pixels may be intact."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
@@ -319,29 +329,29 @@ def _orientation(image: Image.Image) -> object:
 
 
 def count_labels(mask: np.ndarray) -> np.ndarray:
-    """How many pixels of an (H, W) uint8 mask have each of the 256 values, int64.
+    """Count the pixels of an (H, W) uint8 mask with each of the 256 values, int64.
 
-    Counts are exact up to 2^24, and rounded above, never to 0.
+    Counts are exact up to 2^24 and rounded above, never to 0.
     """
-    # np.bincount would make eight bytes of each pixel first, which takes two to three times as long.
+    # np.bincount takes two to three times as long: it converts pixels to eight bytes first.
     return cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel().astype(np.int64)
 
 
 def read_mask(path: Path, height: int, width: int) -> np.ndarray:
-    """Read a mask of train ids as (height, width) uint8 holding 0-18 and 255 only.
+    """Read a mask of train ids as (height, width) uint8 with values 0-18 and 255.
 
     Raises:
-        UserError: the file is missing or damaged, or is of another size; a `LabelError`, it is colour-coded or holds
-            other labels.
+        UserError: the file is missing, damaged, or of another size.
+        LabelError: the mask is colour-coded or holds other labels.
     """
     with _opened(path) as image:
         if image.mode != "L":
             modes = {"P": "a colour-coded (palette)", "RGB": "a colour-coded (RGB)", "RGBA": "a colour-coded (RGBA)"}
-            kind = modes.get(image.mode, f"no 8-bit greyscale (Pillow mode {image.mode})")
+            kind = modes.get(image.mode, f"not an 8-bit greyscale (Pillow mode {image.mode})")
             raise LabelError(f"{path}: {kind} picture, not one train id per pixel ({_TRAIN_ID_HINT})")
         if (image.height, image.width) != (height, width):
             raise UserError(
-                f"{path}: mask is {image.width}x{image.height}, its image {width}x{height} (they must be of one size)"
+                f"{path}: mask is {image.width}x{image.height}, its image {width}x{height} (sizes must be equal)"
             )
         image.load()  # as in read_image
         mask = np.asarray(image)
@@ -355,13 +365,13 @@ def read_mask(path: Path, height: int, width: int) -> np.ndarray:
 
 
 def read_item(item: Item) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read an image, (H, W, 3) uint8 RGB, and its mask, (H, W) uint8, so that they lie on each other.
+    """Read an image, (H, W, 3) uint8 RGB, and its mask, (H, W) uint8, aligned with each other.
 
-    An image whose EXIF says how to turn it is turned if the mask has the size of the turned one.
+    If EXIF turns the image, it is turned if the mask has the size of the turned image.
 
     Raises:
-        UserError: as of `read_image` and `read_mask`; or EXIF turns the image and the sizes cannot tell whether the
-            mask was drawn on the turned one.
+        UserError: as `read_image` and `read_mask`; or EXIF turns the image, and the sizes do not show whether the mask
+            was drawn on the turned image.
     """
     if item.mask is None:
         return read_image(item.image), None
@@ -379,24 +389,24 @@ def _is_drawn_upright(image: Path, mask: Path) -> bool:
     if orientation in (5, 6, 7, 8) and size[0] != size[1]:
         return mask_size == size[::-1]
     if mask_size != size:
-        return False  # which `read_mask` tells
+        return False  # `read_mask` raises the error
     raise UserError(
-        f"{image}: EXIF orientation {orientation}, so that viewers show it turned, and the size of {mask} "
-        "does not tell on which view it was drawn (if on the turned one, turn the pixels, as `mogrify "
-        "-auto-orient` does; if on the stored one, remove the tag, as `exiftool -Orientation=` does)"
+        f"{image}: EXIF orientation {orientation}: viewers show it turned, and the size of {mask} does not "
+        "show whether it was drawn on the turned image (if so, turn the pixels with `mogrify -auto-orient`; if not, "
+        "remove the tag with `exiftool -Orientation=`)"
     )
 
 
 def check_first_masks(split: Split) -> str | None:
-    """Read some masks, spread over the split, so that labels of another kind are told before any work.
+    """Read some masks, spread over the split, to detect labels that are not train ids before any work.
 
-    Masks that cannot be read are left to whoever reads them all.
+    Masks that cannot be read are skipped.
 
     Returns:
-        A line to warn with if the labels are allowed, but their shares are those of another kind.
+        A warning if the labels are valid, but their shares are not those of train ids.
 
     Raises:
-        LabelError: some do not hold train ids.
+        LabelError: some masks do not hold train ids.
     """
     masks = [item.mask for item in split.items if item.mask]
     chosen = sorted({round(i * (len(masks) - 1) / (NUM_FIRST_MASKS - 1)) for i in range(NUM_FIRST_MASKS) if masks})
@@ -412,7 +422,7 @@ def check_first_masks(split: Split) -> str | None:
             continue
     if wrong:
         raise LabelError(f"{wrong[0]}; wrong labels in {len(wrong)} of the {len(chosen)} masks checked")
-    # Of label ids, 7 is the road, and no mask has 255. Of train ids, 7 is traffic signs, and 0 the road.
+    # Among label ids, 7 is road, and masks have no 255. Among train ids, 7 is traffic sign, and 0 is road.
     if counts[IGNORE_LABEL] or counts[7] <= max(counts.sum() / 8, counts[0]):
         return None
     share = 100 * counts[7] / counts.sum()

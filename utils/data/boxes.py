@@ -1,8 +1,8 @@
 """Boxes around masks, the prompts of SAM's mask decoder.
 
-The one coordinate convention: a box is `(x_min, y_min, x_max, y_max)` in pixels of the H x W frame that the network
-sees, x to the right and y down, with **inclusive** corners inside the image: `0 <= x_min <= x_max <= W - 1`, the same
-for y. A box around a single pixel has equal corners and a side of 1.
+A box is `(x_min, y_min, x_max, y_max)` in pixels of the network's H x W frame, x to the right and y down, with
+**inclusive** corners inside the image: `0 <= x_min <= x_max <= W - 1`, the same for y. A box around a single pixel has
+equal corners and a side of 1.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def _class_bits() -> np.ndarray:
     return bits
 
 
-_CLASS_BITS = _class_bits()  # (256,) uint32: a label as a set of classes, so that a bitwise OR is a union
+_CLASS_BITS = _class_bits()  # (256,) uint32: each label as a set of classes; a bitwise OR is their union
 
 
 def class_boxes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The tight box of every class that occurs in a label map.
+    """The tight box of every class in a label map.
 
     Args:
         labels: (H, W) uint8, ids 0-18 and 255 = not labelled.
@@ -40,7 +40,7 @@ def class_boxes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if labels.ndim != 2 or labels.dtype != np.uint8:
         raise ValueError(f"labels must be (H, W) uint8, got {labels.shape} {labels.dtype}")
-    # One pass instead of one per class: each row, and each column, becomes the set of the classes in it.
+    # One pass instead of one for each class: each row and each column becomes the set of its classes.
     pixel_sets = _CLASS_BITS[labels]  # H x W
     in_row = np.bitwise_or.reduce(pixel_sets, axis=1)  # H
     in_column = np.bitwise_or.reduce(pixel_sets, axis=0)  # W
@@ -76,18 +76,17 @@ def mask_box(mask: np.ndarray) -> np.ndarray:
 
 
 def to_frame(boxes: np.ndarray, height: int, width: int, image_size: ImageSize, resize_mode: str) -> np.ndarray:
-    """Bring boxes of an original image into the frame, to where `utils.data.geometry` brings the image.
+    """Map boxes of an original image to the frame, as `utils.data.geometry` maps the image.
 
-    Corners move as the pixels whose centres they are. That is within 0.5 + |1 - scale| / 2 pixels of the tight box
-    of the resized mask, which keeps or drops whole pixels.
+    Corners move like pixel centres. The result is within 0.5 + |1 - scale| / 2 pixels of the tight box of the resized
+    mask.
 
     Args:
-        boxes: (K, 4) xyxy in pixels of the original image, inclusive corners, whole or not; min <= max.
-        height, width: of the original image.
+        boxes: (K, 4) xyxy in pixels of the original image, inclusive corners, integers or not; min <= max.
 
     Returns:
-        (K, 4) float32, clipped to the picture, so never on padding; min <= max holds on both axes. A box that lies
-        wholly outside the picture becomes a line on its border.
+        (K, 4) float32, clipped to the picture without its padding; min <= max on both axes. A box outside the picture
+        becomes a line on its border.
 
     Raises:
         ValueError: unknown `resize_mode`.
@@ -99,23 +98,23 @@ def to_frame(boxes: np.ndarray, height: int, width: int, image_size: ImageSize, 
 
 
 def jitter_boxes(boxes: np.ndarray, image_size: ImageSize, max_shift: int, rng: np.random.Generator) -> np.ndarray:
-    """Move each coordinate of each box by a random whole number of pixels, as prompts drawn by people are loose.
+    """Shift each coordinate of each box by a random integer, as boxes drawn by people are loose.
 
-    The shift is uniform in [-m, m] with m the smaller of `max_shift` and a tenth of the box's side along that axis
-    (rounded half up). That is the scale of the noise that SAM was trained with (Kirillov et al. 2023, appendix A:
-    standard deviation 10 % of the side, at most 20 pixels); a flat 20 pixels would move a pole out of its own box.
+    The shift is uniform in [-m, m], where m is the smaller of `max_shift` and a tenth of the box's side along that axis
+    (rounded half up). SAM was trained with similar noise (Kirillov et al. 2023, appendix A: standard deviation 10 % of
+    the side, at most 20 pixels). A shift of 20 pixels regardless of the side would move a pole out of its own box.
 
     Args:
-        boxes: (K, 4), whole coordinates inside the image.
+        boxes: (K, 4), integers inside the image.
         image_size: of the frame; the result is clipped to its pixels.
-        max_shift: the most pixels by which a coordinate moves; 0 returns the boxes as they are.
-        rng: the only source of chance.
+        max_shift: the largest shift in pixels; 0 returns the boxes unchanged.
+        rng: the source of randomness.
 
     Returns:
-        (K, 4) of the dtype of `boxes`; min <= max holds on both axes.
+        (K, 4) of the dtype of `boxes`; min <= max on both axes.
     """
     sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.int64) + 1  # K x 2
-    # At most (side + 5) // 10 from either end: too little for the two ends of any side to pass each other.
+    # At most (side + 5) // 10 at either end, so that the two ends of a side cannot cross.
     limit = np.minimum(max_shift, (sides + 5) // 10)[:, [0, 1, 0, 1]]  # K x 4
     shifts = rng.integers(-limit, limit, endpoint=True)
     height, width = frame_size(image_size)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-IGNORE_LABEL = 255  # not labelled: in no loss, in no metric, never turned into a class
+IGNORE_LABEL = 255  # not labelled: ignored by losses and metrics, never a class
 
 
 @dataclass(frozen=True)
@@ -48,4 +48,4 @@ def _palette() -> np.ndarray:
     return palette
 
 
-PALETTE = _palette()  # (256, 3) uint8 RGB by id; every id that is no class, 255 above all, is black
+PALETTE = _palette()  # (256, 3) uint8 RGB by id; every other id, such as 255, is black

@@ -1,7 +1,7 @@
-"""The size of the frame that images and masks are brought into, as --image_size says it.
+"""The size of the frame that images and masks are resized to.
 
-An image size is a side S in pixels, as in 1024, for the square S x S; or "HxW" for a frame of another shape, as in
-"576x1024". Flags, manifests, checkpoints, caches and messages all have it in this form.
+An image size is a side in pixels, such as 1024, for a square frame, or "HxW", such as "576x1024". Flags, manifests,
+checkpoints, caches and messages all use this form.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from utils.runtime.cli import number
 ImageSize = int | str
 Size = tuple[int, int]  # (height, width) in pixels
 
-MAX_IMAGE_SIZE = 4096  # four times SAM's own; a file that claims more is not let to have that much memory
+MAX_IMAGE_SIZE = 4096  # four times SAM's own, a limit for the memory that a file can claim
 
 
 def frame_size(image_size: ImageSize | Sequence[int]) -> Size:
-    """The (height, width) of an image size; of a (height, width), itself."""
+    """The (height, width) of an image size; a (height, width) is returned as it is."""
     if isinstance(image_size, int):
         return image_size, image_size
     if isinstance(image_size, str):
@@ -36,7 +36,7 @@ def image_size_of(size: Size) -> ImageSize:
 
 
 def is_image_size(value: Any) -> bool:
-    """Whether it is an image size that memory is given for; a model wants multiples of 16 besides."""
+    """Whether it is a valid image size. Models also need multiples of 16."""
     if isinstance(value, str) and not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", value, re.ASCII):
         return False
     if type(value) not in (int, str):

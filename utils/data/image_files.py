@@ -1,7 +1,7 @@
-"""Picture files walked along the structure of their format, so that Pillow sees nothing but what the pixels depend on.
+"""Picture files reduced to what their pixels depend on, before Pillow decodes them.
 
-A decoder fails on a picture for what is around it: a profile or a text larger than it allows, a damaged thumbnail, a
-second picture or a video behind the first. It also takes some pictures that are not all there.
+Pillow rejects a good picture for what surrounds it: a large profile or text, a damaged thumbnail, a second picture or a
+video after the first. It also accepts some pictures that are cut off.
 """
 
 from __future__ import annotations
@@ -11,27 +11,25 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG
 
 from utils.runtime.errors import UserError
-from utils.runtime.files import cannot_be_read, status
+from utils.runtime.files import open_untrusted
 
-MAX_PIXELS = (1 << 28) // 3  # 256 MiB of RGB, which is Pillow's own limit; a picture that claims more is not read
-MAX_BYTES = 4 * MAX_PIXELS  # of a file up to the end of its picture
-MAX_JPEG_SCANS = 100  # a progressive JPEG has about ten; each is a pass over the whole picture, be it of a few bytes
+MAX_PIXELS = (1 << 28) // 3  # 256 MiB of RGB, Pillow's own limit
+MAX_BYTES = 4 * MAX_PIXELS  # of a file
+MAX_JPEG_SCANS = 100  # a progressive JPEG has about ten; each scan is a pass over the whole picture
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # as Pillow calls them
-DAMAGED = "(the file is damaged: get it again)"
+DAMAGED = "(the file is damaged; get it again)"
 
-_FIRST_READ = 16 << 20  # nearly all pictures end before it
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
-# A byte FF begins a marker, unless 00 or another FF follows. The 01 and the D0 to D7 are inside a scan.
+# FF begins a marker, unless 00 or another FF follows. Markers 01 and D0 to D7 occur inside a scan.
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _JPEG_END, _JPEG_START, _JPEG_SCAN = 0xD9, 0xD8, 0xDA
 _JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# Comments and application segments, but JFIF's (E0) and Adobe's (EE), which say what the colours are.
+# Comments and application segments, except JFIF's (E0) and Adobe's (EE): these define the colours.
 _JPEG_METADATA = (set(range(0xE1, 0xF0)) - {0xEE}) | {0xFE}
-# Pictures of other formats, by the bytes at some place: they are healthy, and only not read here.
+# Formats that are not supported, by their bytes at an offset.
 _FOREIGN = (
     (4, re.compile(rb"ftyp(hei[cxms]|hev[cmx]|mif[12]|msf1)"), "HEIC"),
     (4, re.compile(rb"ftypavi[fs]"), "AVIF"),
@@ -43,14 +41,10 @@ _FOREIGN = (
 
 @dataclass(frozen=True)
 class PictureFile:
-    """A picture that is all there: `data` for Pillow, and its EXIF, b"" where it has none."""
+    """A complete picture: `data` for Pillow, and its EXIF, b"" if it has none."""
 
     data: bytes
     exif: bytes = b""
-
-
-class _Cut(Exception):
-    """The data end before the picture does."""
 
 
 class _Bad(Exception):
@@ -60,41 +54,22 @@ class _Bad(Exception):
 def read_picture_file(path: Path) -> PictureFile:
     """Read a JPEG, PNG, WebP, BMP or TIFF up to the end of its picture.
 
-    JPEG and PNG come without metadata. The other three formats have no end that could be looked for, and a part of
-    them that was filled with zeros is a valid picture.
+    JPEG and PNG come without metadata. The other formats have no end marker: if a part was filled with zeros, the
+    picture is still valid.
 
     Raises:
-        UserError: the file is missing or of another kind, the picture is cut off or damaged; an `UnreadableError`, the
-            system does not let us read it.
+        UserError: the file is missing or of another kind, or the picture is cut off or damaged.
+        UnreadableError: the system does not let us read it.
     """
-    found = status(path)
-    if found and not (S_ISREG(found.st_mode) or S_ISDIR(found.st_mode)):  # a pipe would keep us waiting
-        raise UserError(f"{path}: not a regular file; take it out of the folder")
+    with open_untrusted(path, MAX_BYTES, fix="remove it from the data") as file:
+        data = file.read()
     try:
-        with open(path, "rb") as file:
-            data = file.read(_FIRST_READ)
-            try:
-                return _picture(data, is_all=len(data) < _FIRST_READ)
-            except _Cut:
-                rest = file.read(MAX_BYTES - len(data))
-                more = file.read(1)
-            return _picture(data + rest, is_all=not more)
-    except OSError as error:
-        raise cannot_be_read(path, error) from None
+        return _picture(data)
     except _Bad as error:
         raise UserError(f"{path}: {error}") from None
-    except _Cut:
-        if more:
-            raise UserError(f"{path}: has more bytes than the largest picture that is read {DAMAGED}") from None
-        what = "truncated, the JPEG has no end" if data[:2] == b"\xff\xd8" else "cannot be decoded: its end is missing"
-        raise UserError(f"{path}: {what} {DAMAGED}") from None
 
 
-def _picture(data: bytes, *, is_all: bool) -> PictureFile:
-    """
-    Args:
-        is_all: the file has no more bytes.
-    """
+def _picture(data: bytes) -> PictureFile:
     if data.startswith(b"\xff\xd8\xff"):
         return _jpeg(data)
     if data.startswith(_PNG):
@@ -102,20 +77,18 @@ def _picture(data: bytes, *, is_all: bool) -> PictureFile:
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _webp(data)
     if data.startswith((b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        if not is_all:
-            raise _Cut  # perhaps: read on
         return PictureFile(data)
     for at, beginning, kind in _FOREIGN:
         if beginning.match(data, at):
-            raise _Bad(f"a {kind} picture, which is not read here; convert it to JPEG or PNG")
-    raise _Bad(f"neither a JPEG nor a PNG image, nor a WebP, BMP or TIFF {DAMAGED}")
+            raise _Bad(f"{kind} is not supported; convert the picture to JPEG or PNG")
+    raise _Bad(f"not a JPEG, PNG, WebP, BMP or TIFF picture {DAMAGED}")
 
 
 def _jpeg(data: bytes) -> PictureFile:
-    """Without metadata and what else is between its segments, to the end of the first picture.
+    """The first picture of a JPEG, without metadata and without bytes between segments.
 
-    Pillow notices a file that is cut off, but takes one whose missing end was filled with zeros, which is what an
-    interrupted download or a full disk may leave, for an image with a flat lower part.
+    An interrupted download or a full disk can leave a file whose end is zeros. Pillow decodes it to an image with a
+    flat lower part; here it has no end marker.
     """
     kept, at, scans, in_scan, exif = [data[:2]], 2, 0, False, b""
     while marker := _JPEG_MARKER.search(data, at):
@@ -124,16 +97,16 @@ def _jpeg(data: bytes) -> PictureFile:
             kept.append(data[at : marker.start()])
         if code == _JPEG_END:
             if scans > MAX_JPEG_SCANS:
-                raise _Bad(f"has {scans} scans, which would take hours to decode (save it anew, or leave it out)")
+                raise _Bad(f"has {scans} scans and would take hours to decode; save it again, or remove it")
             return PictureFile(b"".join([*kept, marker[0]]), exif)
-        if code == _JPEG_START:  # of a picture behind this one, whose end was lost
-            raise _Bad(f"truncated, the JPEG has no end before another begins {DAMAGED}")
+        if code == _JPEG_START:  # of another picture: the end of this one is missing
+            break
         body = marker.end() + 2
         if len(data) < body:
             break
         at = marker.end() + struct.unpack_from(">H", data, marker.end())[0]
         if at < body:
-            raise _Bad(f"cannot be decoded: a segment of the JPEG has no length {DAMAGED}")
+            raise _Bad(f"cannot be decoded: a JPEG segment has no length {DAMAGED}")
         if len(data) < at:
             break
         if code in _JPEG_FRAMES and data[body : body + 1] not in (b"", b"\x08"):
@@ -144,11 +117,11 @@ def _jpeg(data: bytes) -> PictureFile:
             kept.append(data[marker.start() : at])
         elif code == 0xE1 and data.startswith(b"Exif\0\0", body):
             exif = exif or data[body:at]
-    raise _Cut
+    raise _Bad(f"truncated, the JPEG has no end {DAMAGED}")
 
 
 def _png(data: bytes) -> PictureFile:
-    """Without metadata, up to its end chunk. Checksums are compared, which decoding alone does not do."""
+    """A PNG up to its end chunk, without metadata. Checksums are compared, which Pillow does not do."""
     kept, at, exif, has_pixels = [_PNG], len(_PNG), b"", False
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -159,7 +132,7 @@ def _png(data: bytes) -> PictureFile:
                 raise _Bad(f"cannot be decoded: a PNG without pixels {DAMAGED}")
             return PictureFile(b"".join([*kept, _IEND]), exif)
         end = at + 12 + length
-        is_metadata = bool(kind[0] & 0x20)  # a small letter: the picture can be shown without it
+        is_metadata = bool(kind[0] & 0x20)  # a lower-case letter marks what a viewer may skip
         if end > len(data):
             break
         if not is_metadata or kind == b"eXIf":
@@ -168,28 +141,29 @@ def _png(data: bytes) -> PictureFile:
                 exif = data[at + 8 : end - 4] if is_right else exif
             elif not is_right:
                 raise _Bad(f"cannot be decoded: broken PNG (checksum of {kind.decode()}) {DAMAGED}")
-            elif kind not in _PNG_PIXELS:  # Apple's CgBI: pixels in an order and a compression of its own
-                raise _Bad(f"not a standard PNG (it has a chunk {kind.decode()}); save it anew as PNG or JPEG")
+            elif kind not in _PNG_PIXELS:  # such as Apple's CgBI, with its own pixel order and compression
+                raise _Bad(f"not a standard PNG (it has a chunk {kind.decode()}); save it again as PNG or JPEG")
             else:
                 kept.append(data[at:end])
                 has_pixels = has_pixels or kind == b"IDAT"
         at = end
-    raise _Cut
+    raise _Bad(_NO_END)
 
 
 _IEND = struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND"))
 
 
 def _webp(data: bytes) -> PictureFile:
-    """Up to the end that its header tells."""
+    """A WebP up to the end that its header gives."""
     end = 8 + int.from_bytes(data[4:8], "little")
     if len(data) < end:
-        raise _Cut
-    if data[12:16] == b"VP8X":  # Pillow makes room for this size before it tells it
+        raise _Bad(_NO_END)
+    if data[12:16] == b"VP8X":  # Pillow allocates this size before it reports it
         width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
         if width * height > MAX_PIXELS:
             raise _Bad(ABSURD_SIZE)
     return PictureFile(data[:end])
 
 
+_NO_END = f"cannot be decoded: its end is missing {DAMAGED}"
 ABSURD_SIZE = f"its header claims an absurd size, above {MAX_PIXELS / 1e6:.0f} megapixels {DAMAGED}"

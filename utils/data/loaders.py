@@ -1,4 +1,4 @@
-"""Batches from worker processes, which leave signals to the main process and whose end is one line."""
+"""Batches from worker processes: they ignore signals, and their failures are one-line errors."""
 
 from __future__ import annotations
 
@@ -33,42 +33,40 @@ from utils.runtime.process_pool import usable_cores
 from utils.runtime.signals import SIGNALS
 
 SHARED_MEMORY = Path("/dev/shm")  # where PyTorch puts batches that one process hands to another
-PREFETCHED = 2  # batches that DataLoader asks of each worker in advance
-HELD = 2  # by the main process: the batch in use and the one before it
+PREFETCHED = 2  # batches that DataLoader requests from each worker in advance
+HELD = 2  # batches of the main process: the one in use and the one before it
 PAGE = 4096
-UNSENT = 64  # plus the system's number of the error: the exit status of a worker that cannot send; a crash has 1
+UNSENT = 64  # plus errno: the exit status of a worker that cannot send a batch; a crash has 1
 
 
 class Loader(DataLoader):
-    """A `DataLoader` that draws from no RNG but its own, and tells of a worker's end where a batch is fetched.
+    """A `DataLoader` with its own random generator that reports a worker's end when a batch is fetched.
 
-    PyTorch's handler of SIGCHLD would tell of it wherever the main process just is: within an optimizer step, or a file
-    that is half written. Without it, the main process looks for its workers when none has given a batch for 5 s.
+    PyTorch's SIGCHLD handler would raise anywhere, such as within an optimizer step or while a file is written. Without
+    it, the main process checks its workers when no batch has come for 5 s.
     """
 
     def __init__(self, dataset: Dataset, **options: Any) -> None:
-        """
-        Args:
-            options: as `DataLoader` has them.
-        """
+        """Set up a `DataLoader` with its options."""
         super().__init__(dataset, worker_init_fn=_prepare_worker, generator=torch.Generator(), **options)
         if self.num_workers:
             self.collate_fn = _IntoSharedMemory(self.collate_fn)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # PyTorch names its own iterator
-        """
+        """Iterate over the batches of an epoch.
+
         Raises:
-            LostWorkerError: a worker process cannot be started, cannot hand over a batch, or has ended, most often as
-                the system killed it.
-            UserError: what the data set raised in a worker, without PyTorch's traceback of it.
+            LostWorkerError: a worker process cannot be started, cannot send a batch, or has ended, most often killed by
+                the system.
+            UserError: an error of the data set, without PyTorch's traceback.
         """
         handler = signal.getsignal(signal.SIGCHLD)
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what is half made can only be ended with noise
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a half-started loader ends with tracebacks
         try:
             if self.num_workers:
-                multiprocessing.Lock()  # without room for a semaphore, what PyTorch half makes ends with noise
+                multiprocessing.Lock()  # fails here, before PyTorch starts, if there is no room for semaphores
             batches = super().__iter__()
-        except OSError as error:  # of a semaphore, which lies in shared memory too, or of a fork
+        except OSError as error:  # of a semaphore, which is in shared memory, or of a fork
             raise LostWorkerError(
                 f"a loader process cannot be started ({error.strerror or error}); give --num_workers 0"
             ) from None
@@ -80,20 +78,18 @@ class Loader(DataLoader):
         except UserError as error:
             kind = type(error)
             raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()) from None
-        except (RuntimeError, OSError, EOFError) as error:  # EOFError if it ends while it hands over a tensor
+        except (RuntimeError, OSError, EOFError) as error:  # EOFError if it ends while it sends a tensor
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             is_own = "Caught " in reason or (isinstance(error, RuntimeError) and not _LOST.search(reason))
             if is_own or self.num_workers == 0:
-                raise  # it is the data set's
+                raise  # an error of the data set
             for worker in getattr(batches, "_workers", ()):
-                if worker.exitcode == -signal.SIGBUS:  # where the system gives memory that it does not have
+                if worker.exitcode == -signal.SIGBUS:  # the system granted memory that it does not have
                     reason = os.strerror(errno.ENOSPC)
                 elif (number := (worker.exitcode or 0) - UNSENT) in errno.errorcode:
                     reason = os.strerror(number)
-            if untold := _not_handed_over(reason):
-                raise untold from None
-            raise LostWorkerError(
-                f"a loader process has ended ({reason}): if it was for lack of memory, lower -num_workers"
+            raise _not_sent(reason) or LostWorkerError(
+                f"a loader process has ended ({reason}); if memory ran out, lower -num_workers"
             ) from None
 
 
@@ -102,10 +98,9 @@ _LOST = re.compile(r"DataLoader worker \(pid|Pin memory thread exited|ancdata|To
 
 @dataclass(frozen=True)
 class _IntoSharedMemory:
-    """Collates a batch in a worker and puts it into shared memory there and then, where a failure can be told.
+    """Collates a batch in a worker and puts it into shared memory at once, where a failure raises an error.
 
-    The thread that sends batches would do so too, but it drops a batch that it cannot send, and the main process would
-    wait for it for ever.
+    Otherwise the sending thread does it, drops a batch that it cannot send, and the main process waits forever.
     """
 
     collate: Callable[[Any], Any]
@@ -116,22 +111,20 @@ class _IntoSharedMemory:
             for tensor in _tensors(batch):
                 tensor.share_memory_()
         except (RuntimeError, OSError) as error:
-            if untold := _not_handed_over(str(error)):
-                raise untold from None
-            raise
+            raise _not_sent(str(error)) or error from None
         return batch
 
 
-def _not_handed_over(reason: str) -> LostWorkerError | None:
-    """The error to raise if `reason` is one of those for which a batch cannot be handed over."""
+def _not_sent(reason: str) -> LostWorkerError | None:
+    """The error to raise if `reason` is one for which a batch cannot be sent."""
     if "Too many open files" in reason or "ancdata" in reason:  # a batch has an open file for each tensor
         return LostWorkerError(
-            "a loader process cannot hand over a batch (too many open files); raise the limit with "
-            "ulimit -n 65536, or give --num_workers 0"
+            "a loader process cannot send a batch (too many open files); raise the limit with ulimit -n 65536, or give "
+            "--num_workers 0"
         )
     if "shared memory" in reason or "unable to mmap" in reason or reason == os.strerror(errno.ENOSPC):
         return LostWorkerError(
-            f"a loader process cannot hand over a batch: {SHARED_MEMORY}{_size()} is full "
+            f"a loader process cannot send a batch: {SHARED_MEMORY}{_size()} is full "
             f"({reason.rpartition(': ')[2]}); start the container with a larger --shm-size, or give "
             "--num_workers 0"
         )
@@ -159,28 +152,28 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def sample_bytes(sample: Any) -> int:
-    """What a sample takes in shared memory, of which a tensor has whole pages."""
+    """The bytes of a sample in shared memory, where a tensor takes whole pages."""
     return sum(math.ceil(tensor.nbytes / PAGE) * PAGE for tensor in _tensors(sample))
 
 
 def require_shared_memory(bytes_of_batch: int, num_workers: int, num_batches: int | None = None) -> None:
-    """Check that batches which wait to be used fit, those of all processes of this machine.
+    """Check that shared memory holds the waiting batches of all processes of this machine.
 
     Args:
-        num_batches: that a process has at most, if it is known.
+        num_batches: the most that a process has, if known.
 
     Raises:
-        LostWorkerError: they do not, so that a worker would fail sooner or later.
+        LostWorkerError: they do not fit, and a worker would fail later.
     """
     try:
         disk = os.statvfs(SHARED_MEMORY)
-    except OSError:  # macOS has none of this name; on Linux, PyTorch tells what fails
+    except OSError:  # macOS has no such folder; on Linux, PyTorch reports failures
         return
     waiting = PREFETCHED * num_workers + HELD
     if num_batches is not None:
         waiting = min(waiting, num_batches)
     needed = bytes_of_batch * waiting * distributed.local_world_size()
-    if num_workers and disk.f_blocks and needed > disk.f_bavail * disk.f_frsize:  # without blocks it has no limit
+    if num_workers and disk.f_blocks and needed > disk.f_bavail * disk.f_frsize:  # no blocks: no limit
         raise LostWorkerError(
             f"{SHARED_MEMORY} has {_bytes(disk.f_bavail * disk.f_frsize)} free of "
             f"{_bytes(disk.f_blocks * disk.f_frsize)}, and loader processes (--num_workers {num_workers}) need up to "
@@ -190,46 +183,40 @@ def require_shared_memory(bytes_of_batch: int, num_workers: int, num_batches: in
 
 
 def usable_workers(num_workers: int) -> int:
-    """`num_workers`, or as many as there are cores for each process of this machine, which is said."""
+    """`num_workers`, lowered with a message to the number of cores for each process of this machine."""
     cores, processes = usable_cores(), distributed.local_world_size()
     most = max(1, cores // processes)
     if num_workers > most:
         shared = f" for {processes} processes" if processes > 1 else ""
-        distributed.say(f"--num_workers {num_workers} is lowered to {most}: there are {cores} usable cores{shared}")
+        distributed.say(f"--num_workers {num_workers} is lowered to {most}: {cores} cores are available{shared}")
     return min(num_workers, most)
 
 
 @atexit.register
 def _end_workers() -> None:
-    """Else multiprocessing would ask those that an error left by SIGTERM, which they ignore, and wait for ever."""
+    """Kill workers at exit: they ignore SIGTERM, and multiprocessing would wait for them forever."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
 def _prepare_worker(worker: int) -> None:
-    """Who signals all of a job would else kill its workers under the step to be finished."""
+    """Ignore signals, which often go to all processes of a job: the main process still needs its workers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
 
 def _end_worker(error: Exception, batch: Any) -> NoReturn:
-    """End a worker whose batch cannot be sent; the main process, which sees that, reads the reason in the status."""
+    """End a worker that cannot send a batch; the main process finds the reason in the exit status."""
     number = (error.errno or 0) if isinstance(error, OSError) else 0
     os._exit(UNSENT + number if number in errno.errorcode else 1)
 
 
 def training_loader(
-    dataset: TrainingDataset,
-    *,
-    batch_size: int,
-    num_workers: int,
-    seed: int,
-    grad_acc_steps: int,
-    precision: Precision,
+    dataset: TrainingDataset, *, batch_size: int, num_workers: int, seed: int, grad_acc_steps: int, precision: Precision
 ) -> Loader:
-    """This process's batches of each epoch; its `batch_sampler` is a `TrainingSampler`."""
+    """A loader of this process's batches of each epoch; its `batch_sampler` is a `TrainingSampler`."""
     sampler = TrainingSampler(
         dataset.num_prompts(),
         grad_acc_steps=grad_acc_steps,
@@ -249,13 +236,13 @@ def training_loader(
 
 
 def evaluation_loader(dataset: EvaluationDataset, *, batch_size: int, num_workers: int, precision: Precision) -> Loader:
-    """The batches of this process's share; every image belongs to exactly one process.
+    """A loader of this process's share; every image belongs to exactly one process.
 
-    Whole batches are dealt out: one of other images would round differently, and a process's figures with it.
+    Batches are the same for any number of processes, as other batches would round differently.
     """
     every = range(len(dataset))
     batches = [list(every[i : i + batch_size]) for i in range(0, len(every), batch_size)]
-    most = -(-len(batches) // distributed.world_size())  # the same in all processes, so that all fail or none
+    most = -(-len(batches) // distributed.world_size())  # the same in all processes: all fail, or none
     _require_shared_memory(dataset, batch_size, most, num_workers)
     return Loader(
         dataset,

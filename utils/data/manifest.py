@@ -1,4 +1,4 @@
-"""`manifest.json`: what `pre_bdd100k.py` wrote into a split's folder, so that its readers need not guess."""
+"""`manifest.json`: the description of a preprocessed split, written by `pre_bdd100k.py`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from utils.data.bdd100k import MAX_PIXELS
 from utils.data.classes import CLASS_NAMES, NUM_CLASSES
 from utils.data.frame import ImageSize, frame_size, is_image_size
 from utils.runtime.errors import UserError
-from utils.runtime.files import atomic_write, cannot_be_read, is_folder, read_json
+from utils.runtime.files import atomic_write, exists, is_folder, read_json
 
 FORMAT_VERSION = 1
 IMAGE_DTYPES = ("float32", "float16", "uint8")
 RESIZE_MODES = ("stretch", "pad")
 
-Source = list[str | int]  # what tells a file from any other: real path, bytes, time of modification in ns
+Source = list[str | int]  # identifies a file: real path, bytes, time of modification in ns
 
 
 def source_of(path: Path) -> Source:
-    """Identify a file, or the one that a link leads to.
+    """Identify a file, or the target of a link.
 
     Raises:
         OSError: it is missing.
@@ -53,8 +53,8 @@ class Manifest:
     items: list[ManifestItem]
     format_version: int = FORMAT_VERSION
     class_names: list[str] = field(default_factory=lambda: list(CLASS_NAMES))
-    # The files that each image's arrays are made of: image and mask, by name. While `complete` is False, also of those
-    # that are not written yet. None: an older version wrote this.
+    # The source files of each image's arrays by name: image and mask. While `complete` is False, also of arrays not yet
+    # written. None in a manifest of an older version.
     sources: dict[str, list[Source]] | None = None
 
     def write(self, folder: Path) -> None:
@@ -68,37 +68,37 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
     """Read `folder/manifest.json`.
 
     Raises:
-        UserError: `folder` or its manifest is missing, is not a manifest of this format, or (unless
-            `allow_incomplete`) is of a run that was stopped before its end.
+        UserError: `folder` or its manifest is missing, the manifest is not of this format, or (unless
+            `allow_incomplete`) preprocessing was stopped before its end.
     """
     path = folder / "manifest.json"
     if not is_folder(folder):
-        raise UserError(f"{folder}: no such folder (make it with pre_bdd100k.py)")
+        raise UserError(f"{folder}: no such folder; create it with pre_bdd100k.py")
+    if not exists(path):
+        splits = sorted(split.parent for split in folder.glob("*/manifest.json"))
+        found = (
+            f"holds splits; give one of them, such as {splits[0]}" if splits else "was not written by pre_bdd100k.py"
+        )
+        raise UserError(f"{path}: no such file; {folder} {found}")
+    fields = read_json(path, "run pre_bdd100k.py again with --overwrite")
     try:
-        fields = read_json(path)
-        if fields.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format {fields.get('format_version')!r}, this version reads {FORMAT_VERSION}; "
-                "run pre_bdd100k.py again with --overwrite"
-            )
         manifest = Manifest(**{**fields, "items": [ManifestItem(**item) for item in fields["items"]]})
-        _check(manifest)
-    except FileNotFoundError:
-        for split in sorted(folder.glob("*/manifest.json")):
-            raise UserError(f"{folder}: is above the splits; give one of them, such as {split.parent}") from None
-        raise UserError(f"{path}: not found; {folder} was not written by pre_bdd100k.py") from None
-    except OSError as error:
-        raise cannot_be_read(path, error) from None
+        wrong = None if _is_valid(manifest) else "not a manifest of pre_bdd100k.py"
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{path}: not a manifest of pre_bdd100k.py; run it again with --overwrite") from None
+        wrong = "not a manifest of pre_bdd100k.py"
+    version = fields.get("format_version", FORMAT_VERSION) if isinstance(fields, dict) else FORMAT_VERSION
+    if version != FORMAT_VERSION:
+        wrong = f"format {version!r}, this version reads {FORMAT_VERSION}"
+    if wrong:
+        raise UserError(f"{path}: {wrong}; run pre_bdd100k.py again with --overwrite")
     if not (manifest.complete or allow_incomplete):
-        raise UserError(f"{path}: preprocessing was stopped before its end; run pre_bdd100k.py again to go on")
+        raise UserError(f"{path}: preprocessing was stopped before its end; run pre_bdd100k.py again to resume")
     return manifest
 
 
-def _check(manifest: Manifest) -> None:
-    """Raise ValueError unless every field is what this program would have written."""
-    good = (
+def _is_valid(manifest: Manifest) -> bool:
+    """Whether every field has a value that this program writes."""
+    return (
         is_image_size(manifest.image_size)
         and manifest.image_dtype in IMAGE_DTYPES
         and manifest.resize_mode in RESIZE_MODES
@@ -109,8 +109,6 @@ def _check(manifest: Manifest) -> None:
         and len({item.name for item in manifest.items}) == len(manifest.items)
         and (manifest.sources is None or all(_is_source(s) for files in manifest.sources.values() for s in files))
     )
-    if not good:
-        raise ValueError("a field has a value that pre_bdd100k.py does not write")
 
 
 def _is_source(source: Any) -> bool:
@@ -120,7 +118,7 @@ def _is_source(source: Any) -> bool:
 def _is_item(item: ManifestItem, manifest: Manifest) -> bool:
     sizes = (item.height, item.width, item.ignored, *item.pixels)
     return (
-        # Names become file names: none may lead out of the folder.
+        # Names become file names and must not lead out of the folder.
         isinstance(item.name, str)
         and Path(item.name).name == item.name not in ("", "..")
         and "\0" not in item.name

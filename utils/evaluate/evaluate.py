@@ -1,14 +1,14 @@
-"""Scoring a labelled set: what the model says of each image against its labels. No prompt mode is known here."""
+"""Scoring a labelled set in any prompt mode."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from utils.data.datasets import EvaluationBatch
 from utils.evaluate.metrics import ConfusionMatrix
 from utils.model.prediction import Prediction, predict
 from utils.model.segmenter import Segmenter
@@ -18,15 +18,15 @@ from utils.runtime.device import Precision
 
 
 def predictions_and_labels(
-    model: Segmenter, loader: Iterable[dict[str, Any]], precision: Precision, rule: MapRule = "argmax"
+    model: Segmenter, loader: Iterable[EvaluationBatch], precision: Precision, rule: MapRule = "argmax"
 ) -> Iterator[tuple[Prediction, Tensor]]:
-    """What the model says of each image, and its labels in the frame."""
+    """The prediction for each image, and its labels in the frame."""
     for batch in loader:
         yield from zip(predict(model, batch, precision, rule), precision.to_device(batch["labels"]))
 
 
 def evaluate(model: Segmenter, loader: DataLoader, precision: Precision) -> ConfusionMatrix:
-    """Score predictions in the frame over this process's share of a set, and sum over the processes."""
+    """Score predictions in the frame. Each process scores its share of the set; the counts are summed."""
     confusion = ConfusionMatrix(precision.device)
     progress = tqdm(loader, desc="validation", unit="batch", disable=not distributed.is_main(), leave=False)
     for prediction, labels in predictions_and_labels(model, progress, precision):

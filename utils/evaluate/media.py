@@ -1,8 +1,8 @@
-"""The user's own pictures and videos: what a path given by the user means, reading it, and writing overlays of it.
+"""The user's own pictures and videos: finding them, reading them, and writing overlays.
 
-A source, `ImageFolder` or `Video`, is checked by `find_source` before any long work. Iterated over, it gives
-`(name, image)`, and in an image's place the `UserError` of what could not be read, so that one damaged file does not
-end a run over a thousand. A sink, `OverlayFolder` or `OverlayVideo`, takes the image and its predicted classes.
+A source, `ImageFolder` or `Video`, is checked by `find_source` before any long work. It yields `(name, image)`, or
+`(name, UserError)` for an image that cannot be read, so that one damaged file does not end a run over a thousand. A
+sink, `OverlayFolder` or `OverlayVideo`, takes the image and its predicted classes.
 
     source = find_source("drive/*.jpg")
     with OverlayFolder(Path("overlays")) as sink:
@@ -34,13 +34,13 @@ from utils.data.bdd100k import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, read_image, rea
 from utils.data.image_files import MAX_PIXELS
 from utils.evaluate.plots import overlay
 from utils.runtime.errors import UnreadableError, UserError
-from utils.runtime.files import atomic_write, cannot_be_read, is_folder, listed, make_folder, status
+from utils.runtime.files import atomic_write, is_folder, listed, make_folder, open_untrusted, status
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")  # in any case; more is tried, see `find_source`
-DEFAULT_FPS = 25.0  # of a video whose header tells none
-_MAX_FPS = 240.0  # above it, the header tells the clock of a variable frame rate (such as 1000), not the frame rate
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")  # in any case; others are tried, see `find_source`
+DEFAULT_FPS = 25.0  # if the header has none
+_MAX_FPS = 240.0  # a higher value is the clock of a variable frame rate (such as 1000), not the frame rate
 _JPEG_QUALITY = 92
-_READ = "no .jpg, .jpeg or .png picture, nor .webp, .bmp or .tif,"
+_NONE = "no .jpg, .jpeg, .png, .webp, .bmp or .tif picture"
 _TAKES = "give a .jpg or .png picture, a folder of them, a quoted pattern such as 'drive/*.jpg', or a video"
 
 Frame = tuple[str, "np.ndarray | UserError"]  # a name and (H, W, 3) uint8 RGB, or why there is no image
@@ -48,11 +48,11 @@ Frame = tuple[str, "np.ndarray | UserError"]  # a name and (H, W, 3) uint8 RGB, 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Pictures, each read when its turn comes, turned upright as their EXIF orientation says."""
+    """Pictures, read one by one and turned upright by their EXIF orientation."""
 
-    pictures: dict[str, Path]  # by names that are unique, also where a file system takes upper case for lower
-    videos: Sequence[Path] = ()  # that lie among them, and are sources by themselves only
-    foreign: Sequence[Path] = ()  # pictures that lie among them, of formats that are not read
+    pictures: dict[str, Path]  # by names that are unique in any case
+    videos: Sequence[Path] = ()  # found among them; a video must be given alone
+    foreign: Sequence[Path] = ()  # pictures among them in formats that are not supported
 
     @property
     def count(self) -> int:
@@ -68,18 +68,18 @@ class ImageFolder:
 
 @dataclass(frozen=True)
 class Video:
-    """A video file, of which the first frame could be read; turned upright as its header says."""
+    """A video file with a readable first frame, turned upright by its header."""
 
     path: Path
-    count: int | None  # frames, as the header claims: perhaps wrong. None where it tells none
+    count: int | None  # number of frames by the header, perhaps wrong; None if it has none
     fps: float
     size: tuple[int, int]  # (H, W) of the first frame
 
     def __iter__(self) -> Iterator[Frame]:
-        """Every frame in order. One that cannot be read ends the video; what is missing is told by a last `UserError`.
+        """Every frame in order. A frame that cannot be read ends the video with a last `UserError`.
 
-        OpenCV does not say whether it stopped at the end or at a broken frame, so frames are counted. Some headers
-        hold an estimate: 1 %, and be it one frame, may be missing without a word.
+        OpenCV does not say whether it stopped at the end or at a broken frame, so frames are counted. Some headers hold
+        an estimate: up to 1 %, at least one frame, may be missing without an error.
         """
         capture = _open_video(self.path)
         read = 0
@@ -93,21 +93,21 @@ class Video:
             yield (
                 f"{self.path.stem}_{read:06d}",
                 UserError(
-                    f"{self.path}: ended after {read} of the {self.count} frames that its header claims "
-                    "(cut off or damaged, or trimmed without re-encoding; convert it again)"
+                    f"{self.path}: ended after {read} of the {self.count} frames in its header (cut off, damaged, or "
+                    "trimmed without re-encoding; convert it again)"
                 ),
             )
 
 
 def find_source(spec: str) -> ImageFolder | Video:
-    """What a user's path means: a picture, a folder of pictures, a glob pattern (`**` = any folders), or a video.
+    """Find what a user's path names: a picture, a folder, a glob pattern (`**` = any folders), or a video.
 
-    A file of another suffix is a video if OpenCV reads two frames or more of it; by one alone, stills of formats that
-    are not read here (.gif, .jp2, ...) would pass for videos.
+    A file with another suffix is a video if OpenCV reads at least two frames; still pictures of unsupported formats
+    (.gif, .jp2, ...) have one.
 
     Raises:
-        UserError: nothing is there, or neither pictures nor a video that can be read; an `UnreadableError`, the system
-            does not let us look.
+        UserError: nothing exists there, or neither pictures nor a readable video.
+        UnreadableError: the system does not let us look.
     """
     path = Path(os.path.expanduser(spec))
     found = status(path) if spec else None
@@ -115,61 +115,60 @@ def find_source(spec: str) -> ImageFolder | Video:
         return _folder(path)
     if found and S_ISREG(found.st_mode):
         if path.suffix.lower() in (*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES):
-            read_size(path)  # one damaged picture among many is told at the end, the only one at once
+            read_size(path)  # fails at once if the only picture is damaged; among many, it fails at the end
             return ImageFolder({path.stem: path})
         return _video(path)
     if glob.has_magic(spec):
         matches = glob.glob(str(path), recursive=True)
+        source = _folder_of(map(Path, matches))
         if not matches:
             _require_listable(path)
-            raise UserError(f"{spec}: the pattern matches nothing ({_TAKES})")
-        source = _folder_of(map(Path, matches))
         if not source.pictures:
-            raise UserError(f"{spec}: the pattern matches {_READ} that is read here{_others(source)} ({_TAKES})")
+            matched = f"{_NONE}{_others(source)}" if matches else "nothing"
+            raise UserError(f"{spec}: the pattern matches {matched} ({_TAKES})")
         return source
     raise UserError(f"{spec or repr(spec)}: no such file or folder ({_TAKES})")
 
 
 def _require_listable(pattern: Path) -> None:
-    """Raise an `UnreadableError` if a pattern matches nothing because its folder cannot be listed; `glob` says none."""
+    """Raise an `UnreadableError` if the folder of a pattern cannot be listed, which `glob` hides."""
     folder = next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
     if is_folder(folder):
         listed(folder)
 
 
 def _others(source: ImageFolder) -> str:
-    """What there is in place of pictures that are read."""
+    """The pictures in formats that are not supported, if there are any."""
     if source.foreign:
-        return f", but {len(source.foreign)} of other formats, such as {source.foreign[0].name}: convert them to JPEG"
+        return f", but {len(source.foreign)} in other formats, such as {source.foreign[0].name}; convert them to JPEG"
     return ""
 
 
 def refuse_overwriting(source: ImageFolder | Video, output: Path) -> None:
-    """Check that overlays written to `output`, a folder or a video file, do not come to lie among what is read.
+    """Check that overlays are not written to `output`, a folder or a video file, where the source is.
 
     Raises:
-        UserError: they would, and so replace the user's pictures, or be taken for pictures by the next run.
+        UserError: they would replace the user's pictures, or the next run would read them.
     """
     inputs = {source.path} if isinstance(source, Video) else {path.parent for path in source.pictures.values()}
     if output.resolve() in {path.resolve() for path in inputs}:
-        raise UserError(f"{output}: holds the pictures themselves, which overlays would replace (write elsewhere)")
+        raise UserError(f"{output}: holds the pictures, which overlays would replace; give another --output_dir")
 
 
 def _folder(path: Path) -> ImageFolder:
     entries = [entry for entry in listed(path) if not entry.name.startswith(".")]
-    if not entries:
-        raise UserError(f"{path}: an empty folder ({_TAKES})")
     source = _folder_of(entries)
     if not source.pictures:
-        raise UserError(
-            f"{path}: {_READ} directly in this folder{_others(source)} (for those in folders below, "
-            f"give a quoted pattern such as '{path / '**' / '*.jpg'}'; videos one at a time)"
+        reason = (
+            f"{_NONE} directly in this folder{_others(source)} (for folders below, give a quoted pattern such as "
+            f"'{path / '**' / '*.jpg'}'; give videos one at a time)"
         )
+        raise UserError(f"{path}: {reason if entries else f'an empty folder ({_TAKES})'}")
     return source
 
 
 def _folder_of(paths: Iterable[Path]) -> ImageFolder:
-    """Those of the paths that are files, sorted, by what their suffixes say."""
+    """The files among the paths, sorted, by their suffixes."""
     files = sorted(filter(_may_be_read, set(paths)))
     pictures, videos, foreign = (
         [path for path in files if path.suffix.lower() in suffixes]
@@ -179,7 +178,7 @@ def _folder_of(paths: Iterable[Path]) -> ImageFolder:
 
 
 def _may_be_read(path: Path) -> bool:
-    """Whether a regular file is there, or one that the system does not tell us of: reading it says why, in its turn."""
+    """Whether it is a regular file, or unknown because of a system error, which reading will report."""
     try:
         found = status(path)
     except UnreadableError:
@@ -188,7 +187,7 @@ def _may_be_read(path: Path) -> bool:
 
 
 def _unique_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each path: its stem, or if that is another's too, as much of the path as tells them apart."""
+    """A unique name for each path: its stem, or if others have the same, more of the path."""
     if not paths:
         return []
     root = os.path.commonpath([os.path.abspath(path.parent) for path in paths])
@@ -211,26 +210,22 @@ def _unique_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _video(path: Path) -> Video:
-    kind = f"not a video that OpenCV can read ({_TAKES})"
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        kind = "not a video that OpenCV can read (damaged, cut off, or of an unknown codec: convert it to H.264 .mp4)"
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4096)
-    except OSError as error:
-        raise cannot_be_read(path, error) from None
-    # FFmpeg makes a video of the letters of a text file, and follows the addresses in a playlist. A video's header
-    # holds zeros, a text none.
+    has_suffix = path.suffix.lower() in VIDEO_SUFFIXES
+    hint = "damaged, cut off, or of an unknown codec: convert it to H.264 .mp4" if has_suffix else _TAKES
+    unreadable = UserError(f"{path}: not a video that OpenCV can read ({hint})")
+    with open_untrusted(path) as file:
+        start = file.read(4096)
+    # FFmpeg makes a video of a text file, and follows the addresses in a playlist. Text holds no zeros, unlike a video.
     if b"\0" not in start:
-        raise UserError(f"{path}: {kind}")
+        raise unreadable
     capture = _open_video(path)
     try:
         count, fps = (capture.get(key) for key in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS))
         if capture.get(cv2.CAP_PROP_FRAME_WIDTH) * capture.get(cv2.CAP_PROP_FRAME_HEIGHT) > MAX_PIXELS:
             raise UserError(f"{path}: its header claims frames of an absurd size (damaged: convert it again)")
         first = _next_frame(capture)
-        if first is None or (path.suffix.lower() not in VIDEO_SUFFIXES and _next_frame(capture) is None):
-            raise UserError(f"{path}: {kind}")
+        if first is None or not (has_suffix or _next_frame(capture) is not None):
+            raise unreadable
     finally:
         capture.release()
     return Video(
@@ -242,32 +237,32 @@ def _video(path: Path) -> Video:
 
 
 def _open_video(path: Path) -> cv2.VideoCapture:
-    """Open a video through FFmpeg alone: others of OpenCV's readers take `x_01.png` for the first of a sequence."""
+    """Open a video with FFmpeg: other readers of OpenCV take `x_01.png` for the first picture of a sequence."""
     _silence()
-    # Absolute, since FFmpeg takes what is before the colon in `12:30.mp4` for a protocol.
+    # Absolute, as FFmpeg takes `12` in `12:30.mp4` for a protocol.
     return cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)
 
 
 def _silence() -> None:
-    """Keep OpenCV and FFmpeg from printing, of a damaged frame up to a thousand lines: our one line says what matters.
+    """Silence OpenCV and FFmpeg, which print up to a thousand lines for a damaged frame.
 
-    FFmpeg's level is read when OpenCV first opens a video, for reading or writing, and never again.
+    FFmpeg's level is read only when OpenCV first opens a video, for reading or writing.
     """
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def _next_frame(capture: cv2.VideoCapture) -> np.ndarray | None:
-    """The next frame, (H, W, 3) uint8 RGB, or None at the end and where it cannot be read."""
-    whole, image = capture.read()
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if whole else None
+    """The next frame, (H, W, 3) uint8 RGB, or None at the end or if it cannot be read."""
+    success, image = capture.read()
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if success else None
 
 
 class OverlayFolder:
     """Writes `<folder>/<name>.jpg`, each atomically.
 
-    JPEG, since overlays are for looking at: one of 12 megapixels is some 4 MB and written in a fraction of a second,
-    as PNG 20 MB. Colour is kept at full resolution (4:4:4), for the borders between classes to stay sharp.
+    A JPEG of 12 megapixels takes about 4 MB, a PNG 20 MB. Colour is stored at full resolution (4:4:4), so that borders
+    between classes stay sharp.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -292,20 +287,16 @@ class OverlayFolder:
 
 
 class OverlayVideo:
-    """Writes an .mp4 (MPEG-4, which every OpenCV can write), whole or not at all.
+    """Writes an .mp4 (MPEG-4, which every OpenCV can write), completely or not at all.
 
-    Frames go to a hidden temporary file beside it, which gets the final name when the `with` block is left without an
-    exception. Of an odd width or height, of which MPEG-4 knows none, the last column or row is written twice.
+    Frames go to a hidden temporary file, which is renamed when the `with` block ends without an exception. MPEG-4 needs
+    even sides: the last column or row of an odd side is written twice.
     """
 
     def __init__(self, path: Path, fps: float, size: tuple[int, int]) -> None:
-        """Args:
-        path: where to write.
-        fps: frames a second, above 0.
-        size: (H, W) of the frames; one of another size is resized.
-        """
+        """Write to `path` at `fps` frames a second; frames of another `size` (H, W) are resized."""
         self.path, self.fps, self.size = path, fps, size
-        self._temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")  # OpenCV goes by the suffix
+        self._temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")  # OpenCV needs the suffix
         self._writer: cv2.VideoWriter | None = None
         self._written = 0  # frames
 
@@ -323,7 +314,7 @@ class OverlayVideo:
         if not self._writer.isOpened():
             self._remove_temporary()
             raise UserError(
-                f"{self.path}: OpenCV cannot encode {width}x{height} MPEG-4 at {self.fps:g} frames/s here "
+                f"{self.path}: OpenCV cannot encode {width}x{height} MPEG-4 at {self.fps:g} frames/s "
                 "(pip install opencv-python-headless, or extract the frames and give their folder)"
             )
         return self
@@ -340,23 +331,23 @@ class OverlayVideo:
             self._remove_temporary()
 
     def write(self, name: str, image: np.ndarray, labels: np.ndarray) -> None:
-        """Append one overlay: image (H, W, 3) uint8 RGB, labels (H, W) uint8, 255 = no class; the name is not used."""
+        """Append one overlay: image (H, W, 3) uint8 RGB, labels (H, W) uint8, 255 = no class. `name` is ignored."""
         assert self._writer is not None, "used outside its `with` block"
         drawn = overlay(image, labels)
         height, width = self.size
-        if drawn.shape[:2] != self.size:  # a stream may change its size midway
+        if drawn.shape[:2] != self.size:  # a stream may change its size
             drawn = cv2.resize(drawn, (width, height), interpolation=cv2.INTER_AREA)
         drawn = cv2.copyMakeBorder(drawn, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
         self._writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
         self._written += 1
 
     def _publish(self) -> None:
-        """Give the finished file its name; OpenCV keeps failed writes to itself, so look whether all of it is there."""
+        """Rename the finished file, after a check that it is complete: OpenCV hides failed writes."""
         capture = _open_video(self._temporary)
-        whole = _next_frame(capture) is not None and capture.get(cv2.CAP_PROP_FRAME_COUNT) >= self._written
+        complete = _next_frame(capture) is not None and capture.get(cv2.CAP_PROP_FRAME_COUNT) >= self._written
         capture.release()
-        if not whole:
-            raise UserError(f"{self.path}: could not be written whole (no frame was given, or is the disk full?)")
+        if not complete:
+            raise UserError(f"{self.path}: could not be written completely (no frame, or is the disk full?)")
         try:
             with open(self._temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -365,5 +356,5 @@ class OverlayVideo:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def _remove_temporary(self) -> None:
-        with suppress(OSError):  # it has its final name
+        with suppress(OSError):  # already renamed
             self._temporary.unlink()

@@ -1,34 +1,34 @@
 """The metric: one confusion matrix over a whole data set, and pure functions from it to numbers and text.
 
-It is BDD100K's own (toolkit `bdd100k.eval.seg`; the tests compare with it): pixels that the ground truth leaves
-unlabelled are left out, pixels that no class claims are misses of their true class, and mIoU is the mean over the
-classes that occur in the ground truth. Counts are summed over the data set before anything is divided.
+It equals BDD100K's own (toolkit `bdd100k.eval.seg`; the tests compare with it). Unlabelled pixels are ignored. Pixels
+predicted as no class are misses of their true class. mIoU is the mean over the classes in the ground truth. Counts are
+summed over the data set before any division.
 
-A class that the ground truth lacks has no IoU: `nan` here and in print, `null` in JSON (the toolkit writes 0 and leaves
-it out of the mean as well). Where it was predicted all the same, those pixels are misses of their true classes.
+A class missing from the ground truth has no IoU: `nan` here and in print, `null` in JSON (the toolkit writes 0, and
+ignores it in the mean, too). Pixels predicted as such a class are misses of their true classes.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from utils.data.classes import CLASSES, IGNORE_LABEL, NUM_CLASSES
 
-NO_CLASS = NUM_CLASSES  # column of the pixels that no class claims
+NO_CLASS = NUM_CLASSES  # column of the pixels predicted as no class
 _COLUMNS = NUM_CLASSES + 1
-# Rows that exist only while counting: what to leave out, and what to complain about.
+# Further rows while counting: pixels to ignore, and invalid labels.
 _IGNORED_ROW, _INVALID_ROW, _ROWS = NUM_CLASSES, NUM_CLASSES + 1, NUM_CLASSES + 2
 
 
 class ConfusionMatrix:
     """Counts of (true class, predicted class) over any number of label maps.
 
-    `matrix` is (19, 20) int64: a row per true class, a column per predicted class, and a last column for pixels that no
-    class claims. Being plain counts, it may be summed over processes in place.
+    `matrix` is (19, 20) int64: a row for each true class, a column for each predicted class, and a last column for no
+    class. It may be summed over processes in place.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -39,7 +39,7 @@ class ConfusionMatrix:
 
         Args:
             prediction: (..., H, W), any integer type, on the device of `target`; a value outside 0-18 is no class.
-            target: same shape; 0-18, and 255 for pixels to leave out.
+            target: same shape; 0-18, and 255 for pixels to ignore.
 
         Raises:
             ValueError: shapes differ, a map is not of integers, or `target` holds another value; nothing is counted.
@@ -53,7 +53,7 @@ class ConfusionMatrix:
         is_class = (target >= 0) & (target < NUM_CLASSES)
         rows = torch.where(is_class, target, torch.where(target == IGNORE_LABEL, _IGNORED_ROW, _INVALID_ROW))
         columns = torch.where((prediction >= 0) & (prediction < NUM_CLASSES), prediction, NO_CLASS)
-        # Unlabelled pixels get a row of their own, instead of being selected away, so that every shape stays known.
+        # Unlabelled pixels are counted in their own row: selecting the others would need a synchronisation.
         counts = torch.bincount((rows * _COLUMNS + columns).flatten(), minlength=_ROWS * _COLUMNS)
         counts = counts.view(_ROWS, _COLUMNS)
         if counts[_INVALID_ROW].any():
@@ -67,7 +67,7 @@ class ConfusionMatrix:
 
 
 def _counts(matrix: Tensor) -> Tensor:
-    """The matrix on the CPU in float64, in which pixel counts are exact up to 2^53."""
+    """The matrix on the CPU in float64, which is exact up to 2^53."""
     if matrix.shape != (NUM_CLASSES, _COLUMNS):
         raise ValueError(f"a confusion matrix is ({NUM_CLASSES}, {_COLUMNS}), got {tuple(matrix.shape)}")
     return matrix.cpu().double()
@@ -92,7 +92,7 @@ def iou_per_class(matrix: Tensor) -> Tensor:
 
 
 def precision_per_class(matrix: Tensor) -> Tensor:
-    """Share of each class's predicted pixels that are right: (19, 20) -> (19,) float64, `nan` if there are none."""
+    """Share of each class's predicted pixels that are correct: (19, 20) -> (19,) float64, `nan` if there are none."""
     counts = _counts(matrix)
     return counts.diagonal() / counts[:, :NUM_CLASSES].sum(dim=0)  # 0 / 0 is nan
 
@@ -109,13 +109,13 @@ def mean_iou(matrix: Tensor) -> float:
 
 
 def pixel_accuracy(matrix: Tensor) -> float:
-    """Share of the labelled pixels that were given their true class; `nan` if nothing is labelled."""
+    """Share of the labelled pixels that are predicted correctly; `nan` if nothing is labelled."""
     counts = _counts(matrix)
     return (counts.diagonal().sum() / counts.sum()).item()
 
 
 def unclaimed_share(matrix: Tensor) -> float:
-    """Share of the labelled pixels that no class claimed; `nan` if nothing is labelled."""
+    """Share of the labelled pixels that are predicted as no class; `nan` if nothing is labelled."""
     counts = _counts(matrix)
     return (counts[:, NO_CLASS].sum() / counts.sum()).item()
 
@@ -138,10 +138,9 @@ def format_report(matrix: Tensor) -> str:
 
 
 def format_details(matrix: Tensor, box_source: str) -> str:
-    """What an honest reader needs beside the block: pixels, precision and recall per class, and how boxes were made.
+    """The text after the result block: pixels, precision and recall per class, and the source of the boxes.
 
-    `box_source` is `"oracle"` where the boxes were taken from the ground truth, `"none"` where there were none;
-    anything else is printed as it is.
+    `box_source` is "oracle" for boxes from the ground truth, "none" without boxes; any other value is printed.
     """
     truth, precision, recall = target_pixels(matrix), precision_per_class(matrix), recall_per_class(matrix)
     total = int(truth.sum())
@@ -152,27 +151,44 @@ def format_details(matrix: Tensor, box_source: str) -> str:
         lines.append(f"{c.id:2d}. {c.name:<20}{pixels:>14d}{share:>9.2%}{precision[c.id]:>11.4f}{recall[c.id]:>9.4f}")
     lines.append(
         f"pixel accuracy: {pixel_accuracy(matrix):.4f} of {total} labelled pixels; "
-        f"{unclaimed_share(matrix):.2%} of them were claimed by no class"
+        f"{unclaimed_share(matrix):.2%} of them predicted as no class"
     )
-    lines.append("mIoU is the mean over the classes that occur in the ground truth; the others are nan")
-    if box_source == "oracle":
-        lines.append(
-            "oracle boxes: every class box was taken from the ground truth; these figures are an upper bound, "
-            "not what the model reaches from the image alone"
-        )
-    elif box_source == "none":
-        lines.append("no boxes: every map was made from the image alone")
-    else:
-        lines.append(f"boxes: {box_source}")
+    lines.append("mIoU is the mean over the classes in the ground truth; the others are nan")
+    sources = {
+        "oracle": "oracle boxes: taken from the ground truth; these figures are an upper bound, not the result from "
+        "the image alone",
+        "none": "no boxes: every map was predicted from the image alone",
+    }
+    lines.append(sources.get(box_source, f"boxes: {box_source}"))
     return "\n".join(lines)
 
 
-def results_dict(matrix: Tensor) -> dict[str, Any]:
-    """Every figure as plain numbers, lists and dicts, strict JSON: what is undefined is None.
+class ClassFigures(TypedDict):
+    """The figures of one class; None is undefined."""
 
-    `confusion_matrix` has a row per true and a column per predicted class; `unclaimed` is the column of no class, so
-    that a class's row and its entry there sum to its `gt_pixels`.
-    """
+    id: int
+    name: str
+    iou: float | None
+    precision: float | None
+    recall: float | None
+    gt_pixels: int
+    predicted_pixels: int
+
+
+class Figures(TypedDict):
+    """All figures as plain values for strict JSON; None is undefined."""
+
+    miou: float | None
+    pixel_accuracy: float | None
+    unclaimed_share: float | None
+    labelled_pixels: int
+    per_class: list[ClassFigures]
+    confusion_matrix: list[list[int]]  # a row for each true class, a column for each predicted class
+    unclaimed: list[int]  # pixels predicted as no class, for each true class
+
+
+def results_dict(matrix: Tensor) -> Figures:
+    """The figures of a confusion matrix, (19, 20)."""
     truth, predicted = target_pixels(matrix).tolist(), predicted_pixels(matrix).tolist()
     columns = [f(matrix).tolist() for f in (iou_per_class, precision_per_class, recall_per_class)]
     return {

@@ -1,7 +1,7 @@
 """Pictures: label maps in BDD100K's colours, comparisons, the confusion matrix, the loss curve.
 
-Everything is drawn through matplotlib's objects (`Figure`), never `pyplot`: no global state, no display, and a figure
-is freed with its last reference. Every PNG is written atomically.
+matplotlib's `Figure` is used without `pyplot`: no global state, no display, and a figure is freed with its last
+reference. Every PNG is written atomically.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from utils.runtime.files import atomic_write
 
 _DPI = 100
 _PANEL_WIDTH, _MARGIN, _TITLE_HEIGHT, _LEGEND_ROW = 640, 12, 34, 26  # pixels
-_LEGEND_ENTRY_WIDTH = 150  # pixels that an entry takes up at most on average, at the legend's font size
+_LEGEND_ENTRY_WIDTH = 150  # pixels, an upper bound of the average at the legend's font size
 _LINE_COLOR = (235, 235, 235)  # RGB; far from every class's colour
 _TRAIN_COLOR, _VAL_COLOR = "#1f4e8c", "#d1660f"
 
 
 def colorize(labels: np.ndarray) -> np.ndarray:
-    """Paint a label map in BDD100K's colours: (H, W) uint8 -> (H, W, 3) uint8 RGB; what is no class is black."""
+    """Paint a label map in BDD100K's colours: (H, W) uint8 -> (H, W, 3) uint8 RGB; no class is black."""
     if labels.dtype != np.uint8:
         raise ValueError(f"labels must be uint8, got {labels.dtype}")
     return PALETTE.take(labels, axis=0)  # in a third of the time of PALETTE[labels]
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.ndarray:
-    """Lay BDD100K's colours over a picture, the classes divided by light lines; where no class is, it stays as it is.
+    """Lay BDD100K's colours over a picture, with light lines between classes. Pixels of no class stay unchanged.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        labels: (H, W) uint8 ids, 255 (and all else that is not 0-18) = no class.
+        labels: (H, W) uint8 ids; 255 and all other values outside 0-18 are no class.
         opacity: share of the colour, 0 to 1.
 
     Returns:
@@ -55,8 +55,8 @@ def overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.n
     if labels.shape != image.shape[:2] or image.dtype != np.uint8:
         raise ValueError(f"image {image.dtype} {image.shape} and labels {labels.shape}: must be uint8, of one size")
     shown = cv2.addWeighted(image, 1 - opacity, colorize(labels), opacity, 0)
-    # A pixel is on a line where its neighbour to the right or below is of another class. In large pictures, which are
-    # looked at shrunk, the neighbour is further off and the line as much thicker.
+    # A pixel is on a line if its neighbour to the right or below has another class. Large pictures are viewed shrunk,
+    # so their lines are thicker.
     step = max(1, max(labels.shape) // 1500)
     border = np.zeros(labels.shape, dtype=bool)
     border[:, :-step] = labels[:, :-step] != labels[:, step:]
@@ -66,7 +66,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.n
 
 
 def legend_entries(*label_maps: np.ndarray) -> list[tuple[str, tuple[int, int, int]]]:
-    """Name and colour of each class that occurs in any of the maps, by id; then black, if some pixel is no class."""
+    """Name and colour of each class in any of the maps, by id; then black if a pixel is no class."""
     occurs = np.zeros(256, dtype=bool)
     for labels in label_maps:
         occurs |= count_labels(labels) > 0
@@ -84,12 +84,12 @@ def save_labels(path: Path, labels: np.ndarray) -> None:
 
 
 def save_comparison(path: Path, image: np.ndarray, target: np.ndarray | None, prediction: np.ndarray) -> None:
-    """Write one PNG: image, ground truth and prediction side by side, above a legend of the classes that occur.
+    """Write one PNG: image, ground truth and prediction side by side, above a legend of their classes.
 
     Args:
         path: where to write.
         image: (H, W, 3) uint8 RGB.
-        target: (H, W) uint8 ids, 255 = not labelled; without it (`None`) its panel is left out.
+        target: (H, W) uint8 ids, 255 = not labelled; None leaves out its panel.
         prediction: (H, W) uint8 ids, 255 = no class.
 
     Raises:
@@ -100,7 +100,7 @@ def save_comparison(path: Path, image: np.ndarray, target: np.ndarray | None, pr
         raise ValueError(f"image {image.shape[:2]} and labels {[labels.shape for labels in maps]} differ in size")
     height = max(1, round(_PANEL_WIDTH * image.shape[0] / image.shape[1]))
     size = (_PANEL_WIDTH, height)
-    # Panels are resized here to the very pixels that they take up, so that labels keep their exact colours.
+    # Panels are resized here to their final size, so that labels keep their exact colours.
     shrinking = image.shape[1] > _PANEL_WIDTH
     panels = [("image", cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR))]
     titles = ["prediction"] if target is None else ["ground truth", "prediction"]
@@ -137,11 +137,11 @@ def save_comparison(path: Path, image: np.ndarray, target: np.ndarray | None, pr
 
 
 def save_confusion_matrix(path: Path, matrix: np.ndarray) -> None:
-    """Write a heat map of where the pixels of each true class went.
+    """Write a heat map of the classes that each true class was predicted as.
 
     Args:
         path: where to write.
-        matrix: (19, 20) counts, a row per true class and a last column for no class (a NumPy array or a CPU tensor).
+        matrix: (19, 20) counts, a row for each true class and a last column for no class; an array or a CPU tensor.
     """
     counts = np.asarray(matrix)
     if counts.shape != (NUM_CLASSES, NUM_CLASSES + 1):
@@ -151,7 +151,7 @@ def save_confusion_matrix(path: Path, matrix: np.ndarray) -> None:
 
     figure = _figure(1180, 1000)
     axes = figure.add_axes((0.12, 0.13, 0.79, 0.81))
-    heat = matplotlib.colormaps["Blues"].with_extremes(bad="0.96")  # rows without pixels are nan, so light grey
+    heat = matplotlib.colormaps["Blues"].with_extremes(bad="0.96")  # rows without pixels are nan: light grey
     drawn = axes.imshow(shares, cmap=heat, vmin=0, vmax=1, aspect="auto")
     for row, column in np.argwhere(np.nan_to_num(shares) >= 0.01):
         share = shares[row, column]
@@ -166,7 +166,7 @@ def save_confusion_matrix(path: Path, matrix: np.ndarray) -> None:
         )
     axes.set_xticks(range(NUM_CLASSES + 1), [*CLASS_NAMES, "no class"], rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(NUM_CLASSES), CLASS_NAMES)
-    # Classes that the data lacks stay in their places, so that matrices compare at a glance, but step back.
+    # Classes missing from the data stay, so that matrices are easy to compare, but in grey.
     for tick, occurs in [
         *zip(axes.get_xticklabels(), counts.any(axis=0) | np.append(totals[:, 0] > 0, False)),
         *zip(axes.get_yticklabels(), totals[:, 0] > 0),
@@ -188,7 +188,7 @@ def save_loss_curve(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         path: where to write.
-        history: one mapping per epoch with `epoch` and `train_loss`; those that were validated also have `val_miou`.
+        history: one mapping for each epoch with "epoch" and "train_loss"; validated ones also have "val_miou".
     """
     figure = _figure(960, 560)
     axes = figure.add_axes((0.09, 0.11, 0.81, 0.79))
@@ -216,14 +216,14 @@ def save_loss_curve(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _plot(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, color: str) -> None:
-    """A line, with a marker per point while there are few, on an axis labelled in its colour."""
+    """Plot a line, with markers if there are few points, on an axis labelled in its colour."""
     axes.plot(x, y, color=color, linewidth=1.8, marker="o" if len(x) <= 40 else None, markersize=4)
     axes.set_ylabel(label, color=color)
     axes.tick_params(axis="y", colors=color)
 
 
 def _figure(width: int, height: int) -> Figure:
-    """An empty figure of so many pixels, on a canvas of its own."""
+    """An empty figure of this size in pixels, on its own canvas."""
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     FigureCanvasAgg(figure)
     return figure
@@ -231,5 +231,5 @@ def _figure(width: int, height: int) -> Figure:
 
 def _save(figure: Figure, path: Path) -> None:
     with atomic_write(path) as file:
-        # Level 1 writes in half the time and is 4 % larger: flat areas shrink well at any level.
+        # Level 1 takes half the time, and files are only 4 % larger.
         figure.savefig(file, format="png", dpi=_DPI, pil_kwargs={"compress_level": 1})

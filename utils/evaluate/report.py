@@ -20,16 +20,16 @@ _TTA = "test-time augmentation: the class probabilities of each image and of its
 
 _RESULTS = ("evaluation_results.txt", "evaluation_results.json", "confusion_matrix.png")
 _PICTURES = ("visualizations", "predictions")
-_RECORD = ".pictures.json"  # the pictures that an evaluation has written, so that the next one can remove them
+_RECORD = ".pictures.json"  # the pictures that an evaluation wrote; the next one removes them
 
 
 def begin_results(output_dir: Path, pictures: Mapping[str, Iterable[str]]) -> None:
-    """Remove the results and pictures of an earlier evaluation, which would pass for this one's.
+    """Remove the results and pictures of an earlier evaluation.
 
-    A picture that no evaluation is on record for may be the user's: it stays, and is told, unless this one replaces it.
+    Pictures without a record may be the user's. They stay, with a message, unless this evaluation replaces them.
 
     Args:
-        pictures: the names of those to come, by the folder in `output_dir`.
+        pictures: names of the pictures that this evaluation will write, by their folder in `output_dir`.
 
     Raises:
         UserError: a file cannot be removed or written.
@@ -40,7 +40,7 @@ def begin_results(output_dir: Path, pictures: Mapping[str, Iterable[str]]) -> No
     removed = _remove([*(output_dir / name for name in _RESULTS), *old])
     _remove([record])
     if removed:
-        distributed.say(printable(f"{output_dir}: {removed:,} files of an earlier evaluation are removed"))
+        distributed.say(printable(f"{output_dir}: removed {removed:,} files of an earlier evaluation"))
     for folder in _PICTURES:
         _tell_others(output_dir / folder)
     if coming:
@@ -49,7 +49,7 @@ def begin_results(output_dir: Path, pictures: Mapping[str, Iterable[str]]) -> No
 
 
 def begin_pictures(folder: Path, suffix: str, is_new: Callable[[str], bool]) -> None:
-    """Remove the pictures of an earlier run that this one writes anew, and tell of the others, which stay.
+    """Remove the pictures of an earlier run that this one replaces; report the others, which stay.
 
     Args:
         is_new: whether this run writes a picture of that name, without the suffix.
@@ -59,15 +59,15 @@ def begin_pictures(folder: Path, suffix: str, is_new: Callable[[str], bool]) -> 
     """
     old = [path for path in _entries(folder) if path.suffix == suffix and is_new(path.stem)]
     if _remove(old):
-        distributed.say(printable(f"{folder}: {len(old):,} pictures of an earlier run are replaced"))
+        distributed.say(printable(f"{folder}: replacing {len(old):,} pictures of an earlier run"))
     _tell_others(folder)
 
 
 def _read_record(record: Path) -> list[tuple[str, str]]:
-    """Folder and name of each picture on record; of a damaged record, none."""
+    """Folder and name of each recorded picture; none if the record is damaged."""
     try:
-        content = read_json(record)
-    except (OSError, ValueError):
+        content = read_json(record, "")
+    except UserError:
         return []
     found = content.items() if isinstance(content, dict) else ()
     return [
@@ -75,12 +75,14 @@ def _read_record(record: Path) -> list[tuple[str, str]]:
         for folder, names in found
         if folder in _PICTURES and isinstance(names, list)
         for name in names
-        if isinstance(name, str) and Path(name).name == name and "\0" not in name  # none may lead out of the folder
+        if isinstance(name, str)
+        and Path(name).name == name
+        and "\0" not in name  # names must not lead out of the folder
     ]
 
 
 def _remove(paths: Iterable[Path]) -> int:
-    """Remove files that are there; how many were."""
+    """Remove files; returns how many existed."""
     count = 0
     for path in paths:
         try:
@@ -99,7 +101,7 @@ def _entries(folder: Path) -> list[Path]:
 
 def _tell_others(folder: Path) -> None:
     if others := _entries(folder):
-        distributed.say(printable(f"{folder}: {len(others):,} other files stay there, such as {others[0].name}"))
+        distributed.say(printable(f"{folder}: {len(others):,} other files stay, such as {others[0].name}"))
 
 
 def write_report(
@@ -113,14 +115,14 @@ def write_report(
     map_rule: MapRule,
     tta: bool = False,
 ) -> None:
-    """
+    """Print the result, and write it as text, JSON and a picture of the confusion matrix.
+
     Args:
         matrix: the confusion matrix, (19, 20) int64 on the CPU.
-        model, data: what was evaluated on what.
         box_source: see `format_details`.
         eval_size: "frame" or "original".
         map_rule: how masks became a map.
-        tta: whether mirror images were looked at too.
+        tta: whether mirror images were averaged in.
     """
     details = format_details(matrix, box_source=box_source)
     highest = f"each pixel goes to its highest {'average probability' if tta else 'logit'}"
@@ -132,6 +134,6 @@ def write_report(
     outputs = {"evaluation_results.txt": text, "evaluation_results.json": results + "\n"}
     for name, content in outputs.items():
         with atomic_write(output_dir / name) as file:
-            file.write(content.encode(errors="backslashreplace"))  # a path need not be text; as JSON has it
+            file.write(content.encode(errors="backslashreplace"))  # a path need not be valid text
     save_confusion_matrix(output_dir / "confusion_matrix.png", matrix.numpy())
     print(f"Results: {', '.join(str(output_dir / name) for name in [*outputs, 'confusion_matrix.png'])}")

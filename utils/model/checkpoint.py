@@ -1,8 +1,8 @@
-"""Checkpoints: what was trained, with what is needed to rebuild the model around it.
+"""Checkpoints: the trained decoder, and the metadata to rebuild the model around it.
 
-`medsam_model_best.pth` holds the mask decoder alone (keys `mask_decoder.*`; of vit_b 16 MB, in semantic mode 39 MB);
-`medsam_model_latest.pth` holds the state of the run beside it, for `--resume`. Both are plain tensors, numbers,
-strings, lists and dicts, so that they load with `weights_only=True`.
+`medsam_model_best.pth` holds the mask decoder alone (keys `mask_decoder.*`; 16 MB for vit_b, 39 MB in semantic mode).
+`medsam_model_latest.pth` adds the state of the run for `--resume`. Both hold plain tensors, numbers, strings, lists and
+dicts, and load with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import NotRequired
 
 from segment_anything.utils import foreign
 from segment_anything.utils.plain_load import load_plain
@@ -33,7 +34,7 @@ DECODER_PREFIX = "mask_decoder."
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a trained decoder belongs to; it is of no use with anything else."""
+    """The model and the frame that a decoder was trained with. It works with no other."""
 
     model_type: str
     image_size: ImageSize
@@ -42,7 +43,7 @@ class ModelInfo:
     prompt_mode: str = "box"
 
     def require_same(self, other: ModelInfo, source: Path) -> None:
-        """Raise a `UserError` unless `source`, of which this was read, fits a model described by `other`."""
+        """Raise a `UserError` unless the checkpoint `source` with this info fits a model with the info `other`."""
         for field in fields(self):
             theirs, ours = getattr(self, field.name), getattr(other, field.name)
             if theirs != ours:
@@ -51,82 +52,115 @@ class ModelInfo:
 
 
 _FIXES = {
-    "model_type": "give the model type it was trained with",
+    "model_type": "give that model type",
     "image_size": "preprocess the data at that --image_size",
     "resize_mode": "preprocess the data with that --resize_mode",
-    "sam_sha256": "give the same SAM file it was trained on (these are SHA-256 sums)",
+    "sam_sha256": "give the SAM file it was trained on (these are SHA-256 sums)",
     "prompt_mode": "give that --prompt_mode",
 }
+Plain = dict[str, Any]  # flags or figures by name: numbers, strings and None; see `is_flat`
 
 
-def save_best(path: Path, model: Segmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict) -> None:
+class Checkpoint(TypedDict):
+    """The content of a checkpoint, checked by `load_checkpoint`."""
+
+    format_version: int
+    info: ModelInfo  # in the file, its fields
+    class_names: list[str]
+    epoch: int
+    metrics: Plain
+    args: Plain
+    model: dict[str, Tensor]  # the decoder's state dict, with DECODER_PREFIX
+    run_state: NotRequired[Any]  # of a `latest`; train_bdd100k.py checks it
+
+
+def save_best(path: Path, model: Segmenter, info: ModelInfo, *, epoch: int, metrics: Plain, args: Plain) -> None:
     """Write the trained part of `model` and its metadata, atomically."""
     save_whole(path, _decoder_payload(model, info, epoch=epoch, metrics=metrics, args=args))
 
 
 def save_latest(
-    path: Path, model: Segmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict, run_state: dict, keep: int
+    path: Path,
+    model: Segmenter,
+    info: ModelInfo,
+    *,
+    epoch: int,
+    metrics: Plain,
+    args: Plain,
+    run_state: Mapping[str, object],
+    keep: int,
 ) -> None:
-    """As `save_best`, with the state of the run: optimizer, scheduler, scaler, RNG, and what the loop counts.
+    """Write a `save_best` checkpoint that also holds the state of the run.
 
     Args:
-        keep: so many earlier ones stay, under the names of `utils.runtime.files.earlier`.
+        run_state: of optimizer, scheduler, scaler, random generators and progress.
+        keep: number of earlier files that are kept, as by `atomic_write`.
     """
     payload = _decoder_payload(model, info, epoch=epoch, metrics=metrics, args=args)
     save_whole(path, {**payload, "run_state": run_state}, keep=keep)
 
 
 def in_folder(path: Path, name: str) -> Path:
-    """The file of that name, if `path` is a run's folder; else `path`, which is the file itself."""
+    """The file `name` in `path` if it is a run's folder, otherwise `path` itself."""
     return path / name if is_folder(path) else path
 
 
-def load_checkpoint(path: Path, flags: CheckpointFlags = INFER_FLAGS) -> dict[str, Any]:
-    """Read a checkpoint of this project, or the best one of a run's folder, without running what a pickle may hold.
+def load_checkpoint(path: Path, flags: CheckpointFlags = INFER_FLAGS) -> Checkpoint:
+    """Read a checkpoint of this project, or the best one in a run's folder. No code in the file runs.
 
     Raises:
-        UserError: it is missing, damaged, or another kind of file; an `UnreadableError`, the system does not let us
-            read it.
+        UserError: it is missing, damaged, or another kind of file.
+        UnreadableError: the system does not let us read it.
     """
     path = in_folder(path, BEST)
     if not is_file(path):
         raise UserError(f"{path}: no such checkpoint (train_bdd100k.py writes {BEST} and {LATEST})")
     try:
-        payload = load_plain(path, strict=True)
+        payload: Any = load_plain(path, strict=True)
     except OSError as error:
         raise cannot_be_read(path, error) from None
     except ValueError:
         payload = None
-    if not _is_checkpoint(payload):
-        kind = foreign.kind_of_file(path)
-        if kind not in (None, foreign.OURS, foreign.SAM):
-            raise UserError(f"{path}: not a checkpoint of train_bdd100k.py, but {kind}")
-        if kind != foreign.SAM and payload is None:
-            raise UserError(f"{path}: truncated, or not a checkpoint of train_bdd100k.py; take another one")
-        raise UserError(
-            f"{path}: not a checkpoint of train_bdd100k.py (give a SAM checkpoint as {flags.sam} and a "
-            f"fine-tuned one as {flags.ours}){f'; it is {kind}' if kind == foreign.SAM else ''}"
+    wrong = _wrong_with(payload) if _is_checkpoint(payload) else _kind_of_other(path, payload, flags)
+    if wrong:
+        raise UserError(f"{path}: {wrong}")
+    return payload | {"info": ModelInfo(**payload["info"])}
+
+
+def _kind_of_other(path: Path, payload: object, flags: CheckpointFlags) -> str:
+    """What a file is that is not a checkpoint of ours, and what to do; `payload` is None if it cannot be loaded."""
+    kind = foreign.kind_of_file(path)
+    if kind == foreign.SAM or (payload is not None and kind in (None, foreign.OURS)):
+        return (
+            f"not a checkpoint of train_bdd100k.py (give a SAM checkpoint as {flags.sam} and a fine-tuned one as "
+            f"{flags.ours}){f'; it is {kind}' if kind == foreign.SAM else ''}"
         )
+    if kind in (None, foreign.OURS):
+        return "truncated, or not a checkpoint of train_bdd100k.py; give another one"
+    return f"not a checkpoint of train_bdd100k.py, but {kind}"
+
+
+def _wrong_with(payload: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint whose entries have the right types."""
     if payload["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path}: format {payload['format_version']}, this version reads {FORMAT_VERSION}")
+        return f"format {payload['format_version']}, this version reads {FORMAT_VERSION}"
     if payload["class_names"] != list(CLASS_NAMES):
-        count = len(payload["class_names"])
-        raise UserError(f"{path}: trained on {count} classes, which are not BDD100K's {len(CLASS_NAMES)}")
-    if payload["info"].keys() != {field.name for field in fields(ModelInfo)}:
-        raise UserError(f"{path}: does not say which model it belongs to; give a file that train_bdd100k.py wrote")
-    payload["info"] = ModelInfo(**payload["info"])
-    if not (is_image_size(payload["info"].image_size) and payload["info"].resize_mode in RESIZE_MODES):
-        raise UserError(
-            f"{path}: of image size {payload['info'].image_size}, resize mode "
-            f"{payload['info'].resize_mode}: no model is of these; give a file that train_bdd100k.py wrote"
+        return f"trained on {len(payload['class_names'])} classes, which are not BDD100K's {len(CLASS_NAMES)}"
+    info: Any = payload["info"]
+    if info.keys() != {field.name for field in fields(ModelInfo)}:
+        return "does not say which model it belongs to; give a file that train_bdd100k.py wrote"
+    if not is_image_size(info["image_size"]) or info["resize_mode"] not in RESIZE_MODES:
+        return (
+            f"image size {info['image_size']} with resize mode {info['resize_mode']} is not supported; "
+            "give a file that train_bdd100k.py wrote"
         )
-    if payload["info"].prompt_mode not in SEGMENTERS:
-        raise UserError(f"{path}: of prompt mode {payload['info'].prompt_mode}, which this version does not know")
-    return payload
+    if info["prompt_mode"] not in SEGMENTERS:
+        return f"prompt mode {info['prompt_mode']} is unknown to this version"
+    return None
 
 
 def _is_checkpoint(payload: Any) -> bool:
-    """Whether all that `load_checkpoint` and `load_decoder` look at is there and of its type."""
+    """Whether all that `load_checkpoint` and `load_decoder` use is present and of its type."""
     kinds = {"format_version": int, "class_names": list, "info": dict, "model": dict}
     return (
         isinstance(payload, dict)
@@ -143,17 +177,17 @@ def _is_checkpoint(payload: Any) -> bool:
 
 
 def is_flat(record: Any) -> bool:
-    """Whether it is a dict of numbers, strings and None by name, as flags and figures are."""
+    """Whether it is a dict of numbers, strings and None by name."""
     return isinstance(record, dict) and all(
         isinstance(key, str) and isinstance(value, int | float | str | None) for key, value in record.items()
     )
 
 
-def load_decoder(model: Segmenter, state: dict[str, Tensor], source: Path) -> None:
+def load_decoder(model: Segmenter, state: Mapping[str, Tensor], source: Path) -> None:
     """Load a checkpoint's "model" strictly.
 
     Raises:
-        UserError: names the keys that are missing, foreign or of another shape.
+        UserError: names keys that are missing, unknown or of another shape.
     """
     require_same_decoder(state, _decoder_state(model), source)
     model.mask_decoder.load_state_dict({key.removeprefix(DECODER_PREFIX): value for key, value in state.items()})
@@ -171,7 +205,7 @@ def _decoder_state(model: Segmenter) -> dict[str, Tensor]:
     return {DECODER_PREFIX + key: value for key, value in model.mask_decoder.state_dict().items()}
 
 
-def _decoder_payload(model: Segmenter, info: ModelInfo, *, epoch: int, metrics: dict, args: dict) -> dict[str, Any]:
+def _decoder_payload(model: Segmenter, info: ModelInfo, *, epoch: int, metrics: Plain, args: Plain) -> Plain:
     return {
         "format_version": FORMAT_VERSION,
         "info": asdict(info),
@@ -183,13 +217,13 @@ def _decoder_payload(model: Segmenter, info: ModelInfo, *, epoch: int, metrics: 
     }
 
 
-def save_whole(path: Path, payload: dict[str, Any], *, keep: int = 0) -> None:
-    """`torch.save`, atomically; `keep` as of `atomic_write`.
+def save_whole(path: Path, payload: Mapping[str, object], *, keep: int = 0) -> None:
+    """Write with `torch.save`, atomically; `keep` as for `atomic_write`.
 
     Raises:
         UserError: the file cannot be written.
     """
-    # Serialised before the file is opened: a full disk is then an error of writing, which leaves the old file alone.
+    # Serialised first: then a full disk is an error of `atomic_write`, which leaves the old file intact.
     buffer = io.BytesIO()
     torch.save(payload, buffer)
     with atomic_write(path, keep=keep) as file:

@@ -1,4 +1,4 @@
-"""The losses, in float32, over labelled pixels only: one number for each prompt, or for each image without prompts."""
+"""The losses, in float32 over labelled pixels only: one value for each prompt, or for each image without prompts."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from torch import Tensor
 from segment_anything.modeling.common import interpolate_axis
 from utils.data.classes import IGNORE_LABEL
 
-COMPETING_WEIGHT = 4.0  # of the cross-entropy beside the losses of each mask by itself
-MAX_CLASS_WEIGHT = 20.0  # a class of a few pixels shall not outweigh all the others
+COMPETING_WEIGHT = 4.0  # of the cross-entropy, beside the losses of single masks
+MAX_CLASS_WEIGHT = 20.0  # so that a class of a few pixels does not outweigh all others
 
 
 @functools.cache
 def _dice_loss() -> Any:
-    """With a squared denominator, as MedSAM trains its mask decoder (Ma et al., 2024)."""
-    from monai.losses import DiceLoss  # here, as it takes seconds to import and inference needs none of it
+    """Dice with a squared denominator, as in MedSAM (Ma et al., 2024)."""
+    from monai.losses import DiceLoss  # it takes seconds to import, and inference does not need it
 
     return DiceLoss(sigmoid=False, squared_pred=True, reduction="none")
 
 
-def compared(low_res_masks: Tensor, labels: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Logits upsampled to the size of the labels, and the labels, where a loss compares them.
+def sample_at_stride(low_res_masks: Tensor, labels: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Sample logits, upsampled to the size of the labels, and labels at every `stride`-th pixel of both axes.
 
-    That is at every `stride`-th pixel of both axes: with 2, a quarter of all pixels. Only these are interpolated.
+    Only these pixels are interpolated: with a stride of 2, a quarter of all.
 
     Args:
         low_res_masks: B x K x h x w; H / h = W / w is a whole number, which `stride` divides.
         labels: B x H x W.
 
     Returns:
-        B x K x H/stride x W/stride float32, as `F.interpolate` has them (bilinear, not aligned to corners), and
-        B x H/stride x W/stride.
+        The logits, B x K x H/stride x W/stride float32, equal to those of `F.interpolate` (bilinear, not aligned to
+        corners), and the labels, B x H/stride x W/stride.
 
     Raises:
         ValueError: `stride` does not divide the pixels of a logit.
@@ -44,7 +44,7 @@ def compared(low_res_masks: Tensor, labels: Tensor, stride: int) -> tuple[Tensor
     if scale % stride:
         raise ValueError(f"stride must divide the {scale} pixels of a logit, got {stride}")
     first = stride // 2
-    # Where the compared pixels of each logit lie on an axis, in logits from the logit's centre.
+    # Where the sampled pixels of each logit lie on an axis, in logits from the logit's centre.
     offsets = [(pixel + 0.5) / scale - 0.5 for pixel in range(first, scale, stride)]
     logits = low_res_masks.float()
     for dim in (2, 3):
@@ -62,38 +62,37 @@ def prompt_losses(
     *,
     stride: int = 2,
 ) -> dict[str, Tensor]:
-    """Dice and BCE of each prompt's mask against its class, the squared error of the IoU predicted for it, and how the
-    mask competes with the others of its image.
+    """The losses of box mode: Dice, BCE, the error of the predicted IoU, and the competition between masks.
 
-    Compared at the pixels that `compared` takes. Pixels of value 255 count in none of them.
+    They are computed at the pixels of `sample_at_stride`, without those of value 255.
 
     Args:
         low_res_masks: B x Q x h x w logits.
         iou_predictions: B x Q.
         labels: B x H x W uint8.
-        class_ids: B x Q int64, 255 for a prompt that only pads the batch.
-        boxes: B x Q x 4, xyxy in pixels of the frame, inclusive corners; None for masks that do not compete.
-        weights: of the C classes in that competition.
-        stride: see `compared`.
+        class_ids: B x Q int64, 255 for padding.
+        boxes: B x Q x 4, xyxy in pixels of the frame, inclusive corners; None to leave out "ce".
+        weights: of the C classes in "ce".
+        stride: see `sample_at_stride`.
 
     Returns:
-        "dice", "bce", "iou" and, with boxes, "ce" (`competing_cross_entropy`), each B x Q float32. All are 0 where the
-        class is on no compared pixel: it is in its box all the same, and an empty mask would be a wrong target.
+        "dice", "bce", "iou" and, with boxes, "ce" (`competing_cross_entropy`), each B x Q float32. All are 0 if no
+        sampled pixel has the class: an empty mask would be a wrong target.
     """
     b, q = class_ids.shape
-    logits, labels = compared(low_res_masks, labels, stride)
+    logits, labels = sample_at_stride(low_res_masks, labels, stride)
     labelled = (labels != IGNORE_LABEL)[:, None].expand(b, q, -1, -1)
     target = (labels[:, None] == class_ids[:, :, None, None]) & labelled  # B x Q x H/stride x W/stride
 
     bce = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none") * labelled
     num_labelled = labelled.flatten(2).sum(-1).clamp(min=1)
-    # Masked after the sigmoid: a masked logit would still be a probability of one half.
+    # Masked after the sigmoid: a logit of 0 would be a probability of one half.
     dice = _dice_loss()((logits.sigmoid() * labelled).flatten(0, 1)[:, None], target.float().flatten(0, 1)[:, None])
 
-    with torch.no_grad():  # the true IoU is what the IoU head should say; the mask is not to be moved by it
-        claimed = (logits > 0) & labelled
-        intersection = (claimed & target).flatten(2).sum(-1)
-        true_iou = intersection / (claimed | target).flatten(2).sum(-1).clamp(min=1)
+    with torch.no_grad():  # the true IoU is the target of the IoU head alone
+        predicted = (logits > 0) & labelled
+        intersection = (predicted & target).flatten(2).sum(-1)
+        true_iou = intersection / (predicted | target).flatten(2).sum(-1).clamp(min=1)
     losses = {
         "dice": dice.view(b, q),
         "bce": bce.flatten(2).sum(-1) / num_labelled,
@@ -102,16 +101,16 @@ def prompt_losses(
     if boxes is not None and weights is not None:
         inside = _inside(boxes, labels.shape[1] * stride, labels.shape[2] * stride, stride)
         inside &= (class_ids != IGNORE_LABEL)[:, :, None, None]
-        padded_weights = F.pad(weights, (0, IGNORE_LABEL + 1 - len(weights)))  # a prompt that pads a batch has none
+        padded_weights = F.pad(weights, (0, IGNORE_LABEL + 1 - len(weights)))  # padding weighs 0
         losses["ce"] = competing_cross_entropy(logits, target, inside, padded_weights[class_ids])
     occurs = target.flatten(2).any(-1)
     return {name: loss * occurs for name, loss in losses.items()}
 
 
 def competing_cross_entropy(logits: Tensor, target: Tensor, inside: Tensor, weights: Tensor) -> Tensor:
-    """Weighted cross-entropy between the prompts of an image, as they compete for a map: those whose box holds a pixel.
+    """Weighted cross-entropy between the prompts of an image; at each pixel, those whose box holds it compete.
 
-    It is a mean over the image's pixels whose class has a prompt, the box of which holds them.
+    It is the mean over the pixels that lie in the box of their own class.
 
     Args:
         logits: B x Q x h x w float32.
@@ -120,9 +119,9 @@ def competing_cross_entropy(logits: Tensor, target: Tensor, inside: Tensor, weig
         weights: B x Q, of each prompt's class.
 
     Returns:
-        B x Q float32, times COMPETING_WEIGHT: the same for all prompts of an image.
+        B x Q float32, times COMPETING_WEIGHT; the same for all prompts of an image.
     """
-    lowest = torch.finfo(logits.dtype).min  # not -inf, which has no gradient where no box holds a pixel
+    lowest = torch.finfo(logits.dtype).min  # with -inf, a pixel in no box would have no gradient
     total = torch.where(inside, logits, lowest).logsumexp(dim=1, keepdim=True)
     own = target & inside
     ce = (torch.where(own, total - logits, 0).flatten(2).sum(-1) * weights).sum(1) / own.flatten(1).sum(-1).clamp(min=1)
@@ -130,7 +129,7 @@ def competing_cross_entropy(logits: Tensor, target: Tensor, inside: Tensor, weig
 
 
 def _inside(boxes: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """The compared pixels that each box holds: B x Q x 4 -> B x Q x H/stride x W/stride bool."""
+    """The sampled pixels that each box holds: B x Q x 4 -> B x Q x H/stride x W/stride bool."""
     first_x, first_y, last_x, last_y = boxes[..., None].unbind(2)  # B x Q x 1 each
     x, y = (torch.arange(stride // 2, side, stride, device=boxes.device) for side in (width, height))
     x, y = (x >= first_x) & (x <= last_x), (y >= first_y) & (y <= last_y)  # B x Q x W/stride, B x Q x H/stride
@@ -138,14 +137,14 @@ def _inside(boxes: Tensor, height: int, width: int, stride: int) -> Tensor:
 
 
 def class_weights(pixels: Tensor, power: float) -> Tensor:
-    """Weights for a cross-entropy that keep rare classes from vanishing: the frequency to the power of -`power`.
+    """Class weights of the cross-entropy: the frequency to the power of -`power`.
 
     Args:
         pixels: labelled pixels of each class in the training data.
-        power: 0 for equal weights, 1 for classes that weigh the same in sum.
+        power: 0 for equal weights; with 1, all classes have the same total weight.
 
     Returns:
-        float32, with mean 1 over those pixels but for what exceeds MAX_CLASS_WEIGHT; 0 for a class that does not occur.
+        float32, clipped at MAX_CLASS_WEIGHT; the mean over all pixels is 1 before that. 0 for a class without pixels.
     """
     frequency = pixels.double() / pixels.sum()
     weights = torch.where(frequency > 0, frequency.clamp(min=1e-9) ** -power, 0.0)
@@ -153,20 +152,20 @@ def class_weights(pixels: Tensor, power: float) -> Tensor:
 
 
 def semantic_losses(low_res_masks: Tensor, labels: Tensor, weights: Tensor, *, stride: int = 2) -> dict[str, Tensor]:
-    """Weighted cross-entropy and Dice of a semantic map, the latter a mean over the classes that occur in the image.
+    """The losses of semantic mode: weighted cross-entropy, and Dice as a mean over the classes in the image.
 
-    Compared at the pixels that `compared` takes. Pixels of value 255 count in neither.
+    They are computed at the pixels of `sample_at_stride`, without those of value 255.
 
     Args:
         low_res_masks: B x C x h x w logits.
         labels: B x H x W uint8.
         weights: of the C classes in the cross-entropy.
-        stride: see `compared`.
+        stride: see `sample_at_stride`.
 
     Returns:
         "ce" and "dice", each B float32; 0 for an image without a labelled pixel.
     """
-    logits, labels = compared(low_res_masks, labels, stride)
+    logits, labels = sample_at_stride(low_res_masks, labels, stride)
     labelled = labels != IGNORE_LABEL
     target = torch.where(labelled, labels, 0).long()
     log_probabilities = logits.log_softmax(dim=1)
@@ -177,7 +176,4 @@ def semantic_losses(low_res_masks: Tensor, labels: Tensor, weights: Tensor, *, s
     probabilities = log_probabilities.exp() * labelled[:, None]
     occurs = one_hot.flatten(2).any(-1)  # B x C
     dice = _dice_loss()(probabilities, one_hot.float())[..., 0, 0] * occurs
-    return {
-        "ce": ce.flatten(1).sum(-1) / num_labelled,
-        "dice": dice.sum(-1) / occurs.sum(-1).clamp(min=1),
-    }
+    return {"ce": ce.flatten(1).sum(-1) / num_labelled, "dice": dice.sum(-1) / occurs.sum(-1).clamp(min=1)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from segment_anything.modeling import Sam
 from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.datasets import EvaluationBatch, ImageBatch
 from utils.data.frame import ImageSize, Size, frame_size
 from utils.data.geometry import fitted_size, pixels_in_box, restore
 from utils.model.segmenter import Features, Segmenter
@@ -22,21 +22,21 @@ from utils.runtime.device import Precision
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the decoder says of one image: K masks, and the class that each stands for."""
+    """The decoder's result for one image: K masks and the class of each."""
 
     low_res_masks: Tensor  # K x h x w logits, or logarithms of class probabilities
     class_ids: Tensor  # K int64; in box mode a class may have several masks
-    boxes: Tensor | None = None  # K x 4 xyxy on the CPU, in pixels of the frame: a mask claims no pixel outside its own
-    threshold: float = -math.inf  # a pixel belongs to no class unless a logit is above it
+    boxes: Tensor | None = None  # K x 4 xyxy in pixels of the frame, on the CPU: a mask covers no pixel outside its box
+    threshold: float = -math.inf  # a mask covers the pixels whose logit is above it
 
     def label_map(self, image_size: ImageSize | Sequence[int]) -> Tensor:
-        """The classes in the frame: H x W uint8, 255 where no mask claims the pixel."""
+        """The classes in the frame: H x W uint8, 255 where no mask covers the pixel."""
         size = frame_size(image_size)
         planes = (self._frame_logits(i, size) for i in range(len(self.class_ids)))
         return merge_masks(planes, self.class_ids, self.threshold, size, self._regions(size, size))
 
     def original_label_map(self, height: int, width: int, *, image_size: ImageSize, resize_mode: str) -> Tensor:
-        """The same of the original image, height x width: it is the logits that are cropped and resized."""
+        """The classes in the original image, height x width uint8: logits are cropped and resized, then merged."""
         frame = frame_size(image_size)
         planes = (restore(self._frame_logits(i, frame), height, width, resize_mode) for i in range(len(self.class_ids)))
         regions = self._regions((height, width), fitted_size(height, width, image_size, resize_mode))
@@ -57,16 +57,16 @@ def merge_masks(
     size: tuple[int, int],
     regions: Iterable[tuple[slice, slice]] | None = None,
 ) -> Tensor:
-    """Make one label map of several masks: the highest logit wins, and must be above the threshold.
+    """Merge masks into one label map: the highest logit wins, and must be above the threshold.
 
     Args:
-        planes: K times H x W logits. One at a time, so that a picture of 50 megapixels needs no 19 planes of it.
+        planes: K times H x W logits, one at a time: 19 planes of 50 megapixels would take 4 GB.
         class_ids: K int64.
         size: (H, W).
-        regions: K times the rows and columns where a mask may claim pixels; None for everywhere.
+        regions: K times the rows and columns that a mask may cover; None for everywhere.
 
     Returns:
-        H x W uint8 on the device of `class_ids`, 255 where no mask claims the pixel.
+        H x W uint8 on the device of `class_ids`, 255 where no mask covers the pixel.
     """
     best = torch.full(size, threshold, device=class_ids.device)
     label_map = torch.full(size, IGNORE_LABEL, dtype=torch.uint8, device=class_ids.device)
@@ -78,33 +78,32 @@ def merge_masks(
     return label_map
 
 
-def features_of(model: Segmenter, batch: dict[str, Any], precision: Precision) -> Features:
-    """What `model.forward` takes of a batch's images: encoded now, or as they come out of a cache."""
+def features_of(model: Segmenter, batch: ImageBatch, precision: Precision) -> Features:
+    """The features that `model.forward` takes, from a cache or encoded now."""
     if "features" not in batch:
-        return model.inputs(precision.images(batch))
+        return model.inputs(precision.images(batch["image"]))
     features = model.restore(tuple(precision.to_device(feature) for feature in batch["features"]))
-    return model.inputs(precision.images(batch), features) if model.takes_pixels else features
+    return model.inputs(precision.images(batch["image"]), features) if model.takes_pixels else features
 
 
 def mirror(frame: Tensor, width: int, dim: int) -> Tensor:
-    """Mirror the picture in the first `width` columns of a frame, which are `dim`; the padding beside it stays."""
+    """Mirror the picture, the first `width` columns of a frame along `dim`; the padding after it stays."""
     picture, padding = frame.split([width, frame.shape[dim] - width], dim)
     return torch.cat([picture.flip(dim), padding], dim)
 
 
 def average_mirrored(masks: Tensor, of_mirrored: Tensor, width: int, size: Size) -> Tensor:
-    """The class probabilities of a picture and of its mirror image, mirrored back: averaged, as logarithms.
+    """Average the class probabilities of a picture and of its mirror image.
 
-    They are averaged in the frame, as the middle of a picture need not lie between two pixels of the masks. Logarithms
-    are resized as logits are: two equal views give the map of one.
+    They are averaged at the frame's size, because the picture's middle may lie within a pixel of the masks.
 
     Args:
-        masks, of_mirrored: K x h x w logits of the K classes.
+        masks: K x h x w logits of the K classes.
+        of_mirrored: the same of the mirror image.
         width: of the picture in the frame.
-        size: of the frame.
 
     Returns:
-        K x H x W float32, but for a constant.
+        K x H x W float32, logarithms of the probabilities up to a constant. They are resized as logits are.
     """
     ours, theirs = (
         F.interpolate(logits.float()[None], size, mode="bilinear", align_corners=False)[0].log_softmax(dim=0)
@@ -113,7 +112,7 @@ def average_mirrored(masks: Tensor, of_mirrored: Tensor, width: int, size: Size)
     return torch.logaddexp(ours, mirror(theirs, width, dim=2))
 
 
-def _semantic_masks(model: Segmenter, batch: dict[str, Any], precision: Precision) -> Iterator[Tensor]:
+def _semantic_masks(model: Segmenter, batch: EvaluationBatch, precision: Precision) -> Iterator[Tensor]:
     """The masks of each image of a batch; averaged with those of its mirror image where `predict` is asked for it."""
     with precision.autocast():
         masks = model(features_of(model, batch, precision))[0]
@@ -128,23 +127,22 @@ def _semantic_masks(model: Segmenter, batch: dict[str, Any], precision: Precisio
         yield average_mirrored(ours, theirs, width, frame_size(images.shape[1:3]))
 
 
-MAX_PROMPTS = 64  # boxes decoded at once; a detector's hundreds would take GBs at 1024 x 1024
+MAX_PROMPTS = 64  # boxes decoded at once; hundreds of detections would take gigabytes at 1024 x 1024
 
 
 @torch.no_grad()
 def predict(
-    model: Segmenter, batch: dict[str, Any], precision: Precision, rule: MapRule = "argmax"
+    model: Segmenter, batch: EvaluationBatch, precision: Precision, rule: MapRule = "argmax"
 ) -> Iterator[Prediction]:
-    """Segment the images of a batch: encoded together; then decoded together, or, as images differ in their number of
-    boxes, each image's boxes by themselves, up to MAX_PROMPTS in one call.
+    """Segment the images of a batch.
 
-    What takes much memory is made when its image's turn comes: the masks of boxes, and full-size averages.
+    They are encoded together. In semantic mode they are also decoded together; in box mode one image at a time, at most
+    MAX_PROMPTS boxes in a call. Masks of boxes and full-size averages are computed when their image is asked for.
 
     Args:
-        batch: "image", B x H x W x 3; "features" in its place, or beside it for a model that takes pixels; and in box
-            mode lists of B "class_ids" (K int64) and "boxes" (K x 4). In semantic mode, "mirror_width", a list of the
-            pictures' widths in the frame, asks for the average with the mirror images, for which "image" is needed.
-        rule: how masks become a map. "argmax" needs a box for every class that is in the image.
+        batch: with boxes in box mode. In semantic mode, "mirror_width" asks for the average with mirror images, which
+            needs "image".
+        rule: how masks become one map; "argmax" needs a box for every class in the image.
     """
     model.eval()
     if not model.PROMPTS:

@@ -1,8 +1,7 @@
-"""SAM with frozen encoders and a trainable mask decoder, split where the training loop splits it.
+"""SAM with frozen encoders and a trainable mask decoder, behind one interface for both prompt modes.
 
-Two ways of prompting share everything but the decoder's last step: `BoxSegmenter` takes a box for each mask,
-`SemanticSegmenter` takes nothing and gives one mask for each class. What differs is behind the same few methods, so
-that the loops know of neither.
+`BoxSegmenter` takes a box for each mask. `SemanticSegmenter` takes no prompt and gives a mask for each class. The loops
+know neither of them.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,24 +18,25 @@ from segment_anything import CheckpointError, sam_model_registry
 from segment_anything.build_sam import PATCH_SIZE, FineTunedError
 from segment_anything.modeling import Sam
 from utils.data.classes import NUM_CLASSES
+from utils.data.datasets import TrainingBatch
 from utils.data.frame import ImageSize, frame_size
 from utils.model.feature_pca import Reduction
 from utils.model.losses import class_weights, prompt_losses, semantic_losses
 from utils.model.semantic_decoder import SemanticDecoder
 from utils.runtime.errors import UserError
 
-Features = tuple[Tensor, ...]  # what the frozen encoder gives: image_embeddings, B x C x h x w, and perhaps more
+Features = tuple[Tensor, ...]  # of the frozen encoder: image_embeddings, B x C x h x w, then maps of its blocks
 
 
 class Segmenter(nn.Module):
-    """`encode` is the frozen part and runs under no grad; `forward` is the trained one."""
+    """Frozen encoders and a trained decoder: `encode` runs without gradients, `forward` is trained."""
 
-    PROMPTS: ClassVar[tuple[str, ...]]  # the batch's entries that `forward` takes after the features
-    LOSSES: ClassVar[tuple[str, ...]]  # the parts that the loss is the sum of
+    PROMPTS: ClassVar[tuple[Literal["boxes"], ...]]  # the batch's entries that `forward` takes after the features
+    LOSSES: ClassVar[tuple[str, ...]]  # the parts of the loss, which are summed
     CLASS_WEIGHT_POWER: ClassVar[float]  # see `utils.model.losses.class_weights`
 
-    takes_pixels = False  # whether `forward` takes the picture itself as the last of the features
-    feature_blocks: Sequence[int] = ()  # encoder blocks whose outputs are features, beside the embeddings
+    takes_pixels = False  # whether `forward` takes the normalised images as the last of the features
+    feature_blocks: Sequence[int] = ()  # encoder blocks whose outputs are features beside the embeddings
     image_pe: Tensor
     class_weights: Tensor
 
@@ -48,14 +48,14 @@ class Segmenter(nn.Module):
             frozen.requires_grad_(False)
         self.register_buffer("image_pe", sam.prompt_encoder.get_dense_pe(), persistent=False)
         self.register_buffer("class_weights", torch.ones(NUM_CLASSES), persistent=False)
-        self.reduction: Reduction | None = None  # that cached features have gone through
+        self.reduction: Reduction | None = None  # applied to features before they are cached
 
     @property
     def mask_decoder(self) -> nn.Module:
         return self.sam.mask_decoder
 
     def train(self, mode: bool = True) -> Segmenter:
-        """Switch the mask decoder alone; what is frozen stays in eval mode."""
+        """Set the mode of the mask decoder; the frozen parts stay in eval mode."""
         super().train(False)
         self.training = mode
         self.mask_decoder.train(mode)
@@ -63,19 +63,16 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Features:
-        """B x 3 x H x W RGB, uint8 or floating in [0, 1] -> what the frozen encoder makes of them.
-
-        SAM's normalisation happens here, so that no caller can forget it.
-        """
+        """Encode images, B x 3 x H x W RGB, uint8 or floating point in [0, 1]. They are normalised here."""
         return self._encode(self._normalised(images))
 
     @torch.no_grad()
     def inputs(self, images: Tensor, features: Features | None = None) -> Features:
-        """What `forward` takes of images: their features and, if it takes pixels, the normalised images.
+        """The features that `forward` takes, with the normalised images at the end if it takes pixels.
 
         Args:
-            images: as of `encode`.
-            features: as `encode` gives them; None to have the images encoded.
+            images: as for `encode`.
+            features: the result of `encode`; None to encode the images here.
         """
         x = self._normalised(images)
         features = self._encode(x) if features is None else features
@@ -89,33 +86,35 @@ class Segmenter(nn.Module):
         return (self.sam.image_encoder(x),)
 
     def restore(self, stored: Features) -> Features:
-        """What a cache stores of features -> what `encode` gives, so that the decoder knows of no cache."""
+        """Turn cached features into the form that `encode` gives."""
         return self.reduction.expand(stored) if self.reduction else tuple(feature.float() for feature in stored)
 
     def balance_classes(self, pixels: Tensor) -> None:
-        """Weigh the classes in the cross-entropy by their pixels in the training data, NUM_CLASSES counts."""
+        """Set the class weights of the cross-entropy from the pixels of each class in the training data."""
         self.class_weights = class_weights(pixels, self.CLASS_WEIGHT_POWER).to(self.class_weights.device)
 
-    def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`LOSSES` by name, each of the shape of the batch's "valid", float32.
+    def losses(self, outputs: tuple[Tensor, ...], batch: TrainingBatch) -> dict[str, Tensor]:
+        """The parts of the loss by the names in `LOSSES`, float32 of the shape of the batch's "valid".
 
         Args:
-            outputs: what `forward` gave; the first are the masks, B x K x h x w logits.
-            batch: on the same device, as the data set of this mode makes it.
+            outputs: the result of `forward`; the first are the masks, B x K x h x w logits.
+            batch: on the same device.
         """
         raise NotImplementedError
 
 
 class BoxSegmenter(Segmenter):
-    """Boxes in, one mask each out."""
+    """Box mode: one mask for each box."""
 
     PROMPTS = ("boxes",)
     LOSSES = ("dice", "bce", "iou", "ce")
     CLASS_WEIGHT_POWER = 0.75
 
     def forward(self, features: Features, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """
+        """Decode Q boxes of each image.
+
         Args:
+            features: image_embeddings alone, B x C x h x w.
             boxes: B x Q x 4, xyxy in pixels of the frame.
 
         Returns:
@@ -128,37 +127,31 @@ class BoxSegmenter(Segmenter):
             image_embeddings=image_embeddings,
             image_pe=self.image_pe,
             sparse_prompt_embeddings=sparse.unflatten(0, boxes.shape[:2]),
-            dense_prompt_embeddings=dense.unflatten(0, boxes.shape[:2])[:, :1],  # no mask, for all boxes alike
+            dense_prompt_embeddings=dense.unflatten(0, boxes.shape[:2])[:, :1],  # no mask: the same for all boxes
             multimask_output=False,
         )
         return low_res_masks[:, :, 0], iou_predictions[:, :, 0]
 
-    def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, outputs: tuple[Tensor, ...], batch: TrainingBatch) -> dict[str, Tensor]:
         return prompt_losses(
             outputs[0], outputs[1], batch["labels"], batch["class_ids"], batch["boxes"], self.class_weights
         )
 
 
 class SemanticSegmenter(Segmenter):
-    """An image in, one mask for each of the 19 classes out. No prompt."""
+    """Semantic mode: one mask for each of the 19 classes, without a prompt."""
 
     PROMPTS = ()
     LOSSES = ("ce", "dice")
     CLASS_WEIGHT_POWER = 0.5
 
     def __init__(
-        self,
-        sam: Sam,
-        *,
-        feature_blocks: Sequence[int] | None = None,
-        stem_blocks: int = 3,
-        pixel_channels: int = 16,
+        self, sam: Sam, *, feature_blocks: Sequence[int] | None = None, stem_blocks: int = 3, pixel_channels: int = 16
     ) -> None:
-        """
+        """Replace the mask decoder of `sam` by a `SemanticDecoder`.
+
         Args:
-            feature_blocks: encoder blocks whose outputs are joined in; None for those that attend over the whole image,
-                each of which ends a stage of the encoder.
-            stem_blocks, pixel_channels: see `SemanticDecoder`.
+            feature_blocks: encoder blocks whose outputs the decoder takes; None for those with global attention.
         """
         super().__init__(sam)
         encoder = sam.image_encoder
@@ -180,12 +173,12 @@ class SemanticSegmenter(Segmenter):
         return (image_embeddings, *features)
 
     def forward(self, features: Features) -> tuple[Tensor]:
-        """Returns one tensor: low_res_masks, B x 19 x H/2 x W/2 logits; H/4 x W/4 of a decoder that takes no pixels."""
+        """Return low_res_masks alone: B x 19 x H/2 x W/2 logits, or H/4 x W/4 if the decoder takes no pixels."""
         image_embeddings, *others = features
         pixels = others.pop() if self.takes_pixels else None
         return (self.mask_decoder(image_embeddings, others, self.image_pe, pixels),)
 
-    def losses(self, outputs: tuple[Tensor, ...], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, outputs: tuple[Tensor, ...], batch: TrainingBatch) -> dict[str, Tensor]:
         return semantic_losses(outputs[0], batch["labels"], self.class_weights)
 
 
@@ -194,25 +187,26 @@ SEGMENTERS: dict[str, type[Segmenter]] = {"box": BoxSegmenter, "semantic": Seman
 
 @dataclass(frozen=True)
 class CheckpointFlags:
-    """The flags of a script that take checkpoints, for what it says of a file that was given to the wrong one."""
+    """A script's flags that take checkpoints, for messages about a file that was given to the wrong flag."""
 
     sam: str = "--sam_checkpoint"
     ours: str = "--model_checkpoint"
-    resumes: bool = False  # `ours` goes on with a run, which a best model has no state for
+    resumes: bool = False  # `ours` resumes a run, for which a best model has no state
 
     def about(self, error: CheckpointError) -> UserError:
-        """What `read_state_dict` raised, as the user of the script is told it."""
+        """The error of `read_state_dict`, with the flag that takes the file."""
+        fix = ""
         if isinstance(error, FineTunedError) and self.resumes:
-            return UserError(
-                f"{error}; {self.sam} takes the SAM file it was trained on; to go on with its run, give "
-                f"the run's folder, which has a medsam_model_latest.pth, as {self.ours}"
+            fix = (
+                f"; {self.sam} takes the SAM file it was trained on. To resume its run, give the run's folder, which "
+                f"holds medsam_model_latest.pth, as {self.ours}"
             )
-        if isinstance(error, FineTunedError):
-            return UserError(f"{error}; give it as {self.ours}, and the SAM file it was trained on as {self.sam}")
-        return UserError(str(error))
+        elif isinstance(error, FineTunedError):
+            fix = f"; give it as {self.ours}, and the SAM file it was trained on as {self.sam}"
+        return UserError(f"{error}{fix}")
 
 
-INFER_FLAGS = CheckpointFlags()  # and of utils.ckpt_convert
+INFER_FLAGS = CheckpointFlags()  # also of utils.ckpt_convert
 TRAIN_FLAGS = CheckpointFlags(sam="-checkpoint", ours="--resume", resumes=True)
 
 
@@ -229,17 +223,18 @@ def build_model(
     """Build the segmenter of a prompt mode on a SAM file.
 
     Args:
-        decoder: the state dict that is to be loaded into it, if any.
+        flags: of the script, for error messages.
+        decoder: the trained state dict that will be loaded; its form decides the decoder's.
 
     Raises:
         UserError: the file is missing, damaged, or of another model; or no model takes images of that size.
     """
     if any(side % PATCH_SIZE for side in frame_size(image_size)):
-        raise UserError(f"image size {image_size}: no model takes it; preprocess at multiples of {PATCH_SIZE}")
+        raise UserError(f"image size {image_size}: not supported; preprocess at multiples of {PATCH_SIZE}")
     try:
         sam = sam_model_registry[model_type](sam_checkpoint, image_size=frame_size(image_size), check_hash=check_hash)
     except CheckpointError as error:
         raise flags.about(error) from None
     if prompt_mode == "semantic" and decoder and not any("detail_path." in key for key in decoder):
-        return SemanticSegmenter(sam, pixel_channels=0)  # an earlier decoder
+        return SemanticSegmenter(sam, pixel_channels=0)  # a decoder of an earlier version
     return SEGMENTERS[prompt_mode](sam)

@@ -22,13 +22,12 @@ from segment_anything.modeling.mask_decoder import MaskDecoder
 
 
 class SemanticDecoder(nn.Module):
-    """Takes over a trained `MaskDecoder`, and decodes all classes of B images in one pass without any prompt.
+    """Decodes all classes of B images in one pass without a prompt; starts from a trained `MaskDecoder`.
 
-    SAM's decoder tells what lies in a box from what does not. To name things without a box, two things are added to it.
-    A small convolutional stem joins the embeddings with the outputs of encoder blocks: the embeddings alone are made
-    to tell things apart, not to name them, and the decoder's image tokens see each other only through the few tokens
-    of prompts and masks. And the stem's output, upscaled by itself, gives further channels beside SAM's C/8, for what
-    is thin (as early features do in HQ-SAM, Ke et al., 2023, arXiv 2306.01567).
+    SAM's decoder separates the inside of a box from the outside. To recognise classes without a box, two things are
+    added. A convolutional stem joins the embeddings with outputs of encoder blocks: SAM's embeddings are trained to
+    separate objects, not to recognise classes. The stem's output is upscaled, too, and adds channels for thin objects
+    to SAM's C/8 (as early features do in HQ-SAM, Ke et al., 2023, arXiv 2306.01567).
     """
 
     no_mask_embedding: Tensor
@@ -44,14 +43,15 @@ class SemanticDecoder(nn.Module):
         detail_channels: int = 32,
         pixel_channels: int = 16,
     ) -> None:
-        """
+        """Take over parts of a mask decoder and add the others.
+
         Args:
-            mask_decoder: its transformer and upscaling become part of this module; its IoU head is of no use here.
+            mask_decoder: its transformer and upscaling become part of this module; its IoU head is not used.
             no_mask_embedding: 1 x C, SAM's dense embedding of no prompt.
-            feature_channels: channels of each feature map of the encoder that is joined in.
+            feature_channels: channels of each encoder block's output.
             stem_blocks: residual blocks of the stem.
-            detail_channels: channels beside the C/8 of SAM's upscaling.
-            pixel_channels: see `DetailPath`; 0 for none, as earlier decoders have it.
+            detail_channels: channels added to the C/8 of SAM's upscaling.
+            pixel_channels: see `DetailPath`; 0 for no detail path, as in decoders of earlier versions.
         """
         super().__init__()
         dim = mask_decoder.mask_tokens.embedding_dim
@@ -68,30 +68,27 @@ class SemanticDecoder(nn.Module):
             *(ConvBlock(dim) for _ in range(stem_blocks)),
         )
         self.detail_upscaling = pixel_upscaling(dim, dim // 2, detail_channels)
-        channels = (dim // 4 + dim // 2, dim // 8 + detail_channels)  # of the two upscalings, at strides 8 and 4
+        channels = (dim // 4 + dim // 2, dim // 8 + detail_channels)  # of both upscalings together, at strides 8 and 4
         self.detail_path = DetailPath(*channels, pixel_channels) if pixel_channels else None
-        # All classes start as SAM's token for clear prompts. Alike, they would learn alike: noise tells them apart.
+        # All classes start as SAM's single-mask token. Equal tokens would stay equal, so noise is added.
         token = mask_decoder.mask_tokens.weight.detach()[:1]
         self.mask_tokens = nn.Parameter(token + torch.randn(num_classes, dim))
         single_mask_mlp = mask_decoder.output_hypernetworks_mlps[0]
         assert isinstance(single_mask_mlp, MLP)
         self.output_hypernetworks = ClassMLPs(single_mask_mlp, num_classes, detail_channels + pixel_channels)
         no_mask = no_mask_embedding.detach().view(1, -1, 1, 1).clone()
-        self.register_buffer("no_mask_embedding", no_mask, persistent=False)  # the SAM file has it
+        self.register_buffer("no_mask_embedding", no_mask, persistent=False)  # it is in the SAM file
 
     def forward(
-        self,
-        image_embeddings: Tensor,
-        features: Sequence[Tensor],
-        image_pe: Tensor,
-        pixels: Tensor | None = None,
+        self, image_embeddings: Tensor, features: Sequence[Tensor], image_pe: Tensor, pixels: Tensor | None = None
     ) -> Tensor:
-        """
+        """Decode all classes.
+
         Args:
             image_embeddings: B x C x H x W.
-            features: maps of encoder blocks, B x C_i x H x W each.
+            features: outputs of encoder blocks, B x C_i x H x W each.
             image_pe: 1 x C x H x W, from `PromptEncoder.get_dense_pe`.
-            pixels: the normalised pictures, B x 3 x 16H x 16W, for the detail path.
+            pixels: the normalised images, B x 3 x 16H x 16W, for the detail path.
 
         Returns:
             low_res_masks, B x num_classes x 8H x 8W logits; without a detail path, 4H x 4W.
@@ -105,7 +102,7 @@ class SemanticDecoder(nn.Module):
         if self.detail_path is None:
             upscalings = [(self.output_upscaling, image_tokens), (self.detail_upscaling, _rows(stem).flatten(1, 2))]
             return upscaled_masks(weights, upscalings, size)
-        assert pixels is not None, "the detail path takes the pictures"
+        assert pixels is not None, "the detail path needs pixels"
         upscaled = [
             upscaled_maps(self.output_upscaling, image_tokens.unflatten(1, size)),
             upscaled_maps(self.detail_upscaling, _rows(stem)),
@@ -122,17 +119,19 @@ def _masks(weights: Tensor, maps: Tensor) -> Tensor:
 
 
 class DetailPath(nn.Module):
-    """A light convolutional path from the picture's pixels, for what is narrower than a token of the encoder.
+    """A light convolutional path from the pixels, for objects that are narrower than an encoder token.
 
-    The pixels meet the image tokens where these are upscaled, at strides 8, 4 and 2. Channels are last throughout, as
-    norms and linear layers want them.
+    It joins pixel features with the upscaled image tokens at strides 8, 4 and 2. Channels are last throughout, for
+    norms and linear layers.
     """
 
     def __init__(self, channels_8: int, channels_4: int, pixel_channels: int, blocks_8: int = 2) -> None:
-        """
+        """Set the widths of the path.
+
         Args:
-            channels_8, channels_4: of the image tokens, upscaled to strides 8 and 4.
-            pixel_channels: of the pixels at stride 2; twice as many at 4, and four times at 8.
+            channels_8: channels of the image tokens upscaled to stride 8.
+            channels_4: the same at stride 4.
+            pixel_channels: channels of the pixels at stride 2; twice as many at stride 4, four times at stride 8.
             blocks_8: residual blocks at stride 8.
         """
         super().__init__()
@@ -149,7 +148,8 @@ class DetailPath(nn.Module):
         self.join_2 = nn.Sequential(RowNorm(2 * c2), nn.Conv2d(2 * c2, c2, kernel_size=3, padding=1), nn.GELU())
 
     def forward(self, upscaled_8: Tensor, upscaled_4: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """
+        """Join pixels and upscaled image tokens.
+
         Args:
             upscaled_8: B x H/8 x W/8 x channels_8.
             upscaled_4: B x H/4 x W/4 x channels_4.
@@ -171,7 +171,7 @@ class DetailPath(nn.Module):
 
 
 class RowNorm(nn.LayerNorm):
-    """A norm over the channels of B x C x H x W, which are last in memory."""
+    """Layer normalisation over the channels of B x C x H x W that is channels-last in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _maps(super().forward(_rows(x)))
@@ -193,7 +193,7 @@ def doubled(x: Tensor) -> Tensor:
 
 
 class ConvBlock(nn.Module):
-    """The residual block of ConvNeXt (Liu et al., 2022, arXiv 2201.03545), B x C x H x W -> the same."""
+    """The residual block of ConvNeXt (Liu et al., 2022, arXiv 2201.03545) on B x C x H x W."""
 
     def __init__(self, channels: int, kernel_size: int = 7, expansion: int = 4) -> None:
         super().__init__()
@@ -202,18 +202,15 @@ class ConvBlock(nn.Module):
         self.mlp = MLPBlock(channels, expansion * channels, nn.GELU)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Channels last, as linear layers are faster than convolutions of one pixel.
+        # Channels last: linear layers are faster than 1 x 1 convolutions.
         return x + _maps(self.mlp(self.norm(_rows(self.spatial(x)))))
 
 
 class ClassMLPs(nn.Module):
-    """One MLP for each class, all run at once: B x classes x C_in -> B x classes x C_out."""
+    """One MLP for each class, computed together: B x classes x C_in -> B x classes x C_out."""
 
     def __init__(self, mlp: MLP, num_classes: int, further_outputs: int) -> None:
-        """
-        Args:
-            mlp: what each starts as; outputs beyond its own start as any linear layer's do.
-        """
+        """Copy `mlp` for each class; its `further_outputs` are initialised as in any linear layer."""
         super().__init__()
         weights, biases = [], []
         for layer in mlp.layers:

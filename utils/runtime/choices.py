@@ -1,22 +1,22 @@
-"""What the scripts' flags offer. Nothing here needs PyTorch, whose import takes seconds: `--help` answers before it."""
+"""The choices of the scripts' flags, without PyTorch, so that `--help` is fast."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")  # of segment_anything.build_sam.CONFIGS
-PROMPT_MODES = ("box", "semantic")  # of utils.model.segmenter.SEGMENTERS
-CACHE_DTYPES = ("float16", "float32")  # of utils.cache.embedding_cache.DTYPES
+MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")  # as in segment_anything.build_sam.CONFIGS
+PROMPT_MODES = ("box", "semantic")  # as in utils.model.segmenter.SEGMENTERS
+CACHE_DTYPES = ("float16", "float32")  # of cached features
 SCHEDULES = ("constant", "cosine", "step")
 AMP_DTYPES = ("auto", "fp16", "bf16")
-AMP_HELP = "auto: bf16 where the hardware has it, else fp16 on a GPU and float32 on a CPU"
-# --augment, and how many views of an image a cache holds unless the user says. "flip" has no more than two.
+AMP_HELP = "type of mixed precision; auto is bf16 if the hardware has it, otherwise fp16 on a GPU and float32 on a CPU"
+# --augment, and the default number of views of an image in a cache. "flip" has only two.
 AUGMENTATIONS = {"none": 1, "flip": 2, "full": 4}
 
-# --map_rule: how masks become one map, where several claim a pixel or none does.
+# --map_rule: how masks become one map, where several cover a pixel or none does.
 MapRule = Literal["argmax", "box_threshold", "threshold"]
 MAP_RULES: dict[MapRule, str] = {
-    "argmax": "a pixel goes to the highest logit among the classes whose box holds it",
-    "box_threshold": "a pixel goes to the highest logit above 0 among the classes whose box holds it",
-    "threshold": "a pixel goes to the highest logit above 0, inside or outside its box",
+    "argmax": "the highest logit among the classes whose box holds the pixel",
+    "box_threshold": "the highest logit above 0 among the classes whose box holds the pixel",
+    "threshold": "the highest logit above 0, inside or outside the box",
 }

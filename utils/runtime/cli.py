@@ -40,11 +40,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None) -> None:
         # No abbreviations: with one-dash flags, `-i` and `-init_method` would otherwise compete.
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+        self._group: Any = self
+
+    def begin_group(self, title: str, description: str | None = None) -> None:
+        """Put the flags that follow into a group of `--help`."""
+        self._group = self.add_argument_group(title, description)
 
     def add_flag(self, *names: str, **kwargs: Any) -> None:
         """Add an option by its bare name(s): `add_flag("batch_size", ...)` accepts `-batch_size` and `--batch_size`."""
         spellings = [f"{dashes}{name}" for name in names for dashes in (("-",) if len(name) == 1 else ("--", "-"))]
-        self.add_argument(*spellings, **kwargs)
+        self._group.add_argument(*spellings, **kwargs)
 
     def add_switch(self, name: str, help: str, default: bool | None = False) -> None:
         """Add a switch that is off by default: bare turns it on, and `True` or `False` may follow it.

@@ -1,26 +1,28 @@
-"""The exceptions that a user is meant to read."""
+"""The exceptions with messages for the user."""
 
 from __future__ import annotations
 
+import sys
+
 
 class UserError(Exception):
-    """Bad input, told in one line that names the file or flag and the fix.
+    """Bad input, in one line that names the file or flag and the fix.
 
-    Scripts turn it into `error: <message>` on stderr and exit status 1 (see `utils.runtime.cli.run`); anything else
-    that escapes is a bug and keeps its traceback.
+    Scripts print it as `error: <message>` on stderr and exit with status 1 (see `utils.runtime.cli.run`). Any other
+    exception is a bug and keeps its traceback.
     """
 
 
 class UnreadableError(UserError):
-    """The system does not let us read a path, which says nothing of what is there."""
+    """The system does not let us read a path. The file itself may be intact."""
 
 
 class LostPeerError(UserError):
-    """Another process of the job has ended, which cut off a collective; that process knows the reason."""
+    """Another process of the job ended during a collective; that process reports the reason."""
 
 
 class LostWorkerError(UserError):
-    """A loader's worker process has ended, or cannot hand over a batch."""
+    """A loader's worker process has ended, or cannot send a batch."""
 
 
 class DivergedError(UserError):
@@ -32,19 +34,21 @@ class NotSavedError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The process was asked to stop and has saved its work; the exit status is 128 + `signal_number`."""
+    """The process received a signal and has saved its work; the exit status is 128 + `signal_number`."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        """
-        Args:
-            message: how to go on; "" where another process says it.
-        """
+        """`message` says how to resume; it is "" if another process prints it."""
         super().__init__(message)
         self.signal_number = signal_number
 
 
+def warn(message: str) -> None:
+    """Print `warning: <message>` on stderr in one line."""
+    print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
+
+
 def printable(text: str) -> str:
-    """The text on one line, as a message may quote a hostile file: what would move a terminal's cursor, break the line
-    or cannot be encoded is escaped, and the middle of what is absurdly long is left out."""
+    """The text on one line, as a message may quote a hostile file: control characters are escaped, and the middle of a
+    very long text is left out."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return line if len(line) <= 2000 else f"{line[:1000]} ... {line[-900:]}"

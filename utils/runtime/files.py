@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and arrays that are what they should be."""
+"""Files that are written completely or not at all, and the checked ways to read a file."""
 
 from __future__ import annotations
 
@@ -19,50 +19,49 @@ import numpy as np
 
 from utils.runtime.errors import UnreadableError, UserError
 
-MAX_JSON = 1 << 30  # bytes; the boxes of det_20's 70,000 training images have some hundred million
+MAX_JSON = 1 << 30  # bytes; the detections of det_20's 70,000 training images take about 100 MB
 
 
 def cannot_be_read(path: Path, error: OSError) -> UnreadableError:
-    """The system's own word, such as "Permission denied"."""
+    """The error for a path that the system does not let us read, in the system's words."""
     return UnreadableError(f"{path}: cannot be read ({error.strerror or error})")
 
 
 def status(path: Path) -> os.stat_result | None:
-    """What the system says of a path, links followed; None where nothing is there.
+    """The status of a path, links followed; None if nothing exists there.
 
-    `Path.exists` and the like are not used: by Python's version, they raise what the system says, or take it for
-    "nothing is there".
+    `Path.exists` and its like are not used: depending on Python's version, a system error raises or counts as absent.
 
     Raises:
-        UnreadableError: it cannot be told (no permission, an I/O error, a stale handle).
+        UnreadableError: the system does not tell (no permission, an I/O error, a stale handle).
     """
     try:
         return os.stat(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last, of a name that no file can have
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no file can have such a name
         return None
     except OSError as error:
         raise cannot_be_read(path, error) from None
 
 
 def exists(path: Path) -> bool:
-    """Whether something is there; raises as `status`."""
+    """Whether the path exists; raises as `status`."""
     return status(path) is not None
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there; raises as `status`."""
+    """Whether the path is a folder; raises as `status`."""
     found = status(path)
     return found is not None and S_ISDIR(found.st_mode)
 
 
 def is_file(path: Path) -> bool:
-    """Whether a regular file is there; raises as `status`."""
+    """Whether the path is a regular file; raises as `status`."""
     found = status(path)
     return found is not None and S_ISREG(found.st_mode)
 
 
 def listed(folder: Path) -> list[Path]:
-    """What is in a folder, sorted.
+    """The paths in a folder, sorted.
 
     Raises:
         UnreadableError: it cannot be listed.
@@ -74,29 +73,26 @@ def listed(folder: Path) -> list[Path]:
 
 
 def require_readable(path: Path) -> None:
-    """Read a file to its end, for what its reader took for damage may be the system's error.
+    """Read a file to its end: what a parser took for damage may be a system error.
 
     Raises:
         UnreadableError: the system does not let us read it.
     """
-    try:
-        with open(path, "rb") as file:
-            while file.read(1 << 20):
-                pass
-    except OSError as error:
-        raise cannot_be_read(path, error) from None
+    with open_untrusted(path) as file:
+        while file.read(1 << 20):
+            pass
 
 
 @contextmanager
 def atomic_write(path: Path, *, keep: int = 0) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` for writing; on success flush it to disk and rename it to `path`.
 
-    A reader, or a run that is killed at any moment, sees the old file or the new one, never a half of it. On an
-    exception the temporary file is removed and `path` is left as it was.
+    At any moment, also after a kill, `path` is the complete old file or the complete new one. An exception removes the
+    temporary file and leaves `path` unchanged.
 
     Args:
-        keep: so many earlier versions stay, `<stem>.1<suffix>` the last of them. On a file system without hard links,
-            who is killed between the two renames leaves no file of the name itself, and the versions before it whole.
+        keep: this many earlier versions are kept; the latest of them is `<stem>.1<suffix>`. On a file system without
+            hard links, a kill between the two renames leaves no `path`, but all earlier versions.
 
     Raises:
         UserError: the file cannot be written (disk full, no permission, no such folder).
@@ -114,12 +110,12 @@ def atomic_write(path: Path, *, keep: int = 0) -> Iterator[BinaryIO]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}{_room(path, error)})") from error
     finally:
-        with suppress(OSError):  # it was renamed, or never made
+        with suppress(OSError):  # already renamed, or never created
             temporary.unlink()
 
 
 def _give_up_name(path: Path, name: Path) -> None:
-    """Rename, but for that `path` stays until it is replaced, if there are hard links."""
+    """Rename `path` to `name`; with hard links, `path` itself stays until it is replaced."""
     link = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     try:
         os.link(path, link)
@@ -129,31 +125,31 @@ def _give_up_name(path: Path, name: Path) -> None:
         os.replace(path, name)
     else:
         os.replace(link, name)
-        link.unlink(missing_ok=True)  # which is still there where both were one file, as after a kill
+        link.unlink(missing_ok=True)  # after a kill both may be the same file, and the rename did nothing
 
 
 def _room(path: Path, error: OSError) -> str:
-    """Which disk it is that has no room, if that is the error."""
+    """The disk without room, if that is the error."""
     return f": {free_room(path)}; make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
 
 
 def free_room(path: Path) -> str:
-    """Name the disk of `path`, which need not exist yet, and its free room, in words."""
+    """Describe the disk of `path` and its free room; `path` need not exist."""
     path = path.absolute()
     disk = next((folder for folder in (path, *path.parents) if folder.is_mount()), path.parent)
     return f"the disk at {disk} has {shutil.disk_usage(disk).free / 2**20:.1f} MiB free"
 
 
 def earlier(path: Path, number: int) -> Path:
-    """The version so many before the last; 0 is `path` itself."""
+    """The path of an earlier version: 1 is the latest of them, 0 is `path` itself."""
     return path.with_name(f"{path.stem}.{number}{path.suffix}") if number else path
 
 
 def require_writable(folder: Path, flag: str) -> None:
-    """Check that a file can be written in `folder` or, if it is not there, in the one that it will be made in.
+    """Check that a file can be written in `folder`, or in the folder where it will be created.
 
     Raises:
-        UserError: it cannot; `flag` names another.
+        UserError: it cannot be written; the message tells the user to change `flag`.
     """
     try:
         place = next(path for path in (folder, *folder.absolute().parents) if exists(path))
@@ -165,70 +161,115 @@ def require_writable(folder: Path, flag: str) -> None:
 
 
 def make_folder(folder: Path, flag: str) -> None:
-    """Make `folder`, if it is not there, and those that it is in.
+    """Create `folder` and its parents where they are missing.
 
     Raises:
-        UserError: it cannot be made or written; `flag` names another.
+        UserError: it cannot be created or written; the message tells the user to change `flag`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); give another {flag}") from None
+        raise UserError(f"{folder}: cannot be created ({error.strerror}); give another {flag}") from None
     require_writable(folder, flag)
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what runs that were killed inside `atomic_write` left anywhere below `folder`; no other may be at work."""
+    """Remove the temporary files of killed runs below `folder`. No other process may be writing there."""
     for path in folder.rglob(".*.*.tmp"):
-        with suppress(OSError):  # what cannot be removed is in nobody's way; a folder is nothing that we left
+        with suppress(OSError):  # harmless if it stays; a folder is not ours
             path.unlink()
 
 
-def read_json(path: Path) -> Any:
-    """
+@contextmanager
+def open_untrusted(path: Path, limit: int | None = None, *, fix: str = "") -> Iterator[BinaryIO]:
+    """Open a file that anybody may have written, for reading.
+
+    Args:
+        limit: the most bytes that it may have.
+        fix: ends the error message: what the user can do.
+
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or absurdly deep.
+        UserError: the file is missing, too large, or not a regular file: a pipe would block, a device never ends.
+        UnreadableError: the system does not let us read it, also within the context.
     """
-    found = os.stat(path)
-    if not S_ISREG(found.st_mode):  # a pipe would keep us waiting, a device would never end
-        raise OSError(errno.EINVAL, "not a regular file")
-    if found.st_size > MAX_JSON:
-        raise OSError(errno.EFBIG, f"larger than {MAX_JSON >> 20} MiB")
+    found = status(path)
+    wrong = None
+    if found is None:
+        wrong = "no such file"
+    elif not S_ISREG(found.st_mode):
+        wrong = "not a regular file"
+    elif limit is not None and found.st_size > limit:
+        wrong = f"larger than {limit >> 20} MiB"
+    if wrong:
+        raise UserError(f"{path}: {wrong}{fix and f'; {fix}'}")
     try:
-        return json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise cannot_be_read(path, error) from None
+
+
+def read_json(path: Path, fix: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: as `open_untrusted`; or the file is not JSON, or nested too deeply.
+    """
+    with open_untrusted(path, MAX_JSON, fix=fix) as file:
+        try:
+            return json.load(file)
+        except (ValueError, RecursionError) as error:  # also not text, or a number of thousands of digits
+            raise UserError(f"{path}: not JSON ({error}); {fix}") from None
+
+
+_PREPROCESS = "run pre_bdd100k.py again to repair it"
 
 
 def check_npy(path: Path, shape: tuple[int, ...], dtype: str) -> None:
-    """Check by header and length, without reading it, that a file is a whole .npy array of `shape` and `dtype`.
+    """Check by header and length alone that a file is a complete .npy array of `shape` and `dtype`.
 
     Raises:
-        UserError: it is missing, damaged, truncated, of another shape or type, or holds pickled objects; an
-            `UnreadableError`, the system does not let us read it.
+        UserError: it is missing, damaged, truncated, of another shape or type, or holds pickled objects.
+        UnreadableError: the system does not let us read it.
     """
-    hint = "run pre_bdd100k.py again, which mends it"
+    with _checked_npy(path, shape, dtype):
+        pass
+
+
+def load_npy(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Read an .npy file; raises as `check_npy`, before memory is allocated for what its header claims."""
+    with _checked_npy(path, shape, dtype) as file:
+        return np.load(file, allow_pickle=False)
+
+
+@contextmanager
+def _checked_npy(path: Path, shape: tuple[int, ...], dtype: str) -> Iterator[BinaryIO]:
+    with open_untrusted(path, fix=_PREPROCESS) as file:
+        if wrong := _wrong_with_npy(file, shape, np.dtype(dtype)):
+            raise UserError(f"{path}: {wrong}; {_PREPROCESS}")
+        file.seek(0)
+        yield file
+
+
+def _wrong_with_npy(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> str | None:
+    """What is wrong with an .npy file, in words."""
+    header = None
     try:
-        found = os.stat(path)
-        if not S_ISREG(found.st_mode):  # a pipe would keep us waiting
-            raise ValueError
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("error")  # of headers that are no Python, or Python 2's
-            # np.save takes the later versions for headers above 64 KiB; in a damaged file they would be read first.
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError
-            actual_shape, fortran_order, actual_dtype = np.lib.format.read_array_header_1_0(file)
-            missing = file.tell() + actual_dtype.itemsize * math.prod(actual_shape) - found.st_size
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file; {hint}") from None
-    except OSError as error:
-        raise cannot_be_read(path, error) from None
-    except Exception:  # NumPy tokenizes and evaluates a header, and damaged ones raise almost anything there
-        raise UserError(f"{path}: damaged, or not an .npy file; {hint}") from None
-    if actual_dtype.hasobject:
-        raise UserError(f"{path}: holds pickled objects, which are never loaded; {hint}")
-    if (actual_shape, actual_dtype, fortran_order) != (shape, np.dtype(dtype), False):
-        raise UserError(f"{path}: expected {dtype} of shape {shape}, found {actual_dtype} of {actual_shape}; {hint}")
-    if missing:
-        raise UserError(f"{path}: {'truncated' if missing > 0 else 'too long'} by {abs(missing)} bytes; {hint}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # headers that are not Python, or Python 2
+            # np.save uses later versions for headers above 64 KiB only; a damaged file could claim 4 GiB.
+            if np.lib.format.read_magic(file) == (1, 0):
+                header = np.lib.format.read_array_header_1_0(file)
+    except OSError:
+        raise
+    except Exception:  # NumPy tokenizes and evaluates a header: a damaged one can raise almost anything
+        pass
+    if header is None:
+        return "damaged, or not an .npy file"
+    found_shape, fortran_order, found = header
+    if found.hasobject:
+        return "holds pickled objects, which are never loaded"
+    if (found_shape, found, fortran_order) != (shape, dtype, False):
+        return f"expected {dtype} of shape {shape}, found {found} of {found_shape}"
+    missing = file.tell() + dtype.itemsize * math.prod(shape) - os.fstat(file.fileno()).st_size
+    return f"{'truncated' if missing > 0 else 'too long'} by {abs(missing)} bytes" if missing else None

@@ -1,4 +1,4 @@
-"""Memory that the C library keeps for the next tensor, in place of giving it back to the system each time."""
+"""Settings of glibc's malloc, so that freed memory is reused for the next tensor."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ M_MMAP_MAX = -4
 
 
 def keep_freed_memory() -> None:
-    """Have freed memory reused, whatever its size, until the process ends; nothing where the C library is not glibc.
+    """Reuse freed memory of any size until the process ends; without glibc, do nothing.
 
-    By itself glibc takes what is larger than 32 MB from the system for each tensor anew and gives it back after use.
-    The system hands it out page by page, zeroed, at the first touch of each, and a step of training that allocates the
-    same tensors as the step before pays for that every time.
+    By default glibc requests each block above 32 MB from the system and returns it after use. The system zeroes and
+    maps it page by page at first use, which every training step would pay for.
     """
     mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})  # never map, never trim
 
 
 def mallopt(options: dict[int, int]) -> None:
-    """Set options of glibc's malloc; nothing where the C library is another."""
+    """Set options of glibc's malloc; with another C library, do nothing."""
     if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for option, value in options.items():

@@ -1,4 +1,4 @@
-"""One function over many jobs, on several processes, ending cleanly whatever happens to them."""
+"""One function over many jobs on several processes, with a clean end after errors and signals."""
 
 from __future__ import annotations
 
@@ -20,37 +20,39 @@ from utils.runtime.malloc import keep_freed_memory
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-# Jobs given to a process at a time: sending costs half a millisecond, and what a function overlaps, it overlaps within
-# them. Ctrl-C waits for what was sent, up to three times as many for each process.
+# Jobs sent to a process at a time: sending takes half a millisecond, and a function may overlap the work of its jobs.
+# Ctrl-C waits for the jobs already sent, up to three times as many for each process.
 MAX_CHUNK = 8
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, which containers and job schedulers limit."""
+    """The number of cores that this process may use; containers and job schedulers limit it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(
     function: Callable[[list[Job]], list[Result]], jobs: list[Job], num_workers: int, advance: Callable[[int], object]
 ) -> list[Result]:
-    """`function(jobs)`, a few jobs at a time, in their order, on `num_workers` processes (in this one if that is 1).
+    """Call `function` on a few jobs at a time, in order, on `num_workers` processes (in this one for 1).
 
-    OpenCV uses one core in each.
+    OpenCV uses one core in each process.
 
     Args:
-        function: a function of a module's top level, since jobs travel to processes that import that module anew. It
-            returns one result for each job.
-        advance: called with the number of results that have come.
+        function: at a module's top level, as worker processes import that module. It returns a result for each job.
+        advance: called with the number of new results.
+
+    Returns:
+        The results in the order of the jobs.
 
     Raises:
         UserError: a worker process died.
-        Exception: whatever `function` raises; jobs that have not begun are dropped then, as they are at Ctrl-C.
+        Exception: any exception of `function`. Jobs that have not started are dropped, as at Ctrl-C.
     """
     results: list[Result] = []
     num_workers = min(num_workers, len(jobs))
     size = MAX_CHUNK
     if num_workers > 1:
-        size = max(1, min(size, len(jobs) // (8 * num_workers)))  # so that none works long alone at the end
+        size = max(1, min(size, len(jobs) // (8 * num_workers)))  # so that no process works alone for long at the end
     chunks = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     if num_workers <= 1:
         threads = cv2.getNumThreads()
@@ -62,9 +64,11 @@ def run_jobs(
         finally:
             cv2.setNumThreads(threads)
         return results
-    # spawn: to fork a process that has threads (tqdm's, OpenCV's, PyTorch's) can deadlock.
+    # spawn, because forking a process with threads (of tqdm, OpenCV, PyTorch) can deadlock.
     executor = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C is answered here alone
+    on_interrupt = signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # inherited by workers: only this process handles Ctrl-C
     try:
         coming = executor.map(function, chunks)
         signal.signal(signal.SIGINT, on_interrupt)
@@ -73,14 +77,14 @@ def run_jobs(
             advance(len(of_chunk))
     except BrokenProcessPool:
         raise UserError(
-            f"a worker process was killed, most often for lack of memory (run the same command again with "
-            f"--num_workers below {num_workers}: it goes on where it was)"
+            f"a worker process was killed, most often because memory ran out; run the same command with --num_workers "
+            f"below {num_workers} to resume"
         ) from None
     except KeyboardInterrupt:
-        print("\nstopping: what was begun is finished first", file=sys.stderr, flush=True)
+        print("\nstopping after the images in progress", file=sys.stderr, flush=True)
         raise
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a shutdown that is interrupted leaves a script that never ends
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted shutdown would hang
         executor.shutdown(cancel_futures=True)
         signal.signal(signal.SIGINT, on_interrupt)
     return results
@@ -93,7 +97,7 @@ def _start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is killed outright, else it would wait for work forever."""
+    """End this worker when its parent is killed; otherwise it waits for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

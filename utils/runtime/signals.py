@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request: what is under way is finished and saved before the process ends."""
+"""SIGINT and SIGTERM as a request: the current step is finished and saved before the process ends."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Whether this process was asked to stop: by a signal, or by the death of the launcher that started it.
+    """Whether this process shall stop: after a signal, or after the death of its launcher.
 
-    Workers that outlive their launcher would go on in a folder that the restarted job takes up as well.
+    A process that outlives its launcher would write to the same folder as the restarted job.
     """
 
     def __init__(self) -> None:
@@ -29,16 +29,16 @@ class StopSignals:
 
     @property
     def signalled(self) -> bool:
-        """Whether it was by a signal."""
+        """Whether a signal was received."""
         return self._received is not None
 
     def interrupt(self, message: str) -> Interrupted:
-        """The exception to end with; SIGTERM where it was another process that was asked."""
+        """The exception to end with; SIGTERM if another process received the signal."""
         return Interrupted(message, self._received or signal.SIGTERM)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """A context in which a signal is only noted."""
+        """Only record signals within the context."""
         before = {number: signal.signal(number, self._note) for number in SIGNALS}
         try:
             yield
@@ -48,7 +48,7 @@ class StopSignals:
 
     @contextmanager
     def at_once(self, message: str) -> Iterator[None]:
-        """A context inside `deferred` in which one raises `Interrupted`, as all is saved and nothing worth finishing.
+        """Raise `Interrupted` at once for signals within the context, inside `deferred`: all state is saved.
 
         Raises:
             Interrupted: with `message`.
@@ -71,4 +71,4 @@ class StopSignals:
 
 
 class _Now(BaseException):
-    """Thrown by the signal handler; no `except Exception` on the way may keep it."""
+    """Raised by the signal handler; a BaseException, so that no `except Exception` catches it."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils.data.datasets import FILLER, TrainingDataset, collate_training
+from utils.data.datasets import FILLER, TrainingBatch, TrainingDataset, collate_training
 from utils.model.prediction import features_of
 from utils.model.segmenter import Segmenter
 from utils.runtime import distributed
@@ -128,11 +128,12 @@ def settle_gradient_order(model: nn.Module, dataset: TrainingDataset, precision:
 
 
 def _forward_backward(
-    model: nn.Module, batch: dict[str, Any], group: _StepSums, scaler: torch.amp.GradScaler, precision: Precision
+    model: nn.Module, batch: TrainingBatch, group: _StepSums, scaler: torch.amp.GradScaler, precision: Precision
 ) -> None:
     """Add the gradient of a batch's summed loss, and the losses to `group`."""
     segmenter: Segmenter = distributed.unwrap(model)  # type: ignore[assignment]
-    batch = {key: precision.to_device(v) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    on_device: Any = {key: precision.to_device(v) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    batch = on_device
     with precision.autocast():
         features = features_of(segmenter, batch, precision)
         outputs = model(features, *(batch[key] for key in segmenter.PROMPTS))

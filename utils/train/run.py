@@ -41,7 +41,7 @@ class Latest:
     """A run's `latest`, read to be gone on with."""
 
     path: Path
-    state: dict[str, Any]
+    state: Any
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -136,7 +136,7 @@ def read_latest(
         raise UserError(f"{path}: holds no state to resume from; give the run's {LATEST}")
     if not (isinstance(state.get("args"), dict) and _is_run_state(state["run_state"])):
         raise UserError(f"{path}: its state is not one that train_bdd100k.py wrote; start a new run")
-    state["args"].setdefault("losses", _FORMER_LOSSES.get(state["args"].get("prompt_mode")))
+    state["args"].setdefault("losses", _FORMER_LOSSES.get(state["args"].get("prompt_mode", "")))
     for key, name in kept.items():
         if key not in state["args"]:
             raise UserError(f"{path}: was begun by a version that knew no {name}; start a new run")
