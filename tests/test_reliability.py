@@ -108,7 +108,7 @@ def test_a_damaged_latest_costs_what_came_after_the_one_before(
         content[len(content) // 2] ^= 1
         latest.write_bytes(content)
     said = Job(words, tmp_path / "log").succeed()
-    assert re.search(r"warning: .*latest\.pth.* going on from medsam_model_latest\.1\.pth", said)
+    assert re.search(r"warning: .*latest\.pth.* resuming from medsam_model_latest\.1\.pth", said)
     assert_same_end(tmp_path / "work", undisturbed)
 
 
@@ -127,7 +127,7 @@ def test_a_disk_that_takes_no_more(fault: str, inputs: Path, undisturbed: Path, 
                     job.wait_until(lambda: subprocess.run(remount, capture_output=True).returncode == 0)
                 assert job.wait() == 1
             line = error_in(job.said)
-            assert f"{disk}/work/Fault-" in line and "--resume" in line and "saved before it is whole" in line
+            assert f"{disk}/work/Fault-" in line and "--resume" in line and "The last checkpoint is intact" in line
             for path in checkpoints(disk / "work"):
                 checkpoint.load_checkpoint(path)
             assert not is_writing(disk / "work")  # nothing half-written takes up the room
@@ -206,7 +206,7 @@ def test_killed_workers_are_replaced_by_the_launcher(inputs: Path, undisturbed_p
             job.wait_until(lambda before=before: steps_of(tmp_path / "work") > before)  # type: ignore[misc]
             os.kill(job.workers()[rank], signal.SIGKILL)
         said = job.succeed()
-    assert said.count("going on at epoch") == 2 and "error: " not in said
+    assert said.count("resuming at epoch") == 2 and "error: " not in said
     assert len(list((tmp_path / "work").iterdir())) == 1
     assert_same_end(tmp_path / "work", undisturbed_pair)
 
@@ -242,5 +242,5 @@ def test_a_lost_machine(inputs: Path, undisturbed_pair: Path, tmp_path: Path) ->
     again = start(1)
     with running(*again):
         said = [job.succeed() for job in again]
-    assert "going on at epoch" in said[0]
+    assert "resuming at epoch" in said[0]
     assert_same_end(tmp_path / "work", undisturbed_pair)

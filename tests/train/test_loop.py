@@ -19,7 +19,7 @@ from utils.model.segmenter import Segmenter, build_model
 from utils.runtime.device import Precision
 from utils.runtime.errors import DivergedError, UserError
 from utils.train.loop import Progress, train_one_epoch
-from utils.train.optim import build_optimizer, build_scheduler
+from utils.train.optim import TrainState, build_optimizer, build_scheduler
 
 CPU = Precision(torch.device("cpu"))
 
@@ -68,12 +68,11 @@ def train(
     Adam would divide it by its own size, and blow the rounding errors of vanishing gradients up to full steps.
     """
     optimizer = torch.optim.SGD(model.mask_decoder.parameters(), lr=0.1)
+    scheduler = build_scheduler(optimizer, schedule, total_steps=4, warmup_steps=0)
     return train_one_epoch(
         model,
         loader,
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, schedule, total_steps=4, warmup_steps=0),
-        scaler=scaler or CPU.grad_scaler(),
+        TrainState(optimizer, scheduler, scaler or CPU.grad_scaler()),
         precision=precision,
         grad_acc_steps=grad_acc_steps,
         clip_grad_norm=clip,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -192,7 +193,10 @@ _LOST = re.compile(r"Connection closed by peer|Connection reset by peer|Broken p
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's rank among all; known before `setup`."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return (_number("RANK") or 0) if _launched() else 0
 
 
 def world_size() -> int:
@@ -210,7 +214,29 @@ def local_world_size() -> int:
     return (_number("LOCAL_WORLD_SIZE") or local_rank() + 1) if _launched() else 1
 
 
+def launch_command() -> str:
+    """The command that starts this script in as many processes again, up to its flags."""
+    if not _launched():
+        return f"python {shlex.quote(sys.argv[0])}"
+    words = [f"torchrun --nproc_per_node={local_world_size()}"]
+    if (nodes := _number("GROUP_WORLD_SIZE") or 1) > 1:
+        words += [f"--nnodes={nodes}", f"--node_rank={_number('GROUP_RANK')}"]
+        words += [f"--master_addr={os.environ.get('MASTER_ADDR')}"]
+    if port := _number("MASTER_PORT"):
+        words += [f"--master_port={port}"]
+    if restarts := _number("TORCHELASTIC_MAX_RESTARTS"):
+        words += [f"--max_restarts={restarts}"]
+    return " ".join([*words, shlex.quote(sys.argv[0])])
+
+
+def command_line() -> str:
+    """The command that started this script; the launcher's part as `launch_command` has it."""
+    flags = [word for word in sys.argv[1:] if not word.replace("_", "-").startswith("--local-rank=")]
+    return " ".join([launch_command(), *map(shlex.quote, flags)])
+
+
 def is_main() -> bool:
+    """Whether this is the process that writes and prints; known before `setup`."""
     return rank() == 0
 
 
