@@ -270,7 +270,6 @@ def train(args: cli.Flags, precision: Precision, resume: ResumeState | None) -> 
                 raise UserError(finished)
             distributed.say(finished)  # a job that is restarted again and again has not failed
             return
-        args.cache_embeddings = resume.cache_choice(args.cache_embeddings)
     else:
         distributed.on_main(partial(require_loggers, tensorboard=args.use_tensorboard, wandb=args.use_wandb))
 
@@ -282,9 +281,7 @@ def train(args: cli.Flags, precision: Precision, resume: ResumeState | None) -> 
     settings = run_settings(args)
     distributed.on_main(partial(require_room, settings, resume, segmenter))
     model = distributed.wrap(segmenter, precision.device)
-    stored_in = prepare_cache(args, segmenter, info, precision, dataset, val_dataset)
-    if resume:
-        resume.require_same_cache(stored_in)
+    stored_in = prepare_cache(args, segmenter, info, precision, dataset, val_dataset, resume)
     config |= {**data, "train_cache": stored_in}
 
     loader, val_loader = build_loaders(args, dataset, val_dataset, precision)
@@ -383,31 +380,31 @@ def prepare_cache(
     precision: Precision,
     dataset: TrainingDataset,
     val_dataset: EvaluationDataset | None,
+    resume: ResumeState | None,
 ) -> str | None:
     """Encode the images once, if that is wanted; the type of the cached training features, None without a cache."""
     passes: dict[TrainingDataset | EvaluationDataset, int] = {dataset: args.num_epochs}
     if val_dataset:
         passes[val_dataset] = math.ceil(args.num_epochs / args.val_every)
-    return use_caches(
+    stored_in = use_caches(
         passes,
         segmenter,
         info,
         precision,
-        where=args.cache_embeddings,
+        where=resume.cache_choice(args.cache_embeddings) if resume else args.cache_embeddings,
         dtype=args.cache_dtype,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
     )
+    if resume:
+        resume.require_same_cache(stored_in)
+    return stored_in
 
 
 def build_loaders(
     args: cli.Flags, dataset: TrainingDataset, val_dataset: EvaluationDataset | None, precision: Precision
 ) -> tuple[Loader, Loader | None]:
-    loading: dict[str, Any] = {
-        "batch_size": args.batch_size,
-        "num_workers": args.num_workers,
-        "precision": precision,
-    }
+    loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.num_workers, "precision": precision}
     loader = training_loader(dataset, **loading, seed=args.seed, grad_acc_steps=args.grad_acc_steps)
     return loader, evaluation_loader(val_dataset, **loading) if val_dataset else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 from contextlib import suppress
@@ -214,11 +215,16 @@ def test_killed_workers_are_replaced_by_the_launcher(inputs: Path, undisturbed_p
 def test_a_data_file_that_goes_is_told_by_one_of_two_processes(
     inputs: Path, undisturbed_pair: Path, tmp_path: Path
 ) -> None:
-    """And the main process saves the state, though it was another one that failed."""
+    """The main process saves the state, though another one failed, and the printed command resumes the job."""
     job = Job([*launcher(2), *training(inputs, tmp_path / "work", *PAIR)], tmp_path / "log")
     losing_a_data_file(job, inputs, tmp_path)
-    assert "became unreadable" in error_in(job.said)
+    line = error_in(job.said)
+    assert "became unreadable" in line
     assert steps_of(tmp_path / "work") > 0
+    name, *words = shlex.split(line.partition("resume with: ")[2])
+    assert name == "torchrun" and words[0] == "--nproc_per_node=2" and words[-2] == "--resume"
+    Job(["-m", "torch.distributed.run", *words], tmp_path / "log").succeed()
+    assert_same_end(tmp_path / "work", undisturbed_pair)
 
 
 def test_a_lost_machine(inputs: Path, undisturbed_pair: Path, tmp_path: Path) -> None:

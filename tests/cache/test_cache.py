@@ -458,6 +458,7 @@ def test_whether_there_is_a_cache_is_part_of_the_run(
     run_script(train_bdd100k, *common, "-num_epochs", 2, "--resume", plain)  # where a new run would write a cache
     said = capsys.readouterr().out
     assert "the run has no cache of features, and resumes without one" in said and "features are read" not in said
+    assert "--cache_embeddings off" not in said  # of which the command to evaluate knows nothing
     with pytest.raises(UserError, match="the run has no cache of features; give --cache_embeddings off"):
         run_script(train_bdd100k, *common, "-num_epochs", 3, "--resume", plain, "--cache_embeddings", tmp_path / "c")
     run_script(train_bdd100k, *common, "-num_epochs", 2, "-task_name", "cached")

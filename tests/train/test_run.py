@@ -236,7 +236,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch
     monkeypatch.setattr("os.fsync", full)
     before = {path: path.read_bytes() for path in run.folder.glob("*.pth")}
     for loss in (2.0, 0.5):  # of `latest`, and of `best`
-        said = rf"No space left on device: the disk at .* MiB free; make room there\)\. .* intact\. .* --resume {run.folder}"
+        said = (
+            rf"No space left on device: the disk at .* MiB free; make room there\)\..*intact\..*--resume {run.folder}"
+        )
         with pytest.raises(UserError, match=said):
             run.finish_epoch(record(1, loss))
     assert {path: path.read_bytes() for path in run.folder.iterdir() if path.suffix in (".pth", ".tmp")} == before

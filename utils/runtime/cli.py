@@ -207,10 +207,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _wait_for_turn(error: UserError | None) -> None:
-    """Under a launcher, let the process speak alone that knows most: once it ends, the launcher ends the others.
+    """Under a launcher, let only the process print that knows most: once it ends, the launcher ends the others.
 
-    That is the first of a machine where all of them met the same, and whoever met the cause where others only lost it.
-    What it needs to notice is a tenth of a second, and a process some to end; on a machine with much other work, more.
+    This is the first of a machine if all met the same error, and the one with the cause if others only lost it. torch's
+    `@record` does not replace the wait: it prints every process's traceback, and only in the launcher's report.
     """
     if os.environ.get("RANK") and os.environ.get("LOCAL_RANK") not in (None, "", "0"):
         time.sleep(10)

@@ -35,9 +35,10 @@ class Interrupted(KeyboardInterrupt):
     """The process was asked to stop and has saved its work; the exit status is 128 + `signal_number`."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        """
+        """Take the message to print.
+
         Args:
-            message: how to go on; "" where another process says it.
+            message: how to resume; "" if another process prints it.
         """
         super().__init__(message)
         self.signal_number = signal_number

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request: what is under way is finished and saved before the process ends."""
+"""SIGINT and SIGTERM as a request: the current step is finished and saved before the process ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopSignals:
     """Whether this process was asked to stop: by a signal, or by the death of the launcher that started it.
 
-    Workers that outlive their launcher would go on in a folder that the restarted job takes up as well.
+    Workers that outlive their launcher would keep writing to a folder that the restarted job also uses.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class StopSignals:
         return self._received is not None
 
     def interrupt(self, message: str) -> Interrupted:
-        """The exception to end with; SIGTERM where it was another process that was asked."""
+        """The exception to end with; its signal is SIGTERM if another process was asked."""
         return Interrupted(message, self._received or signal.SIGTERM)
 
     @contextmanager
@@ -48,7 +48,7 @@ class StopSignals:
 
     @contextmanager
     def at_once(self, message: str) -> Iterator[None]:
-        """A context inside `deferred` in which one raises `Interrupted`, as all is saved and nothing worth finishing.
+        """A context inside `deferred` in which a signal raises `Interrupted` at once: everything is saved.
 
         Raises:
             Interrupted: with `message`.
