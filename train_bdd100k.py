@@ -6,22 +6,19 @@ One device:
         -checkpoint work_dir/SAM/sam_vit_b_01ec64.pth -batch_size 4 -num_epochs 100 -lr 5e-5 -use_amp \\
         --grad_acc_steps 4 --val_npy_path data/bdd100k_npy/val
 
-Four cards (torchrun in place of "python -m torch.distributed.launch" works alike):
+Four GPUs (torchrun and "python -m torch.distributed.launch" both work):
 
-    python -m torch.distributed.launch --nproc_per_node=4 train_bdd100k.py -i data/bdd100k_npy/train -use_amp \\
-        --world_size 4 --distributed
+    torchrun --nproc_per_node=4 train_bdd100k.py -i data/bdd100k_npy/train -use_amp
 
-With batch size, precision and loader processes chosen for a kind of card; flags beside it win:
+Resume a run. Flags that are not given come from the run:
 
-    python train_bdd100k.py ... --preset 3090
+    python train_bdd100k.py --resume work_dir/<task>-<YYYYMMDD-HHMM>
 
-A run that was stopped:
+A job that may be restarted at any time resumes the task's last run, or starts one:
 
-    python train_bdd100k.py ... --resume work_dir/<task>-<YYYYMMDD-HHMM>
+    python train_bdd100k.py -i data/bdd100k_npy/train ... --save_every_steps 200 --resume auto
 
-One that may be started again and again, and goes on where it was last saved:
-
-    python train_bdd100k.py ... --save_every_steps 200 --resume auto
+Every long flag takes one dash or two.
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,25 +40,12 @@ from utils.runtime.choices import (
     PROMPT_MODES,
     SCHEDULES,
 )
+from utils.runtime.errors import UserError
 
-# What a resumed run must share with its beginning, by the names that the user knows.
-KEPT_ON_RESUME = {
-    "prompt_mode": "--prompt_mode",  # first: it decides the defaults of others
-    "losses": "the loss",
-    "model_type": "-model_type",
-    "lr": "-lr",
-    "weight_decay": "-weight_decay",
-    "lr_scheduler": "--lr_scheduler",
-    "warmup_epochs": "--warmup_epochs",
-    "effective_batch_size": "the effective batch size (-batch_size x --grad_acc_steps x processes)",
-    "classes_per_image": "--classes_per_image",
-    "bbox_shift": "--bbox_shift",
-    "augment": "--augment",
-    "cache_views": "--cache_views",
-    "seed": "--seed",
-}
+# Flags of one start, which a resumed run does not take from its last one.
+OF_ONE_START = ("resume", "distributed", "world_size", "node_rank", "init_method", "local_rank")
 
-# Flags with which it is to be evaluated too, and the defaults that infer_bdd100k.py has for them.
+# Flags that the evaluation needs too, with the defaults of infer_bdd100k.py.
 OF_INFERENCE = {"amp_dtype": "auto", "cache_embeddings": "auto", "cache_dtype": "float16"}
 
 MEMORY_ADVICE = (
@@ -68,10 +53,10 @@ MEMORY_ADVICE = (
     "-use_amp, give a smaller --classes_per_image (box mode), or preprocess at a smaller --image_size"
 )
 
-# What a card has room and arithmetic for; without --preset, what the specification has. All make optimizer steps of 16
+# What fits a GPU's memory and arithmetic; without --preset, the specification's values. All have optimizer steps of 16
 # images per process, so that a run means the same on each. With vit_b at 1024 a cached step has tensors of
-# 3.1, 6.1 and 12.1 GiB in semantic mode and, with all 19 classes of an image, of 4.1, 8.3 and 16.5 GiB in box mode, by
-# counting them.
+# 3.1, 6.1 and 12.1 GiB in semantic mode and, with all 19 classes of an image, of 4.1, 8.3 and 16.5 GiB in box mode
+# (counted).
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {"batch_size": 4, "grad_acc_steps": 4, "use_amp": False, "amp_dtype": "auto", "num_workers": 4},
     "2080ti": {"batch_size": 4, "grad_acc_steps": 4, "use_amp": True, "amp_dtype": "fp16", "num_workers": 4},
@@ -80,7 +65,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
     "cpu": {"batch_size": 2, "grad_acc_steps": 8, "use_amp": True, "amp_dtype": "auto", "num_workers": 1},
 }
 
-# A decoder that starts with new parts has more to learn than SAM's own.
+# A decoder with new parts has more to learn than SAM's own.
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
     "box": {"lr": 5e-5, "lr_scheduler": "constant", "warmup_epochs": 0, "augment": "none"},
     "semantic": {"lr": 2e-3, "lr_scheduler": "cosine", "warmup_epochs": 1, "augment": "full"},
@@ -88,145 +73,140 @@ MODE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
-    flag = parser.add_flag
-    flag("i", "tr_npy_path", type=Path, required=True, help="training split written by pre_bdd100k.py")
-    flag("val_npy_path", type=Path, help="validation split: mIoU is measured on it, and the best model chosen by it")
+    parser = cli.Parser(__doc__, usage="%(prog)s -i PATH [flags] | --resume RUN [flags]")
+    flag, switch = parser.add_flag, parser.add_switch
+
+    parser.begin_group("data")
+    flag("i", "tr_npy_path", type=Path, help="training split, written by pre_bdd100k.py; required for a new run")
+    flag("val_npy_path", type=Path, help="validation split; its mIoU chooses the best model (default: none)")
+    flag(
+        "augment",
+        choices=list(AUGMENTATIONS),
+        help="flip: mirror images at random; full: also crop them, and change brightness and contrast (default: by "
+        "mode)",
+    )
+    flag(
+        "cache_embeddings",
+        default="auto",
+        metavar="WHERE",
+        help="encode each image once and keep its features in this folder; auto: beside the images, if that saves work "
+        "and the disk has room; off: no cache",
+    )
+    flag("cache_dtype", choices=CACHE_DTYPES, default="float16", help="type of cached features")
+    flag(
+        "cache_views",
+        type=cli.positive_int,
+        help="cached views of each image: itself, its mirror image, then random ones (default by --augment: "
+        f"{', '.join(f'{name} {views}' for name, views in AUGMENTATIONS.items())})",
+    )
+    flag("num_workers", type=cli.non_negative_int, help="loader processes per training process (default: by preset)")
+
+    parser.begin_group(
+        "model",
+        "--prompt_mode box: a class's box in, its mask out. semantic: no prompt, one map of all classes.\n"
+        + "\n".join(
+            f"{mode + ':':9} {', '.join(f'{name} {value}' for name, value in defaults.items())}"
+            for mode, defaults in MODE_DEFAULTS.items()
+        ),
+    )
+    flag("prompt_mode", choices=PROMPT_MODES, default="box", help="the mode, which has the defaults above")
+    flag("model_type", choices=MODEL_TYPES, default="vit_b", help="SAM's image encoder")
+    flag("checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM checkpoint")
+    switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
+
+    # 修改点 3: 训练参数的默认值适配 4 张 2080 Ti（11 GB）
+    parser.begin_group("optimisation")
+    flag("num_epochs", type=cli.positive_int, default=100, help="passes over the data")
+    flag("lr", type=cli.positive_float, help="learning rate (default: by mode)")
+    flag("weight_decay", type=cli.non_negative_float, default=0.01, help="of AdamW")
+    flag("lr_scheduler", choices=SCHEDULES, help="learning rate over time (default: by mode)")
+    flag("warmup_epochs", type=cli.non_negative_float, help="epochs of linear warm-up (default: by mode)")
+    flag("clip_grad_norm", type=cli.non_negative_float, default=1.0, help="largest gradient norm, 0 for no limit")
+    flag(
+        "classes_per_image",
+        type=cli.positive_int_or_all,
+        metavar="N",
+        default="all",
+        help="box mode: classes of an image in a step, which compete for its pixels: all, or N random ones",
+    )
+    flag("bbox_shift", type=cli.non_negative_int, default=20, help="box mode: largest jitter of a box's sides, pixels")
     flag("val_every", type=cli.positive_int, default=1, help="epochs from one validation to the next")
     flag(
         "patience",
         type=cli.positive_int,
-        help="stop when val mIoU has not improved for so many validations; the "
-        "learning rate still follows the schedule of -num_epochs (default: off)",
+        help="stop after N validations without a better mIoU; the learning rate follows -num_epochs (default: off)",
     )
-    flag("task_name", default="BDD100K-SAM-MaskDecoder", help="the run's folder is <work_dir>/<task_name>-<time>")
-    flag("work_dir", type=Path, default=Path("work_dir"), help="where runs are kept")
-    flag(
-        "prompt_mode",
-        choices=PROMPT_MODES,
-        default="box",
-        help="box: a class's box in, its mask out. semantic: no box, one map of all classes",
+    flag("seed", type=cli.seed, default=2024, help="seed of everything random")
+    switch(
+        "deterministic",
+        help="CUDA kernels that repeat their results bit for bit; most are slower. Not tested on a GPU; the CPU needs "
+        "none of it",
     )
-    flag("model_type", choices=MODEL_TYPES, default="vit_b", help="which SAM")
-    flag("checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM checkpoint")
-    parser.add_switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
+
+    # 修改点 4: 混合精度训练和梯度累积的参数
+    parser.begin_group(
+        "memory",
+        "Presets for a kind of GPU; flags beside --preset win:\n"
+        + "\n".join(
+            f"{(name or 'none') + ':':9} {', '.join(f'{key} {value}' for key, value in preset.items())}"
+            for name, preset in PRESETS.items()
+        ),
+    )
+    flag("preset", choices=[name for name in PRESETS if name], help="the preset (default: none)")
+    flag("batch_size", type=cli.positive_int, help="images per process and batch (default: by preset)")
+    flag("grad_acc_steps", type=cli.positive_int, help="batches per optimizer step (default: by preset)")
+    switch("use_amp", default=None, help="mixed precision (default: by preset)")
+    flag("amp_dtype", choices=AMP_DTYPES, help=f"{AMP_HELP} (default: by preset)")
+
+    # 修改点 5: 分布式训练参数
+    parser.begin_group("distributed", "A launcher (torchrun) is detected; it needs none of these flags.")
+    flag("device", help="cpu, cuda or cuda:N (default: cuda if available)")
+    switch("distributed", help="fail without a launcher")
+    flag("world_size", type=cli.positive_int, help="number of processes, checked against the launcher")
+    flag("node_rank", type=cli.non_negative_int, help="rank of this machine, checked against the launcher")
+    flag("init_method", metavar="URL", default="env://", help="where the processes meet")
+    # torch.distributed.launch passes it; the environment says the same.
+    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+
+    parser.begin_group("logging")
+    flag("task_name", metavar="NAME", default="BDD100K-SAM-MaskDecoder", help="the run's folder is NAME-<time>")
+    flag("work_dir", type=Path, default=Path("work_dir"), help="folder of the runs")
     flag(
         "resume",
         type=Path,
-        help="a run's folder, or its medsam_model_latest.pth, to go on with; auto: the task's "
-        "run in work_dir that was saved last, or a new one",
+        metavar="RUN",
+        help="resume this run: its folder, or a medsam_model_latest.pth; auto: the task's run in --work_dir that was "
+        "saved last, or a new run",
     )
     flag(
         "save_every_steps",
         type=cli.non_negative_int,
         default=0,
-        help="optimizer steps of an epoch from one medsam_model_latest.pth to the next, 0 for one an epoch",
+        help="optimizer steps from one medsam_model_latest.pth to the next, 0 for one an epoch",
     )
-    flag("keep_last", type=cli.non_negative_int, default=1, help="how many of those before the last are kept")
-    flag("seed", type=cli.seed, default=2024, help="of everything that is random")
-    parser.add_switch(
-        "deterministic",
-        help="CUDA kernels that give the same bits on each run of the same card and "
-        "software, most of them slower; one that has no such form stops the run. Not run on a GPU yet; "
-        "a CPU needs none of it",
-    )
-    flag("device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-
-    # 修改点 3: 训练参数的默认值适配 4 张 2080 Ti（11 GB）
-    flag(
-        "preset",
-        choices=[name for name in PRESETS if name],
-        help=f"{', '.join(PRESETS[None])} for a kind of card; what is given beside it wins",
-    )
-    flag("batch_size", type=cli.positive_int, help=f"images per process and step {_by_preset('batch_size')}")
-    flag("num_epochs", type=cli.positive_int, default=100, help="passes over the data")
-    flag("lr", type=cli.positive_float, help=f"learning rate {_by_mode('lr')}")
-    flag("weight_decay", type=cli.non_negative_float, default=0.01, help="of AdamW")
-    flag("lr_scheduler", choices=SCHEDULES, help=f"learning rate over time {_by_mode('lr_scheduler')}")
-    flag(
-        "warmup_epochs",
-        type=cli.non_negative_float,
-        help=f"epochs of linear warm-up before it {_by_mode('warmup_epochs')}",
-    )
-    flag("clip_grad_norm", type=cli.non_negative_float, default=1.0, help="largest gradient norm, 0 for no limit")
-    flag(
-        "classes_per_image",
-        type=cli.positive_int_or_all,
-        default="all",
-        help="classes of an image that a step trains on and that compete for its pixels: all, or so many random ones "
-        "(box mode)",
-    )
-    flag(
-        "bbox_shift",
-        type=cli.non_negative_int,
-        default=20,
-        help="largest jitter of a box's sides, in pixels (box mode)",
-    )
-    flag(
-        "augment",
-        choices=list(AUGMENTATIONS),
-        help="flip: mirrored half of the time; full: cropped, brighter or darker, of other contrast too "
-        f"{_by_mode('augment')}",
-    )
-    flag(
-        "cache_embeddings",
-        default="auto",
-        help="encode each image once and keep the features: in a folder; auto, beside the images if that spares work "
-        "and the disk has room; or off",
-    )
-    flag("cache_dtype", choices=CACHE_DTYPES, default="float16", help="what cached features are stored in")
-    flag(
-        "cache_views",
-        type=cli.positive_int,
-        help="views of each image in the cache: itself, its mirror image, then random ones (default: "
-        f"{', '.join(f'{name} {views}' for name, views in AUGMENTATIONS.items())})",
-    )
-    flag(
-        "num_workers",
-        type=cli.non_negative_int,
-        help=f"loader processes per training process {_by_preset('num_workers')}",
-    )
-
-    # 修改点 4: 混合精度训练和梯度累积的参数
-    parser.add_switch("use_amp", default=None, help=f"mixed precision {_by_preset('use_amp')}")
-    flag("amp_dtype", choices=AMP_DTYPES, help=f"{AMP_HELP} {_by_preset('amp_dtype')}")
-    flag(
-        "grad_acc_steps",
-        type=cli.positive_int,
-        help=f"steps whose gradients are added up {_by_preset('grad_acc_steps')}",
-    )
-
-    # 修改点 5: 分布式训练参数
-    parser.add_switch("distributed", help="require a launcher (with one, it is used in any case)")
-    flag("world_size", type=cli.positive_int, help="number of processes, checked against the launcher")
-    flag("node_rank", type=cli.non_negative_int, help="rank of this machine, checked against the launcher")
-    flag("init_method", default="env://", help="where the processes meet")
-    # torch.distributed.launch passes it; the environment says the same.
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
-
-    parser.add_switch("use_tensorboard", help="log to TensorBoard")
-    parser.add_switch("use_wandb", help="log to Weights & Biases (WANDB_MODE=offline needs no account)")
+    flag("keep_last", type=cli.non_negative_int, default=1, help="earlier medsam_model_latest files to keep")
+    switch("use_tensorboard", help="log to TensorBoard")
+    switch("use_wandb", help="log to Weights & Biases (WANDB_MODE=offline needs no account)")
     return parser
 
 
-def apply_defaults(args: argparse.Namespace) -> None:
-    """Fill in what the command line left open and the mode or the preset decides."""
+def apply_defaults(args: cli.Flags, recorded: dict[str, Any] | None = None) -> None:
+    """Fill in the flags that were not given: by a given preset, the resumed run, the mode, and the defaults.
+
+    Args:
+        recorded: the flags of the run that is resumed.
+    """
+    recorded = {name: value for name, value in (recorded or {}).items() if name not in OF_ONE_START}
+    preset = PRESETS[args.preset] if args.preset else {}  # one that was given here
+    vars(args).update({name: value for name, value in {**recorded, **preset}.items() if name not in args.given})
     for name, value in {**MODE_DEFAULTS[args.prompt_mode], **PRESETS[args.preset]}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.cache_views = args.cache_views or AUGMENTATIONS[args.augment]
 
 
-def _by_mode(name: str) -> str:
-    return f"(default: {MODE_DEFAULTS['box'][name]}; in semantic mode {MODE_DEFAULTS['semantic'][name]})"
-
-
-def _by_preset(name: str) -> str:
-    return f"(default: {PRESETS[None][name]}, or as --preset has it)"
-
-
 if __name__ == "__main__":
-    get_args_parser().parse_args()  # --help and a mistyped flag are answered before imports that take seconds
+    get_args_parser().parse_args()  # answers --help and a mistyped flag before imports that take seconds
 
 import monai.losses  # noqa: F401  now, and not within the first step
 import torch
@@ -234,7 +214,7 @@ import torch
 from segment_anything.build_sam import file_digest
 from utils.cache.embedding_cache import use_caches
 from utils.data.datasets import EvaluationDataset, NpyFolder, TrainingDataset, training_dataset, validation_dataset
-from utils.data.loaders import evaluation_loader, training_loader, usable_workers
+from utils.data.loaders import Loader, evaluation_loader, training_loader, usable_workers
 from utils.evaluate.evaluate import evaluate
 from utils.evaluate.metrics import mean_iou
 from utils.model import checkpoint
@@ -242,30 +222,24 @@ from utils.model.checkpoint import ModelInfo
 from utils.model.segmenter import SEGMENTERS, TRAIN_FLAGS, Segmenter, build_model
 from utils.runtime import distributed
 from utils.runtime.device import Precision, make_deterministic, resolve_precision, telling_out_of_memory
-from utils.runtime.errors import UserError
-from utils.train.logger import require_loggers
+from utils.train.logger import Config, require_loggers
 from utils.train.loop import settle_gradient_order, train_one_epoch
-from utils.train.optim import build_optimizer, build_scheduler
-from utils.train.run import (
-    AUTO,
-    FinishedError,
-    Latest,
-    Run,
-    cache_to_use,
-    find_latest,
-    plateau,
-    read_latest,
-    require_room,
-    require_same_cache,
-    require_same_data,
-)
+from utils.train.optim import TrainState, build_optimizer, build_scheduler
+from utils.train.resume import AUTO, ResumeState, find_resume
+from utils.train.run import Run, RunSettings, require_room
 
 
-def main(args: argparse.Namespace) -> None:
-    apply_defaults(args)
+def main(args: cli.Flags) -> None:
+    # First: the run's flags decide all that follows.
+    resume = find_resume(args.resume, args.work_dir, args.task_name)
+    apply_defaults(args, get_args_parser().read_back(resume.config, resume.path) if resume else None)
+    if args.tr_npy_path is None:
+        raise UserError("give -i, the training split that pre_bdd100k.py wrote, or the run to resume as --resume")
+    if args.patience and not args.val_npy_path:
+        raise UserError("--patience counts validations: give --val_npy_path, or leave out --patience")
     if args.deterministic:
         make_deterministic()
-    # The device comes first: a card that is not there should be told in one line, not by NCCL.
+    # Before the group: a missing GPU is then one line of ours, not NCCL's.
     precision = resolve_precision(
         args.device,
         local_rank=distributed.local_rank(),
@@ -281,71 +255,44 @@ def main(args: argparse.Namespace) -> None:
         device=precision.device,
     )
     with distributed.telling_lost_peers(), telling_out_of_memory(MEMORY_ADVICE):
-        train(args, precision)
+        train(args, precision, distributed.broadcast(resume))  # only the main process's machine needs the run's folder
     distributed.cleanup()
 
 
-def train(args: argparse.Namespace, precision: Precision) -> None:
-    if args.patience and not args.val_npy_path:
-        raise UserError("--patience counts validations: give --val_npy_path, or leave out --patience")
+def train(args: cli.Flags, precision: Precision, resume: ResumeState | None) -> None:
     torch.manual_seed(args.seed)
     args.num_workers = usable_workers(args.num_workers)
-    effective_batch_size = args.batch_size * args.grad_acc_steps * distributed.world_size()
-    losses = " + ".join(SEGMENTERS[args.prompt_mode].LOSSES)
-    config = {**vars(args), "effective_batch_size": effective_batch_size, "losses": losses}
-    try:
-        # First, as it is the smallest file. Other machines need not have it.
-        latest = distributed.on_main(lambda: latest_of(args, config))
-    except FinishedError as finished:
-        if args.resume != AUTO:
-            raise
-        # Who starts a job again without knowing how far it came is told, and not that it failed.
-        distributed.say(str(finished))
-        return
-    if latest is None:  # one that is resumed must not end for want of them
-        distributed.on_main(lambda: require_loggers(tensorboard=args.use_tensorboard, wandb=args.use_wandb))
-    dataset, val_dataset = load_data(args)
-    segmenter, info = load_model(args, dataset.source, precision, latest)
-    data = {"train_data": dataset.source.digest, "val_data": val_dataset.source.digest if val_dataset else None}
-    require_same_data(data, info, latest)
-    config |= data
-    distributed.on_main(lambda: require_room(args.work_dir, latest, segmenter, args.keep_last))
-    model = distributed.wrap(segmenter, precision.device)
-    loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-    passes = {dataset: args.num_epochs} | (
-        {val_dataset: math.ceil(args.num_epochs / args.val_every)} if val_dataset else {}
-    )
-    where = cache_to_use(args.cache_embeddings, latest)
-    stored_in = use_caches(passes, segmenter, info, precision, where=where, dtype=args.cache_dtype, **loading)
-    require_same_cache(stored_in, latest)
-    config["train_cache"] = stored_in
-    loader = training_loader(
-        dataset, **loading, seed=args.seed, grad_acc_steps=args.grad_acc_steps, precision=precision
-    )
-    val_loader = evaluation_loader(val_dataset, **loading, precision=precision) if val_dataset else None
-    steps_per_epoch = math.ceil(len(loader) / args.grad_acc_steps)
-    settle_gradient_order(model, dataset, precision)
-    stepping = build_stepping(args, segmenter, precision, steps_per_epoch)
-    run = Run(
-        work_dir=args.work_dir,
-        task_name=args.task_name,
-        latest=latest,
-        model=segmenter,
-        info=info,
-        stateful=stepping,
-        config=config,
-        choose_by_miou=val_loader is not None,
-        save_every_steps=args.save_every_steps,
-        keep_last=args.keep_last,
-        tensorboard=args.use_tensorboard,
-        wandb=args.use_wandb,
-    )
-    if distributed.is_main():
-        announce(args, segmenter, precision, run, num_images=len(dataset), steps_per_epoch=steps_per_epoch)
+    config = configuration(args)
+    if resume:
+        resume.require_same_flags(config)
+        if finished := resume.finished(args.num_epochs, args.patience):
+            if args.resume != AUTO:
+                raise UserError(finished)
+            distributed.say(finished)  # a job that is restarted again and again has not failed
+            return
+    else:
+        distributed.on_main(partial(require_loggers, tensorboard=args.use_tensorboard, wandb=args.use_wandb))
 
-    with run.stop.deferred(), run.saving_on_failure():
-        for epoch in range(len(run.history), args.num_epochs):
-            progress = run.progress  # of a run that was stopped inside an epoch, not at its beginning
+    dataset, val_dataset = load_data(args)
+    segmenter, info = load_model(args, dataset.source, precision, resume)
+    data = {"train_data": dataset.source.digest, "val_data": val_dataset.source.digest if val_dataset else None}
+    if resume:
+        resume.require_same_data(data, info)
+    settings = run_settings(args)
+    distributed.on_main(partial(require_room, settings, resume, segmenter))
+    model = distributed.wrap(segmenter, precision.device)
+    stored_in = prepare_cache(args, segmenter, info, precision, dataset, val_dataset, resume)
+    config |= {**data, "train_cache": stored_in}
+
+    loader, val_loader = build_loaders(args, dataset, val_dataset, precision)
+    state = build_state(args, segmenter, precision, len(loader))
+    settle_gradient_order(model, dataset, precision)
+    run = Run(settings, segmenter, info, state, config, resume)
+    announce(args, precision, run, len(dataset), len(loader))
+
+    with run.training():
+        for epoch in run.epochs():
+            progress = run.progress  # of a run that stopped within an epoch, not at its beginning
             dataset.set_epoch(epoch)
             loader.batch_sampler.set_epoch(  # type: ignore[union-attr]
                 epoch, first_step=progress.steps * args.grad_acc_steps
@@ -353,7 +300,7 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
             figures = train_one_epoch(
                 model,
                 loader,
-                **stepping,
+                state,
                 precision=precision,
                 grad_acc_steps=args.grad_acc_steps,
                 clip_grad_norm=args.clip_grad_norm,
@@ -362,19 +309,40 @@ def train(args: argparse.Namespace, precision: Precision) -> None:
             )
             seconds = progress.seconds
             record = {"epoch": epoch, "train_loss": figures.pop("loss"), **figures}
-            # Not its truth: a process without a batch of its own has to take part as well.
+            # Not its truth: a process without a batch of its own takes part too.
             if val_loader is not None and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.num_epochs):
                 with run.interruptible():
                     record["val_miou"] = mean_iou(evaluate(segmenter, val_loader, precision).matrix)
             run.finish_epoch({**record, "seconds": seconds, "images_per_second": len(dataset) / seconds})
-            # One process decides for all: mIoUs that rounding tells apart might differ between machines.
-            if distributed.on_main(lambda: plateau(run.history, args.patience)):
-                break
     run.finish()
     distributed.say(f"\nNext:\n  {next_command(args, run)}")
 
 
-def load_data(args: argparse.Namespace) -> tuple[TrainingDataset, EvaluationDataset | None]:
+def configuration(args: cli.Flags) -> Config:
+    """The flags and what follows from them, as plain values: checkpoints load with weights_only, which has no Path."""
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {
+        **flags,
+        "effective_batch_size": args.batch_size * args.grad_acc_steps * distributed.world_size(),
+        "losses": " + ".join(SEGMENTERS[args.prompt_mode].LOSSES),
+    }
+
+
+def run_settings(args: cli.Flags) -> RunSettings:
+    return RunSettings(
+        work_dir=args.work_dir,
+        task_name=args.task_name,
+        num_epochs=args.num_epochs,
+        patience=args.patience,
+        choose_by_miou=args.val_npy_path is not None,
+        save_every_steps=args.save_every_steps,
+        keep_last=args.keep_last,
+        use_tensorboard=args.use_tensorboard,
+        use_wandb=args.use_wandb,
+    )
+
+
+def load_data(args: cli.Flags) -> tuple[TrainingDataset, EvaluationDataset | None]:
     source = NpyFolder(args.tr_npy_path)
     dataset = training_dataset(
         source,
@@ -389,7 +357,7 @@ def load_data(args: argparse.Namespace) -> tuple[TrainingDataset, EvaluationData
 
 
 def load_model(
-    args: argparse.Namespace, source: NpyFolder, precision: Precision, latest: Latest | None
+    args: cli.Flags, source: NpyFolder, precision: Precision, resume: ResumeState | None
 ) -> tuple[Segmenter, ModelInfo]:
     segmenter = build_model(
         args.model_type,
@@ -398,15 +366,83 @@ def load_model(
         prompt_mode=args.prompt_mode,
         check_hash=args.verify_checkpoint,
         flags=TRAIN_FLAGS,
-        decoder=latest.state["model"] if latest else None,
+        decoder=resume.decoder if resume else None,
     ).to(precision.device)
     segmenter.balance_classes(source.class_pixels())
     digest = file_digest(args.checkpoint)
     return segmenter, ModelInfo(args.model_type, source.image_size, source.resize_mode, digest, args.prompt_mode)
 
 
-def next_command(args: argparse.Namespace, run: Run) -> str:
-    """The command that evaluates the run's best model; it finds the run's cache where the splits lie side by side."""
+def prepare_cache(
+    args: cli.Flags,
+    segmenter: Segmenter,
+    info: ModelInfo,
+    precision: Precision,
+    dataset: TrainingDataset,
+    val_dataset: EvaluationDataset | None,
+    resume: ResumeState | None,
+) -> str | None:
+    """Encode the images once, if that is wanted; the type of the cached training features, None without a cache."""
+    passes: dict[TrainingDataset | EvaluationDataset, int] = {dataset: args.num_epochs}
+    if val_dataset:
+        passes[val_dataset] = math.ceil(args.num_epochs / args.val_every)
+    stored_in = use_caches(
+        passes,
+        segmenter,
+        info,
+        precision,
+        where=resume.cache_choice(args.cache_embeddings) if resume else args.cache_embeddings,
+        dtype=args.cache_dtype,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+    )
+    if resume:
+        resume.require_same_cache(stored_in)
+    return stored_in
+
+
+def build_loaders(
+    args: cli.Flags, dataset: TrainingDataset, val_dataset: EvaluationDataset | None, precision: Precision
+) -> tuple[Loader, Loader | None]:
+    loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.num_workers, "precision": precision}
+    loader = training_loader(dataset, **loading, seed=args.seed, grad_acc_steps=args.grad_acc_steps)
+    return loader, evaluation_loader(val_dataset, **loading) if val_dataset else None
+
+
+def build_state(args: cli.Flags, segmenter: Segmenter, precision: Precision, num_batches: int) -> TrainState:
+    steps_per_epoch = math.ceil(num_batches / args.grad_acc_steps)
+    optimizer = build_optimizer(segmenter, lr=args.lr, weight_decay=args.weight_decay)
+    scheduler = build_scheduler(
+        optimizer,
+        args.lr_scheduler,
+        total_steps=steps_per_epoch * args.num_epochs,
+        warmup_steps=round(steps_per_epoch * args.warmup_epochs),
+    )
+    return TrainState(optimizer, scheduler, precision.grad_scaler())
+
+
+def announce(args: cli.Flags, precision: Precision, run: Run, num_images: int, num_batches: int) -> None:
+    """Print what is about to happen, before it takes hours."""
+    parameters = list(run.model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    frozen = sum(p.numel() for p in parameters) - trained
+    dtype = str(precision.amp_dtype or torch.float32).removeprefix("torch.")
+    if args.use_amp and precision.amp_dtype is None:
+        dtype += ": this CPU has no bf16"
+    epoch, steps = run.progress.epoch, run.progress.steps
+    resuming = f", resuming at epoch {epoch}" if epoch or steps else ""
+    resuming += f", after {steps} steps" if steps else ""
+    distributed.say(
+        f"{args.model_type} at {run.info.image_size}: {trained:,} parameters trained, {frozen:,} frozen\n"
+        f"{num_images} images, {math.ceil(num_batches / args.grad_acc_steps)} optimizer steps an epoch, "
+        f"effective batch size {run.config['effective_batch_size']}\n"
+        f"{distributed.world_size()} process(es) on {precision.device.type}, {dtype}\n"
+        f"run folder: {run.folder}{resuming}"
+    )
+
+
+def next_command(args: cli.Flags, run: Run) -> str:
+    """The command that evaluates the run's best model. It finds the run's cache if the splits lie side by side."""
     paths = (args.val_npy_path or args.tr_npy_path.parent / "val", run.folder / checkpoint.BEST, args.checkpoint)
     data, best, sam = (shlex.quote(str(path)) for path in paths)
     lines = [
@@ -418,63 +454,6 @@ def next_command(args: argparse.Namespace, run: Run) -> str:
     if given:
         lines.append(" ".join(f"--{name} {shlex.quote(value)}" for name, value in given.items()))
     return " \\\n      ".join(lines)
-
-
-def latest_of(args: argparse.Namespace, config: dict[str, Any]) -> Latest | None:
-    """What `--resume` names, checked against the flags; None without it, and where `auto` finds nothing."""
-    unused = ("classes_per_image", "bbox_shift") if args.prompt_mode == "semantic" else ()
-    path = args.resume and find_latest(args.resume, args.work_dir, args.task_name)
-    if not path:
-        return None
-    return read_latest(
-        path,
-        config=config,
-        kept={key: name for key, name in KEPT_ON_RESUME.items() if key not in unused},
-        num_epochs=args.num_epochs,
-        choose_by_miou=args.val_npy_path is not None,
-        patience=args.patience,
-    )
-
-
-def build_stepping(
-    args: argparse.Namespace, segmenter: Segmenter, precision: Precision, steps_per_epoch: int
-) -> dict[str, Any]:
-    """What moves the weights, by the names that `train_one_epoch` and `latest` know it by."""
-    optimizer = build_optimizer(segmenter, lr=args.lr, weight_decay=args.weight_decay)
-    scheduler = build_scheduler(
-        optimizer,
-        args.lr_scheduler,
-        total_steps=steps_per_epoch * args.num_epochs,
-        warmup_steps=round(steps_per_epoch * args.warmup_epochs),
-    )
-    return {"optimizer": optimizer, "scheduler": scheduler, "scaler": precision.grad_scaler()}
-
-
-def announce(
-    args: argparse.Namespace,
-    model: Segmenter,
-    precision: Precision,
-    run: Run,
-    *,
-    num_images: int,
-    steps_per_epoch: int,
-) -> None:
-    """Say what is about to happen, before it takes hours."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    dtype = str(precision.amp_dtype or torch.float32).removeprefix("torch.")
-    if args.use_amp and precision.amp_dtype is None:
-        dtype += ": this CPU has no bf16"
-    print(f"{args.model_type} at {run.info.image_size}: {trained:,} parameters trained, {frozen:,} frozen")
-    print(
-        f"{num_images} images, {steps_per_epoch} optimizer steps an epoch, "
-        f"effective batch size {run.config['effective_batch_size']}"
-    )
-    print(f"{distributed.world_size()} process(es) on {precision.device.type}, {dtype}")
-    position = run.progress
-    going_on = f", going on at epoch {position.epoch}" if position.epoch or position.steps else ""
-    going_on += f", after {position.steps} steps" if position.steps else ""
-    print(f"run folder: {run.folder}{going_on}", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from utils.runtime import cli
 from utils.runtime.device import Precision, resolve_precision, telling_out_of_memory
 from utils.runtime.errors import UserError
 from utils.train.loop import Progress, train_one_epoch
-from utils.train.optim import build_optimizer, build_scheduler
+from utils.train.optim import TrainState, build_optimizer, build_scheduler
 
 WARM_UP = 3
 STEPS = 4  # of training that are timed together
@@ -106,9 +106,7 @@ def training(args: argparse.Namespace, precision: Precision) -> None:
         train_one_epoch(
             segmenter,
             DataLoader([batch] * STEPS, batch_size=None),  # type: ignore[arg-type]  # a list is a data set
-            optimizer=optimizer,
-            scheduler=scheduler,
-            scaler=scaler,
+            TrainState(optimizer, scheduler, scaler),
             precision=precision,
             grad_acc_steps=1,
             clip_grad_norm=1.0,

@@ -38,7 +38,7 @@ from utils.model.segmenter import BoxSegmenter, Features, Segmenter
 from utils.runtime import cli
 from utils.runtime.device import Precision
 from utils.train.loop import Progress, train_one_epoch
-from utils.train.optim import build_optimizer, build_scheduler
+from utils.train.optim import TrainState, build_optimizer, build_scheduler
 
 EPOCHS = 100
 BLOCK = 16  # the labels are squares of this side
@@ -109,12 +109,11 @@ class Loop:
         return DataLoader(Subset(self.dataset, range(count)), batch_sampler=sampler, collate_fn=collate_training)
 
     def epoch(self, count: int) -> None:
+        scheduler = build_scheduler(self.optimizer, "constant", total_steps=1, warmup_steps=0)
         train_one_epoch(
             self.segmenter,
             self.loader(count),
-            optimizer=self.optimizer,
-            scheduler=build_scheduler(self.optimizer, "constant", total_steps=1, warmup_steps=0),
-            scaler=self.precision.grad_scaler(),
+            TrainState(self.optimizer, scheduler, self.precision.grad_scaler()),
             precision=self.precision,
             grad_acc_steps=1,
             clip_grad_norm=1.0,

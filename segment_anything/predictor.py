@@ -60,7 +60,7 @@ class SamPredictor:
         if shape[2] > height or shape[3] > width:
             raise ArgumentError(
                 f"an image of {shape[2]} x {shape[3]} does not fit the model's {height} x {width}; "
-                f"build the model with image_size={side}, which accepts every shape"
+                "use a model of a square frame, which takes every shape"
             )
         self.reset_image()
         self.original_size, self.input_size = tuple(original_image_size), shape[2:]

@@ -541,7 +541,14 @@ def test_links_in_a_run_folder_are_replaced_and_not_written_through(
 ) -> None:
     """Who goes on with a run from elsewhere may find links in it, to files of their own."""
     folder = train(tmp_path / "work", "-num_epochs", 1, "-batch_size", 4, "--grad_acc_steps", 1)
-    names = ("log.jsonl", "config.json", "loss_curve.png", "medsam_model_best.pth", "medsam_model_latest.1.pth")
+    names = (
+        "log.jsonl",
+        "config.json",
+        "starts.jsonl",
+        "loss_curve.png",
+        "medsam_model_best.pth",
+        "medsam_model_latest.1.pth",
+    )
     mine = tmp_path / "mine"
     mine.write_text("precious")
     for name in names:
@@ -564,6 +571,7 @@ def test_links_in_a_run_folder_are_replaced_and_not_written_through(
         *flags,
     )
     assert mine.read_text() == "precious"
+    assert "precious" not in (folder / "starts.jsonl").read_text()
     assert not (folder / "log.jsonl").is_symlink() and len((folder / "log.jsonl").read_text().splitlines()) == 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 from contextlib import suppress
@@ -110,7 +111,7 @@ def test_a_damaged_latest_costs_what_came_after_the_one_before(
         content[len(content) // 2] ^= 1
         latest.write_bytes(content)
     said = Job(words, tmp_path / "log").succeed()
-    assert re.search(r"warning: .*latest\.pth.* going on from medsam_model_latest\.1\.pth", said)
+    assert re.search(r"warning: .*latest\.pth.* resuming from medsam_model_latest\.1\.pth", said)
     assert_same_end(tmp_path / "work", undisturbed)
 
 
@@ -129,7 +130,7 @@ def test_a_disk_that_takes_no_more(fault: str, inputs: Path, undisturbed: Path, 
                     job.wait_until(lambda: subprocess.run(remount, capture_output=True).returncode == 0)
                 assert job.wait() == 1
             line = error_in(job.said)
-            assert f"{disk}/work/Fault-" in line and "--resume" in line and "saved before it is whole" in line
+            assert f"{disk}/work/Fault-" in line and "--resume" in line and "The last checkpoint is intact" in line
             for path in checkpoints(disk / "work"):
                 checkpoint.load_checkpoint(path)
             assert not is_writing(disk / "work")  # nothing half-written takes up the room
@@ -208,7 +209,7 @@ def test_killed_workers_are_replaced_by_the_launcher(inputs: Path, undisturbed_p
             job.wait_until(lambda before=before: steps_of(tmp_path / "work") > before)  # type: ignore[misc]
             os.kill(job.workers()[rank], signal.SIGKILL)
         said = job.succeed()
-    assert said.count("going on at epoch") == 2 and "error: " not in said
+    assert said.count("resuming at epoch") == 2 and "error: " not in said
     assert len(list((tmp_path / "work").iterdir())) == 1
     assert_same_end(tmp_path / "work", undisturbed_pair)
 
@@ -216,11 +217,16 @@ def test_killed_workers_are_replaced_by_the_launcher(inputs: Path, undisturbed_p
 def test_a_data_file_that_goes_is_told_by_one_of_two_processes(
     inputs: Path, undisturbed_pair: Path, tmp_path: Path
 ) -> None:
-    """And the main process saves the state, though it was another one that failed."""
+    """The main process saves the state, though another one failed, and the printed command resumes the job."""
     job = Job([*launcher(2), *training(inputs, tmp_path / "work", *PAIR)], tmp_path / "log")
     losing_a_data_file(job, inputs, tmp_path)
-    assert "run pre_bdd100k.py again to repair it" in error_in(job.said)
+    line = error_in(job.said)
+    assert "run pre_bdd100k.py again to repair it" in line
     assert steps_of(tmp_path / "work") > 0
+    name, *words = shlex.split(line.partition("resume with: ")[2])
+    assert name == "torchrun" and words[0] == "--nproc_per_node=2" and words[-2] == "--resume"
+    Job(["-m", "torch.distributed.run", *words], tmp_path / "log").succeed()
+    assert_same_end(tmp_path / "work", undisturbed_pair)
 
 
 def test_a_lost_machine(inputs: Path, undisturbed_pair: Path, tmp_path: Path) -> None:
@@ -244,5 +250,5 @@ def test_a_lost_machine(inputs: Path, undisturbed_pair: Path, tmp_path: Path) ->
     again = start(1)
     with running(*again):
         said = [job.succeed() for job in again]
-    assert "going on at epoch" in said[0]
+    assert "resuming at epoch" in said[0]
     assert_same_end(tmp_path / "work", undisturbed_pair)

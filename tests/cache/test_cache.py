@@ -458,16 +458,17 @@ def test_whether_there_is_a_cache_is_part_of_the_run(
     (plain,) = (tmp_path / "work").glob("plain*")
     run_script(train_bdd100k, *common, "-num_epochs", 2, "--resume", plain)  # where a new run would write a cache
     said = capsys.readouterr().out
-    assert "began without a cache of features, and goes on so" in said and "features are read" not in said
-    with pytest.raises(UserError, match="began without a cache; give --cache_embeddings off"):
+    assert "the run has no cache of features, and resumes without one" in said and "features are read" not in said
+    assert "--cache_embeddings off" not in said  # of which the command to evaluate knows nothing
+    with pytest.raises(UserError, match="the run has no cache of features; give --cache_embeddings off"):
         run_script(train_bdd100k, *common, "-num_epochs", 3, "--resume", plain, "--cache_embeddings", tmp_path / "c")
     run_script(train_bdd100k, *common, "-num_epochs", 2, "-task_name", "cached")
     (cached,) = (tmp_path / "work").glob("cached*")
     shutil.rmtree(split.parent / "embeddings")  # it is made again
     run_script(train_bdd100k, *common, "-num_epochs", 3, "--resume", cached)
     for flags, message in (
-        (["--cache_embeddings", "off"], "began with features from a cache; give --cache_embeddings as it began"),
-        (["--cache_dtype", "float32"], "--cache_dtype is float32, but .* began with float16"),
+        (["--cache_embeddings", "off"], "the run reads features from a cache; give its --cache_embeddings"),
+        (["--cache_dtype", "float32"], "--cache_dtype is float32, but the run has float16"),
     ):
         with pytest.raises(UserError, match=message):
             run_script(train_bdd100k, *common, "-num_epochs", 4, "--resume", cached, *flags)

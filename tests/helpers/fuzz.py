@@ -49,7 +49,7 @@ from utils.model.checkpoint import ModelInfo, load_checkpoint, load_decoder, sav
 from utils.model.segmenter import BoxSegmenter
 from utils.runtime.device import Precision
 from utils.runtime.errors import UserError, printable
-from utils.train.run import read_latest
+from utils.train.resume import read_resume
 
 SIZE = 64
 # A SAM of about 100 kB, so that thousands of files are written and read quickly.
@@ -351,7 +351,7 @@ def _model_targets(folder: Path, split: Path, model: BoxSegmenter) -> dict[str, 
         state = load_checkpoint(path)
         state["info"].require_same(info, path)
         load_decoder(model, state["model"], path)
-        read_latest(path, config={"lr": 1e-4}, kept={"lr": "-lr"}, num_epochs=100, choose_by_miou=True)
+        read_resume(path).finished(num_epochs=100, patience=1)
 
     def read_sam(data: bytes) -> None:
         path.write_bytes(data)

@@ -9,7 +9,7 @@ import torch
 from utils.model.segmenter import Segmenter
 from utils.runtime.device import Precision
 from utils.train.loop import Progress, train_one_epoch
-from utils.train.optim import build_scheduler
+from utils.train.optim import TrainState, build_scheduler
 
 CPU = Precision(torch.device("cpu"))
 
@@ -30,12 +30,11 @@ def train(
     Adam divides by the gradient's size, which turns the rounding errors of vanishing gradients into full steps.
     """
     optimizer = torch.optim.SGD(model.mask_decoder.parameters(), lr=0.1)
+    scheduler = build_scheduler(optimizer, schedule, total_steps=4, warmup_steps=0)
     return train_one_epoch(
         model,
         loader,
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, schedule, total_steps=4, warmup_steps=0),
-        scaler=scaler or CPU.grad_scaler(),
+        TrainState(optimizer, scheduler, scaler or CPU.grad_scaler()),
         precision=precision,
         grad_acc_steps=grad_acc_steps,
         clip_grad_norm=clip,

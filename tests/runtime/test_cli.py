@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -279,6 +281,25 @@ def test_a_command_line_is_answered_before_what_takes_seconds_to_import(module: 
     command = [sys.executable, "-c", IMPORTS, module, flag]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == f"ended {status}"
+
+
+def test_the_help_of_training_has_its_groups_and_one_spelling_of_each_flag() -> None:
+    parser = train_bdd100k.get_args_parser()
+    text = parser.format_help()
+    titles = ["data", "model", "optimisation", "memory", "distributed", "logging"]
+    assert [line[:-1] for line in text.splitlines() if line[:-1] in titles] == titles
+    for action in parser._actions:
+        if action.help != argparse.SUPPRESS and action.dest != "help":
+            spelled = re.findall(rf"^  (?:-i, )?(-+{action.dest})\b", text, re.MULTILINE)
+            assert spelled == [f"--{action.dest}"], action.dest
+
+
+def test_which_flags_were_given() -> None:
+    args = train_bdd100k.get_args_parser().parse_args(["-i", "x", "-lr", "1", "-use_amp", "False", "--patience=3"])
+    assert args.given == {"tr_npy_path", "lr", "use_amp", "patience"}
+    assert args.num_epochs == 100 and "given" not in vars(args)
+    default = train_bdd100k.get_args_parser().parse_args(["-num_epochs", "100"])
+    assert default.given == {"num_epochs"}  # though it is the default
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""train_bdd100k.py end to end: what a run leaves behind, going on with it, and what it says to bad input."""
+"""train_bdd100k.py end to end: what a run leaves behind, resuming it, and what it says to bad input."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_a_run_leaves_checkpoints_log_configuration_and_curve(run: Path, npy: Path) -> None:
     assert re.fullmatch(r"Drawn-\d{8}-\d{4}", run.name)
     files = {"medsam_model_best.pth", "medsam_model_latest.pth", "medsam_model_latest.1.pth"}
-    files |= {"log.jsonl", "config.json", "loss_curve.png"}
+    files |= {"log.jsonl", "config.json", "starts.jsonl", "loss_curve.png"}
     assert {path.name for path in run.iterdir()} == files
     assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 
@@ -182,13 +182,13 @@ def test_a_killed_run_stops_where_one_that_was_not_killed_does(
     said = capsys.readouterr().out
     assert said == (
         f"{folder}/medsam_model_latest.pth: stopped early after epoch 3: val mIoU has not improved for 2 "
-        "validations since the best, 0.3000 of epoch 1; raise --patience, or leave it out, to go on\n"
+        "validations since the best, 0.3000 of epoch 1; raise --patience to resume\n"
     )
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
     train_to([0.2], train, npy, tmp_path, monkeypatch, *flags, "--resume", folder, "--patience", 3)
     assert len(log_of(folder)) == 5
-    train_to([0.2, 0.1, 0.1], train, npy, tmp_path, monkeypatch, *flags[:-2], "--resume", folder)
+    train_to([0.2, 0.1, 0.1], train, npy, tmp_path, monkeypatch, *flags[:-2], "--resume", folder, "--patience", 9)
     assert len(log_of(folder)) == 8
 
 
@@ -280,15 +280,16 @@ def test_a_signal_saves_the_step_and_resuming_equals_never_having_stopped(
     assert end.value.code == 128 + number
     (folder,) = tmp_path.iterdir()
     lines = [line for line in capfd.readouterr().err.splitlines() if line.strip() and "%|" not in line]
-    assert lines == [f"interrupted: run the same command with --resume {folder} to go on in {said}"]
+    command = f"python {shlex.quote(sys.argv[0])} --resume {folder}"
+    assert lines == [f"interrupted: stopped in {said}; resume with: {command}"]
 
     assert train(tmp_path, *flags, "--resume", "auto") == folder
     assert_same_run(folder, undisturbed)
 
 
-def test_going_on_inside_an_epoch_with_the_batch_cut_otherwise(
-    undisturbed: Path, train: Train, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def killed(train: Train, npy: Path, work_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run like `undisturbed` that ends as full memory ends it, after a step that is not saved."""
+
     def die(run: Run, progress: Any, stop: bool) -> None:
         step_done(run, progress, stop)
         if progress.steps == 3:
@@ -297,8 +298,68 @@ def test_going_on_inside_an_epoch_with_the_batch_cut_otherwise(
     step_done = Run.step_done
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
         patched.setattr(Run, "step_done", die)
-        train(tmp_path, *SMALL_STEPS, "--val_npy_path", npy / "val", "--save_every_steps", 2)
-    (folder,) = tmp_path.iterdir()
+        train(work_dir, *SMALL_STEPS, "--val_npy_path", npy / "val", "--save_every_steps", 2)
+    (folder,) = work_dir.iterdir()
+    return folder
+
+
+def test_a_run_is_resumed_by_its_folder_alone(
+    undisturbed: Path, train: Train, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = killed(train, npy, tmp_path, monkeypatch)
+    config = json.loads((folder / "config.json").read_text())
+    run_script(train_bdd100k, "--resume", folder)
+    assert_same_run(folder, undisturbed)
+    assert json.loads((folder / "config.json").read_text()) == {**config, "resume": str(folder)}
+    starts = [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 2 and all(start["torch"] == torch.__version__ for start in starts)
+
+
+def test_flags_beside_resume_change_what_may_change(train: Train, run_copy: Path) -> None:
+    flags = ["-num_epochs", 3, "--preset", "cpu", "-num_workers", 0, "--patience", 7, "--keep_last", 0]
+    run_script(train_bdd100k, "--resume", run_copy / checkpoint.LATEST, *flags)
+    assert len(log_of(run_copy)) == 3 and "val_miou" in log_of(run_copy)[-1]
+    config = json.loads((run_copy / "config.json").read_text())
+    expected = {"batch_size": 2, "grad_acc_steps": 8, "use_amp": True, "num_workers": 0, "patience": 7, "keep_last": 0}
+    assert {name: config[name] for name in expected} == expected
+    assert config["task_name"] == "Drawn" and config["lr"] == 1e-3
+
+
+def test_a_run_of_a_version_with_fewer_flags_is_resumed_by_its_folder_alone(run_copy: Path) -> None:
+    path = run_copy / checkpoint.LATEST
+    payload = torch.load(path, weights_only=True)
+    for name in ("patience", "preset", "keep_last", "save_every_steps", "val_every", "deterministic", "device"):
+        del payload["args"][name]
+    payload["args"]["a_flag_of_a_later_version"] = 1
+    torch.save(payload, path)
+    run_script(train_bdd100k, "--resume", run_copy, "-num_epochs", 3, "--device", "cpu")
+    assert len(log_of(run_copy)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "flag"),
+    [("batch_size", -4, "--batch_size"), ("model_type", "vit_x", "--model_type"), ("seed", "x", "--seed")],
+)
+def test_a_recorded_flag_that_no_run_has(
+    name: str, value: Any, flag: str, run_copy: Path, error_of: Callable[..., str]
+) -> None:
+    path = run_copy / checkpoint.LATEST
+    payload = torch.load(path, weights_only=True)
+    payload["args"][name] = value
+    torch.save(payload, path)
+    line = error_of(train_bdd100k, "--resume", run_copy)
+    assert line == f"error: {path}: its {flag} is {value!r}; give {flag}, or start a new run"
+
+
+def test_a_new_run_needs_data(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    for flags in ([], ["--resume", "auto", "-work_dir", tmp_path]):
+        assert "error: give -i, the training split" in error_of(train_bdd100k, *flags)
+
+
+def test_resuming_inside_an_epoch_with_the_batch_cut_otherwise(
+    undisturbed: Path, train: Train, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = killed(train, npy, tmp_path, monkeypatch)
     assert checkpoint.load_checkpoint(folder / "medsam_model_latest.pth")["run_state"]["progress"]["steps"] == 2
     flags = [*SMALL_STEPS, "-batch_size", 2, "--grad_acc_steps", 1, "--val_npy_path", npy / "val"]
     train(tmp_path, *flags, "--resume", folder)
@@ -313,7 +374,7 @@ def test_a_finished_run_is_no_error_to_who_starts_it_again(
     before = {path: path.read_bytes() for path in run_copy.iterdir()}
     flags = ["-task_name", "Drawn", "--val_npy_path", npy / "val", "-lr", "1e-3", "--resume", "auto"]
     assert train(run_copy.parent, "-num_epochs", 2, *flags) == run_copy
-    assert "latest.pth: already trained for 2 epochs; raise -num_epochs to go on" in capsys.readouterr().out
+    assert "latest.pth: already trained for 2 epochs; raise -num_epochs to resume" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in run_copy.iterdir()} == before
 
 
@@ -440,21 +501,23 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "resume a folder of no run": (lambda f: ["--resume", f / "train"], r"latest.pth: no such checkpoint"),
     "resume best": (lambda f: ["--resume", f / "run" / checkpoint.BEST], r"no state to resume from; give .*latest"),
     "resume a finished run": (lambda f: resume(f, "-num_epochs", 2), r"already trained for 2 epochs; raise -num_ep"),
-    "resume without validation": (lambda f: resume(f)[:-2], r"its best model was chosen by mIoU; give --val"),
-    "resume another model": (lambda f: resume(f, "-model_type", "vit_b"), r"-model_type is vit_b, .* with vit_tiny;"),
-    "other lr": (lambda f: resume(f, "-lr", "2e-3"), r"-lr is 0.002, but .*latest.pth began with 0.001; give it so"),
-    "other weight decay": (lambda f: resume(f, "-weight_decay", 0), r"-weight_decay is 0.0, but .* began with 0.01;"),
-    "other schedule": (lambda f: resume(f, "--lr_scheduler", "step"), r"--lr_scheduler is step, .* with constant;"),
-    "other warm-up": (lambda f: resume(f, "--warmup_epochs", 1), r"--warmup_epochs is 1.0, but .* began with 0;"),
-    "other batch size": (lambda f: resume(f, "-batch_size", 2), r"effective batch size .* is 8, but .* with 16;"),
-    "other accumulation": (lambda f: resume(f, "--grad_acc_steps", 1), r"effective batch size .* is 4, .* with 16;"),
-    "other number of classes": (lambda f: resume(f, "--classes_per_image", 2), r"_per_image is 2, .* with all;"),
+    "resume another model": (
+        lambda f: resume(f, "-model_type", "vit_b"),
+        r"latest.pth: -model_type is vit_b, but the run has vit_tiny\.",
+    ),
+    "other lr": (lambda f: resume(f, "-lr", "2e-3"), r"latest.pth: -lr is 0.002, but the run has 0.001\. Use the run"),
+    "other weight decay": (lambda f: resume(f, "-weight_decay", 0), r"-weight_decay is 0.0, but the run has 0.01\."),
+    "other schedule": (lambda f: resume(f, "--lr_scheduler", "step"), r"--lr_scheduler is step, .* has constant\."),
+    "other warm-up": (lambda f: resume(f, "--warmup_epochs", 1), r"--warmup_epochs is 1.0, but the run has 0\."),
+    "other batch size": (lambda f: resume(f, "-batch_size", 2), r"effective batch size .* is 8, but .* has 16\."),
+    "other accumulation": (lambda f: resume(f, "--grad_acc_steps", 1), r"effective batch size .* is 4, .* has 16\."),
+    "other number of classes": (lambda f: resume(f, "--classes_per_image", 2), r"_per_image is 2, .* has all\."),
     "a loss of an earlier version": (
         lambda f: resume(of_earlier_version(f)),
-        r"latest.pth: an earlier version .* dice "
-        r"\+ bce \+ iou, this one has dice \+ bce \+ iou \+ ce; start a new run",
+        r"latest.pth: an older version .* dice "
+        r"\+ bce \+ iou, this version has dice \+ bce \+ iou \+ ce; start a new run",
     ),
-    "other augmentation": (lambda f: resume(f, "--augment", "flip"), r"--augment is flip, but .* began with none;"),
+    "other augmentation": (lambda f: resume(f, "--augment", "flip"), r"--augment is flip, but the run has none\."),
     "more views than there are": (lambda f: ["--cache_views", 2], r"_views 2: --augment none has only 1"),
     "one view to augment": (lambda f: ["--augment", "full", "--cache_views", 1], r"_views 1: .* use --augment none"),
     "patience without validation": (lambda f: ["--patience", 3], r"--patience counts validations: give --val_npy_path"),
@@ -462,10 +525,14 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "resume a run that has stopped": (
         lambda f: resume(stalled(f), "--patience", 1),
         r"latest.pth: stopped early after "
-        r"epoch 1: .* for 1 validations .*; raise --patience, or leave it out, to go on",
+        r"epoch 1: .* for 1 validations .*; raise --patience to resume",
     ),
-    "other jitter": (lambda f: resume(f, "--bbox_shift", 0), r"--bbox_shift is 0, but .* began with 20;"),
-    "other seed": (lambda f: resume(f, "--seed", 1), r"--seed is 1, but .* began with 2024; give it so, or start"),
+    "other jitter": (lambda f: resume(f, "--bbox_shift", 0), r"--bbox_shift is 0, but the run has 20\."),
+    "other seed": (lambda f: resume(f, "--seed", 1), r"--seed is 1, but .* has 2024\. .* or start"),
+    "several at once": (
+        lambda f: resume(f, "--seed", 1, "--augment", "full", "-batch_size", 2),
+        r"effective batch size .* is 8, .* 16; --augment is full, but .* none; --seed is 1, but .* 2024\. Use the run",
+    ),
     "CUDA where there is none": (lambda f: ["--device", "cuda:0"], r"--device cuda:0: PyTorch finds no CUDA device"),
     "no device at all": (lambda f: ["--device", "gpu"], r"--device gpu: not supported"),
     "no launcher": (lambda f: ["--distributed"], r"needs a launcher: python -m torch.distributed.launch"),
@@ -531,7 +598,7 @@ def test_resuming_a_run_of_a_version_that_knew_less(inputs: Path, error_of: Call
     del state["args"]["augment"]
     torch.save(state, path)
     line = error_of(train_bdd100k, *good_flags(inputs), *resume(inputs))
-    assert f"{checkpoint.LATEST}: was begun by a version that knew no --augment; start a new run" in line
+    assert f"{checkpoint.LATEST}: was saved by an older version without --augment; start a new run" in line
 
 
 def test_checkpoint_of_another_model_type(inputs: Path, error_of: Callable[..., str]) -> None:
@@ -583,7 +650,7 @@ def test_resuming_on_data_that_changed(
     whole = (data / split / "manifest.json").read_text()
     (data / split / "manifest.json").write_text(json.dumps(manifest))
     line = error_of(train_bdd100k, *flags)
-    assert f"{run_copy}/medsam_model_latest.pth: began with other data than {flag} has now" in line
+    assert f"{run_copy}/medsam_model_latest.pth: {flag} names other data than the run was trained on" in line
     (data / split / "manifest.json").write_text(whole)
     run_script(train_bdd100k, *flags)
     assert len(log_of(run_copy)) == 3
@@ -682,7 +749,9 @@ def test_a_poisoned_image_stops_the_run_with_its_name(
 def test_resuming_looks_at_the_small_file_first(inputs: Path, error_of: Callable[..., str]) -> None:
     shutil.rmtree(inputs / "train" / "imgs")
     (inputs / "sam.pth").unlink()
-    assert "--seed is 1, but" in error_of(train_bdd100k, *good_flags(inputs), *resume(inputs, "--seed", 1))
+    assert "--seed is 1, but the run has 2024" in error_of(
+        train_bdd100k, *good_flags(inputs), *resume(inputs, "--seed", 1)
+    )
 
 
 @pytest.mark.parametrize("cache", ["off", "auto"])  # auto does not go on without one

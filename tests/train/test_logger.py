@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,10 +14,11 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils.runtime.errors import UserError
-from utils.train.logger import RunLogger, require_loggers
+from utils.train.logger import RunLogger, _commit, require_loggers
 
 
 def record(epoch: int, **figures: Any) -> dict[str, Any]:
@@ -76,7 +80,46 @@ def test_configuration_a_line_an_epoch_and_the_curve(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 1e-3, "task_name": "街景"}
     assert lines(tmp_path) == [record(0, val_miou=0.5), record(1, val_miou=0.5)]
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "log.jsonl", "loss_curve.png"}
+    names = {"config.json", "starts.jsonl", "log.jsonl", "loss_curve.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_each_start_records_its_command_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-i", "my data"])
+    logger(tmp_path)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "123"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--local-rank=0", "--resume", "run\udcff"])
+    logger(tmp_path, [record(0)])
+    first, second = (json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines())
+    assert (first["epoch"], first["command"]) == (0, "python train.py -i 'my data'")
+    launched = "torchrun --nproc_per_node=2 --master_port=123 train.py --resume 'run\udcff'"
+    assert (second["epoch"], second["command"]) == (1, launched)
+    assert first["torch"] == torch.__version__ and first["python"] == platform.python_version()
+    assert first["folder"] == os.getcwd() and first["time"] <= second["time"]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_commit_is_that_of_the_clone(changed: bool, tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        return subprocess.run(
+            ["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    assert _commit(tmp_path) is None
+    git("init", "-q")
+    assert _commit(tmp_path) is None  # nothing is committed yet
+    (tmp_path / "file").touch()
+    (tmp_path / "sub").mkdir()
+    git("add", "file")
+    git("commit", "-qm", "a")
+    if changed:
+        (tmp_path / "file").write_text("b")
+    assert _commit(tmp_path) == git("rev-parse", "HEAD").strip() + ("-dirty" if changed else "")
+    assert _commit(tmp_path / "sub") is None  # an installation within a repository of something else
 
 
 def test_resuming_cuts_the_log_back_to_the_epochs_that_count(tmp_path: Path) -> None:
@@ -178,7 +221,7 @@ def test_what_wandb_or_tensorboard_cannot_take_is_told_once_and_costs_nothing(
     log.close()
     assert lines(tmp_path) == [record(0), record(1)]
     said = capsys.readouterr().err
-    assert said.count("warning: ") == 1 and "failed (No space left on device); training goes on" in said
+    assert said.count("warning: ") == 1 and "failed (No space left on device); training continues" in said
 
 
 @pytest.mark.parametrize("history", [[record(0)], []])  # of no epoch: it was stopped within the first

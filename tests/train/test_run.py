@@ -1,4 +1,4 @@
-"""A run's folder, which epoch is its best, and what it says when it is to be gone on with and cannot be."""
+"""A run's folder, which epoch is its best, and what it says when it is to be resumed and cannot be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,42 +17,45 @@ import torch
 from utils.model import checkpoint
 from utils.model.checkpoint import BEST, LATEST, ModelInfo
 from utils.runtime.errors import DivergedError, UnreadableError, UserError
-from utils.train.run import AUTO, FinishedError, Latest, Run, find_latest, plateau, read_latest
+from utils.train.optim import TrainState
+from utils.train.resume import AUTO, KEPT, ResumeState, find_resume, plateau
+from utils.train.run import Run, RunSettings
 
 INFO = ModelInfo("vit_tiny", 64, "stretch", sam_sha256="ab" * 32)
 
 
-def start(work_dir: Path, *, latest: Latest | None = None, choose_by_miou: bool = False) -> Run:
+# What must stay within a run, and a flag that may change.
+CONFIG: dict[str, Any] = {**dict.fromkeys(KEPT, 0), "prompt_mode": "box", "lr": 0.1, "losses": "dice", "keep_last": 2}
+
+
+@pytest.fixture(autouse=True)
+def script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script that messages name."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "-lr", "0.1"])
+
+
+def start(
+    work_dir: Path,
+    *,
+    resume: ResumeState | None = None,
+    choose_by_miou: bool = False,
+    num_epochs: int = 1,
+    patience: int | None = None,
+    **config: Any,
+) -> Run:
     """A run of a model of one layer."""
     model: Any = SimpleNamespace(mask_decoder=torch.nn.Linear(1, 1), LOSSES=("dice",))
-    return Run(
-        work_dir=work_dir,
-        task_name="Drawn",
-        latest=latest,
-        model=model,
-        info=INFO,
-        stateful={"optimizer": torch.optim.SGD(model.mask_decoder.parameters(), lr=0.1)},
-        config={"lr": 0.1},
-        choose_by_miou=choose_by_miou,
-        save_every_steps=0,
-        keep_last=2,
-        tensorboard=False,
-        wandb=False,
-    )
+    settings = RunSettings(work_dir, "Drawn", num_epochs, patience, choose_by_miou, keep_last=2)
+    optimizer = torch.optim.SGD(model.mask_decoder.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    state = TrainState(optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
+    return Run(settings, model, INFO, state, {**CONFIG, **config}, resume)
 
 
-def read(resume: Path, *, num_epochs: int = 9, choose_by_miou: bool = False, patience: int | None = None) -> Latest:
-    kept = {"lr": "-lr"}
-    path = find_latest(resume, resume.parent, "Drawn")
-    assert path
-    return read_latest(
-        path,
-        config={"lr": 0.1},
-        kept=kept,
-        num_epochs=num_epochs,
-        choose_by_miou=choose_by_miou,
-        patience=patience,
-    )
+def read(resume: Path) -> ResumeState:
+    found = find_resume(resume, resume.parent, "Drawn")
+    assert found
+    return found
 
 
 def record(epoch: int, loss: float, miou: float | None = None, **figures: Any) -> dict[str, Any]:
@@ -74,18 +78,31 @@ def test_best_is_chosen_by_validation_or_else_by_loss(
 def test_validation_that_begins_midway_is_not_measured_against_losses(tmp_path: Path) -> None:
     run = start(tmp_path)
     run.finish_epoch(record(0, -5.0))  # as a score this is 5, above any mIoU
-    resumed = start(tmp_path, latest=read(run.folder, choose_by_miou=True), choose_by_miou=True)
+    resumed = start(tmp_path, resume=read(run.folder), choose_by_miou=True)
     resumed.finish_epoch(record(1, 1.0, miou=0.25))
     assert checkpoint.load_checkpoint(run.folder / BEST)["epoch"] == 1
-    again = start(tmp_path, latest=read(run.folder, choose_by_miou=True), choose_by_miou=True)
+    again = start(tmp_path, resume=read(run.folder), choose_by_miou=True)
     assert again.best_score == 0.25
 
 
-def test_validation_cannot_be_left_out_midway(tmp_path: Path) -> None:
-    run = start(tmp_path, choose_by_miou=True)
-    run.finish_epoch(record(0, 1.0, miou=0.5))
-    with pytest.raises(UserError, match=r"latest.pth: its best model was chosen by mIoU; give --val_npy_path again"):
-        read(run.folder)
+def test_all_flags_that_differ_are_listed_at_once(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    run.finish_epoch(record(0, 1.0))
+    resume = read(run.folder)
+    resume.require_same_flags({**CONFIG, "keep_last": 7})
+    with pytest.raises(UserError) as error:
+        resume.require_same_flags({**CONFIG, "lr": 0.2, "seed": 5, "augment": "flip"})
+    assert str(error.value) == (
+        f"{run.folder / LATEST}: -lr is 0.2, but the run has 0.1; --augment is flip, but the run has 0; "
+        "--seed is 5, but the run has 0. Use the run's values, or start a new run"
+    )
+    with pytest.raises(UserError) as error:  # of which the loss follows, and box mode's flags do not matter
+        resume.require_same_flags({**CONFIG, "prompt_mode": "semantic", "losses": "ce", "bbox_shift": 3})
+    assert "--prompt_mode is semantic, but the run has box. Use" in str(error.value)
+    for key in ("seed", "cache_views"):
+        del resume.config[key]
+    with pytest.raises(UserError, match="saved by an older version without --cache_views, --seed; start a new run"):
+        resume.require_same_flags(CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +122,7 @@ def test_a_foreign_run_state(tmp_path: Path, run_state: Any) -> None:
     if run_state and "best_score" not in run_state:  # one part is wrong
         run_state = {**payload["run_state"], **run_state}
     torch.save({**payload, "run_state": run_state}, run.folder / LATEST)
-    with pytest.raises(UserError, match=r"latest.pth: its state is not one that train_bdd100k.py wrote; start a new"):
+    with pytest.raises(UserError, match=r"latest.pth: its state was not written by train_bdd100k.py; start a new"):
         read(run.folder)
 
 
@@ -125,17 +142,17 @@ def test_states_that_do_not_fit(tmp_path: Path, change: dict[str, Any]) -> None:
     payload = torch.load(run.folder / LATEST, weights_only=True)
     state = {key: value for key, value in {**payload["run_state"], **change}.items() if value is not None}
     torch.save({**payload, "run_state": state}, run.folder / LATEST)
-    with pytest.raises(UserError, match=r"latest.pth: its state is of another kind of run; start a new one"):
-        start(tmp_path, latest=read(run.folder))
+    with pytest.raises(UserError, match=r"latest.pth: its state does not fit this model; start a new run"):
+        start(tmp_path, resume=read(run.folder))
 
 
 def test_a_run_that_saved_nothing(tmp_path: Path) -> None:
     folder = start(tmp_path).folder
     with pytest.raises(UserError) as error:
         read(folder)
-    said = "nothing was saved there, so there is nothing to resume; run the same command without --resume"
+    said = "the run has saved no checkpoint yet; start a new run with the original command, without --resume"
     assert str(error.value) == f"{folder}: {said}"
-    assert find_latest(AUTO, tmp_path, "Drawn") is None
+    assert find_resume(AUTO, tmp_path, "Drawn") is None
 
 
 def damage(path: Path) -> None:
@@ -158,7 +175,7 @@ def test_a_damaged_latest_gives_way_to_the_one_before(tmp_path: Path, capsys: py
     capsys.readouterr()
     assert len(read(run.folder).history) == 3
     said = capsys.readouterr().err
-    assert said.startswith("warning: ") and f"{LATEST}: truncated" in said and f"going on from {names[1]}" in said
+    assert said.startswith("warning: ") and f"{LATEST}: truncated" in said and f"resuming from {names[1]}" in said
     (run.folder / LATEST).unlink()  # as a kill between two renames leaves it
     assert len(read(run.folder).history) == 3 and f"{LATEST} is missing" in capsys.readouterr().err
     for name in names[1:]:
@@ -180,12 +197,21 @@ def test_what_the_system_refuses_costs_nothing_that_was_trained(
 
     with monkeypatch.context() as patch, pytest.raises(UnreadableError) as error:
         patch.setattr("os.listdir", refuse)
-        find_latest(AUTO, tmp_path, "Drawn")
+        find_resume(AUTO, tmp_path, "Drawn")
     assert str(error.value) == f"{tmp_path}: cannot be read (Permission denied)"
     with monkeypatch.context() as patch, pytest.raises(UnreadableError) as error:
         patch.setattr("utils.model.checkpoint.load_plain", lambda path, **_: refuse(path))
-        find_latest(run.folder, tmp_path, "Drawn")
+        find_resume(run.folder, tmp_path, "Drawn")
     assert str(error.value) == f"{run.folder / LATEST}: cannot be read (Permission denied)"
+
+
+def test_another_machine_need_not_have_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert find_resume(tmp_path / "nowhere", tmp_path, "Drawn") is None  # the main process gives it
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="nowhere: no such checkpoint"):
+        find_resume(tmp_path / "nowhere", tmp_path, "Drawn")
 
 
 def test_auto_takes_the_tasks_run_that_was_saved_last(tmp_path: Path) -> None:
@@ -195,9 +221,9 @@ def test_auto_takes_the_tasks_run_that_was_saved_last(tmp_path: Path) -> None:
         os.utime(run.folder / LATEST, (when, when))
     other = tmp_path / "Other-20260101-0000"
     shutil.copytree(runs[0].folder, other)
-    assert find_latest(AUTO, tmp_path, "Drawn") == runs[1].folder / LATEST
-    assert find_latest(AUTO, tmp_path, "Other") == other / LATEST
-    assert find_latest(AUTO, tmp_path, "Nothing") is None
+    found = {name: find_resume(AUTO, tmp_path, name) for name in ("Drawn", "Other", "Nothing")}
+    expected = {"Drawn": runs[1].folder / LATEST, "Other": other / LATEST, "Nothing": None}
+    assert {name: state and state.path for name, state in found.items()} == expected
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +236,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch
     monkeypatch.setattr("os.fsync", full)
     before = {path: path.read_bytes() for path in run.folder.glob("*.pth")}
     for loss in (2.0, 0.5):  # of `latest`, and of `best`
-        said = rf"No space left on device: the disk at .* MiB free; make room there\); .* --resume {run.folder}"
+        said = (
+            rf"No space left on device: the disk at .* MiB free; make room there\)\..*intact\..*--resume {run.folder}"
+        )
         with pytest.raises(UserError, match=said):
             run.finish_epoch(record(1, loss))
     assert {path: path.read_bytes() for path in run.folder.iterdir() if path.suffix in (".pth", ".tmp")} == before
@@ -220,10 +248,10 @@ def test_a_finished_run_says_how_to_train_longer(tmp_path: Path, capsys: pytest.
     run = start(tmp_path)
     run.finish_epoch(record(0, 1.0))
     run.finish()
-    longer = f"To train longer: the same command with a larger -num_epochs (now 1) and --resume {run.folder}\n"
+    longer = f"To train longer, add a larger -num_epochs (now 1) to: python train.py --resume {run.folder}\n"
     assert longer in capsys.readouterr().out
-    with pytest.raises(UserError, match="already trained for 1 epochs; raise -num_epochs to go on"):
-        read(run.folder, num_epochs=1)
+    said = f"{run.folder / LATEST}: already trained for 1 epochs; raise -num_epochs to resume"
+    assert read(run.folder).finished(1, None) == said and read(run.folder).finished(2, None) is None
 
 
 @pytest.mark.parametrize(
@@ -257,20 +285,19 @@ def test_plateau_by_hand(mious: list[float | None], patience: int | None, since:
 def test_a_run_with_patience_says_how_to_train_longer(
     mious: list[float], larger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = start(tmp_path, choose_by_miou=True)
-    run.config |= {"num_epochs": 3, "patience": 1}
-    for epoch, miou in enumerate(mious):
+    run = start(tmp_path, choose_by_miou=True, num_epochs=3, patience=1)
+    for epoch, miou in zip(run.epochs(), mious):
         run.finish_epoch(record(epoch, 1.0, miou))
+    assert not list(run.epochs())
     run.finish()
     said = capsys.readouterr().out
-    assert f"To train longer: the same command with a larger {larger} and --resume {run.folder}\n" in said
+    assert f"To train longer, add a larger {larger} to: python train.py --resume {run.folder}\n" in said
     assert ("\nstopped early after epoch 1" in said) == (len(mious) < 3)
     # What it advises is enough, and no less is.
-    with pytest.raises(FinishedError) as error:
-        read(run.folder, num_epochs=3, choose_by_miou=True, patience=1)
-    assert all((flag in larger) == (flag in str(error.value)) for flag in ("-num_epochs", "--patience"))
+    finished = read(run.folder).finished(3, 1)
+    assert finished and all((flag in larger) == (flag in finished) for flag in ("-num_epochs", "--patience"))
     epochs, patience = 3 + ("-num_epochs" in larger), 1 + ("--patience" in larger)
-    read(run.folder, num_epochs=epochs, choose_by_miou=True, patience=patience)
+    assert read(run.folder).finished(epochs, patience) is None
 
 
 def test_skipped_steps_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,14 +318,13 @@ def test_work_dir_that_cannot_be_made(tmp_path: Path) -> None:
         start(tmp_path / "file" / "work")
 
 
-@pytest.mark.parametrize(("config", "mend"), [({"use_amp": True}, " or leave out -use_amp"), ({"use_amp": False}, "")])
-def test_what_a_run_that_diverged_advises_can_be_followed(config: dict[str, Any], mend: str, tmp_path: Path) -> None:
-    run = start(tmp_path)
-    run.config |= config
+@pytest.mark.parametrize(("config", "fix"), [({"use_amp": True}, " or add -use_amp False"), ({"use_amp": False}, "")])
+def test_what_a_run_that_diverged_advises_can_be_followed(config: dict[str, Any], fix: str, tmp_path: Path) -> None:
+    run = start(tmp_path, num_epochs=9, **config)
     run.finish_epoch(record(0, 1.0))
-    with pytest.raises(DivergedError) as error, run.saving_on_failure():
+    with pytest.raises(DivergedError) as error, run.training():
         raise DivergedError("epoch 1, step 2: not finite")
     assert str(error.value) == (
-        "epoch 1, step 2: not finite; what was saved before it is whole: mend the images"
-        f"{mend}, and go on with --resume {run.folder}"
+        f"epoch 1, step 2: not finite. The last checkpoint is intact. Fix the images{fix} and resume with: "
+        f"python train.py --resume {run.folder}"
     )

@@ -1,4 +1,4 @@
-"""What the three scripts' command lines have in common: flags with one dash or two, checked values, one-line errors."""
+"""What the scripts' command lines share: flags with one dash or two, checked values, one-line errors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.runtime.errors import Interrupted, LostPeerError, UserError, printable
 from utils.runtime.malloc import keep_freed_memory
 
-# What the system says of a path that is none of our mistakes.
+# Errors of the system about a path; they are no bugs.
 _REFUSALS = {
     errno.EACCES,
     errno.EPERM,
@@ -34,12 +35,19 @@ _REFUSALS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose long flags may be written with one dash or two, as the specification mixes both."""
+class Flags(argparse.Namespace):
+    """Parsed flags. `given` names those of the command line; the others have their defaults."""
 
-    def __init__(self, description: str | None) -> None:
-        # No abbreviations: with one-dash flags, `-i` and `-init_method` would otherwise compete.
-        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    __slots__ = ("given",)  # beside `__dict__`, so that `vars` has the flags alone
+    given: set[str]
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose long flags take one dash or two, as the specification mixes both."""
+
+    def __init__(self, description: str | None, usage: str | None = None) -> None:
+        # No abbreviations: `-i` and `-init_method` would compete.
+        super().__init__(usage=usage, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
         self._group: Any = self
 
     def begin_group(self, title: str, description: str | None = None) -> None:
@@ -49,25 +57,72 @@ class Parser(argparse.ArgumentParser):
     def add_flag(self, *names: str, **kwargs: Any) -> None:
         """Add an option by its bare name(s): `add_flag("batch_size", ...)` accepts `-batch_size` and `--batch_size`."""
         spellings = [f"{dashes}{name}" for name in names for dashes in (("-",) if len(name) == 1 else ("--", "-"))]
+        if "choices" not in kwargs:
+            kwargs.setdefault("metavar", _METAVARS.get(kwargs.get("type")))
         self._group.add_argument(*spellings, **kwargs)
 
     def add_switch(self, name: str, help: str, default: bool | None = False) -> None:
-        """Add a switch that is off by default: bare turns it on, and `True` or `False` may follow it.
+        """Add a switch: bare turns it on, and `True` or `False` may follow it.
 
-        `default` may be None, for a switch whose default is known only once the other flags are.
+        `default` is None if it depends on other flags.
         """
         self.add_flag(name, nargs="?", const=True, default=default, type=boolean, metavar="BOOL", help=help)
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> Flags:  # type: ignore[override]
+        """Parse, and note which flags were given."""
+        default = object()
+        names = [action.dest for action in self._actions if action.dest != argparse.SUPPRESS and action.dest != "help"]
+        flags = super().parse_args(args, Flags(**dict.fromkeys(names, default)))
+        flags.given = {name for name in names if getattr(flags, name) is not default}
+        for name in set(names) - flags.given:
+            setattr(flags, name, self.get_default(name))
+        return flags
+
+    def read_back(self, recorded: Mapping[str, Any], source: Path) -> dict[str, Any]:
+        """Turn flags that were recorded as plain values into what `parse_args` gives, checked in the same way.
+
+        Args:
+            recorded: values by name; None and names of no flag are left out.
+            source: where they were recorded.
+
+        Raises:
+            UserError: a value is not one that its flag takes.
+        """
+        values = {}
+        for action in self._actions:
+            recorded_value = recorded.get(action.dest)
+            if recorded_value is None:
+                continue
+            try:
+                value = (action.type or str)(str(recorded_value))  # type: ignore[operator]
+                if action.choices is not None and value not in action.choices:
+                    raise ValueError
+            except (ValueError, argparse.ArgumentTypeError):
+                flag = action.option_strings[0]
+                raise UserError(
+                    f"{source}: its {flag} is {recorded_value!r}; give {flag}, or start a new run"
+                ) from None
+            values[action.dest] = value
+        return values
+
     def error(self, message: str) -> NoReturn:
-        # One line, without the usage block that would push it off the screen.
+        # One line, without the usage block.
         _wait_for_turn(None)
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # Where the default is None, the help says itself what happens then.
-        return action.help if action.default is None else super()._get_help_string(action)
+        # If the default is None or off, the help says what that means.
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Show one spelling of a flag; all take one dash or two."""
+        names = [name for name in action.option_strings if name.startswith("--") or len(name) == 2]
+        if not names:
+            return super()._format_action_invocation(action)
+        values = "" if action.nargs == 0 else self._format_args(action, action.dest.upper())
+        return f"{', '.join(names)} {values}".rstrip()
 
 
 def boolean(text: str) -> bool:
@@ -95,12 +150,20 @@ def number(kind: type, minimum: float, *, maximum: float = math.inf, exclusive: 
     return parse
 
 
-# What fits the 32 and 64 bits that PyTorch and NumPy have for them.
+# What fits the 32 and 64 bits of PyTorch and NumPy.
 positive_int = number(int, 1, maximum=2**31 - 1)
 non_negative_int = number(int, 0, maximum=2**31 - 1)
 seed = number(int, 0, maximum=2**63 - 1)
 positive_float = number(float, 0, exclusive=True)
 non_negative_float = number(float, 0)
+_METAVARS: dict[Any, str] = {
+    Path: "PATH",
+    positive_int: "N",
+    non_negative_int: "N",
+    seed: "N",
+    positive_float: "X",
+    non_negative_float: "X",
+}
 
 
 def positive_int_or_all(text: str) -> int | str:
@@ -109,21 +172,21 @@ def positive_int_or_all(text: str) -> int | str:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main` and exit with its status; a `UserError` is printed in one line, without a traceback.
+    """Run a script's `main` and exit with its status. What a user can meet is one line, without a traceback.
 
-    So is an `OSError` by which the system refuses a path. So is Ctrl-C, with what to do next if `main` raises
-    `KeyboardInterrupt` with a text, and `Interrupted`.
+    This covers `UserError`, an `OSError` of the system about a path, and Ctrl-C or `Interrupted`, whose text says what
+    to do next.
     """
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name may not be text
     try:
         status = main() or 0
     except UserError as error:
         _wait_for_turn(error)
         print(f"error: {printable(str(error))}", file=sys.stderr)
         status = 1
-    except BrokenPipeError:  # `| head` closed our output: nothing left to say
+    except BrokenPipeError:  # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except OSError as error:
@@ -133,7 +196,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: {printable(f'{error.filename}: cannot be used ({error.strerror})')}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt as interrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all that is left is to end: a second one would be a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would print a traceback
         if isinstance(interrupt, Interrupted):
             message, status = str(interrupt), 128 + interrupt.signal_number
         else:
@@ -144,10 +207,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _wait_for_turn(error: UserError | None) -> None:
-    """Under a launcher, let the process speak alone that knows most: once it ends, the launcher ends the others.
+    """Under a launcher, let only the process print that knows most: once it ends, the launcher ends the others.
 
-    That is the first of a machine where all of them met the same, and whoever met the cause where others only lost it.
-    What it needs to notice is a tenth of a second, and a process some to end; on a machine with much other work, more.
+    This is the first of a machine if all met the same error, and the one with the cause if others only lost it. torch's
+    `@record` does not replace the wait: it prints every process's traceback, and only in the launcher's report.
     """
     if os.environ.get("RANK") and os.environ.get("LOCAL_RANK") not in (None, "", "0"):
         time.sleep(10)

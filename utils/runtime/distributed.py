@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# Before there is a group: DDP imports it, and its functions would keep the group of that moment as a default argument,
-# with threads that `cleanup` could not end. One that has a tensor to release as Python ends can abort the process.
+# Imported before there is a group: its functions keep the group of that moment as a default argument. DDP would import
+# it later, and `cleanup` could not end the group's threads, which can abort the process as Python ends.
 import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,15 +32,15 @@ LAUNCH_HINT = "python -m torch.distributed.launch --nproc_per_node=4 train_bdd10
 def setup(
     *, requested: bool, world_size: int | None, node_rank: int | None, init_method: str, device: torch.device
 ) -> None:
-    """Join the process group that the launcher describes; without a launcher, stay a single process.
+    """Join the launcher's process group; without a launcher, stay a single process.
 
     Args:
-        requested: `--distributed` was given, so a launcher must be there.
-        world_size, node_rank: what the user believes; checked against the launcher, which knows.
-        device: this process's own; the CPU takes gloo, a card NCCL.
+        requested: `--distributed` was given, so a launcher is required.
+        world_size, node_rank: the user's values, checked against the launcher's.
+        device: this process's own; the CPU takes gloo, a GPU NCCL.
 
     Raises:
-        UserError: no launcher, or one that contradicts the flags, or the processes do not meet.
+        UserError: the launcher is missing or contradicts the flags, or the processes do not meet.
     """
     if not _launched():
         if requested or (world_size or 1) > 1:
@@ -52,7 +53,7 @@ def setup(
     actual, own = _number("WORLD_SIZE") or 0, _number("RANK") or 0
     if own >= actual:
         raise UserError(
-            f"RANK is {own} and WORLD_SIZE {actual} in the environment, but ranks are below the number of "
+            f"RANK is {own} and WORLD_SIZE {actual} in the environment, but a rank is below the number of "
             "processes; start with torchrun, or unset both to run a single process"
         )
     _number("MASTER_PORT")
@@ -63,14 +64,14 @@ def setup(
     if node_rank is not None and node_rank != actual_node:
         raise UserError(f"--node_rank {node_rank}, but the launcher calls this node {actual_node}; make them agree")
     global _launcher
-    _launcher = os.getppid() if actual > 1 else None  # a single process may be of a shell, which may end before it
+    _launcher = os.getppid() if actual > 1 else None  # the parent of a single process may be a shell, which may end
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         store, number, size = next(dist.rendezvous(init_method, own, actual))
-        # On a single machine torchrun keeps its store when it starts workers again: they would find the addresses of
-        # those that are gone. Launchers of several machines do not count alike, and make a new one if told to (c10d).
+        # On a single machine torchrun keeps its store when it restarts workers: they would find addresses of ended
+        # ones. With several machines the restart counts differ, and a c10d rendezvous makes a new store.
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         dist.init_process_group(backend, store=store, rank=number, world_size=size)
@@ -84,11 +85,11 @@ def setup(
         ) from None
 
 
-_launcher: int | None = None  # its process, as `setup` found it
+_launcher: int | None = None  # its process id
 
 
 def launcher_has_ended() -> bool:
-    """Whether the launcher of several processes is gone, and they with nobody to start them again."""
+    """Whether the launcher of several processes has ended, so that nothing restarts them."""
     return _launcher is not None and os.getppid() != _launcher
 
 
@@ -97,7 +98,7 @@ def _launched() -> bool:
 
 
 def _number(name: str) -> int | None:
-    """What a launcher's variable says; an empty one counts as unset.
+    """The value of a launcher's variable; an empty one counts as unset.
 
     Raises:
         UserError: it is no number.
@@ -108,12 +109,12 @@ def _number(name: str) -> int | None:
     return int(text) if text else None
 
 
-# Who starts tasks without telling PyTorch of it, by the variable that has their number.
+# Programs that start tasks but set no variables for PyTorch, by the variable with the number of tasks.
 _TASK_STARTERS = {"SLURM_NTASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 
 
 def _started_tasks() -> tuple[str, int] | None:
-    """The variable that says of several tasks, and their number."""
+    """The variable with a number of tasks above one, and the number."""
     for name in _TASK_STARTERS:
         text = os.environ.get(name, "")
         if text.isdecimal() and int(text) > 1:
@@ -122,7 +123,7 @@ def _started_tasks() -> tuple[str, int] | None:
 
 
 def _launch_by_tasks() -> str | None:
-    """The command that starts as many processes as there are tasks, with a launcher."""
+    """The command that starts a process for each task with a launcher."""
     tasks = _started_tasks()
     if tasks is None:
         return None
@@ -145,7 +146,7 @@ def _launch_by_tasks() -> str | None:
 
 
 def _warn_of_tasks() -> None:
-    """Tasks that know nothing of each other do the whole work each."""
+    """Warn if several tasks run without a launcher: each does the whole work."""
     tasks = _started_tasks()
     if tasks:
         name, count = tasks
@@ -158,19 +159,19 @@ def _warn_of_tasks() -> None:
 
 
 def cleanup() -> None:
-    """Leave the group, at the end of what went well: after a failure, NCCL might wait for processes that are gone. What
-    gloo has under way ends with them."""
+    """Leave the group after success. After a failure, NCCL could wait for ended processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
     elif not _launched():
-        _warn_of_tasks()  # again, as the end of a log is what is read
+        _warn_of_tasks()  # again, as readers look at the end of a log
 
 
 @contextmanager
 def telling_lost_peers() -> Iterator[None]:
-    """A context in which the end of another process, which a collective meets, is one line and no traceback.
+    """A context that turns the end of another process, which a collective notices, into one line.
 
-    gloo meets it at once. NCCL may raise an error, end this process by its watchdog, or wait for the launcher's signal.
+    gloo notices it at once. NCCL may raise an error, end this process by its watchdog, or wait for the launcher's
+    signal.
 
     Raises:
         LostPeerError: another process has ended.
@@ -187,12 +188,15 @@ def telling_lost_peers() -> Iterator[None]:
         ) from error
 
 
-# How gloo words it, and the name that errors of NCCL have in their text.
+# The words of gloo's errors, and the name in NCCL's.
 _LOST = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed|gloo|NCCL")
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's rank among all; known before `setup`."""
+    if dist.is_initialized():
+        return dist.get_rank()
+    return (_number("RANK") or 0) if _launched() else 0
 
 
 def world_size() -> int:
@@ -200,22 +204,44 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """The rank among this machine's processes, which is the index of the card to use; known before `setup`."""
+    """The rank among this machine's processes, and the index of the GPU to use; known before `setup`."""
     return (_number("LOCAL_RANK") or 0) if _launched() else 0
 
 
 def local_world_size() -> int:
     """How many processes were started on this machine; known before `setup`."""
-    # A launcher that does not say has started at least those of lower rank.
+    # A launcher without this variable has started at least the lower ranks.
     return (_number("LOCAL_WORLD_SIZE") or local_rank() + 1) if _launched() else 1
 
 
+def launch_command() -> str:
+    """The command that starts this script in as many processes again, up to its flags."""
+    if not _launched():
+        return f"python {shlex.quote(sys.argv[0])}"
+    words = [f"torchrun --nproc_per_node={local_world_size()}"]
+    if (nodes := _number("GROUP_WORLD_SIZE") or 1) > 1:
+        words += [f"--nnodes={nodes}", f"--node_rank={_number('GROUP_RANK')}"]
+        words += [f"--master_addr={os.environ.get('MASTER_ADDR')}"]
+    if port := _number("MASTER_PORT"):
+        words += [f"--master_port={port}"]
+    if restarts := _number("TORCHELASTIC_MAX_RESTARTS"):
+        words += [f"--max_restarts={restarts}"]
+    return " ".join([*words, shlex.quote(sys.argv[0])])
+
+
+def command_line() -> str:
+    """The command that started this script; the launcher's part as `launch_command` has it."""
+    flags = [word for word in sys.argv[1:] if not word.replace("_", "-").startswith("--local-rank=")]
+    return " ".join([launch_command(), *map(shlex.quote, flags)])
+
+
 def is_main() -> bool:
+    """Whether this is the process that writes and prints; known before `setup`."""
     return rank() == 0
 
 
 def say(message: str) -> None:
-    """Print it once, however many processes have it to say."""
+    """Print a message in the main process only."""
     if is_main():
         print(message, flush=True)
 
@@ -246,10 +272,10 @@ def broadcast(value: Any) -> Any:
 
 
 def on_main(function: Callable[[], Result]) -> Result:
-    """What `function`, called in the main process alone, returns (a picklable object), everywhere.
+    """Call `function` in the main process only, and return its result (a picklable object) everywhere.
 
     Raises:
-        UserError: that of the main process, everywhere, so that nobody waits for a process that has stopped.
+        UserError: the main process's, raised everywhere, so that no process waits for one that has stopped.
     """
     if not dist.is_initialized():
         return function()
@@ -267,11 +293,11 @@ def on_main(function: Callable[[], Result]) -> Result:
 
 # 修改点 10: 用 DDP 包装模型，冻结的编码器不参与梯度同步
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap in DDP where there are several processes. Frozen parameters take no part in it."""
+    """Wrap in DDP if there is a group. DDP ignores frozen parameters."""
     if not dist.is_initialized():
         return model
-    # Buffers are broadcast by default, at the first pass after each synchronised one, so once an optimizer step however
-    # many are accumulated. Ours are constants of a few MB: that is cheap, and the argument against it is deprecated.
+    # DDP broadcasts buffers once an optimizer step. Ours are constants of a few MB, and the argument that turns this
+    # off is deprecated.
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 

@@ -37,7 +37,11 @@ class Interrupted(KeyboardInterrupt):
     """The process received a signal and has saved its work; the exit status is 128 + `signal_number`."""
 
     def __init__(self, message: str, signal_number: int) -> None:
-        """`message` says how to resume; it is "" if another process prints it."""
+        """Take the message to print.
+
+        Args:
+            message: how to resume; "" if another process prints it.
+        """
         super().__init__(message)
         self.signal_number = signal_number
 

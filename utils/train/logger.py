@@ -1,4 +1,4 @@
-"""What a training run leaves to read: one JSON line an epoch, a curve, and TensorBoard or W&B where asked for."""
+"""A run's readable files: its starts, its configuration, one JSON line an epoch, a curve; TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -7,26 +7,37 @@ import importlib.util
 import json
 import math
 import os
+import platform
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from utils.evaluate.plots import save_loss_curve
+from utils.runtime import distributed
 from utils.runtime.errors import UserError
-from utils.runtime.files import atomic_write
+from utils.runtime.files import atomic_write, is_file
+
+Config = dict[str, int | float | str | None]  # flags and what was derived from them, by name
+Record = dict[str, float]  # an epoch's figures by name
 
 CONFIG = "config.json"
+STARTS = "starts.jsonl"
 WANDB_ID = "wandb_id.txt"  # with it, a resumed run continues the same W&B run
 
 
 def require_loggers(*, tensorboard: bool, wandb: bool) -> None:
-    """Check before long work that the loggers which are asked for can be imported, and that W&B is logged in.
+    """Check before long work that the requested loggers can be imported, and that W&B is logged in.
 
     Raises:
-        UserError: one cannot be used.
+        UserError: a logger cannot be used.
     """
     if tensorboard:
         _summary_writer()
@@ -38,24 +49,25 @@ def require_loggers(*, tensorboard: bool, wandb: bool) -> None:
 
 
 class RunLogger:
-    """Writes each epoch's figures to `log.jsonl`, `loss_curve.png` and, where asked, TensorBoard and W&B."""
+    """Writes each epoch's figures to `log.jsonl`, `loss_curve.png` and, if requested, TensorBoard and W&B."""
 
     def __init__(
         self,
         folder: Path,
         *,
-        history: list[dict[str, Any]],
-        config: dict[str, Any],
+        history: list[Record],
+        config: Config,
         resumed: bool,
         tensorboard: bool,
         wandb: bool,
     ) -> None:
-        """
+        """Open the loggers, and record this start and its configuration.
+
         Args:
             folder: the run's folder.
-            history: the epochs before this start of the run; `log.jsonl` is cut back to them.
+            history: the epochs before this start; `log.jsonl` is cut back to them.
             config: the resolved configuration, written to `config.json`.
-            resumed: TensorBoard or W&B may fail, with a warning.
+            resumed: whether the run is resumed; TensorBoard or W&B may then fail, with a warning.
 
         Raises:
             UserError: TensorBoard or W&B cannot be used and the run is new, or a file cannot be written.
@@ -75,12 +87,16 @@ class RunLogger:
 
         self._writer = start(lambda: _tensorboard_writer(folder, first_epoch=len(history))) if tensorboard else None
         self._wandb = start(lambda: _wandb_run(folder, config)) if wandb else None
-        # In a folder that came from elsewhere, a link is replaced, not written through.
+        # A link in a folder from elsewhere is replaced, not read or written through.
+        starts = folder / STARTS
+        earlier = starts.read_bytes() if is_file(starts) and not starts.is_symlink() else b""
+        with atomic_write(starts) as file:
+            file.write(earlier + (json.dumps(_this_start(len(history))) + "\n").encode())
         with atomic_write(folder / CONFIG) as file:
             file.write((json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
         self._write_log()
 
-    def log_epoch(self, record: dict[str, Any]) -> None:
+    def log_epoch(self, record: Record) -> None:
         """Record an epoch; `record["epoch"]` is its number, from 0. TensorBoard and W&B may fail, with a warning.
 
         Raises:
@@ -108,31 +124,60 @@ class RunLogger:
                 self._wandb.finish()
 
     def _write_log(self) -> None:
-        # All of it, as a line that is appended could be half a line.
+        # Rewritten as a whole, as an appended line could be cut off.
         with atomic_write(self.folder / "log.jsonl") as file:
             file.write("".join(map(_line, self.history)).encode())
 
     @contextmanager
     def _dispensable(self) -> Iterator[None]:
-        """A context of TensorBoard or W&B, whose failure is no reason to stop; the first one is told."""
+        """A context of TensorBoard or W&B, whose failure does not stop the run; the first one is printed."""
         try:
             yield
-        except Exception as error:  # a full disk, a connection or a process that was lost: each has its own
+        except Exception as error:  # a full disk, a lost connection or process: each has its own
             self._warn(_reason(error))
 
     def _warn(self, reason: str) -> None:
         if not self._warned:
             print(
-                f"warning: TensorBoard or W&B failed ({reason}); training goes on, and {self.folder / 'log.jsonl'} "
-                "has every figure",
+                f"warning: TensorBoard or W&B failed ({reason}); training continues, and "
+                f"{self.folder / 'log.jsonl'} has every figure",
                 file=sys.stderr,
                 flush=True,
             )
         self._warned = True
 
 
-def _line(record: dict[str, Any]) -> str:
-    """The record as strict JSON, which knows neither NaN nor infinity: they become null."""
+def _this_start(epoch: int) -> dict[str, str | int | None]:
+    """What tells later how this start was made: the command, where, and the versions; None where unknown."""
+    try:
+        version: str | None = metadata.version("sam-bdd100k")
+    except metadata.PackageNotFoundError:  # run from a clone that is not installed
+        version = None
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "epoch": epoch,
+        "command": distributed.command_line(),
+        "folder": os.getcwd(),
+        "version": version,
+        "commit": _commit(Path(__file__).parents[2]),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+
+
+def _commit(clone: Path) -> str | None:
+    """The hash of a clone's commit, with "-dirty" if files differ from it; None if it is no clone, or without git."""
+    if not (clone / ".git").exists():  # do not name the commit of a repository that an installation lies in
+        return None
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip() or None
+    return None
+
+
+def _line(record: Record) -> str:
+    """The record as strict JSON, which has neither NaN nor infinity: they become null."""
     values = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
     }
@@ -143,7 +188,7 @@ def _tensorboard_writer(folder: Path, first_epoch: int) -> Any:
     writer = _summary_writer()
     try:
         return writer(str(folder / "tensorboard"), purge_step=first_epoch)
-    except Exception as error:  # a folder that cannot be written, or libraries that do not fit each other
+    except Exception as error:  # the folder is not writable, or libraries do not fit each other
         raise UserError(f"--use_tensorboard: {_reason(error)}") from None
 
 
@@ -156,26 +201,26 @@ def _wandb(attribute: str) -> Any:
 
 
 def _import(module: str, attribute: str, flag: str, name: str, package: str) -> Any:
-    """What `module`, which needs `package`, has by the name of `attribute`."""
+    """Import `attribute` from `module`, which needs `package`."""
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # a version that does not fit another package may raise anything
+    except (Exception, SystemExit) as error:  # a version conflict may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             raise UserError(f'{flag} needs {name}: pip install -e ".[log]"') from None
         where = None
-        with suppress(Exception):  # of a module that has no place
+        with suppress(Exception):  # the module has no location
             spec = importlib.util.find_spec(package)
             where = spec and (spec.origin or next(iter(spec.submodule_search_locations or ()), None))
         reason = f"{type(error).__name__}: {_reason(error)}"
         raise UserError(
             f"{flag}: {name} cannot be imported from {where or package} ({reason}); "
-            f"pip install -U {package}, or remove what is there under its name"
+            f"pip install -U {package}, or remove the other file or folder of that name"
         ) from None
 
 
 @contextmanager
 def _wandb_problems() -> Iterator[None]:
-    """A context in which whatever W&B raises is one line."""
+    """A context that turns any error of W&B into one line."""
     try:
         yield
     except (Exception, SystemExit) as error:  # no account, no network, a service that does not start
@@ -187,16 +232,16 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _wandb_run(folder: Path, config: dict[str, Any]) -> Any:
+def _wandb_run(folder: Path, config: Config) -> Any:
     init = _wandb("init")
-    # Without a connection its end would be waited for without end; what was not sent stays there for `wandb sync`.
+    # Without a connection, finishing would wait for ever; unsent figures stay in the folder for `wandb sync`.
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
-    settings: dict[str, Any] = {}
+    settings: dict[str, str] = {}
     with suppress(OSError, ValueError):
         known = (folder / WANDB_ID).read_text().strip()
         if re.fullmatch(r"[\w-]{1,64}", known, re.ASCII):
             settings = {"id": known, "resume": "allow"}
-    # WANDB_MODE=offline keeps everything in the run's folder, to be uploaded later or never.
+    # WANDB_MODE=offline keeps everything in the run's folder.
     with _wandb_problems():
         run = init(project="sam-bdd100k", name=folder.name, dir=str(folder), config=config, **settings)
     with atomic_write(folder / WANDB_ID) as file:

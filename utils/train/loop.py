@@ -1,10 +1,10 @@
-"""The two loops: one epoch of training, and the score over a labelled set. They know no prompt mode."""
+"""One epoch of training. It is the same for every prompt mode."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,24 @@ from utils.model.segmenter import Segmenter
 from utils.runtime import distributed
 from utils.runtime.device import Precision
 from utils.runtime.errors import DivergedError
+from utils.train.optim import TrainState
+
+
+class SavedProgress(TypedDict):
+    """A `Progress` in a checkpoint; the epoch is the number of epochs in the history."""
+
+    steps: int
+    skipped_steps: int
+    sums: Tensor | None
+    seconds: float
 
 
 @dataclass
 class Progress:
-    """How far an epoch has come, at the end of an optimizer step: with it, training goes on inside the epoch."""
+    """The position within an epoch, after an optimizer step. Training resumes from it."""
 
     epoch: int
-    steps: int = 0  # of the optimizer, those included that the fp16 scaler skipped
+    steps: int = 0  # of the optimizer, with those that the fp16 scaler skipped
     skipped_steps: int = 0
     sums: Tensor | None = None  # as `_StepSums.sums`, over `steps`; float64
     begun: float = field(default_factory=time.monotonic)
@@ -33,46 +43,57 @@ class Progress:
     def seconds(self) -> float:
         return time.monotonic() - self.begun
 
+    def saved(self) -> SavedProgress:
+        sums = None if self.sums is None else self.sums.cpu()
+        return {"steps": self.steps, "skipped_steps": self.skipped_steps, "sums": sums, "seconds": self.seconds}
+
+    @classmethod
+    def restored(cls, epoch: int, saved: SavedProgress, num_sums: int) -> Progress:
+        """The inverse of `saved`; a ValueError if the sums are not `num_sums`."""
+        sums = saved["sums"]
+        if sums is not None and sums.shape != (num_sums,):
+            raise ValueError("sums of other losses")
+        return cls(epoch, saved["steps"], saved["skipped_steps"], sums, begun=time.monotonic() - saved["seconds"])
+
 
 class Watch(Protocol):
-    """Who is told of every optimizer step, and may end the epoch after it."""
+    """Is told of every optimizer step, and may end the epoch after it."""
 
     def stop_requested(self) -> bool:
         """Whether this process was asked to stop."""
 
     def step_done(self, progress: Progress, stop: bool) -> None:
-        """Called by all processes after each step; `stop`, the same everywhere: one of them was asked to stop."""
+        """Called by all processes after each step. `stop`: one of them was asked to stop; it is the same everywhere."""
 
 
 def train_one_epoch(
     model: nn.Module,
     loader: DataLoader,
+    state: TrainState,
     *,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    scaler: torch.amp.GradScaler,
     precision: Precision,
     grad_acc_steps: int,
     clip_grad_norm: float,
     progress: Progress,
     watch: Watch | None = None,
 ) -> dict[str, float]:
-    """Train the mask decoder for one epoch, or what is left of it.
+    """Train the mask decoder for one epoch, or for the rest of one.
 
     Args:
         model: a `Segmenter`, or DDP around one.
-        grad_acc_steps: batches of a process that make one optimizer step; the last group may be smaller.
+        grad_acc_steps: batches of a process in one optimizer step; the last group may be smaller.
         clip_grad_norm: largest norm of the gradient, 0 for no limit.
-        progress: kept up to date; where it has steps already, `loader` gives the batches that come after them.
+        progress: kept up to date. If it has steps already, `loader` gives the batches after them.
 
     Returns:
-        Means over all samples (prompts in box mode, else images) of all processes: "loss" and the parts of it that the
+        Means over all samples (prompts in box mode, else images) of all processes: "loss" and its parts, which the
         model's `LOSSES` names; "lr" at the end; "optimizer_steps" and "skipped_steps" (by the fp16 scaler, on
         overflow).
 
     Raises:
-        DivergedError: the loss or its gradient is not finite; the weights are then as after the last good step.
+        DivergedError: the loss or its gradient is not finite. The weights are those of the last good step.
     """
+    optimizer, scheduler, scaler = state.optimizer, state.scheduler, state.scaler
     parts: tuple[str, ...] = distributed.unwrap(model).LOSSES  # type: ignore[assignment]
     model.train()
     totals = torch.zeros(len(parts) + 1, dtype=torch.float64) if progress.sums is None else progress.sums.cpu()
@@ -113,10 +134,10 @@ def train_one_epoch(
 
 
 def settle_gradient_order(model: nn.Module, dataset: TrainingDataset, precision: Precision) -> None:
-    """Where there are several processes, a pass over no image, which changes nothing that is trained.
+    """Run a pass over no image, so that DDP fixes the layout of its gradients. One process needs none.
 
-    DDP lays its gradients out anew after its first pass, and of three processes or more, the layout decides how a sum
-    is rounded: a resumed run would differ from one that went on.
+    DDP changes the layout after its first pass. With three processes or more the layout decides how sums are rounded:
+    a resumed run would differ from an uninterrupted one.
     """
     if distributed.unwrap(model) is model:
         return
@@ -152,8 +173,10 @@ class _StepSums:
         self.in_step: list[Tensor] = []
 
     def add(self, losses: dict[str, Tensor], valid: Tensor, names: list[str]) -> Tensor:
-        """Add losses of the shape of `valid` (B, or B x Q) and return the sum to differentiate: a sum, as what it is
-        to be divided by is not known before the other processes and steps of the group have counted their samples."""
+        """Add losses of the shape of `valid` (B, or B x Q) and return their sum, which is to be differentiated.
+
+        It is no mean: the number of samples is known only when all processes and batches of the step have counted.
+        """
         parts = torch.stack([(losses[part] * valid).sum() for part in self.parts])
         self.sums += torch.cat([parts.detach(), valid.sum()[None]]).double()
         self.finite.append(sum(losses.values()).view(len(names), -1).isfinite().all(dim=1))  # type: ignore[union-attr]
@@ -166,12 +189,12 @@ class _StepSums:
         return self.sums[-1].item()
 
     def names_in_step(self) -> list[str]:
-        """Of this process's images, those with a prompt that counts; the others give the step nothing."""
+        """This process's images with a valid prompt; the others add nothing to the step."""
         return [name for name, counts in zip(self.names, torch.cat(self.in_step).tolist()) if counts]
 
     def reduce(self, where: str, *, stop: bool) -> bool:
-        """Sum over the processes; whether any of them gave `stop`. All of them fail where a loss is not finite."""
-        # To the host once: all else that is asked of the sums in this step does not wait for a card.
+        """Sum over the processes, and tell whether any of them gave `stop`; all fail if a loss is not finite."""
+        # Copied to the host once: nothing else in this step waits for the GPU.
         reduced = distributed.all_reduce_sum(torch.cat([self.sums, self.sums.new_tensor([stop])])).cpu()
         self.sums, stops = reduced[:-1], reduced[-1]
         if not bool(self.sums.isfinite().all()):
@@ -181,7 +204,7 @@ class _StepSums:
 
 
 def _diverged(what: str, names: list[str]) -> DivergedError:
-    """The error, which all processes raise, each with the names of its own images."""
+    """The error that all processes raise, with the images of all."""
     everywhere = sorted({name for some in distributed.all_gather(names) for name in some})
     return DivergedError(
         f"{what} for {', '.join(everywhere)}; the weights were not touched. Check these images, or "
@@ -190,14 +213,14 @@ def _diverged(what: str, names: list[str]) -> DivergedError:
 
 
 def _means(parts: tuple[str, ...], totals: Tensor) -> dict[str, float]:
-    """The mean of each part and of their sum, from sums as `_StepSums` has them."""
+    """The mean of each part and of the loss, from `_StepSums.sums`."""
     *sums, samples = totals.tolist()
     means = {part: value / max(samples, 1) for part, value in zip(parts, sums)}
     return {"loss": sum(means.values()), **means}
 
 
 def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
-    """Move the weights and forget the gradients; False if one overflowed fp16 and the scaler left the weights alone."""
+    """Step the optimizer and clear the gradients; False if the scaler skipped the step because fp16 overflowed."""
     scale_before = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
@@ -212,18 +235,18 @@ def _normalise_gradients(
     num_samples: float,
     clip_grad_norm: float,
 ) -> bool:
-    """Turn the gradient of the summed loss into that of the mean over all the samples of the step, and clip it.
+    """Turn the gradient of the summed loss into that of the mean over the step's samples, and clip it.
 
-    False if it is not finite.
+    The divisor is the number over all processes: the result is the same for every layout, with uneven last batches too.
 
-    Dividing by the number over all processes, and not each process by its own, is what makes the result the same
-    for every layout, uneven last batches included.
+    Returns:
+        False if the gradient is not finite.
     """
     scaler.unscale_(optimizer)
     parameters = [p for p in model.parameters() if p.grad is not None]
-    # DDP has averaged over the processes; the sum is wanted.
+    # DDP averages over the processes; the sum is needed.
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, distributed.world_size() / max(num_samples, 1))
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm or float("inf"))
-    # With the fp16 scaler an overflow is expected now and then: it skips the step and lowers its scale.
+    # With fp16 an overflow is normal now and then: the scaler skips the step and lowers its scale.
     return scaler.is_enabled() or bool(norm.isfinite())
