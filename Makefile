@@ -1,6 +1,6 @@
 # make demo       the whole pipeline on drawn scenes, about 3 minutes on 2 CPU cores
 # make test       lint, types, all tests
-# make test-fast  the tests without the slow ones, under a minute
+# make test-fast  the tests that are not marked slow, under a minute on 2 CPU cores
 # make lint       ruff, codespell, mypy
 # Each target first installs what it needs into .venv.
 
@@ -33,7 +33,7 @@ test: $(VENV)/.tested lint
 	$(PY) -m pytest
 
 test-fast: $(VENV)/.tested
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check .

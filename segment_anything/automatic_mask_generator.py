@@ -93,7 +93,7 @@ class SamAutomaticMaskGenerator:
         if crop_n_layers and height != width:
             raise ArgumentError(
                 f"crop_n_layers={crop_n_layers}: crops do not all fit the model's {height} x {width}; "
-                f"build the model with image_size={max(height, width)}, or give crop_n_layers=0"
+                "give crop_n_layers=0, or use a model of a square frame"
             )
         if output_mode not in OUTPUT_MODES:
             raise ArgumentError(f"output_mode must be one of {', '.join(OUTPUT_MODES)}, got {output_mode!r}")

@@ -47,6 +47,8 @@ from utils.model.checkpoint import ModelInfo, load_checkpoint, save_best
 from utils.model.segmenter import BoxSegmenter, build_model
 from utils.runtime.errors import UserError, printable
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -153,7 +155,6 @@ def test_no_script_runs_what_an_npy_holds(
 
 
 @pytest.mark.parametrize("script", ["train", "infer", "pre"])
-@pytest.mark.slow
 def test_the_scripts_themselves_end_in_one_line(
     script: str, npy: Path, sam_file: Path, tmp_path: Path, scenes: Path
 ) -> None:

@@ -336,6 +336,7 @@ def test_without_a_lock_temporaries_stay(
     assert (root / ".cache.json.123.tmp").exists()
 
 
+@pytest.mark.slow
 def test_auto_goes_on_without_where_the_disk_has_no_room(
     split: Path, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -637,6 +638,7 @@ def test_an_entry_that_is_replaced_in_use_is_not_read(
 
 
 @pytest.mark.parametrize("resize_mode", ["stretch", "pad"])
+@pytest.mark.slow
 def test_random_views_are_those_that_the_labels_say(
     resize_mode: str, scenes: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path
 ) -> None:

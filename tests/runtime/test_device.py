@@ -198,6 +198,7 @@ def test_deterministic_sets_all_there_is_to_set_before_cuda_starts(monkeypatch: 
 
 @pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize("mode", ["box", "semantic"])
+@pytest.mark.slow
 def test_training_goes_through_with_deterministic_and_gives_the_same(
     mode: str, train: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def test_results_come_in_the_order_of_the_jobs(num_workers: int) -> None:
 @pytest.mark.parametrize(
     ("num_workers", "num_jobs", "size"), [(1, 3, 3), (1, 16, 8), (1, 802, 8), (2, 31, 1), (2, 46, 2), (2, 802, 8)]
 )
+@pytest.mark.slow
 def test_how_many_jobs_are_given_at_a_time(num_workers: int, num_jobs: int, size: int) -> None:
     """Eight, or an eighth of a process's share; but there is no other to be left without beside a single process."""
     rest = num_jobs % size

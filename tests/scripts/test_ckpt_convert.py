@@ -115,6 +115,7 @@ def run(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.parametrize("name", [BEST, LATEST])
+@pytest.mark.slow
 def test_vit_tiny_round_trip(
     run: Path, sam_file: Path, npy: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,6 +138,7 @@ def slow_confusion(npy: Path, sam_file: Path, decoder: Path, rule: str) -> np.nd
 
 
 @pytest.mark.parametrize("rule", ["argmax", "box_threshold", "threshold"])
+@pytest.mark.slow
 def test_figures_equal_a_slow_computation(
     rule: str, infer: Callable[..., dict[str, Any]], npy: Path, sam_file: Path, decoder: Path
 ) -> None:

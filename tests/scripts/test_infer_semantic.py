@@ -23,6 +23,8 @@ from tests.helpers.scripts import good_flags, read_results, run_script
 from utils.model import checkpoint
 from utils.model.segmenter import build_model
 
+pytestmark = pytest.mark.slow
+
 SPLIT_NAMES = ["val-0000", "val-0001", "val-0002"]
 
 
@@ -186,7 +188,6 @@ def test_a_video_gives_a_video(infer: Callable[..., int | None], semantic: Path,
     assert frames == 5 and video.get(cv2.CAP_PROP_FPS) == 10
 
 
-@pytest.mark.slow
 def test_original_size_equals_bdd100ks_toolkit_on_the_saved_pngs(
     infer: Callable[..., int | None], scenes: Path, boxed: Path, semantic: Path, tmp_path: Path
 ) -> None:
@@ -285,7 +286,6 @@ def test_boxes_that_fit_no_frame_of_a_video(
     assert (tmp_path / "out" / "clip.mp4").exists()
 
 
-@pytest.mark.slow
 def test_two_processes_equal_one_exactly(
     infer: Callable[..., int | None], sam_file: Path, npy: Path, semantic: Path, tmp_path: Path
 ) -> None:

@@ -14,6 +14,8 @@ from tests.helpers.inputs import write_split
 from tests.helpers.scripts import run_script
 from tools import pretrain_vit_tiny
 
+pytestmark = pytest.mark.slow
+
 FEW = ["--num_steps", 2, "--batch_size", 2]
 
 

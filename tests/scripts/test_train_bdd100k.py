@@ -141,6 +141,7 @@ PATIENCE: dict[str, tuple[list[float], list[object], int]] = {
 
 
 @pytest.mark.parametrize("case", PATIENCE)
+@pytest.mark.slow
 def test_patience_stops_a_run_that_no_longer_improves(
     case: str,
     train: Train,
@@ -164,6 +165,7 @@ def test_patience_stops_a_run_that_no_longer_improves(
     assert "Next:\n" in said  # it ends as any other
 
 
+@pytest.mark.slow
 def test_a_killed_run_stops_where_one_that_was_not_killed_does(
     train: Train, npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +194,7 @@ def test_a_killed_run_stops_where_one_that_was_not_killed_does(
     assert len(log_of(folder)) == 8
 
 
+@pytest.mark.slow
 def test_one_epoch_resumed_to_two_equals_two_bit_for_bit(train: Train, run: Path, npy: Path, tmp_path: Path) -> None:
     flags = ["-task_name", "Drawn", "--val_npy_path", npy / "val", "-lr", "1e-3"]
     folder = train(tmp_path, "-num_epochs", 1, *flags)
@@ -248,6 +251,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
         (signal.SIGINT, "validation", "epoch 0, after 4 optimizer steps"),
     ],
 )
+@pytest.mark.slow
 def test_a_signal_saves_the_step_and_resuming_equals_never_having_stopped(
     number: signal.Signals,
     step: int | str,
@@ -378,6 +382,7 @@ def test_a_finished_run_is_no_error_to_who_starts_it_again(
     assert {path: path.read_bytes() for path in run_copy.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_resuming_with_the_scaler_newly_enabled(train: Train, run_copy: Path, npy: Path) -> None:
     # As someone would whose memory ran out without -use_amp.
     flags = ["--val_npy_path", npy / "val", "-lr", "1e-3", "-use_amp", "--amp_dtype", "fp16"]
@@ -385,6 +390,7 @@ def test_resuming_with_the_scaler_newly_enabled(train: Train, run_copy: Path, np
     assert [record["epoch"] for record in log_of(run_copy)] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_logging_to_tensorboard_and_to_wandb_without_a_network(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,6 +432,7 @@ def test_a_logger_that_cannot_be_used_is_told_before_the_data_is_read(
     assert "--use_tensorboard" in error_of(train_bdd100k, *good_flags(tmp_path), "--use_tensorboard")
 
 
+@pytest.mark.slow
 def test_a_decoder_overfits_two_images(train: Train, tmp_path: Path) -> None:
     # Flat patches of colour, which even the features of a random encoder can tell apart.
     items = {}
@@ -619,6 +626,7 @@ def test_resuming_a_run_of_another_image_size(
 
 
 @pytest.mark.parametrize(("flag", "split"), [("-i", "train"), ("--val_npy_path", "val")])
+@pytest.mark.slow
 def test_resuming_on_data_that_changed(
     flag: str, split: str, run_copy: Path, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:

@@ -86,6 +86,7 @@ def image() -> np.ndarray:
     ],
     ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else "",
 )
+@pytest.mark.slow
 def test_the_records_are_the_public_packages_on_the_same_predictions(
     sam: Sam, public: Any, image: np.ndarray, arguments: dict[str, Any], at_least: int
 ) -> None:

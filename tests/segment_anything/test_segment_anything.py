@@ -128,6 +128,7 @@ _MASK: dict[str, Any] = {"mask_input": np.random.default_rng(1).normal(0, 5, (1,
     [_POINTS, _BOX, {**_POINTS, **_BOX}, _MASK, {**_POINTS, **_BOX, **_MASK}],
     ids=["points", "box", "points+box", "mask", "all"],
 )
+@pytest.mark.slow
 def test_predictor_end_to_end(
     predictors: tuple[SamPredictor, Any],
     compare: Compare,
@@ -197,6 +198,7 @@ def test_mask_decoder(vit_b: tuple[Sam, Any], compare: Compare, multimask_output
 @pytest.mark.parametrize("kind", ["windowed", "global"])
 @pytest.mark.parametrize("model_type", ["vit_l", "vit_h"])
 @torch.no_grad()
+@pytest.mark.slow
 def test_encoder_blocks_of_the_larger_models(compare: Compare, model_type: str, kind: str) -> None:
     """On a 20 x 20 grid, which windows of 14 do not divide."""
     grid_size = 20
@@ -223,6 +225,7 @@ def test_encoder_blocks_of_the_larger_models(compare: Compare, model_type: str, 
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_the_encoder_works_after_an_export() -> None:
     """Nothing of a trace, whose tensors hold no values, is kept for later."""
     encoder = random_tiny().image_encoder.requires_grad_(False)
@@ -839,6 +842,7 @@ def test_copies_and_pickles_give_the_same(small: tuple[Any, Any]) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_an_exported_decoder_takes_any_number_of_tokens(small: tuple[Any, Any]) -> None:
     class AllMasks(nn.Module):
         def __init__(self, decoder: Any) -> None:

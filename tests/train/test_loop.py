@@ -56,6 +56,7 @@ def batched(dataset: BoxPromptDataset, batch_size: int) -> DataLoader:
 
 
 @pytest.mark.parametrize("classes_per_image", [2, None])
+@pytest.mark.slow
 def test_accumulating_four_batches_of_one_equals_a_batch_of_four(
     classes_per_image: int | None, sam_file: Path, dataset: Callable[..., BoxPromptDataset]
 ) -> None:
