@@ -29,6 +29,7 @@ setup(
         "torchvision",  # what --augment full does to images
         "tqdm",
         "matplotlib",
+        "filelock>=3.30",  # whose FileLock can do without a soft lock
     ],
     extras_require={
         "log": ["tensorboard", "wandb"],

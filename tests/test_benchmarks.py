@@ -15,8 +15,8 @@ import torch
 
 from benchmarks import common, encoder, frames, gpu, inference, preprocessing, semantic, training
 from segment_anything import build_sam_vit_tiny
-from tests.helpers import oracles
 from tests.conftest import run_script
+from tests.helpers import oracles
 from utils.data.bdd100k import find_split
 
 TINY = ("--model_type", "vit_tiny", "--image_size", 64, "--repeats", 1)

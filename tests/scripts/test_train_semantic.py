@@ -17,7 +17,7 @@ from segment_anything.modeling import Sam
 from tests.conftest import IMAGE_SIZE, log_of, run_script, write_split
 from tests.scripts.test_infer_bdd100k import good_flags, read_results
 from tests.train.test_loop import train as train_epoch
-from utils.cache.embedding_cache import use_caches
+from utils.cache.writer import use_caches
 from utils.data.datasets import FILLER, EvaluationDataset, NpyFolder, SemanticDataset
 from utils.model import checkpoint
 from utils.model.checkpoint import ModelInfo

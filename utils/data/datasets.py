@@ -106,7 +106,7 @@ class NpyFolder:
 
 
 class FeatureCache(Protocol):
-    """What `utils.cache.embedding_cache` makes: the frozen encoder's features of each image of a split."""
+    """The frozen encoder's features of each image of a split (`utils.cache.reader.EmbeddingCache`)."""
 
     def read(self, index: int, view: int = 0) -> tuple[torch.Tensor, ...]: ...
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")  # of segment_anything.build_sam.CONFIGS
 PROMPT_MODES = ("box", "semantic")  # of utils.model.segmenter.SEGMENTERS
-CACHE_DTYPES = ("float16", "float32")  # of utils.cache.embedding_cache.DTYPES
+CACHE_DTYPES = ("float16", "float32")  # of utils.cache.keys.DTYPES
 SCHEDULES = ("constant", "cosine", "step")
 AMP_DTYPES = ("auto", "fp16", "bf16")
 AMP_HELP = "auto: bf16 where the hardware has it, else fp16 on a GPU and float32 on a CPU"
