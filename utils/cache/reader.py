@@ -160,14 +160,11 @@ def _check(path: Path, request: Request, index: int, identity: str) -> tuple[str
         return MISSING, ""
     if not S_ISREG(found.st_mode):
         return "not regular files", ""
-    content = read_tensors(path)
+    _, metadata = read_tensors(path) or ({}, {})
     try:
-        views = json.loads(content[1].get("views_are", "")) if content else None
+        views, expected = json.loads(metadata.get("views_are", "")), json.loads(request.views(index))
     except (ValueError, RecursionError):
-        content = None
-    if content is None:
         return "damaged", ""
-    metadata, expected = content[1], json.loads(request.views(index))
     if metadata.get("binding") != identity:
         return "of another cache", ""
     if not isinstance(views, list) or views[: len(expected)] != expected:

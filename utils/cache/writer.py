@@ -67,8 +67,7 @@ def use_caches(
     """
     requests = [Request(dataset.source, dataset.num_views, count) for dataset, count in passes.items()]
     key = CacheKey.of(segmenter, info, precision, dtype)
-    loading = {"batch_size": batch_size, "num_workers": num_workers}
-    caches = prepare_caches(where, requests, segmenter, precision, key, **loading)
+    caches = prepare_caches(where, requests, segmenter, precision, key, batch_size=batch_size, num_workers=num_workers)
     for dataset, cache in zip(passes, caches):
         dataset.use(cache, takes_pixels=segmenter.takes_pixels)
         if cache:
@@ -109,8 +108,7 @@ def prepare_caches(
         return caches
     first, is_auto = requests[0], where == "auto"
     folders = {request.source.folder.resolve() for request in requests}
-    beside = first.source.folder.resolve().parent / "embeddings"
-    root = beside / key.digest[:16] if is_auto else Path(where)
+    root = first.source.folder.resolve().parent / "embeddings" / key.digest[:16] if is_auto else Path(where)
     # Only the main process looks: NFS clients remember for a while that a folder is missing.
     if is_auto and not first.saves_encoding and distributed.on_main(lambda: not exists(root)):
         if first.passes > 1:
@@ -281,8 +279,10 @@ class CacheWriter:
         _make_folder(folder)  # the main process has done so, which other machines may not know yet
         num_images = max(1, self.batch_size // request.num_views)  # all views of an image are in one batch
         loader = Loader(_Pending(request, pending, folder), batch_size=num_images, num_workers=self.num_workers)
-        desc = f"encoding into {folder}"
-        with tqdm(total=len(pending), desc=desc, unit="image", disable=not distributed.is_main()) as progress:
+        progress = tqdm(
+            total=len(pending), desc=f"encoding {folder.name}", unit="image", disable=not distributed.is_main()
+        )
+        with progress:
             for images, indexes, metadata in loader:
                 views = [self._stored(self._encode(view), self.feature_pca) for view in images.unbind(dim=1)]
                 for i, index in enumerate(indexes.tolist()):

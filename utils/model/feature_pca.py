@@ -63,9 +63,8 @@ class FeaturePCA(nn.Module):
             features: embeddings, B x E x h x w, and blocks, B x C x h x w each.
 
         Returns:
-            embeddings, unchanged.
-            codes, B x K x h x w uint8.
-            ranges, B x 2 x K float32: the value of code 0 and the step between codes, per image and component.
+            The embeddings; codes, B x K x h x w uint8; ranges, B x 2 x K float32: the value of code 0 and the step
+            between codes, per image and component.
         """
         embeddings, *blocks = features
         x = self.basis @ (_joined(blocks) - self.mean[:, None])  # B x K x HW
