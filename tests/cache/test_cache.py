@@ -31,7 +31,7 @@ from tests.helpers.faults import small_disk
 from tests.scripts.test_infer_bdd100k import good_flags, read_results
 from utils.cache import lock, writer
 from utils.cache.keys import CacheKey, Request
-from utils.cache.reader import EmbeddingCache, entry_path
+from utils.cache.reader import EmbeddingCache, entry_path, read_tensors
 from utils.cache.writer import prepare_caches
 from utils.data.augment import fixed_view
 from utils.data.datasets import EvaluationDataset, NpyFolder, SemanticDataset, collate_evaluation
@@ -173,6 +173,17 @@ def test_damage_is_found_and_mended(
     assert "1 of 7 entries are damaged\n" in capsys.readouterr().out
     for got, expected in zip(cache.read(5), before, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_entry_whose_views_are_nested_too_deeply_is_damaged(
+    split: Path, segmenter: Segmenter, sam_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = prepare(split, segmenter, sam_file)
+    path = entry_path(cache.folder, cache.entries[0][0])
+    tensors, metadata = read_tensors(path) or ({}, {})
+    writer._write_tensors(path, tensors, {**metadata, "views_are": "[" * 100_000})
+    prepare(split, segmenter, sam_file)
+    assert "1 of 7 entries are damaged\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("call", ["utils.cache.reader.safe_open", "os.stat"])
