@@ -111,7 +111,7 @@ import torch
 from tqdm import tqdm
 
 from segment_anything.build_sam import CONFIGS, file_digest
-from utils.cache.embedding_cache import use_caches
+from utils.cache.writer import use_caches
 from utils.data.bdd100k import check_first_masks, find_split, match_key, read_mask, read_size
 from utils.data.datasets import BoxesByName, EvaluationBatch, EvaluationDataset, NpyFolder, detected_prompts
 from utils.data.detections import read_detections

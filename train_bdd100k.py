@@ -212,7 +212,7 @@ import monai.losses  # noqa: F401  now, and not within the first step
 import torch
 
 from segment_anything.build_sam import file_digest
-from utils.cache.embedding_cache import use_caches
+from utils.cache.writer import use_caches
 from utils.data.datasets import EvaluationDataset, NpyFolder, TrainingDataset, training_dataset, validation_dataset
 from utils.data.loaders import Loader, evaluation_loader, training_loader, usable_workers
 from utils.evaluate.evaluate import evaluate

@@ -28,7 +28,8 @@ from benchmarks.training import CLASSES, PRECISIONS, Loop, write_split
 from segment_anything import sam_model_registry
 from segment_anything.build_sam import CONFIGS
 from segment_anything.modeling import Sam
-from utils.cache.embedding_cache import Binding, Request, prepare_caches
+from utils.cache.keys import CacheKey, Request
+from utils.cache.writer import prepare_caches
 from utils.data.datasets import BoxPromptDataset, NpyFolder, SemanticDataset, TrainingDataset
 from utils.data.frame import ImageSize, frame_size, image_size
 from utils.model.checkpoint import ModelInfo
@@ -89,13 +90,13 @@ class Frame:
                 [Request(source, num_views=1, passes=100)],
                 segmenter,
                 precision,
-                Binding.of(segmenter, info, precision, "float16"),
+                CacheKey.of(segmenter, info, precision, "float16"),
                 batch_size=1,
                 num_workers=0,
             )
             assert cache is not None, "a folder was given"
             dataset.use(cache, takes_pixels=segmenter.takes_pixels)
-            segmenter.reduction = cache.reduction
+            segmenter.feature_pca = cache.feature_pca
             entries = [path.stat().st_size for path in (folder / mode / source.folder.name).glob("*.safetensors")]
             self.bytes[mode] = sum(entries) / len(entries)
             for kind, precision in PRECISIONS.items():

@@ -26,7 +26,7 @@ from benchmarks import common
 from segment_anything import sam_model_registry
 from utils.data.classes import NUM_CLASSES
 from utils.data.frame import ImageSize, frame_size, image_size
-from utils.model.feature_pca import Reduction
+from utils.model.feature_pca import FeaturePCA
 from utils.model.segmenter import SEGMENTERS, Features, Segmenter
 from utils.runtime import cli
 from utils.runtime.device import Precision, resolve_precision, telling_out_of_memory
@@ -88,8 +88,8 @@ def random_batch(batch_size: int, image_size: ImageSize, prompt_mode: str, class
 def stored(segmenter: Segmenter, features: Features) -> list[Tensor]:
     """What a cache has of features. The projection is one of zeros, which takes as long as any."""
     if segmenter.feature_blocks:
-        segmenter.reduction = Reduction.blank(features).to(features[0].device)
-        features = segmenter.reduction.reduce(features)
+        segmenter.feature_pca = FeaturePCA.blank(features).to(features[0].device)
+        features = segmenter.feature_pca.reduce(features)
     embeddings, *rest = features
     return [embeddings.half(), *rest]
 

@@ -37,7 +37,7 @@ from utils.data.classes import NUM_CLASSES
 from utils.data.datasets import NpyFolder, Sample, TrainingBatch, box_prompts, collate_training
 from utils.data.frame import image_size_of
 from utils.evaluate.metrics import ConfusionMatrix, iou_per_class, mean_iou
-from utils.model.feature_pca import FIT_IMAGES, Reduction
+from utils.model.feature_pca import FIT_IMAGES, FeaturePCA
 from utils.model.losses import COMPETING_WEIGHT, semantic_losses
 from utils.model.prediction import Prediction
 from utils.model.segmenter import BoxSegmenter, Features, Segmenter, SemanticSegmenter
@@ -290,7 +290,7 @@ def reduced(split: Split) -> Split:
         return [feature[images].float() for feature in split.features]
 
     apart = max(1, split.num_images // FIT_IMAGES)
-    reduction = Reduction.fit([features_of(slice(0, split.num_images, apart))])
+    reduction = FeaturePCA.fit([features_of(slice(0, split.num_images, apart))])
     pieces = []
     for start in range(0, len(split.labels), 8):
         stored = reduction.reduce(features_of(slice(start, start + 8)))

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Subset
 
 from benchmarks import common
 from segment_anything.modeling import Sam
-from utils.cache.embedding_cache import Binding, Request, prepare_caches
+from utils.cache.keys import CacheKey, Request
+from utils.cache.writer import prepare_caches
 from utils.data.classes import NUM_CLASSES
 from utils.data.datasets import BoxPromptDataset, NpyFolder, TrainingDataset, TrainingSampler, collate_training
 from utils.data.frame import ImageSize, frame_size
@@ -160,7 +161,7 @@ def cached_dataset(folder: Path, source: NpyFolder, sam: Sam) -> BoxPromptDatase
         [Request(source, num_views=1, passes=EPOCHS)],
         segmenter,
         precision,
-        Binding.of(segmenter, info, precision, "float16"),
+        CacheKey.of(segmenter, info, precision, "float16"),
         batch_size=4,
         num_workers=0,
     )

@@ -1,4 +1,4 @@
-"""utils/embedding_cache.py and --cache_embeddings: exactness, going on, and noticing whatever does not fit."""
+"""utils/cache and --cache_embeddings: exactness, resuming, and rejecting whatever does not match."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load
 
@@ -25,10 +26,13 @@ import infer_bdd100k
 import pre_bdd100k
 import train_bdd100k
 from segment_anything.build_sam import file_digest
+from tests.helpers.faults import small_disk
 from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.scripts import good_flags, read_results, run_script
-from utils.cache import embedding_cache
-from utils.cache.embedding_cache import Binding, EmbeddingCache, Request, entry_path, prepare_caches
+from utils.cache import lock, writer
+from utils.cache.keys import CacheKey, Request
+from utils.cache.reader import EmbeddingCache, entry_path, read_tensors
+from utils.cache.writer import prepare_caches
 from utils.data.augment import fixed_view
 from utils.data.datasets import EvaluationDataset, NpyFolder, SemanticDataset, collate_evaluation
 from utils.model import checkpoint
@@ -92,16 +96,16 @@ def prepare_requests(
 ) -> list[EmbeddingCache | None]:
     source = requests[0].source
     info = ModelInfo("vit_tiny", source.image_size, source.resize_mode, file_digest(sam_file), "semantic")
-    binding = Binding.of(segmenter, info, CPU, dtype)
-    binding = dataclasses.replace(binding, **changed)
-    return prepare_caches(where, requests, segmenter, CPU, binding, batch_size=4, num_workers=0)
+    key = CacheKey.of(segmenter, info, CPU, dtype)
+    key = dataclasses.replace(key, **changed)
+    return prepare_caches(where, requests, segmenter, CPU, key, batch_size=4, num_workers=0)
 
 
 def test_a_cache_of_a_square_has_the_name_that_it_has_always_had() -> None:
     """As written by the version before there were other frames; another name would have it made anew."""
-    binding = Binding("ab" * 32, "semantic", 64, "stretch", [123.675], [58.395], "float32", "float16")
-    assert binding.digest == "cc7b57538f8141a30bb73f9e6c90b85936fef19459f2d2752c6a917b46cab845"
-    assert dataclasses.replace(binding, image_size="64x96").digest != binding.digest
+    key = CacheKey("ab" * 32, "semantic", 64, "stretch", [123.675], [58.395], "float32", "float16")
+    assert key.digest == "cc7b57538f8141a30bb73f9e6c90b85936fef19459f2d2752c6a917b46cab845"
+    assert dataclasses.replace(key, image_size="64x96").digest != key.digest
 
 
 def test_it_holds_what_the_encoder_gives(split: Path, segmenter: Segmenter, sam_file: Path) -> None:
@@ -142,7 +146,7 @@ def test_what_is_there_is_not_encoded_again(
     prepare(split, segmenter, sam_file)
     assert encoded == [1, 1]  # an empty image, to tell the time by, and the one that lacked
     prepare(split, segmenter, sam_file, num_views=2)
-    assert "7 entries are without the views that are asked for" in capsys.readouterr().out
+    assert "7 entries are without the requested views" in capsys.readouterr().out
 
 
 def flip_byte(path: Path) -> None:
@@ -171,7 +175,18 @@ def test_damage_is_found_and_mended(
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("call", ["utils.cache.embedding_cache.safe_open", "os.stat"])
+def test_an_entry_whose_views_are_nested_too_deeply_is_damaged(
+    split: Path, segmenter: Segmenter, sam_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = prepare(split, segmenter, sam_file)
+    path = entry_path(cache.folder, cache.entries[0][0])
+    tensors, metadata = read_tensors(path) or ({}, {})
+    writer._write_tensors(path, tensors, {**metadata, "views_are": "[" * 100_000})
+    prepare(split, segmenter, sam_file)
+    assert "1 of 7 entries are damaged\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", ["utils.cache.reader.safe_open", "os.stat"])
 def test_what_the_system_says_of_an_entry_is_no_damage(
     split: Path,
     segmenter: Segmenter,
@@ -195,7 +210,7 @@ def test_what_the_system_says_of_an_entry_is_no_damage(
 
     with monkeypatch.context() as patch:
         patch.setattr(call, refuse)
-        patch.setattr("utils.cache.embedding_cache.require_readable", lambda path: open_refused(path))
+        patch.setattr("utils.cache.reader.require_readable", lambda path: open_refused(path))
         with pytest.raises(UnreadableError, match=rf"{entry}: cannot be read \(Input/output error\)"):
             prepare(split, segmenter, sam_file, where=str(tmp_path / "cache"))
         if call != "os.stat":
@@ -262,8 +277,8 @@ def test_entries_of_older_versions_which_record_no_path(
     split: Path, segmenter: Segmenter, sam_file: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as older:
-        signature = embedding_cache._signature
-        older.setattr(embedding_cache, "_signature", lambda *paths: signature(*paths).rsplit(" ", 1)[0])
+        signature = Request.signature
+        older.setattr(Request, "signature", lambda *arguments: signature(*arguments).rsplit(" ", 1)[0])
         prepare(split, segmenter, sam_file)
     encoded.clear()
     prepare(split, segmenter, sam_file)
@@ -279,7 +294,7 @@ def test_a_cache_of_something_else_is_refused_with_the_reason(
 ) -> None:
     prepare(split, segmenter, sam_file, str(tmp_path / "cache"))
     encoded.clear()
-    with pytest.raises(UserError, match=rf"a cache of other features \({key} differ\)"):
+    with pytest.raises(UserError, match=rf"a cache with a different {key};"):
         prepare(split, segmenter, sam_file, str(tmp_path / "cache"), **{key: value})
     prepare(split, segmenter, sam_file)  # beside the images each kind has a folder of its own
     assert len(encoded) > 1
@@ -301,13 +316,13 @@ def test_folders_that_cannot_be_a_cache(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
-    with pytest.raises(UserError, match="is not empty and no cache"):
+    with pytest.raises(UserError, match="not empty and not a cache"):
         prepare(split, segmenter, sam_file, str(tmp_path / "full"))
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "cache.json").write_text("{")
-    with pytest.raises(UserError, match=r"cache\.json: not JSON .*; remove"):
+    with pytest.raises(UserError, match=r"cache\.json: not JSON .*; delete"):
         prepare(split, segmenter, sam_file, str(tmp_path / "damaged"))
-    monkeypatch.setattr(embedding_cache, "ROOM_TO_LEAVE", 1 << 60)
+    monkeypatch.setattr(writer, "FREE_GIB", 1 << 30)
     with pytest.raises(UserError, match=r"the cache needs .* GiB of disk"):
         prepare(split, segmenter, sam_file, str(tmp_path / "new"))
     assert not list((tmp_path / "new" / "train").glob("*.safetensors"))
@@ -317,18 +332,19 @@ def test_what_a_killed_run_left_does_not_count(split: Path, segmenter: Segmenter
     root = split.parent / "cache"
     root.mkdir()
     (root / ".cache.json.123.tmp").touch()
-    (root / embedding_cache.LOCK).touch()
+    (root / lock.LOCK).touch()
     prepare(split, segmenter, sam_file, str(root))
-    assert {path.name for path in root.iterdir()} == {"cache.json", "train", embedding_cache.LOCK}
+    assert {path.name for path in root.iterdir()} == {"cache.json", "train", lock.LOCK}
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_without_a_lock_temporaries_stay(
-    split: Path, segmenter: Segmenter, sam_file: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, split: Path, segmenter: Segmenter, sam_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise OSError("no locks here")
+        raise OSError(number, "no locks here")
 
-    monkeypatch.setattr(embedding_cache.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     root = split.parent / "cache"
     root.mkdir()
     (root / ".cache.json.123.tmp").touch()  # which may be that of a run at work
@@ -336,13 +352,31 @@ def test_without_a_lock_temporaries_stay(
     assert (root / ".cache.json.123.tmp").exists()
 
 
+def test_a_cache_that_may_only_be_read_serves(
+    split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, encoded: list[int]
+) -> None:
+    try:
+        with small_disk(tmp_path / "disk", 2048) as disk:
+            prepare(split, segmenter, sam_file, str(disk / "cache"))
+            (disk / "cache" / lock.LOCK).unlink()  # as in a cache of a version without locks
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            encoded.clear()
+            cache = prepare(split, segmenter, sam_file, str(disk / "cache"))
+            assert encoded == [] and cache.read(0)[0].isfinite().all()
+            with lock.exclusive(disk / "cache") as has_lock:
+                assert not has_lock
+            del cache
+    except PermissionError as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.slow
 def test_auto_goes_on_without_where_the_disk_has_no_room(
     split: Path, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(embedding_cache, "ROOM_TO_LEAVE", 1 << 60)
+    monkeypatch.setattr(writer, "FREE_GIB", 1 << 30)
     train(split, sam_file, tmp_path, "--cache_embeddings", "auto", "-num_epochs", 2)
-    assert "going on without a cache" in capsys.readouterr().out
+    assert "continuing without a cache" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["auto", "folder"])
@@ -367,7 +401,10 @@ def test_the_projection_is_fitted_to_the_first_split_or_not_at_all(
     requests = [Request(source, num_views=4, passes=4), Request(val, num_views=1, passes=100)]
     assert prepare_requests(requests, segmenter, sam_file, "auto") == [None, None]
     assert not root.exists()
-    assert "no cache of features: its 4 views of an image take as many encodings as 4 epochs" in capsys.readouterr().out
+    assert (
+        "no cache of features: to encode 4 views of each image costs no less than to encode the images of 4 epochs"
+        in capsys.readouterr().out
+    )
     requests[0] = Request(source, num_views=4, passes=5)
     assert all(prepare_requests(requests, segmenter, sam_file, "auto"))
     assert sum(encoded) == (1 + 7 + 4 * 7) + (1 + 3)  # an empty image first; fitted to the first split, once
@@ -392,24 +429,24 @@ def test_auto_does_not_go_on_without_a_cache_where_a_loader_process_was_lost(
     def lost(*args: Any, **options: Any) -> None:
         raise LostWorkerError("a loader process has ended")
 
-    monkeypatch.setattr(embedding_cache, "Loader", lost)
+    monkeypatch.setattr(writer, "Loader", lost)
     with pytest.raises(LostWorkerError):
         prepare(split, segmenter, sam_file, "auto")
 
 
 def test_machines_without_a_common_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The second process is played: it sees what the first one wrote, or does not.
-    monkeypatch.setattr(embedding_cache.distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(embedding_cache.distributed, "all_gather", lambda value: [value, True])
-    embedding_cache._require_one_disk(tmp_path)
-    monkeypatch.setattr(embedding_cache.distributed, "all_gather", lambda value: [value, False])
+    monkeypatch.setattr(lock.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(lock.distributed, "all_gather", lambda value: [value, True])
+    lock.require_shared_disk(tmp_path, "cache.json")
+    monkeypatch.setattr(lock.distributed, "all_gather", lambda value: [value, False])
     with pytest.raises(UserError, match="process 1 of 2 does not see what process 0 writes there"):
-        embedding_cache._require_one_disk(tmp_path)
+        lock.require_shared_disk(tmp_path, "cache.json")
     assert not list(tmp_path.iterdir())
 
 
 def test_processes_wait_for_each_other_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding_cache, "SECONDS_OF_A_ROUND", -1.0)
+    monkeypatch.setattr(lock, "SECONDS_PER_ROUND", -1.0)
     done: list[int] = []
     gathered: list[object] = []
 
@@ -424,17 +461,17 @@ def test_processes_wait_for_each_other_in_rounds(monkeypatch: pytest.MonkeyPatch
         if fails:
             raise UserError("no room")
 
-    monkeypatch.setattr(embedding_cache.distributed, "all_gather", gather)
-    embedding_cache._in_rounds(work(False))
+    monkeypatch.setattr(lock.distributed, "all_gather", gather)
+    lock.in_rounds(work(False))
     assert done == [0, 1, 2] and gathered == [False, False, False, True]
     with pytest.raises(UserError, match="no room"):
-        embedding_cache._in_rounds(work(True))
-    monkeypatch.setattr(embedding_cache.distributed, "all_gather", lambda value: [value, UserError("theirs")])
+        lock.in_rounds(work(True))
+    monkeypatch.setattr(lock.distributed, "all_gather", lambda value: [value, UserError("theirs")])
     with pytest.raises(UserError, match="theirs"):
-        embedding_cache._in_rounds(work(False))
-    monkeypatch.setattr(embedding_cache.distributed, "launcher_has_ended", lambda: True)
+        lock.in_rounds(work(False))
+    monkeypatch.setattr(lock.distributed, "launcher_has_ended", lambda: True)
     with pytest.raises(Interrupted, match="the launcher has ended"):
-        embedding_cache._in_rounds(work(False))
+        lock.in_rounds(work(False))
 
 
 @pytest.mark.slow
@@ -564,8 +601,8 @@ def test_auto_says_that_it_does_not_read_what_is_not_whole(
     train(split, sam_file, tmp_path, "-num_epochs", 1)
     said = capsys.readouterr().out
     assert "train: 1 of 7 entries are damaged\n" in said
-    assert "train: not read, as 1 of 7 images have no good entry; to have it completed, give " in said
-    assert f"give --cache_embeddings '{entry.parents[1]}'\n" in said
+    assert "train: not read, as 1 of 7 images have no valid entry; to complete it, set " in said
+    assert f"set --cache_embeddings '{entry.parents[1]}'\n" in said
     assert "features are read" not in said and not entry.read_bytes()
     train(split, sam_file, tmp_path, "-num_epochs", 3, "--augment", "full", "--cache_views", 3)
     said = capsys.readouterr().out
@@ -593,7 +630,7 @@ def test_in_float16_blocks_are_reduced_and_restored(
     stored = reduced.read(2)
     assert [tensor.dtype for tensor in stored] == [torch.float16, torch.uint8, torch.float32]
     assert sum(tensor.nbytes for tensor in stored) < 0.3 * sum(tensor.nbytes for tensor in raw) / 2
-    monkeypatch.setattr(segmenter, "reduction", reduced.reduction)
+    monkeypatch.setattr(segmenter, "feature_pca", reduced.feature_pca)
     restored = segmenter.restore(tuple(tensor[None] for tensor in stored))
     assert [tensor.shape for tensor in restored] == [tensor.shape for tensor in raw]
     with torch.no_grad():
@@ -622,7 +659,7 @@ def test_a_damaged_projection_is_noticed(
     capsys.readouterr()
     prepare(split, segmenter, sam_file, dtype="float16", num_views=2)
     printed = capsys.readouterr().out
-    assert "projection.safetensors: damaged, or of another cache" in printed
+    assert "projection.safetensors: damaged or of another cache" in printed
     assert "7 of 7 entries are of another cache" in printed
     after = load(projection.read_bytes())  # fitted to the same images, it is the same
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
@@ -678,12 +715,12 @@ def test_entries_of_other_views_are_made_anew(
     prepare(split, segmenter, sam_file, num_views=2)  # these are as they were
     assert capsys.readouterr().out == ""
     prepare(split, segmenter, sam_file, num_views=3)
-    assert "7 entries are without the views that are asked for" in capsys.readouterr().out
+    assert "7 entries are without the requested views" in capsys.readouterr().out
 
 
 def test_two_splits_of_one_name_do_not_share_a_cache(split: Path, sam_file: Path, tmp_path: Path) -> None:
     other = shutil.copytree(split, tmp_path / "other" / "train")
-    with pytest.raises(UserError, match="has the name of"):
+    with pytest.raises(UserError, match="have the same name"):
         train(split, sam_file, tmp_path, "--val_npy_path", other, "--cache_embeddings", tmp_path / "cache")
 
 
@@ -693,14 +730,45 @@ def test_a_second_run_waits_for_the_first(
     segmenter: Segmenter,
     sam_file: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     root = reduced.folder.parent
-    handle = os.open(root / embedding_cache.LOCK, os.O_RDWR)
+    handle = os.open(root / lock.LOCK, os.O_RDWR)  # as the version before this one takes it
     fcntl.flock(handle, fcntl.LOCK_EX)
-    monkeypatch.setattr(embedding_cache.time, "sleep", lambda _: os.close(handle))
+    said: list[str] = []
+
+    def say(message: str) -> None:
+        said.append(message)
+        os.close(handle)  # the first run ends
+
+    monkeypatch.setattr(lock, "SECONDS_PER_TRY", 0.01)
+    monkeypatch.setattr(lock.distributed, "say", say)
     prepare(split, segmenter, sam_file, dtype="float16", num_views=2)
-    assert f"{root}: another run is writing this cache; waiting for it" in capsys.readouterr().out
+    assert said == [f"{root}: another run is writing this cache; waiting for it to finish"]
+
+
+def test_the_lock_of_a_killed_run_is_released_at_once(tmp_path: Path) -> None:
+    """Though its loader processes, which were forked while it had the lock, live a little longer."""
+    script = (
+        "import os, sys, time; from pathlib import Path; from utils.cache.lock import exclusive\n"
+        "with exclusive(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child: print(child, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout
+        child = int(run.stdout.readline())
+        try:
+            with pytest.raises(Timeout):
+                FileLock(tmp_path / lock.LOCK).acquire(timeout=0)
+            run.kill()
+            run.wait()
+            with lock.exclusive(tmp_path) as has_lock:
+                assert has_lock
+                os.kill(child, 0)  # it is still there
+        finally:
+            run.kill()
+            os.kill(child, signal.SIGKILL)
 
 
 # How far the run has come when it is killed: the files of its cache that there are by then.

@@ -37,7 +37,8 @@ from safetensors.torch import save
 from segment_anything import CheckpointError
 from segment_anything.build_sam import CONFIGS, SamConfig, build_sam_of_type, load_state_dict, read_state_dict
 from tests.helpers.oracles import TENSOR, torch_archive
-from utils.cache.embedding_cache import Binding, Request, prepare_caches
+from utils.cache.keys import CacheKey, Request
+from utils.cache.writer import prepare_caches
 from utils.compare import format_comparison, read_results
 from utils.data.bdd100k import read_image, read_mask, read_size
 from utils.data.boxes import class_boxes
@@ -358,13 +359,11 @@ def _model_targets(folder: Path, split: Path, model: BoxSegmenter) -> dict[str, 
         load_state_dict(model.sam, read_state_dict(path, "small"), model_type="small", source=path)
 
     source, precision = NpyFolder(split), Precision(torch.device("cpu"))
-    binding = Binding.of(model, info, precision, "float16")
+    key = CacheKey.of(model, info, precision, "float16")
 
     def prepare() -> None:
         requests = [Request(source, 1, 1)]
-        (cache,) = prepare_caches(
-            str(folder / "cache"), requests, model, precision, binding, batch_size=1, num_workers=0
-        )
+        (cache,) = prepare_caches(str(folder / "cache"), requests, model, precision, key, batch_size=1, num_workers=0)
         assert cache is not None and cache.read(0)[0].shape == (16, SIZE // 16, SIZE // 16)
 
     with contextlib.redirect_stdout(io.StringIO()):

@@ -23,7 +23,7 @@ import infer_bdd100k
 import pre_bdd100k
 import train_bdd100k
 from segment_anything.build_sam import CONFIGS
-from utils.cache.embedding_cache import DTYPES
+from utils.cache.keys import DTYPES
 from utils.data.datasets import BoxPromptDataset, NpyFolder
 from utils.data.loaders import Loader
 from utils.model.segmenter import SEGMENTERS

@@ -17,7 +17,7 @@ from segment_anything.modeling import Sam
 from tests.helpers.inputs import IMAGE_SIZE, write_split
 from tests.helpers.scripts import good_flags, log_of, read_results, run_script
 from tests.helpers.training import train as train_epoch
-from utils.cache.embedding_cache import use_caches
+from utils.cache.writer import use_caches
 from utils.data.datasets import FILLER, EvaluationDataset, NpyFolder, SemanticDataset
 from utils.model import checkpoint
 from utils.model.checkpoint import ModelInfo

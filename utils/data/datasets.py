@@ -138,7 +138,7 @@ class NpyFolder:
 
 
 class FeatureCache(Protocol):
-    """The frozen encoder's features of each image of a split, as `utils.cache` stores them."""
+    """The frozen encoder's features of each image of a split (`utils.cache.reader.EmbeddingCache`)."""
 
     def read(self, index: int, view: int = 0) -> tuple[Tensor, ...]: ...
 

@@ -1,9 +1,9 @@
-"""The encoder blocks' outputs in few bytes: one projection for all blocks together (PCA), 8 bits a component.
+"""Compresses the outputs of encoder blocks: one PCA for all blocks together, 8 bits per component.
 
-The semantic decoder normalises each position of each block before anything else (`SemanticDecoder.feature_norms`), so
-that it is the normalised values that are reduced, and what is restored serves it as the block's own output does. The
-blocks are reduced together, as each adds to what the one before it says: for the same bytes, vit_tiny's error on CamVid
-is a quarter of that of reducing each by itself.
+The semantic decoder first normalises each position of each block (`SemanticDecoder.feature_norms`). So the normalised
+values are compressed, and what is restored serves the decoder like the block's own output. Blocks are compressed
+together because their outputs are correlated: at equal size, the error of vit_tiny on CamVid is a quarter of that of
+one PCA per block.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KEPT = 5 / 32  # of the blocks' channels. Of vit_b at 1024, 480 of 3,072: 1.9 MiB an image, beside 2 MiB of embeddings
-FIT_IMAGES = 32  # that the projection is fitted on, and
-FIT_POSITIONS = 1024  # of each image
+KEPT = 5 / 32  # share of the blocks' channels. vit_b at 1024: 480 of 3,072, or 1.9 MiB per image
+FIT_IMAGES = 32  # images that the PCA is fitted to
+FIT_POSITIONS = 1024  # positions of each of them
 
 
-class Reduction(nn.Module):
-    """Features as `SemanticSegmenter.encode` gives them, into what a cache stores of them, and back."""
+class FeaturePCA(nn.Module):
+    """Turns the features of `SemanticSegmenter.encode` into what a cache stores, and back."""
 
-    mean: Tensor  # D, the channels of all blocks together
+    mean: Tensor  # D, the number of channels of all blocks
     basis: Tensor  # K x D, orthonormal rows
 
     def __init__(self, mean: Tensor, basis: Tensor, num_blocks: int) -> None:
@@ -33,16 +33,16 @@ class Reduction(nn.Module):
         self.register_buffer("basis", basis, persistent=False)
 
     @classmethod
-    def blank(cls, features: Sequence[Tensor]) -> Reduction:
-        """One that keeps nothing, in the sizes that one fitted on such features has."""
+    def blank(cls, features: Sequence[Tensor]) -> FeaturePCA:
+        """A PCA of zeros, with the sizes of one that is fitted to such features."""
         _, *blocks = features
         channels = sum(block.shape[1] for block in blocks)
         mean = blocks[0].new_zeros(channels, dtype=torch.float32)
         return cls(mean, mean.new_zeros(math.floor(channels * KEPT), channels), len(blocks))
 
     @classmethod
-    def fit(cls, samples: Iterable[Sequence[Tensor]]) -> Reduction:
-        """Fit to the features of at least one batch of images; the same samples give the same result."""
+    def fit(cls, samples: Iterable[Sequence[Tensor]]) -> FeaturePCA:
+        """Fit to the features of one or more batches. The same samples give the same result."""
         count, total, products = 0, torch.zeros(()), torch.zeros(())
         for features in samples:
             x = _joined(features[1:])
@@ -53,17 +53,18 @@ class Reduction(nn.Module):
         mean = total / count
         directions = torch.linalg.eigh(products / count - mean.outer(mean)).eigenvectors  # ascending
         basis = directions.T.flip(0)[: math.floor(len(mean) * KEPT)]
-        signs = basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()  # which eigh leaves open
+        signs = basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()  # eigh does not define them
         return cls(mean.float(), (basis * signs).float(), len(features) - 1)
 
     def reduce(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """
+        """Compress the blocks, and pass the embeddings through.
+
         Args:
             features: embeddings, B x E x h x w, and blocks, B x C x h x w each.
 
         Returns:
-            The embeddings as they are; codes, B x K x h x w uint8; ranges, B x 2 x K float32: the value of code 0 and
-            the step from one code to the next, of each image and component.
+            The embeddings; codes, B x K x h x w uint8; ranges, B x 2 x K float32: the value of code 0 and the step
+            between codes, per image and component.
         """
         embeddings, *blocks = features
         x = self.basis @ (_joined(blocks) - self.mean[:, None])  # B x K x HW
@@ -73,7 +74,7 @@ class Reduction(nn.Module):
         return embeddings, codes, torch.cat([low, step], dim=2).transpose(1, 2)
 
     def expand(self, stored: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """What was given to `reduce`, as float32, the blocks normalised at each position."""
+        """Restore the features that `reduce` was given, as float32, with blocks normalised at each position."""
         embeddings, codes, ranges = stored
         low, step = ranges[..., None].unbind(dim=1)  # B x K x 1 each
         x = self.basis.T @ torch.addcmul(low, codes.flatten(2).float(), step) + self.mean[:, None]  # B x D x HW

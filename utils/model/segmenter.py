@@ -20,7 +20,7 @@ from segment_anything.modeling import Sam
 from utils.data.classes import NUM_CLASSES
 from utils.data.datasets import TrainingBatch
 from utils.data.frame import ImageSize, frame_size
-from utils.model.feature_pca import Reduction
+from utils.model.feature_pca import FeaturePCA
 from utils.model.losses import class_weights, prompt_losses, semantic_losses
 from utils.model.semantic_decoder import SemanticDecoder
 from utils.runtime.errors import UserError
@@ -48,7 +48,7 @@ class Segmenter(nn.Module):
             frozen.requires_grad_(False)
         self.register_buffer("image_pe", sam.prompt_encoder.get_dense_pe(), persistent=False)
         self.register_buffer("class_weights", torch.ones(NUM_CLASSES), persistent=False)
-        self.reduction: Reduction | None = None  # applied to features before they are cached
+        self.feature_pca: FeaturePCA | None = None  # applied to features before they are cached
 
     @property
     def mask_decoder(self) -> nn.Module:
@@ -87,7 +87,7 @@ class Segmenter(nn.Module):
 
     def restore(self, stored: Features) -> Features:
         """Turn cached features into the form that `encode` gives."""
-        return self.reduction.expand(stored) if self.reduction else tuple(feature.float() for feature in stored)
+        return self.feature_pca.expand(stored) if self.feature_pca else tuple(feature.float() for feature in stored)
 
     def balance_classes(self, pixels: Tensor) -> None:
         """Set the class weights of the cross-entropy from the pixels of each class in the training data."""
