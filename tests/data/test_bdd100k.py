@@ -114,7 +114,7 @@ def test_a_split_without_masks_is_unlabelled(tmp_path, mask_folder):
 def test_nothing_to_find(tmp_path):
     with pytest.raises(UserError, match=r"nowhere: no such folder; .*--bdd100k_root"):
         find_split(tmp_path / "nowhere", "train")
-    with pytest.raises(UserError, match=r"no images of split 'train' \(looked for .*images/10k/train or .*seg/images"):
+    with pytest.raises(UserError, match=r"no images of split 'train' \(searched .*images/10k/train or .*seg/images"):
         find_split(tmp_path, "train")
     lay_out(tmp_path, NEW, "train", ["notes.txt"], ["a.png"])
     with pytest.raises(UserError, match=r"images/10k/train: no \.jpg or \.png image"):
