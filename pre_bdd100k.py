@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -398,11 +399,27 @@ def next_command(output: Path, manifests: dict[str, Manifest]) -> str | None:
     return " \\\n        ".join(lines)
 
 
+def check_shape(size: ImageSize, split: Split) -> str | None:
+    """What to warn of if the frame stands upright and the pictures lie, or the reverse: HxW is often given as WxH."""
+    height, width = frame_size(size)
+    try:
+        picture_height, picture_width = read_size(split.items[0].image)
+    except (UserError, IndexError):
+        return None  # reading the pictures reports it
+    if (height - width) * (picture_height - picture_width) >= 0:
+        return None
+    return (
+        f"--image_size {size} is {height} high and {width} wide, but the picture {split.items[0].image} is "
+        f"{picture_height} high and {picture_width} wide; was {width}x{height} meant?"
+    )
+
+
 def main(args: Namespace) -> int:
     settings = Settings(args.image_size, args.image_dtype, args.resize_mode)
     # All checks come before the first write.
     splits = {name: find_split(args.bdd100k_root, name) for name in args.splits}
-    doubts = [doubt for split in splits.values() if (doubt := check_first_masks(split))]
+    checks = (check_first_masks, partial(check_shape, args.image_size))
+    doubts = [doubt for split in splits.values() for check in checks if (doubt := check(split))]
     jobs: dict[str, list[Job]] = {}
     earlier_items: dict[str, dict[str, ManifestItem]] = {}
     places = "; ".join(note for split in splits.values() for note in split.notes)

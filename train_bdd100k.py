@@ -391,7 +391,7 @@ def prepare_cache(
         segmenter,
         info,
         precision,
-        where=resume.cache_choice(args.cache_embeddings) if resume else args.cache_embeddings,
+        where=resume.cache_choice(args.cache_embeddings, args.cache_dtype) if resume else args.cache_embeddings,
         dtype=args.cache_dtype,
         batch_size=args.batch_size,
         num_workers=args.num_workers,

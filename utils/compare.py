@@ -103,6 +103,11 @@ def main(args: argparse.Namespace) -> None:
     pixels = {folder: [entry["gt_pixels"] for entry in result["per_class"]] for folder, result in read.items()}
     for other in others:
         if pixels[other] != pixels[first]:
+            sizes = [str(read[folder].get("eval_size", "frame")) for folder in (first, other)]
+            if sizes[0] != sizes[1]:
+                raise UserError(
+                    f"{first} has --eval_size {sizes[0]} and {other} {sizes[1]}; evaluate both with the same"
+                )
             raise UserError(f"{first} and {other} were measured on different data; evaluate both on the same split")
     names = [folder.name for folder in read]
     unique = len(set(names)) == len(names)

@@ -500,6 +500,7 @@ def test_whether_there_is_a_cache_is_part_of_the_run(
     assert "--cache_embeddings off" not in said  # of which the command to evaluate knows nothing
     with pytest.raises(UserError, match="the run has no cache of features; give --cache_embeddings off"):
         run_script(train_bdd100k, *common, "-num_epochs", 3, "--resume", plain, "--cache_embeddings", tmp_path / "c")
+    assert not (tmp_path / "c").exists()  # told before anything is encoded
     run_script(train_bdd100k, *common, "-num_epochs", 2, "-task_name", "cached")
     (cached,) = (tmp_path / "work").glob("cached*")
     shutil.rmtree(split.parent / "embeddings")  # it is made again
@@ -508,8 +509,22 @@ def test_whether_there_is_a_cache_is_part_of_the_run(
         (["--cache_embeddings", "off"], "the run reads features from a cache; give its --cache_embeddings"),
         (["--cache_dtype", "float32"], "--cache_dtype is float32, but the run has float16"),
     ):
+        before = sorted((split.parent / "embeddings").iterdir())
         with pytest.raises(UserError, match=message):
             run_script(train_bdd100k, *common, "-num_epochs", 4, "--resume", cached, *flags)
+        assert sorted((split.parent / "embeddings").iterdir()) == before
+
+
+@pytest.mark.parametrize("word", ["True", "false", "none", "on"])
+def test_a_word_that_is_no_folder(
+    word: str, split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"--cache_embeddings {word}: give auto, off or a folder; ./{word} is"):
+        prepare(split, segmenter, sam_file, word)
+    assert not (tmp_path / word).exists()
+    prepare(split, segmenter, sam_file, f"./{word}")
+    assert (tmp_path / word / "cache.json").exists()
 
 
 def train(split: Path, sam_file: Path, tmp_path: Path, *flags: object) -> Checkpoint:

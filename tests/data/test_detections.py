@@ -61,9 +61,14 @@ def test_file_worked_by_hand(path: Path) -> None:
         {"name": "null.jpg", "labels": None},
         {"name": "missing.jpg"},
         frame(name="empty.jpg"),
+        frame(name="my.drive_000000"),  # frames of a video, whose name has a dot
+        frame(name="my.drive_000001"),
     ]
     detections = read(path, frames)
-    assert list(detections.boxes) == ["b1c66a42-6f7d68ca", "c.d", "null", "missing", "empty"]
+    assert list(detections.boxes) == [
+        *("b1c66a42-6f7d68ca", "c.d", "null", "missing", "empty"),
+        *("my.drive_000000", "my.drive_000001"),
+    ]
     assert detections.left_out == {}
     class_ids, boxes = detections.boxes["b1c66a42-6f7d68ca"]
     assert class_ids.tolist() == [13, 6, 13]

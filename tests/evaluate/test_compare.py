@@ -93,6 +93,15 @@ def test_other_data_is_refused(tmp_path: Path, error_of: Callable[..., str]) -> 
     assert f"{before} and {after} were measured on different data; evaluate both on the same" in line
 
 
+def test_other_sizes_are_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    before = result(tmp_path / "before", 0.5, [("road", 0.5, 1000)])
+    read = json.loads((before / "evaluation_results.json").read_text())
+    read["per_class"][0]["gt_pixels"] = 4000
+    after = write(tmp_path / "after", {**read, "eval_size": "original"})
+    line = error_of(compare, before, after)
+    assert f"{before} has --eval_size frame and {after} original; evaluate both alike" in line
+
+
 def test_a_folder_without_a_result(tmp_path: Path, error_of: Callable[..., str]) -> None:
     good = result(tmp_path / "good", 0.5, [("road", 0.5, 1000)])
     line = error_of(compare, good, tmp_path / "nowhere")

@@ -386,6 +386,20 @@ def test_labels_whose_shares_are_odd_are_warned_of(data, tmp_path, capsys):
     assert "Next:" not in said.out
 
 
+def test_a_width_given_as_the_height_is_warned_of(data, tmp_path, capsys):
+    flags = ["--bdd100k_root", data, "--output_path", tmp_path / "out", "--splits", "train", "--image_size"]
+    warnings = []
+    for size in ("48x32", "32x48", "32"):  # the pictures are 24 x 48
+        assert (
+            pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args([str(f) for f in (*flags, size, "--overwrite")]))
+            == 0
+        )
+        warnings.append([line for line in capsys.readouterr().err.splitlines() if "warning: " in line])
+    ((warning,), *others) = warnings
+    assert "--image_size 48x32 is 48 high and 32 wide" in warning and "was 32x48 meant?" in warning
+    assert others == [[], []]
+
+
 def test_many_failures_are_grouped(run, data, tmp_path, capsys):
     draw(data, "train", [f"x{index:02}" for index in range(30)])
     images, masks = data / "images/10k/train", data / "labels/sem_seg/masks/train"

@@ -532,7 +532,7 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "resume a run that has stopped": (
         lambda f: resume(stalled(f), "--patience", 1),
         r"latest.pth: stopped early after "
-        r"epoch 1: .* for 1 validations .*; raise --patience to resume",
+        r"epoch 1: .* for 1 validation since .*; raise --patience to resume",
     ),
     "other jitter": (lambda f: resume(f, "--bbox_shift", 0), r"--bbox_shift is 0, but the run has 20\."),
     "other seed": (lambda f: resume(f, "--seed", 1), r"--seed is 1, but .* has 2024\. .* or start"),

@@ -81,7 +81,10 @@ class NpyFolder:
         manifest = read_manifest(folder)
         if not (manifest.labelled and manifest.items):
             what = "manifest.json lists no image" if manifest.labelled else "this split has no labels (gts/)"
-            raise UserError(f"{folder}: {what}; give one that has, such as train or val")
+            raise UserError(
+                f"{folder}: {what}; give one that has, such as train or val; for pictures without labels, use "
+                "infer_bdd100k.py --images"
+            )
         self.folder = folder
         self.image_size = manifest.image_size
         self.resize_mode = manifest.resize_mode

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.data.bdd100k import match_key
+from utils.data.bdd100k import IMAGE_SUFFIXES, match_key
 from utils.data.classes import CLASS_NAMES
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_json
@@ -51,7 +51,8 @@ def read_detections(path: Path) -> Detections:
     labelled = False
     for index, frame in enumerate(_read_frames(path)):
         name, labels = _check_frame(path, index, frame)
-        stem = match_key(Path(name).stem)
+        # A frame's name need not have a suffix, and may have dots.
+        stem = match_key(Path(name).stem if name.lower().endswith(IMAGE_SUFFIXES) else Path(name).name)
         if stem in boxes:
             raise UserError(f"{path}: image {stem!r} is in more than one frame; put all its labels into one")
         labelled = labelled or bool(labels)

@@ -123,11 +123,16 @@ class ResumeState:
                     "give the run's data, or start a new run"
                 )
 
-    def cache_choice(self, where: str) -> str:
-        """The value of --cache_embeddings, except that `auto` adds no cache to a run without one."""
-        if where == "auto" and self.config.get("train_cache", "unknown") is None:
+    def cache_choice(self, where: str, dtype: str) -> str:
+        """The value of --cache_embeddings, except that `auto` adds no cache to a run without one.
+
+        Raises:
+            UserError: as of `require_same_cache`, which is told here before anything is encoded.
+        """
+        if where == "auto" and self.config.get("train_cache", dtype) is None:
             distributed.say(f"{self.path}: the run has no cache of features, and resumes without one")
             return "off"
+        self.require_same_cache(None if where == "off" else dtype)
         return where
 
     def require_same_cache(self, stored_in: str | None) -> None:
@@ -183,8 +188,9 @@ def plateau(history: Sequence[Record], patience: int | None) -> str | None:
             since += 1
     if patience is None or since < patience:
         return None
+    times = f"{since} validation{'s' * (since > 1)}"
     return (
-        f"stopped early after epoch {history[-1]['epoch']}: val mIoU has not improved for {since} validations "
+        f"stopped early after epoch {history[-1]['epoch']}: val mIoU has not improved for {times} "
         f"since the best, {miou:.4f} of epoch {best if best >= 0 else None}"
     )
 
