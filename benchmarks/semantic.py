@@ -5,8 +5,8 @@
 
 A row is the product's own decoder, loss, augmentation and optimizer with one thing changed. As the encoder is frozen,
 each view of an image is encoded once, and all rows and seeds train on these features in memory; `everything` alone runs
-the encoder in each step. The last epoch is scored on the split `val`, in the frame. Each row and seed gives one
-line of JSON.
+the encoder in each step. The last epoch is scored on the split `val`, in the frame; in semantic mode also with `--tta`.
+Each row and seed gives one line of JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from utils.data.frame import image_size_of
 from utils.evaluate.metrics import ConfusionMatrix, iou_per_class, mean_iou
 from utils.model.feature_pca import FIT_IMAGES, FeaturePCA
 from utils.model.losses import COMPETING_WEIGHT, semantic_losses
-from utils.model.prediction import Prediction
+from utils.model.prediction import Prediction, average_mirrored
 from utils.model.segmenter import BoxSegmenter, Features, Segmenter, SemanticSegmenter
 from utils.runtime import cli
 from utils.runtime.choices import AUGMENTATIONS
@@ -363,19 +363,35 @@ def train(
 
 @torch.no_grad()
 def score(segmenter: Segmenter, data: Split, use_amp: bool) -> tuple[Tensor, Tensor]:
-    """The confusion matrix over a split of one view, with oracle boxes in boxed mode; and by the rule "threshold"."""
+    """The confusion matrix over a split of two views, the images and their mirror images; and a second one.
+
+    In box mode both are with oracle boxes, and the second is by the rule "threshold". In semantic mode the second is
+    with `--tta`.
+    """
     segmenter.eval()
-    confusion, by_threshold = ConfusionMatrix(), ConfusionMatrix()
-    for i, label in enumerate(data.labels):
-        features = data.batch(torch.tensor([i]), segmenter)
-        class_ids, boxes, size = torch.arange(NUM_CLASSES), None, label.shape
+    confusion, second = ConfusionMatrix(), ConfusionMatrix()
+
+    def masks_of(index: int, *prompts: Tensor) -> Tensor:
+        features = data.batch(torch.tensor([index]), segmenter)
+        with autocast(use_amp):
+            return segmenter(features, *prompts)[0][0].float()
+
+    for i, label in enumerate(data.labels[: data.num_images]):
+        height, width = label.shape
         if segmenter.PROMPTS:
             class_ids, boxes = (torch.from_numpy(array) for array in class_boxes(label.numpy()))
-        with autocast(use_amp):
-            masks = segmenter(features, *([] if boxes is None else [boxes.float()[None]]))[0][0].float()
-        confusion.update(Prediction(masks, class_ids, boxes).label_map(size), label)
-        by_threshold.update(Prediction(masks, class_ids, threshold=Sam.mask_threshold).label_map(size), label)
-    return confusion.matrix, by_threshold.matrix
+            masks = masks_of(i, boxes.float()[None])
+            predictions = [
+                Prediction(masks, class_ids, boxes),
+                Prediction(masks, class_ids, threshold=Sam.mask_threshold),
+            ]
+        else:
+            masks, of_mirrored = masks_of(i), masks_of(data.num_images + i)
+            both = (masks, average_mirrored(masks, of_mirrored, width, (height, width)))
+            predictions = [Prediction(each, torch.arange(NUM_CLASSES)) for each in both]
+        for matrix, prediction in zip((confusion, second), predictions):
+            matrix.update(prediction.label_map(label.shape), label)
+    return confusion.matrix, second.matrix
 
 
 def get_args_parser() -> cli.Parser:
@@ -402,7 +418,7 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(str(error)) from None
 
     blocks = sorted({block for name in args.row for block in ROWS[name].build(build_sam()).feature_blocks})
-    views = {"train": max(ROWS[name].num_views for name in args.row), "val": 1}
+    views = {"train": max(ROWS[name].num_views for name in args.row), "val": 2}
     splits = {
         name: load_split(source, build_sam(), blocks, views[name], args.use_amp) for name, source in sources.items()
     }
@@ -436,14 +452,13 @@ def measure(
     val = splits["val"]
     if row.encoder_lr:
         val = replace(val, features=encode(val.images, segmenter.sam, val.blocks, use_amp, desc="encoding anew"))
-    matrix, by_threshold = score(segmenter, val, use_amp)
-    former = {"miou_by_threshold": round(mean_iou(by_threshold), 4)} if segmenter.PROMPTS else {}
+    matrix, second = score(segmenter, val, use_amp)
     return {
         "change": row.change,
         "seed": seed,
         "epochs": epochs,
         "miou": round(mean_iou(matrix), 4),
-        **former,
+        "miou_by_threshold" if segmenter.PROMPTS else "miou_with_tta": round(mean_iou(second), 4),
         "train_loss": round(loss, 4),
         "trained_parameters": sum(p.numel() for p in segmenter.parameters() if p.requires_grad),
         "seconds": round(seconds),

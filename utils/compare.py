@@ -105,9 +105,7 @@ def main(args: argparse.Namespace) -> None:
         if pixels[other] != pixels[first]:
             sizes = [str(read[folder].get("eval_size", "frame")) for folder in (first, other)]
             if sizes[0] != sizes[1]:
-                raise UserError(
-                    f"{first} has --eval_size {sizes[0]} and {other} {sizes[1]}; evaluate both alike"
-                )
+                raise UserError(f"{first} has --eval_size {sizes[0]} and {other} {sizes[1]}; evaluate both alike")
             raise UserError(f"{first} and {other} were measured on different data; evaluate both on the same split")
     names = [folder.name for folder in read]
     unique = len(set(names)) == len(names)
