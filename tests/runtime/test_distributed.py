@@ -32,16 +32,12 @@ Launch = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def launch(sam_file: Path, npy: Path) -> Launch:
-    """A function that trains in `work_dir` in new processes and returns the run's folder.
+    """A function that trains in `work_dir` under a launcher and returns the run's folder."""
 
-    `launcher` is the launcher's module, or None for a single process without a launcher.
-    """
-
-    def launch(launcher: str | None, work_dir: Path, *flags: object, processes: int = 2) -> Path:
-        prefix = ["-m", launcher, f"--nproc_per_node={processes}", f"--master_port={free_port()}"] if launcher else []
+    def launch(launcher: str, work_dir: Path, *flags: object, processes: int = 2) -> Path:
+        command = [sys.executable, "-m", launcher, f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
         data = ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", work_dir]
-        script = [REPOSITORY / "train_bdd100k.py", *data, "--device", "cpu", "-num_workers", 0, *flags]
-        words = [sys.executable, *prefix, *script]
+        words = [*command, REPOSITORY / "train_bdd100k.py", *data, "--device", "cpu", "-num_workers", 0, *flags]
         environment = {**os.environ, **quick_start()}
         done = subprocess.run(
             [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=600
@@ -69,21 +65,27 @@ COMMON = ["-batch_size", 1, "-num_epochs", 10, "-lr", "5e-5"]
 
 
 @pytest.fixture(scope="module")
-def two_by_two(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def common(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """COMMON with a cache of this module: features that other tests cached at other batch sizes round differently."""
+    return [*COMMON, "--cache_embeddings", tmp_path_factory.mktemp("features")]
+
+
+@pytest.fixture(scope="module")
+def two_by_two(launch: Launch, common: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two processes x accumulation 2, launched as in the specification."""
     flags = ["--grad_acc_steps", 2, "--world_size", 2, "--distributed"]
-    return launch("torch.distributed.launch", tmp_path_factory.mktemp("2x2"), *COMMON, *flags)
+    return launch("torch.distributed.launch", tmp_path_factory.mktemp("2x2"), *common, *flags)
 
 
 @pytest.fixture(scope="module")
-def four_by_one(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def four_by_one(launch: Launch, common: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     work_dir = tmp_path_factory.mktemp("4x1")
-    return launch("torch.distributed.run", work_dir, *COMMON, "--grad_acc_steps", 1, processes=4)
+    return launch("torch.distributed.run", work_dir, *common, "--grad_acc_steps", 1, processes=4)
 
 
 @pytest.fixture(scope="module")
-def one_by_four(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(None, tmp_path_factory.mktemp("1x4"), *COMMON, "--grad_acc_steps", 4)
+def one_by_four(train: Callable[..., Path], common: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("1x4"), *common, "--grad_acc_steps", 4)
 
 
 @pytest.mark.parametrize("layout", ["two_by_two", "four_by_one"])
@@ -113,8 +115,10 @@ def semantic_flags(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def one_semantic(semantic_flags: list[object], launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(None, tmp_path_factory.mktemp("one"), *semantic_flags, "--grad_acc_steps", 4)
+def one_semantic(
+    semantic_flags: list[object], train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return train(tmp_path_factory.mktemp("one"), *semantic_flags, "--grad_acc_steps", 4)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -150,12 +154,12 @@ def test_only_the_first_process_writes(two_by_two: Path, one_by_four: Path) -> N
 @pytest.mark.parametrize("batch_size", [1, 3])  # three images: batches of two and one process, or one batch for both
 @pytest.mark.slow
 def test_evaluation_in_two_processes_equals_one_exactly(
-    batch_size: int, launch: Launch, npy: Path, tmp_path: Path
+    batch_size: int, launch: Launch, train: Callable[..., Path], npy: Path, tmp_path: Path
 ) -> None:
     # At this learning rate no weight changes, so both score the same decoder.
     flags = ["-batch_size", batch_size, "-num_epochs", 1, "-lr", "1e-30", "--val_npy_path", npy / "val"]
     (several,) = log_of(launch("torch.distributed.run", tmp_path / "2", *flags))
-    (single,) = log_of(launch(None, tmp_path / "1", *flags))
+    (single,) = log_of(train(tmp_path / "1", *flags))
     assert several["val_miou"] == single["val_miou"] > 0
 
 
