@@ -404,9 +404,9 @@ def prepare_cache(
 def build_loaders(
     args: cli.Flags, dataset: TrainingDataset, val_dataset: EvaluationDataset | None, precision: Precision
 ) -> tuple[Loader, Loader | None]:
-    loading: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.num_workers, "precision": precision}
-    loader = training_loader(dataset, **loading, seed=args.seed, grad_acc_steps=args.grad_acc_steps)
-    return loader, evaluation_loader(val_dataset, **loading) if val_dataset else None
+    sizes = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    loader = training_loader(dataset, **sizes, seed=args.seed, grad_acc_steps=args.grad_acc_steps, precision=precision)
+    return loader, evaluation_loader(val_dataset, **sizes, precision=precision) if val_dataset else None
 
 
 def build_state(args: cli.Flags, segmenter: Segmenter, precision: Precision, num_batches: int) -> TrainState:
