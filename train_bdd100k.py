@@ -103,7 +103,7 @@ def get_args_parser() -> cli.Parser:
 
     parser.begin_group(
         "model",
-        "--prompt_mode box: a class's box in, its mask out. semantic: no prompt, one map of all classes.\n"
+        "Mode box: a class's box in, its mask out. Mode semantic: no prompt, one map of all classes. Defaults:\n"
         + "\n".join(
             f"{mode + ':':9} {', '.join(f'{name} {value}' for name, value in defaults.items())}"
             for mode, defaults in MODE_DEFAULTS.items()
