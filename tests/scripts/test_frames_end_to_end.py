@@ -148,7 +148,7 @@ def test_a_joined_checkpoint_predicts_the_same(
     files = ["--model_checkpoint", case.run, "--sam_checkpoint", sam_file, "--output", output]
     run_script(ckpt_convert, *files)
     said = capsys.readouterr().out
-    assert "note: it was trained on images stretched to 48x64;" in said
+    assert "note: it was trained on images stretched to 48x64, but SamPredictor pads" in said
     line = said.splitlines()[-1].strip()
     assert line.endswith(", image_size=(48, 64))")
     state = torch.load(output, weights_only=True)

@@ -431,7 +431,11 @@ BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
         lambda f: ["--boxes", write_detections(f / "d.json", ["elsewhere"])],
         "has none of the images",
     ),
-    "original size without masks": ("box", lambda f: ["--eval_size", "original"], "give --bdd100k_root"),
+    "original size without masks": (
+        "box",
+        lambda f: ["--eval_size", "original"],
+        "give the unpacked BDD100K as --bdd100k_root",
+    ),
     "masks of another data set": (
         "box",
         lambda f: ["--eval_size", "original", "--bdd100k_root", f],

@@ -499,8 +499,11 @@ def stalled(folder: Path) -> Path:
 # Flags that are given after good ones, as a function of a folder with the data in "train" and a finished run in "run";
 # and what the one line must say.
 BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
-    "no such folder": (lambda f: ["-i", f / "nowhere"], r"nowhere: no such folder .*pre_bdd100k"),
-    "folder without manifest": (lambda f: ["-i", f / "run"], r"manifest.json: not found"),
+    "no such folder": (lambda f: ["-i", f / "nowhere"], r"nowhere: no such folder; create it with pre_bdd100k"),
+    "folder without manifest": (
+        lambda f: ["-i", f / "run"],
+        r"manifest.json: no such file; .* was not written by pre_bdd100k",
+    ),
     "missing checkpoint": (lambda f: ["-checkpoint", f / "none.pth"], r"none.pth: no such checkpoint"),
     "fine-tuned in place of SAM": (lambda f: ["-checkpoint", f / "run" / checkpoint.BEST], r"best.pth: .*SAM"),
     "batch size 0": (lambda f: ["-batch_size", 0], r"batch_size.* at least 1, got 0"),
@@ -689,7 +692,7 @@ def test_validation_data_of_another_kind(
     val = write_split(tmp_path / "val", {"a": (np.zeros((32, 32, 3), dtype=np.uint8), labels)})
     shutil.copy(sam_file, tmp_path / "sam.pth")
     line = error_of(train_bdd100k, *good_flags(tmp_path), "-i", npy / "train", "--val_npy_path", val)
-    assert f"has image_size 32, but the training data {IMAGE_SIZE}" in line
+    assert f"image_size is 32, but the training data have {IMAGE_SIZE}" in line
 
 
 def test_validation_data_without_a_labelled_pixel(inputs: Path, error_of: Callable[..., str]) -> None:
