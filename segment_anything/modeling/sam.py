@@ -20,7 +20,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 class Sam(nn.Module):
-    """Images and prompts in, masks out. For many prompts of one image, `SamPredictor` runs the encoder only once."""
+    """Images and prompts in, masks out. `SamPredictor` keeps an image's embedding from one call to the next."""
 
     mask_threshold: float = 0.0  # a pixel belongs to a mask where its logit is above this
     image_format: str = "RGB"

@@ -144,10 +144,10 @@ class Attention(nn.Module):
         return x.transpose(1, 2).flatten(2)
 
     def spares_work(self, few: Tensor, *folded: nn.Module) -> bool:
-        """Whether to project the `few` tokens, P x N x C, with the weights of the `folded` layers.
+        """Whether it is cheaper to apply the `folded` layers to the `few` tokens, P x N x C, than to the image tokens.
 
-        For many tokens, as of a prompt with many points, it is cheaper to project the image tokens: on a CPU, both cost
-        the same at about `internal_dim / num_heads` tokens. An exported graph uses the general formula for any N.
+        It is not for many tokens, as of a prompt with many points. On a CPU, both cost the same at about
+        `internal_dim / num_heads` tokens. An exported graph uses the general formula for any N.
         """
         return (
             is_plain(self, Attention)
@@ -159,7 +159,10 @@ class Attention(nn.Module):
 
 
 def tokens_to_image(attention: nn.Module, *, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of few queries, PG x N x C, on many keys and values, P x HW x C -> PG x N x C."""
+    """Attention of few queries, PG x N x C, on many keys and values, P x HW x C -> PG x N x C.
+
+    There are P images with G prompts each. The result is that of `attention(q=q, k=k, v=v)`, with less work.
+    """
     if not isinstance(attention, Attention) or not attention.spares_work(q, attention.k_proj, attention.v_proj):
         return attention(q=q, k=repeated(k, len(q)), v=repeated(v, len(q)))
     heads = attention.num_heads
@@ -172,7 +175,7 @@ def tokens_to_image(attention: nn.Module, *, q: Tensor, k: Tensor, v: Tensor) ->
 
 
 def image_to_tokens(attention: nn.Module, *, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of many queries, P x HW x C, on few keys and values, PG x N x C -> PG x HW x C."""
+    """Attention of many queries, P x HW x C, on few keys and values, PG x N x C -> PG x HW x C (see above)."""
     if not isinstance(attention, Attention) or not attention.spares_work(k, attention.q_proj, attention.out_proj):
         return attention(q=repeated(q, len(k)), k=k, v=v)
     heads = attention.num_heads

@@ -96,8 +96,11 @@ def load(path: Path) -> Any:
 
 
 def sam_state(payload: Any) -> dict[str, Tensor] | None:
-    """The state dict in a loaded file with SAM's names: without the wrappers of trainers, and with the names of Hugging
-    Face's `SamModel` replaced. None if there is no state dict."""
+    """Find the state dict in a loaded file; None if there is none.
+
+    Wrappers of trainers are removed, and the names of Hugging Face's `SamModel` become SAM's. Whether it is a SAM is
+    not checked.
+    """
     if not isinstance(payload, dict):
         return None
     for key in _WRAPPERS:

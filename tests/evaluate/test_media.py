@@ -421,6 +421,13 @@ def test_frame_of_another_size_is_resized(tmp_path: Path) -> None:
     assert len(images_of(find_source(str(tmp_path / "a.mp4")))) == 4
 
 
+def test_a_folder_in_place_of_the_video(tmp_path: Path) -> None:
+    (tmp_path / "drive.mp4").mkdir()
+    with pytest.raises(UserError, match=r"drive\.mp4: is a folder, .*; give another --output_dir"):
+        OverlayVideo(tmp_path / "drive.mp4", 10, (48, 64)).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["drive.mp4"]
+
+
 def test_stopped_video_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes(b"old")

@@ -164,7 +164,7 @@ def test_saved_predictions_never_replace_the_pictures(
     pictures(tmp_path / "mine" / "predictions")
     flags = ["--images", tmp_path / "mine" / "predictions", "--output_dir", tmp_path / "mine", "--save_predictions"]
     line = error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--model_checkpoint", semantic, *flags)
-    assert "holds the pictures, which overlays would replace" in line
+    assert "the input is there and would be replaced" in line
 
 
 def test_an_unknown_prompt_mode(

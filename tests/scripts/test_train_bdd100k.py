@@ -499,7 +499,7 @@ def stalled(folder: Path) -> Path:
 # Flags that are given after good ones, as a function of a folder with the data in "train" and a finished run in "run";
 # and what the one line must say.
 BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
-    "no such folder": (lambda f: ["-i", f / "nowhere"], r"nowhere: no such folder; create it with pre_bdd100k"),
+    "no such folder": (lambda f: ["-i", f / "nowhere"], r"nowhere: no such folder; .* create it with pre_bdd100k"),
     "folder without manifest": (
         lambda f: ["-i", f / "run"],
         r"manifest.json: no such file; .* was not written by pre_bdd100k",

@@ -27,10 +27,10 @@ Result = TypeVar("Result")
 
 @contextmanager
 def exclusive(root: Path) -> Iterator[bool]:
-    """A context in which no other run writes to the cache: a second run waits for the first.
+    """A context in which this run has the cache's lock: a second run waits for the first.
 
-    The value is False where there can be no lock: in a read-only folder, or on a file system without locks. There, two
-    runs may encode the same images twice. The system releases the lock of a killed run.
+    It gives True, or False where there can be no lock: in a read-only folder, or on a file system without locks. There,
+    two runs may encode the same images. The system releases the lock of a killed run.
     """
     lock = FileLock(root / LOCK, fallback_to_soft=False)  # a soft lock would outlive a killed run
 

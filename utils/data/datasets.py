@@ -29,7 +29,7 @@ FILLER = -1  # an index that stands for no image; see `TrainingSampler`
 
 
 class Sample(TypedDict, total=False):
-    """One image of a data set; the data set says which entries it has."""
+    """One image of a data set. The entries depend on the data set and the mode."""
 
     image: Tensor  # H x W x 3 as stored
     features: tuple[Tensor, ...]  # as a cache stores them

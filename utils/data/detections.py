@@ -113,7 +113,7 @@ def _check_box(where: str, box: Any) -> list[float]:
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e6 for v in values):
         wrong = "must have x1, y1, x2, y2 as finite numbers of pixels (below a million)"
     elif values[2] < values[0] or values[3] < values[1]:
-        wrong = "is empty; its corners must be x1 <= x2 and y1 <= y2"
+        wrong = "has x1 > x2 or y1 > y2"
     if wrong:
         raise UserError(f"{where}: box2d {_shown(box)} {wrong}")
     return [float(value) for value in values]

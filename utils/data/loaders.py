@@ -183,7 +183,7 @@ def require_shared_memory(bytes_of_batch: int, num_workers: int, num_batches: in
 
 
 def usable_workers(num_workers: int) -> int:
-    """`num_workers`, lowered with a message to the number of cores for each process of this machine."""
+    """`num_workers`, but at most this machine's cores divided by its processes. Prints a message if it lowers it."""
     cores, processes = usable_cores(), distributed.local_world_size()
     most = max(1, cores // processes)
     if num_workers > most:

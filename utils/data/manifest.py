@@ -73,7 +73,7 @@ def read_manifest(folder: Path, *, allow_incomplete: bool = False) -> Manifest:
     """
     path = folder / "manifest.json"
     if not is_folder(folder):
-        raise UserError(f"{folder}: no such folder; create it with pre_bdd100k.py")
+        raise UserError(f"{folder}: no such folder; check the path, or create it with pre_bdd100k.py")
     if not exists(path):
         splits = sorted(split.parent for split in folder.glob("*/manifest.json"))
         found = (

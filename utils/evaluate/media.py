@@ -152,7 +152,7 @@ def refuse_overwriting(source: ImageFolder | Video, output: Path) -> None:
     """
     inputs = {source.path} if isinstance(source, Video) else {path.parent for path in source.pictures.values()}
     if output.resolve() in {path.resolve() for path in inputs}:
-        raise UserError(f"{output}: holds the pictures, which overlays would replace; give another --output_dir")
+        raise UserError(f"{output}: the input is there and would be replaced; give another --output_dir")
 
 
 def _folder(path: Path) -> ImageFolder:
@@ -302,6 +302,8 @@ class OverlayVideo:
 
     def __enter__(self) -> OverlayVideo:
         make_folder(self.path.parent, "--output_dir")
+        if is_folder(self.path):
+            raise UserError(f"{self.path}: is a folder, where the video would be written; give another --output_dir")
         try:
             self._temporary.touch()
         except OSError as error:

@@ -95,7 +95,7 @@ def mirror(frame: Tensor, width: int, dim: int) -> Tensor:
 def average_mirrored(masks: Tensor, of_mirrored: Tensor, width: int, size: Size) -> Tensor:
     """Average the class probabilities of a picture and of its mirror image.
 
-    They are averaged at the frame's size, because the picture's middle may lie within a pixel of the masks.
+    They are averaged at the frame's size: at the size of the masks, the axis of the mirror may lie inside a pixel.
 
     Args:
         masks: K x h x w logits of the K classes.

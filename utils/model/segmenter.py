@@ -173,7 +173,12 @@ class SemanticSegmenter(Segmenter):
         return (image_embeddings, *features)
 
     def forward(self, features: Features) -> tuple[Tensor]:
-        """Return low_res_masks alone: B x 19 x H/2 x W/2 logits, or H/4 x W/4 if the decoder takes no pixels."""
+        """Decode all classes.
+
+        Returns:
+            A tuple of low_res_masks alone: B x 19 x H/2 x W/2 logits of an H x W frame, or H/4 x W/4 if the decoder
+            takes no pixels.
+        """
         image_embeddings, *others = features
         pixels = others.pop() if self.takes_pixels else None
         return (self.mask_decoder(image_embeddings, others, self.image_pe, pixels),)

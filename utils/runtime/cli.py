@@ -207,9 +207,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _wait_for_turn(error: UserError | None) -> None:
-    """Under a launcher, let only the process print that knows most: once it ends, the launcher ends the others.
+    """Under a launcher, let one process print its error first. The launcher ends the others when that one exits.
 
-    This is the first of a machine if all met the same error, and the one with the cause if others only lost it. torch's
+    The first process of a machine prints if all met the same error; otherwise the one that knows the cause. torch's
     `@record` does not replace the wait: it prints every process's traceback, and only in the launcher's report.
     """
     if os.environ.get("RANK") and os.environ.get("LOCAL_RANK") not in (None, "", "0"):

@@ -45,8 +45,8 @@ def make_deterministic() -> None:
     """Make PyTorch use kernels that give the same bits on each run. Call it before the first work on a GPU.
 
     cuBLAS reads its workspace setting at the first matrix product. From now on, an operation without a deterministic
-    kernel raises an error. The training step has none: the backward kernel of bilinear interpolation would be one, so
-    `interpolate_axis` replaces it.
+    kernel raises an error. No operation of the training step is affected: `interpolate_axis` replaces bilinear
+    interpolation, whose backward kernel is not deterministic.
 
     Raises:
         UserError: the environment sets a cuBLAS workspace that is not deterministic.

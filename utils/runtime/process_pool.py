@@ -21,7 +21,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 # Jobs sent to a process at a time: sending takes half a millisecond, and a function may overlap the work of its jobs.
-# Ctrl-C waits for the jobs already sent, up to three times as many for each process.
+# Ctrl-C waits for the jobs already sent, up to 3 x MAX_CHUNK for each process.
 MAX_CHUNK = 8
 
 
@@ -33,7 +33,7 @@ def usable_cores() -> int:
 def run_jobs(
     function: Callable[[list[Job]], list[Result]], jobs: list[Job], num_workers: int, advance: Callable[[int], object]
 ) -> list[Result]:
-    """Call `function` on a few jobs at a time, in order, on `num_workers` processes (in this one for 1).
+    """Call `function` on a few jobs at a time, in order, in `num_workers` processes; with 1, in this process.
 
     OpenCV uses one core in each process.
 

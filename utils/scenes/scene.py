@@ -44,4 +44,6 @@ def draw_scene(rng: Rng, height: int = 720, width: int = 1280) -> Scene:
 
 def check_size(height: int, width: int) -> None:
     if min(height, width) < MIN_SIDE:
-        raise UserError(f"a scene of {height} x {width} pixels is too small: give at least {MIN_SIDE} a side")
+        raise UserError(
+            f"a scene of {height} x {width} pixels is too small; --height and --width must be at least {MIN_SIDE}"
+        )

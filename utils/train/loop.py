@@ -134,7 +134,9 @@ def train_one_epoch(
 
 
 def settle_gradient_order(model: nn.Module, dataset: TrainingDataset, precision: Precision) -> None:
-    """Run a pass over no image, so that DDP fixes the layout of its gradients. One process needs none.
+    """Run a pass over an image that counts nowhere, so that DDP fixes the layout of its gradients.
+
+    A single process does nothing.
 
     DDP changes the layout after its first pass. With three processes or more the layout decides how sums are rounded:
     a resumed run would differ from an uninterrupted one.

@@ -159,8 +159,8 @@ class Run:
     def training(self) -> Iterator[None]:
         """A context in which signals are deferred to the next step, and a failure costs no more than its step.
 
-        A `UserError` leaves weights, moments and progress as the last step left them. This includes the end of another
-        process: all it had is an RNG that no step draws from.
+        A `UserError` leaves weights, moments and progress as the last step left them. So does the end of another
+        process: it has the same state as this one, except for its RNG, which no step uses.
 
         Raises:
             UserError: the failure, with the command to resume.
