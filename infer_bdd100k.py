@@ -86,6 +86,7 @@ def get_args_parser() -> cli.Parser:
     flag("amp_dtype", choices=AMP_DTYPES, default="auto", help=AMP_HELP)
     flag(
         "cache_embeddings",
+        type=cli.cache_place,
         default="auto",
         metavar="DIR",
         help="cache of the split's features: auto reads the one next to the split if it exists; a folder is read and "

@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def get_args_parser() -> cli.Parser:
     )
     flag(
         "cache_embeddings",
+        type=cli.cache_place,
         default="auto",
         metavar="WHERE",
         help="encode each image once and keep its features in this folder; auto: beside the images, if that saves work "
@@ -133,8 +135,9 @@ def get_args_parser() -> cli.Parser:
     flag("val_every", type=cli.positive_int, default=1, help="epochs from one validation to the next")
     flag(
         "patience",
-        type=cli.positive_int,
-        help="stop after N validations without a better mIoU; the learning rate follows -num_epochs (default: off)",
+        type=cli.non_negative_int,
+        help="stop after N validations without a better mIoU, 0 for no limit; the learning rate follows -num_epochs "
+        "(default: no limit)",
     )
     flag("seed", type=cli.seed, default=2024, help="seed of everything random")
     switch(
@@ -190,13 +193,13 @@ def get_args_parser() -> cli.Parser:
     return parser
 
 
-def apply_defaults(args: cli.Flags, recorded: dict[str, Any] | None = None) -> None:
+def apply_defaults(args: cli.Flags, recorded: Mapping[str, Any]) -> None:
     """Fill in the flags that were not given: by a given preset, the resumed run, the mode, and the defaults.
 
     Args:
         recorded: the flags of the run that is resumed.
     """
-    recorded = {name: value for name, value in (recorded or {}).items() if name not in OF_ONE_START}
+    recorded = {name: value for name, value in recorded.items() if name not in OF_ONE_START}
     preset = PRESETS[args.preset] if args.preset else {}  # one that was given here
     vars(args).update({name: value for name, value in {**recorded, **preset}.items() if name not in args.given})
     for name, value in {**MODE_DEFAULTS[args.prompt_mode], **PRESETS[args.preset]}.items():
@@ -206,7 +209,9 @@ def apply_defaults(args: cli.Flags, recorded: dict[str, Any] | None = None) -> N
 
 
 if __name__ == "__main__":
-    get_args_parser().parse_args()  # answers --help and a mistyped flag before imports that take seconds
+    # Before imports that take seconds: --help, and what is wrong with the flags alone.
+    if not {"tr_npy_path", "resume"} & (_parser := get_args_parser()).parse_args().given:
+        _parser.error("give -i, the training split that pre_bdd100k.py wrote, or --resume, the run to resume")
 
 import monai.losses  # noqa: F401  now, and not within the first step
 import torch
@@ -230,39 +235,38 @@ from utils.train.run import Run, RunSettings, require_room
 
 
 def main(args: cli.Flags) -> None:
-    # First: the run's flags decide all that follows.
-    resume = find_resume(args.resume, args.work_dir, args.task_name)
-    apply_defaults(args, get_args_parser().read_back(resume.config, resume.path) if resume else None)
-    if args.tr_npy_path is None:
-        raise UserError("give -i, the training split that pre_bdd100k.py wrote, or the run to resume as --resume")
-    if args.patience and not args.val_npy_path:
-        raise UserError("--patience counts validations: give --val_npy_path, or leave out --patience")
-    if args.deterministic:
-        make_deterministic()
+    ranks = {"local_rank": distributed.local_rank(), "local_world_size": distributed.local_world_size()}
     # Before the group: a missing GPU is then one line of ours, not NCCL's.
-    precision = resolve_precision(
-        args.device,
-        local_rank=distributed.local_rank(),
-        local_world_size=distributed.local_world_size(),
-        use_amp=args.use_amp,
-        amp_dtype=args.amp_dtype,
-    )
+    device = resolve_precision(args.device, **ranks, use_amp=False, amp_dtype="auto").device
     distributed.setup(
         requested=args.distributed,
         world_size=args.world_size,
         node_rank=args.node_rank,
         init_method=args.init_method,
-        device=precision.device,
+        device=device,
     )
     with distributed.telling_lost_peers(), telling_out_of_memory(MEMORY_ADVICE):
-        train(args, precision, distributed.broadcast(resume))  # only the main process's machine needs the run's folder
+        # One process looks for all: other machines need not have the run, and NFS may show them an old state.
+        resume = distributed.on_main(partial(find_resume, args.resume, args.work_dir, args.task_name))
+        recorded = get_args_parser().read_back(resume.config, resume.path) if resume else {}
+        if distributed.world_size() > 1:
+            recorded.pop("device", None)  # the processes have met on another one
+        apply_defaults(args, recorded)
+        if args.tr_npy_path is None:
+            raise UserError("--resume auto finds no run of this task; give -i, the training split, to start one")
+        if args.patience and not args.val_npy_path:
+            raise UserError("--patience counts validations: give --val_npy_path, or leave out --patience")
+        if args.deterministic:
+            make_deterministic()
+        precision = resolve_precision(args.device, **ranks, use_amp=args.use_amp, amp_dtype=args.amp_dtype)
+        train(args, precision, resume)
     distributed.cleanup()
 
 
 def train(args: cli.Flags, precision: Precision, resume: ResumeState | None) -> None:
     torch.manual_seed(args.seed)
+    config = configuration(args)  # before this machine's limits: the run may be resumed on another one
     args.num_workers = usable_workers(args.num_workers)
-    config = configuration(args)
     if resume:
         resume.require_same_flags(config)
         if finished := resume.finished(args.num_epochs, args.patience):

@@ -43,7 +43,7 @@ def matrix_products(model_type: str, image_size: int) -> Counter[Product]:
         n, length = (1, grid**2) if i in config.global_attn_indexes else (windows, window**2)
         products[1, grid**2, c, 3 * c] += 1
         products[1, grid**2, c, c] += 1
-        if n == 1:  # a head at a time: together their products would not be what the encoder has at hand
+        if n == 1:  # a head at a time: multiplied together they would take more memory than in the encoder
             products[1, length, c // heads, length] += heads
             products[1, length, length, c // heads] += heads
         else:

@@ -515,18 +515,6 @@ def test_whether_there_is_a_cache_is_part_of_the_run(
         assert sorted((split.parent / "embeddings").iterdir()) == before
 
 
-@pytest.mark.parametrize("word", ["True", "false", "none", "on"])
-def test_a_word_that_is_no_folder(
-    word: str, split: Path, segmenter: Segmenter, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"--cache_embeddings {word}: give auto, off or a folder; ./{word} is"):
-        prepare(split, segmenter, sam_file, word)
-    assert not (tmp_path / word).exists()
-    prepare(split, segmenter, sam_file, f"./{word}")
-    assert (tmp_path / word / "cache.json").exists()
-
-
 def train(split: Path, sam_file: Path, tmp_path: Path, *flags: object) -> Checkpoint:
     """Train on a split, which is validated on too; returns `latest`."""
     work_dir = tmp_path / f"work{len(list(tmp_path.glob('work*')))}"

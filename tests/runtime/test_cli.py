@@ -126,7 +126,7 @@ python pre_bdd100k.py \
 def parse(script: ModuleType, *flags: str) -> dict[str, Any]:
     args = script.get_args_parser().parse_args([*REQUIRED[script], *flags])
     if script is train_bdd100k:
-        train_bdd100k.apply_defaults(args)  # as its main does first
+        train_bdd100k.apply_defaults(args, {})  # as its main does first
     return vars(args)
 
 
@@ -292,6 +292,17 @@ def test_the_help_of_training_has_its_groups_and_one_spelling_of_each_flag() -> 
         if action.help != argparse.SUPPRESS and action.dest != "help":
             spelled = re.findall(rf"^  (?:-i, )?(-+{action.dest})\b", text, re.MULTILINE)
             assert spelled == [f"--{action.dest}"], action.dest
+
+
+@pytest.mark.parametrize("script", [train_bdd100k, infer_bdd100k])
+def test_where_a_cache_may_be(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = script.get_args_parser()
+    for word, expected in {"OFF": "off", "auto": "auto", "./True": "./True", "some/folder": "some/folder"}.items():
+        assert parser.parse_args(["--cache_embeddings", word]).cache_embeddings == expected
+    for word in ("True", "false", "none", "on", "1", ""):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--cache_embeddings", word])
+        assert f"expected auto, off or a folder, got '{word}'" in capsys.readouterr().err
 
 
 def test_which_flags_were_given() -> None:

@@ -6,6 +6,7 @@ A start takes seconds, so the tests share a few launches.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -135,6 +136,33 @@ def test_several_processes_give_the_semantic_weights_of_one(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_only_the_main_process_needs_the_run_and_its_flags_are_those_of_all(
+    sam_file: Path, npy: Path, train: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Two machines, by two working directories: the second has another run of the same name."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    flags = ["-batch_size", 1, "--grad_acc_steps", 4, "-num_epochs", 1, "--clip_grad_norm", 0.01]
+    folder = train(ours / "work", *flags, "--cache_embeddings", "off")
+    other = theirs / "work" / folder.name
+    other.mkdir(parents=True)
+    (other / checkpoint.LATEST).write_bytes(b"damaged")
+    straight = shutil.copytree(folder, tmp_path / "straight" / folder.name)
+    train(straight.parent, "--resume", straight, "-num_epochs", 2)
+
+    script = [sys.executable, REPOSITORY / "train_bdd100k.py", "--resume", Path("work") / folder.name, "-num_epochs", 2]
+    words = [str(word) for word in (*script, "--grad_acc_steps", 2, "--device", "cpu")]
+    environment = {**os.environ, **quick_start(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(words, cwd=where, env=environment | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+        for rank, where in enumerate((ours, theirs))
+    ]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    assert len(log_of(folder)) == 2
+    several, single = (flat(checkpoint.load_checkpoint(run / checkpoint.LATEST)["model"]) for run in (folder, straight))
+    assert (several - single).norm() < 1e-6 * single.norm()
+
+
 def test_two_processes_log_what_one_does(two_by_two: Path, one_by_four: Path) -> None:
     several, single = log_of(two_by_two), log_of(one_by_four)
     assert [record["epoch"] for record in several] == list(range(10))  # each line once

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -136,7 +137,7 @@ PATIENCE: dict[str, tuple[list[float], list[object], int]] = {
     "of the second epoch each": ([0.2, 0.1, 0.1], ["--patience", 2, "--val_every", 2], 6),
     "at once": ([0.3, 0.2], ["--patience", 1], 2),
     "always better": ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], ["--patience", 1], 8),
-    "off": ([0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1], [], 8),
+    "off": ([0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1], ["--patience", 0], 8),
 }
 
 
@@ -158,7 +159,8 @@ def test_patience_stops_a_run_that_no_longer_improves(
     assert best["metrics"]["val_miou"] == max(mious)
     said = capsys.readouterr().out
     line = (
-        f"\nstopped early after epoch {epochs - 1}: val mIoU has not improved for {flags and flags[1]} validations "
+        f"\nstopped early after epoch {epochs - 1}: val mIoU has not improved for {flags and flags[1]} validation"
+        f"{'s' * (flags != ['--patience', 1])} "
         f"since the best, {max(mious):.4f} of epoch {best['epoch']}\n"
     )
     assert (line in said) == (epochs < 8) and said.count("stopped early") == (epochs < 8)
@@ -184,7 +186,7 @@ def test_a_killed_run_stops_where_one_that_was_not_killed_does(
     said = capsys.readouterr().out
     assert said == (
         f"{folder}/medsam_model_latest.pth: stopped early after epoch 3: val mIoU has not improved for 2 "
-        "validations since the best, 0.3000 of epoch 1; raise --patience to resume\n"
+        "validations since the best, 0.3000 of epoch 1; raise --patience to resume, or give 0 for no limit\n"
     )
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -356,8 +358,12 @@ def test_a_recorded_flag_that_no_run_has(
 
 
 def test_a_new_run_needs_data(tmp_path: Path, error_of: Callable[..., str]) -> None:
-    for flags in ([], ["--resume", "auto", "-work_dir", tmp_path]):
-        assert "error: give -i, the training split" in error_of(train_bdd100k, *flags)
+    line = error_of(train_bdd100k, "--resume", "auto", "-work_dir", tmp_path)
+    assert "--resume auto finds no run of this task; give -i, the training split" in line
+    # Before the imports, so by a process of its own.
+    words = [sys.executable, train_bdd100k.__file__, "--patience", "3"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: give -i, the training split") and not done.stdout
 
 
 def test_resuming_inside_an_epoch_with_the_batch_cut_otherwise(
@@ -531,7 +537,7 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "more views than there are": (lambda f: ["--cache_views", 2], r"_views 2: --augment none has only 1"),
     "one view to augment": (lambda f: ["--augment", "full", "--cache_views", 1], r"_views 1: .* use --augment none"),
     "patience without validation": (lambda f: ["--patience", 3], r"--patience counts validations: give --val_npy_path"),
-    "patience of no validation": (lambda f: ["--patience", 0], r"patience.* at least 1, got 0"),
+    "negative patience": (lambda f: ["--patience", -1], r"patience.* at least 0, got -1"),
     "resume a run that has stopped": (
         lambda f: resume(stalled(f), "--patience", 1),
         r"latest.pth: stopped early after "

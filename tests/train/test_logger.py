@@ -89,7 +89,8 @@ def test_each_start_records_its_command_and_versions(tmp_path: Path, monkeypatch
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["train.py", "-i", "my data"])
     logger(tmp_path)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "123"}.items():
+    launched_by = {"RANK": "0", "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}
+    for name, value in {**launched_by, "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "123"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train.py", "--local-rank=0", "--resume", "run\udcff"])
     logger(tmp_path, [record(0)])

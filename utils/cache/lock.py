@@ -18,8 +18,9 @@ from utils.runtime.errors import Interrupted, UserError
 from utils.runtime.files import exists
 
 LOCK = ".lock"
-# Both are far below the process group's timeout, which is 10 minutes with NCCL. Encoding can take hours.
+# Encoding can take hours, and the process group's timeout is 10 minutes with NCCL, so processes meet more often.
 SECONDS_PER_TRY = 2.0
+SECONDS_PER_POLL = 0.5  # the lock may be on a network file system
 SECONDS_PER_ROUND = 60.0
 
 Result = TypeVar("Result")
@@ -37,7 +38,7 @@ def exclusive(root: Path) -> Iterator[bool]:
     def is_held() -> bool | None:
         """None if another run holds the lock, False if there can be none."""
         try:
-            lock.acquire(timeout=SECONDS_PER_TRY)
+            lock.acquire(timeout=SECONDS_PER_TRY, poll_interval=SECONDS_PER_POLL)
         except Timeout:
             return None
         except OSError:

@@ -106,8 +106,6 @@ def prepare_caches(
     caches: list[EmbeddingCache | None] = [None] * len(requests)
     if where == "off":
         return caches
-    if where.lower() in ("on", "true", "false", "yes", "no", "none", "0", "1"):
-        raise UserError(f"--cache_embeddings {where}: give auto, off or a folder; ./{where} is a folder of that name")
     first, is_auto = requests[0], where == "auto"
     folders = {request.source.folder.resolve() for request in requests}
     root = first.source.folder.resolve().parent / "embeddings" / key.digest[:16] if is_auto else Path(where)

@@ -94,8 +94,7 @@ def find_split(root: Path, split: str) -> Split:
 
     Raises:
         UserError: `root` is not a folder or cannot be read, has no such split, holds it twice, the split holds no
-            image,
-            or the mask folder holds files but no mask of any image.
+            image, or the mask folder holds files but no mask of any image.
     """
     if Path(split).name != split or split in ("", ".."):  # it is a folder to read and one to write
         raise UserError(f"split {split!r}: not a plain folder name (use train, val or test)")

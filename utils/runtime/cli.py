@@ -166,6 +166,15 @@ _METAVARS: dict[Any, str] = {
 }
 
 
+def cache_place(text: str) -> str:
+    """Parse --cache_embeddings: "auto", "off", or a folder."""
+    if text.lower() in ("auto", "off"):
+        return text.lower()
+    if text.lower() in ("", "on", "true", "false", "yes", "no", "none", "0", "1"):
+        raise argparse.ArgumentTypeError(f"expected auto, off or a folder, got {text!r} (./{text} is a folder)")
+    return text
+
+
 def positive_int_or_all(text: str) -> int | str:
     """Parse "all", or an `int` from 1."""
     return text if text == "all" else positive_int(text)

@@ -81,8 +81,7 @@ def resolve_precision(
         local_rank: the card to use if the name has no number.
         local_world_size: processes on this machine; each needs its own card.
         amp_dtype: "auto" is bf16 if the hardware has it. Otherwise it is fp16 on a GPU (Turing, such as the 2080 Ti)
-            and
-            float32 on a CPU, where emulation would be many times slower.
+            and float32 on a CPU, where emulation would be many times slower.
 
     Raises:
         UserError: the device does not exist, would be shared by several processes, or cannot compute in the type.

@@ -218,6 +218,8 @@ def launch_command() -> str:
     """The command that starts this script in as many processes again, up to its flags."""
     if not _launched():
         return f"python {shlex.quote(sys.argv[0])}"
+    if "GROUP_WORLD_SIZE" not in os.environ:  # not torchrun, so its words are unknown
+        return f"<the launcher and its flags> {shlex.quote(sys.argv[0])}"
     words = [f"torchrun --nproc_per_node={local_world_size()}"]
     if (nodes := _number("GROUP_WORLD_SIZE") or 1) > 1:
         words += [f"--nnodes={nodes}", f"--node_rank={_number('GROUP_RANK')}"]

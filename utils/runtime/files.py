@@ -239,7 +239,10 @@ def check_npy(path: Path, shape: tuple[int, ...], dtype: str) -> None:
 def load_npy(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Read an .npy file; raises as `check_npy`, before memory is allocated for what its header claims."""
     with _checked_npy(path, shape, dtype) as file:
-        return np.load(file, allow_pickle=False)
+        try:
+            return np.load(file, allow_pickle=False)
+        except (ValueError, EOFError):
+            raise UserError(f"{path}: was changed while it was read; {_PREPROCESS}") from None
 
 
 @contextmanager

@@ -30,6 +30,7 @@ Record = dict[str, float]  # an epoch's figures by name
 
 CONFIG = "config.json"
 STARTS = "starts.jsonl"
+MAX_STARTS = 1 << 20  # bytes of it that are kept; a start has some hundred
 WANDB_ID = "wandb_id.txt"  # with it, a resumed run continues the same W&B run
 
 
@@ -89,7 +90,8 @@ class RunLogger:
         self._wandb = start(lambda: _wandb_run(folder, config)) if wandb else None
         # A link in a folder from elsewhere is replaced, not read or written through.
         starts = folder / STARTS
-        earlier = starts.read_bytes() if is_file(starts) and not starts.is_symlink() else b""
+        has_starts = is_file(starts) and not starts.is_symlink() and starts.stat().st_size < MAX_STARTS
+        earlier = starts.read_bytes() if has_starts else b""
         with atomic_write(starts) as file:
             file.write(earlier + (json.dumps(_this_start(len(history))) + "\n").encode())
         with atomic_write(folder / CONFIG) as file:

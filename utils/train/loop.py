@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict
+from typing import Protocol, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -155,8 +155,8 @@ def _forward_backward(
 ) -> None:
     """Add the gradient of a batch's summed loss, and the losses to `group`."""
     segmenter: Segmenter = distributed.unwrap(model)  # type: ignore[assignment]
-    on_device: Any = {key: precision.to_device(v) if isinstance(v, Tensor) else v for key, v in batch.items()}
-    batch = on_device
+    moved = {key: precision.to_device(v) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    batch = cast(TrainingBatch, moved)
     with precision.autocast():
         features = features_of(segmenter, batch, precision)
         outputs = model(features, *(batch[key] for key in segmenter.PROMPTS))

@@ -167,7 +167,7 @@ class ResumeState:
         if len(self.history) >= num_epochs:
             limits = f"-num_epochs{' and --patience' if stopped else ''}"
             return f"{self.path}: already trained for {len(self.history)} epochs; raise {limits} to resume"
-        return f"{self.path}: {stopped}; raise --patience to resume" if stopped else None
+        return f"{self.path}: {stopped}; raise --patience to resume, or give 0 for no limit" if stopped else None
 
 
 def plateau(history: Sequence[Record], patience: int | None) -> str | None:
@@ -175,7 +175,7 @@ def plateau(history: Sequence[Record], patience: int | None) -> str | None:
 
     Args:
         history: the run's epochs; those with "val_miou" were validated.
-        patience: a number of validations; None for no limit.
+        patience: a number of validations; None or 0 for no limit.
 
     Returns:
         One sentence without a full stop; None if the run does not stop early.
@@ -186,7 +186,7 @@ def plateau(history: Sequence[Record], patience: int | None) -> str | None:
             best, miou, since = int(record["epoch"]), record["val_miou"], 0
         elif "val_miou" in record:
             since += 1
-    if patience is None or since < patience:
+    if not patience or since < patience:
         return None
     times = f"{since} validation{'s' * (since > 1)}"
     return (
@@ -204,7 +204,7 @@ def find_resume(resume: Path | None, work_dir: Path, task_name: str) -> ResumeSt
         resume: a run's folder, or a `latest` file; AUTO for the task's run in `work_dir` that was saved last.
 
     Returns:
-        None without --resume, if AUTO finds no run, and where another machine's main process has the run.
+        None without --resume, or if AUTO finds no run.
 
     Raises:
         UserError: no checkpoint can be read.
@@ -212,8 +212,6 @@ def find_resume(resume: Path | None, work_dir: Path, task_name: str) -> ResumeSt
     if resume is None:
         return None
     if resume != AUTO:
-        if not distributed.is_main() and not exists(resume):
-            return None
         return _newest_good(resume) if is_folder(resume) else read_resume(resume)
     pattern = re.compile(re.escape(task_name) + r"-\d{8}-\d{4}(-\d+)?")
     candidates = listed(work_dir) if is_folder(work_dir) else []

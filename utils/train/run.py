@@ -34,7 +34,7 @@ class RunSettings:
     work_dir: Path
     task_name: str
     num_epochs: int
-    patience: int | None = None  # validations without improvement before it stops early; None for no limit
+    patience: int | None = None  # validations without improvement before it stops early; None or 0 for no limit
     choose_by_miou: bool = False  # the best epoch has the highest "val_miou", not the lowest "train_loss"
     save_every_steps: int = 0  # optimizer steps from one `latest` to the next; 0 for one an epoch
     keep_last: int = 1  # earlier `latest` checkpoints that are kept
@@ -66,7 +66,7 @@ def require_room(settings: RunSettings, resume: ResumeState | None, model: Segme
 class Run:
     """Checkpoints, logs, history and progress of a run; the `Watch` of its training.
 
-    Only the main process writes. All processes read on resuming.
+    Only the main process writes. All processes restore its state on resuming.
     """
 
     def __init__(
