@@ -1,7 +1,7 @@
 """Convert BDD100K's images and masks to the .npy files that training and inference read.
 
     python pre_bdd100k.py --bdd100k_root data/bdd100k --output_path data/bdd100k_npy --splits train val
-    python pre_bdd100k.py --bdd100k_root data/bdd100k --splits test --image_dtype uint8    # a quarter of the disk
+    python pre_bdd100k.py --bdd100k_root data/bdd100k --image_dtype uint8                # a third of the disk
     python pre_bdd100k.py --bdd100k_root data/bdd100k --resize_mode pad --overwrite        # keep the aspect ratio
     python pre_bdd100k.py --bdd100k_root data/bdd100k --image_size 576x1024                # BDD100K's aspect ratio
 

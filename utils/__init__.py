@@ -1,7 +1,9 @@
-"""What the three BDD100K scripts share. See README.md for the map of modules."""
+"""What the three BDD100K scripts share. See CONTRIBUTING.md for the map of folders."""
 
 import importlib.util as _util
 import pathlib as _pathlib
+
+__version__ = "0.2.0"
 
 # The public segment-anything has a package of the same name, and outside of this folder Python may find that one first.
 _here = _pathlib.Path(__file__).resolve().parents[1]

@@ -433,7 +433,7 @@ def fuzz(target: Target, examples: int, *, derandomize: bool = True) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=2000, help="inputs for each kind of file")
     parser.add_argument("--only", nargs="*", help="kinds of file to test (default: all)")
     args = parser.parse_args()

@@ -247,7 +247,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "step", "said"),
     [
-        (signal.SIGINT, 1, "epoch 0, after 1 optimizer steps"),
+        (signal.SIGINT, 1, "epoch 0, after 1 optimizer step"),
         (signal.SIGTERM, 4, "epoch 0, after 4 optimizer steps"),
         (signal.SIGTERM, 7, "epoch 1, after 3 optimizer steps"),
         (signal.SIGINT, "validation", "epoch 0, after 4 optimizer steps"),

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import utils
 from utils.evaluate.plots import save_loss_curve
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
@@ -151,16 +151,12 @@ class RunLogger:
 
 def _this_start(epoch: int) -> dict[str, str | int | None]:
     """What tells later how this start was made: the command, where, and the versions; None where unknown."""
-    try:
-        version: str | None = metadata.version("sam-bdd100k")
-    except metadata.PackageNotFoundError:  # run from a clone that is not installed
-        version = None
     return {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "epoch": epoch,
         "command": distributed.command_line(),
         "folder": os.getcwd(),
-        "version": version,
+        "version": utils.__version__,
         "commit": _commit(Path(__file__).parents[2]),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -198,7 +198,9 @@ class Run:
     def _how_to_resume(self) -> str:
         if distributed.local_rank() != 0:  # one for each machine
             return ""
-        where = f"epoch {self.progress.epoch}, after {self.progress.steps} optimizer steps"
+        where = (
+            f"epoch {self.progress.epoch}, after {self.progress.steps} optimizer step{'s' * (self.progress.steps != 1)}"
+        )
         return f"stopped in {where}; resume with: {self._resume_command}"
 
     def _save_latest(self) -> None:
