@@ -28,9 +28,9 @@ for _ in range(8):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 def test_freed_memory_is_used_again() -> None:
-    last = {}
+    fewest = {}  # the kernel may take a page back in one round or the other
     for kept in (False, True):
         script = ROUNDS.format(kept=kept)
         result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-        last[kept] = int(result.stdout.split()[-1])
-    assert last[True] < 0.1 * last[False]
+        fewest[kept] = min(map(int, result.stdout.split()))
+    assert fewest[True] < 0.1 * fewest[False]
