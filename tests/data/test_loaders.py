@@ -155,6 +155,7 @@ def test_more_open_files_than_are_allowed(limit: int) -> None:
     assert "ulimit -n" in line
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_sent_ends_the_worker_and_not_in_a_wait_for_ever() -> None:
     loader = Loader([0, 1], num_workers=1, collate_fn=lambda _: threading.Lock())  # type: ignore[arg-type]
     with pytest.raises(LostWorkerError, match="a loader process has ended"):
@@ -169,6 +170,7 @@ class Exiting(Dataset):
         os._exit(self.status)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [1, 2, errno.ENOSPC])
 def test_the_status_of_a_crash_is_no_reason(status: int) -> None:
     with pytest.raises(LostWorkerError, match=r"a loader process has ended \(DataLoader worker") as error:
@@ -176,6 +178,7 @@ def test_the_status_of_a_crash_is_no_reason(status: int) -> None:
     assert os.strerror(status) not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "said"), [(errno.EIO, r"has ended \(Input/output"), (errno.ENOSPC, "cannot send")])
 def test_a_batch_that_the_system_does_not_send_says_why(number: int, said: str) -> None:
     class Unsendable:

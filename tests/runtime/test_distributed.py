@@ -163,6 +163,7 @@ def test_only_the_main_process_needs_the_run_and_its_flags_are_those_of_all(
     assert (several - single).norm() < 1e-6 * single.norm()
 
 
+@pytest.mark.slow
 def test_two_processes_log_what_one_does(two_by_two: Path, one_by_four: Path) -> None:
     several, single = log_of(two_by_two), log_of(one_by_four)
     assert [record["epoch"] for record in several] == list(range(10))  # each line once

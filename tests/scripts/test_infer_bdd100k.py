@@ -353,6 +353,7 @@ def test_data_that_goes_away_midway_leaves_no_result(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["off", "new"])
 def test_a_loader_process_that_is_killed(
     cache: str, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
