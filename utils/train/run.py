@@ -198,10 +198,8 @@ class Run:
     def _how_to_resume(self) -> str:
         if distributed.local_rank() != 0:  # one for each machine
             return ""
-        where = (
-            f"epoch {self.progress.epoch}, after {self.progress.steps} optimizer step{'s' * (self.progress.steps != 1)}"
-        )
-        return f"stopped in {where}; resume with: {self._resume_command}"
+        steps = f"{self.progress.steps} optimizer step{'s' * (self.progress.steps != 1)}"
+        return f"stopped in epoch {self.progress.epoch}, after {steps}; resume with: {self._resume_command}"
 
     def _save_latest(self) -> None:
         """Write `latest`. All processes take part, as each has an RNG."""
