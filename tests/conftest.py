@@ -14,7 +14,7 @@ import pre_bdd100k
 import train_bdd100k
 from segment_anything import build_sam_vit_tiny
 from tests.helpers.inputs import IMAGE_SIZE
-from tests.helpers.scripts import run_script
+from tests.helpers.scripts import run_script, training_flags
 from utils.runtime import cli
 from utils.scenes import write_dataset
 
@@ -81,9 +81,7 @@ def train(sam_file: Path, npy: Path) -> Callable[..., Path]:
     """A function that trains on the fixtures in an empty `work_dir` and returns the run's folder."""
 
     def train(work_dir: Path, *flags: object) -> Path:
-        data = ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", work_dir]
-        # Starting workers would take longer than they save.
-        run_script(train_bdd100k, *data, "--device", "cpu", "-num_workers", 0, *flags)
+        run_script(train_bdd100k, *training_flags(npy / "train", sam_file, work_dir), *flags)
         (folder,) = work_dir.iterdir()
         return folder
 

@@ -28,7 +28,7 @@ import train_bdd100k
 from segment_anything.build_sam import file_digest
 from tests.helpers.faults import small_disk
 from tests.helpers.inputs import IMAGE_SIZE
-from tests.helpers.scripts import good_flags, read_results, run_script
+from tests.helpers.scripts import good_flags, read_results, run_script, training_flags
 from utils.cache import lock, writer
 from utils.cache.keys import CacheKey, Request
 from utils.cache.reader import EmbeddingCache, entry_path, read_tensors
@@ -478,20 +478,7 @@ def test_processes_wait_for_each_other_in_rounds(monkeypatch: pytest.MonkeyPatch
 def test_whether_there_is_a_cache_is_part_of_the_run(
     split: Path, sam_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = [
-        "-i",
-        split,
-        "-model_type",
-        "vit_tiny",
-        "-checkpoint",
-        sam_file,
-        "-work_dir",
-        tmp_path / "work",
-        "-num_workers",
-        0,
-        "--device",
-        "cpu",
-    ]
+    common = training_flags(split, sam_file, tmp_path / "work")
     run_script(train_bdd100k, *common, "-num_epochs", 1, "-task_name", "plain")
     (plain,) = (tmp_path / "work").glob("plain*")
     run_script(train_bdd100k, *common, "-num_epochs", 2, "--resume", plain)  # where a new run would write a cache
@@ -518,24 +505,7 @@ def test_whether_there_is_a_cache_is_part_of_the_run(
 def train(split: Path, sam_file: Path, tmp_path: Path, *flags: object) -> Checkpoint:
     """Train on a split, which is validated on too; returns `latest`."""
     work_dir = tmp_path / f"work{len(list(tmp_path.glob('work*')))}"
-    common = [
-        "-i",
-        split,
-        "--val_npy_path",
-        split,
-        "-model_type",
-        "vit_tiny",
-        "-checkpoint",
-        sam_file,
-        "-work_dir",
-        work_dir,
-        "-num_workers",
-        0,
-        "-lr",
-        "1e-3",
-        "--device",
-        "cpu",
-    ]
+    common = [*training_flags(split, sam_file, work_dir), "--val_npy_path", split, "-lr", "1e-3", "--device", "cpu"]
     run_script(train_bdd100k, *common, *flags)
     (folder,) = work_dir.iterdir()
     return checkpoint.load_checkpoint(folder / checkpoint.LATEST)

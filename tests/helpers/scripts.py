@@ -50,6 +50,13 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def training_flags(data: Path, sam_file: Path, work_dir: Path) -> list[object]:
+    """Train the tiny model on a split, on the CPU, without loader processes."""
+    model = ["-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", work_dir]
+    # Starting workers would take longer than they save.
+    return ["-i", data, *model, "--device", "cpu", "-num_workers", 0]
+
+
 def good_flags(sam_file: Path, npy: Path, tmp_path: Path) -> list[object]:
     """Valid flags of infer_bdd100k.py, which write into `tmp_path / "out"`."""
     model = ["--sam_checkpoint", sam_file, "--model_type", "vit_tiny", "--device", "cpu", "--num_workers", 0]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from utils.runtime import files
 from utils.runtime.errors import UnreadableError, UserError
 from utils.runtime.files import (
     atomic_write,
@@ -271,3 +272,18 @@ def test_arrays_are_read_as_they_were_checked(tmp_path: Path) -> None:
     assert np.array_equal(load_npy(tmp_path / "a.npy", (2, 3), "uint8"), array)
     with pytest.raises(UserError, match=r"a\.npy: expected uint8 of shape \(3, 2\), found uint8 of \(2, 3\)"):
         load_npy(tmp_path / "a.npy", (3, 2), "uint8")
+
+
+def test_an_array_that_is_cut_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros((64, 64), dtype=np.uint8))
+    check = files._wrong_with_npy
+
+    def check_and_cut(*arguments: Any) -> str | None:
+        wrong = check(*arguments)
+        os.truncate(path, 200)
+        return wrong
+
+    monkeypatch.setattr(files, "_wrong_with_npy", check_and_cut)
+    with pytest.raises(UserError, match=r"a\.npy: was changed while it was read; run pre_bdd100k\.py again"):
+        files.load_npy(path, (64, 64), "uint8")

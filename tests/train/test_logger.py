@@ -17,6 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.train.logger import RunLogger, _commit, require_loggers
 
@@ -317,3 +318,20 @@ def test_what_wandb_or_tensorboard_raise_as_they_start(tmp_path: Path, monkeypat
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", fail)
     with pytest.raises(UserError, match="--use_tensorboard: the service is gone"):
         logger(tmp_path, tensorboard=True)
+
+
+def test_an_absurdly_large_record_of_starts_is_begun_anew(tmp_path: Path) -> None:
+    logger(tmp_path)
+    with open(tmp_path / "starts.jsonl", "r+b") as file:
+        file.truncate(1 << 40)  # a hole, which takes no disk
+    logger(tmp_path)
+    (start,) = (tmp_path / "starts.jsonl").read_text().splitlines()
+    assert json.loads(start)["epoch"] == 0
+
+
+def test_the_words_of_an_unknown_launcher_are_not_invented(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert distributed.launch_command() == "<the launcher and its flags> train.py"
