@@ -36,6 +36,7 @@ from utils.runtime.choices import (
     AMP_DTYPES,
     AMP_HELP,
     AUGMENTATIONS,
+    CACHE_DEVICES,
     CACHE_DTYPES,
     MODEL_TYPES,
     PROMPT_MODES,
@@ -51,7 +52,7 @@ OF_INFERENCE = {"amp_dtype": "auto", "cache_embeddings": "auto", "cache_dtype": 
 
 MEMORY_ADVICE = (
     "lower -batch_size and raise --grad_acc_steps by the same factor, which changes nothing else; or add "
-    "-use_amp, give a smaller --classes_per_image (box mode), or preprocess at a smaller --image_size"
+    "-use_amp, --cache_device off or a smaller --classes_per_image (box mode), or preprocess at a smaller --image_size"
 )
 
 # What fits a GPU's memory and arithmetic; without --preset, the specification's values. All have optimizer steps of 16
@@ -100,6 +101,13 @@ def get_args_parser() -> cli.Parser:
         type=cli.positive_int,
         help="cached views of each image: itself, its mirror image, then random ones (default by --augment: "
         f"{', '.join(f'{name} {views}' for name, views in AUGMENTATIONS.items())})",
+    )
+    flag(
+        "cache_device",
+        choices=CACHE_DEVICES,
+        default="auto",
+        help="keep cached features, labels and pixels in memory, and load no batch from files: on the card, or the "
+        "CPU's memory; auto: with a card, where they fit",
     )
     flag("num_workers", type=cli.non_negative_int, help="loader processes per training process (default: by preset)")
 
@@ -217,6 +225,7 @@ import monai.losses  # noqa: F401  now, and not within the first step
 import torch
 
 from segment_anything.build_sam import file_digest
+from utils.cache.resident import ResidentLoader, resident_loader
 from utils.cache.writer import use_caches
 from utils.data.datasets import EvaluationDataset, NpyFolder, TrainingDataset, training_dataset, validation_dataset
 from utils.data.loaders import Loader, evaluation_loader, training_loader, usable_workers
@@ -303,7 +312,7 @@ def train(args: cli.Flags, precision: Precision, resume: ResumeState | None) -> 
             )
             figures = train_one_epoch(
                 model,
-                loader,
+                loader,  # type: ignore[arg-type]  # a resident one has the same interface
                 state,
                 precision=precision,
                 grad_acc_steps=args.grad_acc_steps,
@@ -407,9 +416,12 @@ def prepare_cache(
 
 def build_loaders(
     args: cli.Flags, dataset: TrainingDataset, val_dataset: EvaluationDataset | None, precision: Precision
-) -> tuple[Loader, Loader | None]:
+) -> tuple[Loader | ResidentLoader, Loader | None]:
     sizes = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-    loader = training_loader(dataset, **sizes, seed=args.seed, grad_acc_steps=args.grad_acc_steps, precision=precision)
+    order = {"batch_size": args.batch_size, "seed": args.seed, "grad_acc_steps": args.grad_acc_steps}
+    loader = resident_loader(args.cache_device, dataset, **order, precision=precision) or training_loader(
+        dataset, **order, num_workers=args.num_workers, precision=precision
+    )
     return loader, evaluation_loader(val_dataset, **sizes, precision=precision) if val_dataset else None
 
 

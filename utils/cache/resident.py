@@ -1,0 +1,286 @@
+"""The training data in memory: a split's cached features, labels and pixels, on the card or on the host.
+
+They are read once. After that no file is read and no process loads: a batch is gathered by index where it is trained.
+The batches are those of `utils.data.loaders.training_loader`, value for value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.cache.lock import in_rounds
+from utils.data.augment import View, fixed_view
+from utils.data.datasets import (
+    FILLER,
+    PADDING,
+    BoxPromptDataset,
+    Found,
+    Sample,
+    TrainingBatch,
+    TrainingDataset,
+    TrainingSampler,
+)
+from utils.data.loaders import training_sampler
+from utils.runtime import distributed
+from utils.runtime.device import Precision
+from utils.runtime.errors import UserError
+from utils.runtime.memory import available_memory
+from utils.runtime.process_pool import usable_cores
+
+WORD = 8  # bytes; sides of frames are multiples of 16, so every row is a whole number of words
+STAGED_BYTES = 2**28  # read at a time, before they are copied to the card
+# What a training step takes of the card, for each pixel of a batch: 1.1 GiB an image at 1024 x 1024, with all 19
+# classes (counted, see PRESETS in train_bdd100k.py). The rest is for validation, and for what PyTorch holds unused.
+STEP_BYTES_PER_PIXEL = 1130
+SPARE_BYTES = 3 * 2**30
+HOST_SHARE = 0.75  # of the available memory that may be taken
+
+
+@dataclass(frozen=True)
+class Table:
+    """One tensor for every view of every image. Rows are words of 8 bytes, which are faster to gather than bytes."""
+
+    words: Tensor  # rows x words int64
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # of a row
+
+    @classmethod
+    def like(cls, example: Tensor, rows: int, **options: Any) -> Table:
+        words = torch.empty(rows, example.nbytes // WORD, dtype=torch.int64, **options)
+        return cls(words, example.dtype, tuple(example.shape))
+
+    def view(self) -> Tensor:
+        """The rows in their own type and shape."""
+        return self.words.view(self.dtype).unflatten(1, self.shape)
+
+    def gather(self, rows: Tensor, device: torch.device) -> Tensor:
+        """The rows of these numbers, on a device. `rows` is where the table is."""
+        if self.words.device == device:
+            words = self.words.index_select(0, rows)
+        else:  # from pinned memory, without waiting
+            words = torch.empty(len(rows), self.words.shape[1], dtype=torch.int64, device=device)
+            for target, row in zip(words, rows.tolist()):
+                target.copy_(self.words[row], non_blocking=True)
+        return words.view(self.dtype).unflatten(1, self.shape)
+
+
+class ResidentLoader:
+    """This process's batches of each epoch, on its device.
+
+    It stands in for the loader of `training_loader`: `len` and iteration follow `batch_sampler`, and the randomness
+    follows the data set's epoch.
+    """
+
+    def __init__(
+        self, dataset: TrainingDataset, sampler: TrainingSampler, device: torch.device, place: torch.device
+    ) -> None:
+        """Allocate the tables on `place`; `load` fills them.
+
+        Args:
+            device: where the batches are.
+            place: `device`, or the CPU.
+        """
+        self.dataset = dataset
+        self.batch_sampler = sampler
+        self.device = device
+        self.place = place
+        self._examples = _tensors(dataset.read_view(dataset.indices[0], 0, View()))
+        rows = len(dataset) * dataset.num_views
+        self._tables = [Table.like(example, rows, device=place) for example in self._examples]
+        self._found: list[Found] = []  # of each row
+
+    @property
+    def max_prompts(self) -> int:
+        """The largest number of prompts of an image in a batch; 0 in a mode without prompts."""
+        if not isinstance(self.dataset, BoxPromptDataset):
+            return 0
+        count = max(1, *(len(class_ids) for class_ids, _ in self._found))
+        return min(count, self.dataset.classes_per_image or count)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        return map(self._batch, self.batch_sampler)
+
+    def load(self) -> Generator[int, None, None]:
+        """Read the split with several threads, and yield the number of images after each part.
+
+        Raises:
+            UserError: a file is missing, or has changed since it was checked.
+        """
+        views, count = self.dataset.num_views, len(self.dataset)
+        at_once = max(1, STAGED_BYTES // (views * sum(example.nbytes for example in self._examples)))
+        on_card = self.place.type == "cuda"
+        staged = [
+            Table.like(example, at_once * views, pin_memory=True) if on_card else table
+            for example, table in zip(self._examples, self._tables)
+        ]
+        targets = [table.view() for table in staged]
+
+        def read(position: int, row: int) -> list[Found]:
+            """Read all views of an image into the rows from `row` on."""
+            source_index = self.dataset.indices[position]
+            name, found = self.dataset.source.items[source_index].name, []
+            for number in range(views):
+                sample = self.dataset.read_view(source_index, number, fixed_view(name, number))
+                for target, tensor in zip(targets, _tensors(sample), strict=True):
+                    target[row + number].copy_(tensor)
+                found.append(self.dataset.find(sample["labels"].numpy()))
+            return found
+
+        cores, threads = max(1, usable_cores() // distributed.local_world_size()), torch.get_num_threads()
+        torch.set_num_threads(1)  # of each of these threads
+        pool = ThreadPoolExecutor(cores)
+        progress = tqdm(total=count, desc="loading", unit="image", leave=False, disable=not distributed.is_main())
+        try:
+            for start in range(0, count, at_once):
+                part = range(start, min(start + at_once, count))
+                first = 0 if on_card else start
+                for found in pool.map(read, part, range(first * views, (first + len(part)) * views, views)):
+                    self._found += found
+                if on_card:
+                    for table, source in zip(self._tables, staged):
+                        table.words[start * views : part.stop * views] = source.words[: len(part) * views]
+                progress.update(len(part))
+                yield len(part)
+        finally:
+            progress.close()
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+        if self.device.type == "cuda" and not on_card:
+            for table in self._tables:
+                _pin(table.words)
+
+    def _batch(self, indexes: list[int]) -> TrainingBatch:
+        drawn, rows, names = [], [], []
+        for index in indexes:
+            position, rng = max(index, 0), self.dataset.rng(index)
+            row = position * self.dataset.num_views + self.dataset.draw_number(rng)
+            prompts = self.dataset.draw_prompts(self._found[row], rng)
+            drawn.append({**prompts, "valid": prompts["valid"] & (index != FILLER)})
+            rows.append(row)
+            names.append(self.dataset.source.items[self.dataset.indices[position]].name)
+        picked = np.array(rows)
+        stacked = {key: _stacked([prompts[key] for prompts in drawn], PADDING[key]) for key in drawn[0]}
+        on_device, *values = _to_device([picked, *stacked.values()], self.device)
+        places = on_device if self.place == self.device else torch.from_numpy(picked)
+        labels, *rest = (table.gather(places, self.device) for table in self._tables)
+        images = {"image": rest.pop()} if self.dataset.has_images else {}
+        return {**dict(zip(stacked, values)), "labels": labels, "features": rest, **images, "name": names}  # type: ignore
+
+
+def _tensors(sample: Sample) -> list[Tensor]:
+    """The tensors of a view: labels, features, and the image if there is one."""
+    return [sample["labels"], *sample["features"], *([sample["image"]] if "image" in sample else [])]
+
+
+def _stacked(arrays: list[np.ndarray], padding: int) -> np.ndarray:
+    """Stack arrays, padded to the length of the longest, at least 1; arrays without a length are just stacked."""
+    if not arrays[0].ndim:
+        return np.stack(arrays)
+    count = max(1, *map(len, arrays))
+    stacked = np.full((len(arrays), count, *arrays[0].shape[1:]), padding, arrays[0].dtype)
+    for target, array in zip(stacked, arrays):
+        target[: len(array)] = array
+    return stacked
+
+
+def _to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Copy small arrays to a device, to a card in one transfer that nothing waits for. Larger dtypes come first."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cpu":
+        return tensors
+    host = torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8, pin_memory=True)
+    sizes = [tensor.nbytes for tensor in tensors]
+    for target, tensor in zip(host.split(sizes), tensors):
+        target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    parts = host.to(device, non_blocking=True).split(sizes)
+    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors)]
+
+
+def _pin(tensor: Tensor) -> None:
+    """Lock a tensor's memory, so that copies to the card need not wait. Where the system refuses, copies wait."""
+    if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
+        with suppress(RuntimeError):
+            torch.zeros(1, device="cuda")  # CUDA keeps the failure for the next kernel, which here is harmless
+
+
+def resident_loader(
+    where: str, dataset: TrainingDataset, *, batch_size: int, seed: int, grad_acc_steps: int, precision: Precision
+) -> ResidentLoader | None:
+    """Load the training data into memory if that is wanted and there is room.
+
+    Args:
+        where: --cache_device. "auto": the card, or else the host, or else nowhere; nowhere without a card, where a step
+            takes longer than loading its batch.
+
+    Returns:
+        None if batches are to come from files.
+
+    Raises:
+        UserError: there is no room where it is wanted, or no cache; or as `ResidentLoader.load`.
+    """
+    device = precision.device
+    if where == "off" or (where == "auto" and (not dataset.cache or device.type == "cpu")):
+        return None
+    if not dataset.cache:
+        raise UserError(
+            f"--cache_device {where}: the run has no cached features; set --cache_embeddings to a folder, or "
+            "--cache_device to off"
+        )
+    sample = dataset.read_view(dataset.indices[0], 0, View())
+    views = len(dataset) * dataset.num_views
+    sizes = {"features": views * sum(feature.nbytes for feature in sample["features"])}
+    sizes |= {key: views * sample[key].nbytes for key in ("labels", "image") if key in sample}
+    place = _place(where, sum(sizes.values()), batch_size * sample["labels"].numel(), device)
+    if place is None:
+        return None
+    of_what = ", ".join(f"{_amount(size)} of {key}" for key, size in sizes.items()).replace("image", "pixels")
+    each = " in each process" if distributed.world_size() > 1 else ""
+    distributed.say(f"{dataset.source.folder}: {of_what} are kept on {_NAMES[place.type]}{each}")
+    sampler = training_sampler(dataset, batch_size=batch_size, seed=seed, grad_acc_steps=grad_acc_steps)
+    loader = ResidentLoader(dataset, sampler, device, place)
+    in_rounds(loader.load())
+    return loader
+
+
+_NAMES = {"cuda": "the card", "cpu": "the host"}
+
+
+def _place(where: str, needed: int, batch_pixels: int, device: torch.device) -> torch.device | None:
+    """Where there is room for `needed` bytes in all processes; None if nowhere and `where` is "auto"."""
+    if where == "cuda" and device.type == "cpu":
+        raise UserError("--cache_device cuda: the run trains on the CPU; set --cache_device to cpu, auto or off")
+    wanted = {"cuda": [device], "cpu": [torch.device("cpu")]}.get(where, [device, torch.device("cpu")])
+    problems = []
+    for place in wanted:
+        if place.type == "cuda":
+            torch.cuda.empty_cache()
+            left = torch.cuda.mem_get_info(place)[0] - batch_pixels * STEP_BYTES_PER_PIXEL - SPARE_BYTES
+            what = "beside a training step"
+        else:
+            left = int(available_memory() * HOST_SHARE) // distributed.local_world_size()
+            what = "for each process" if distributed.local_world_size() > 1 else "for it"
+        left = max(0, min(distributed.all_gather(left)))
+        if needed <= left:
+            return place
+        problems.append(f"{_NAMES[place.type]} has {_amount(left)} {what}")
+    told = f"the training data take {_amount(needed)} of memory, but {' and '.join(problems)}"
+    if where != "auto":
+        raise UserError(f"--cache_device {where}: {told}; set --cache_device to auto or off")
+    distributed.say(f"{told}; they are read from the disk")
+    return None
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
