@@ -7,7 +7,6 @@ The batches are those of `utils.data.loaders.training_loader`, value for value.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.cache.lock import in_rounds
+from utils.cache.reader import threads
 from utils.data.augment import View, fixed_view
 from utils.data.datasets import (
     FILLER,
@@ -34,7 +34,6 @@ from utils.runtime import distributed
 from utils.runtime.device import Precision
 from utils.runtime.errors import UserError
 from utils.runtime.memory import available_memory
-from utils.runtime.process_pool import usable_cores
 
 WORD = 8  # bytes; sides of frames are multiples of 16, so every row is a whole number of words
 STAGED_BYTES = 2**28  # read at a time, before they are copied to the card
@@ -138,11 +137,8 @@ class ResidentLoader:
                 found.append(self.dataset.find(sample["labels"].numpy()))
             return found
 
-        cores, threads = max(1, usable_cores() // distributed.local_world_size()), torch.get_num_threads()
-        torch.set_num_threads(1)  # of each of these threads
-        pool = ThreadPoolExecutor(cores)
         progress = tqdm(total=count, desc="loading", unit="image", leave=False, disable=not distributed.is_main())
-        try:
+        with threads() as pool, progress:
             for start in range(0, count, at_once):
                 part = range(start, min(start + at_once, count))
                 first = 0 if on_card else start
@@ -153,30 +149,29 @@ class ResidentLoader:
                         table.words[start * views : part.stop * views] = source.words[: len(part) * views]
                 progress.update(len(part))
                 yield len(part)
-        finally:
-            progress.close()
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
         if self.device.type == "cuda" and not on_card:
             for table in self._tables:
                 _pin(table.words)
 
-    def _batch(self, indexes: list[int]) -> TrainingBatch:
-        drawn, rows, names = [], [], []
+    def draw(self, indexes: list[int]) -> tuple[list[int], dict[str, np.ndarray]]:
+        """Draw the views of images, as rows of the tables, and their prompts, padded and stacked."""
+        drawn, rows = [], []
         for index in indexes:
-            position, rng = max(index, 0), self.dataset.rng(index)
-            row = position * self.dataset.num_views + self.dataset.draw_number(rng)
-            prompts = self.dataset.draw_prompts(self._found[row], rng)
+            rng = self.dataset.rng(index)
+            rows.append(max(index, 0) * self.dataset.num_views + self.dataset.draw_number(rng))
+            prompts = self.dataset.draw_prompts(self._found[rows[-1]], rng)
             drawn.append({**prompts, "valid": prompts["valid"] & (index != FILLER)})
-            rows.append(row)
-            names.append(self.dataset.source.items[self.dataset.indices[position]].name)
-        picked = np.array(rows)
-        stacked = {key: _stacked([prompts[key] for prompts in drawn], PADDING[key]) for key in drawn[0]}
-        on_device, *values = _to_device([picked, *stacked.values()], self.device)
-        places = on_device if self.place == self.device else torch.from_numpy(picked)
+        return rows, {key: _stacked([prompts[key] for prompts in drawn], PADDING[key]) for key in drawn[0]}
+
+    def _batch(self, indexes: list[int]) -> TrainingBatch:
+        rows, prompts = self.draw(indexes)
+        on_device, *values = _to_device([np.array(rows), *prompts.values()], self.device)
+        places = on_device if self.place == self.device else torch.tensor(rows)
         labels, *rest = (table.gather(places, self.device) for table in self._tables)
         images = {"image": rest.pop()} if self.dataset.has_images else {}
-        return {**dict(zip(stacked, values)), "labels": labels, "features": rest, **images, "name": names}  # type: ignore
+        items = [self.dataset.source.items[self.dataset.indices[max(index, 0)]] for index in indexes]
+        names = [item.name for item in items]
+        return {**dict(zip(prompts, values)), "labels": labels, "features": rest, **images, "name": names}  # type: ignore
 
 
 def _tensors(sample: Sample) -> list[Tensor]:
