@@ -1,6 +1,6 @@
 """Loading training data: the cache's files at start, then batches from memory against batches from worker processes.
 
-    python -m benchmarks.loading                      # 512 images of vit_b at 1024: 1.6 GB of features and labels
+    python -m benchmarks.loading                      # 256 images of vit_b at 1024: 0.8 GB of features and labels
     python -m benchmarks.loading --device cuda        # to a card
     python -m benchmarks.loading --model_type vit_tiny --image_size 64 --images 4 --repeats 1    # a few seconds
 
@@ -42,7 +42,7 @@ def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_flag("model_type", choices=list(CONFIGS), default="vit_b", help="decides the size of features")
     parser.add_flag("image_size", type=side_length, default=1024, help="of the images, in pixels")
-    parser.add_flag("images", type=cli.positive_int, default=512, help="in the split")
+    parser.add_flag("images", type=cli.positive_int, default=256, help="in the split")
     parser.add_flag("batch_size", type=cli.positive_int, default=4, help="images of a batch")
     parser.add_flag("num_workers", type=cli.non_negative_int, default=2, help="processes of the loader")
     parser.add_flag("device", default="cpu", help="where the batches are: cpu, cuda or cuda:N")
@@ -71,11 +71,9 @@ def main(args: argparse.Namespace) -> None:
     precision = resolve_precision(args.device, local_rank=0, local_world_size=1, use_amp=False, amp_dtype="auto")
     with tempfile.TemporaryDirectory() as name:
         source = write_split(Path(name) / "npy", args.images, args.image_size)
-        cache = cached_dataset(
-            Path(name), source, sam_model_registry[args.model_type](image_size=args.image_size)
-        ).cache
+        sam = sam_model_registry[args.model_type](image_size=args.image_size)
         dataset = BoxPromptDataset(source, classes_per_image=None, bbox_shift=20, seed=0)
-        dataset.use(cache, takes_pixels=False)
+        dataset.use(cached_dataset(Path(name), source, sam).cache, takes_pixels=False)
         compare_files(args, dataset, precision)
         compare_batches(args, dataset, precision)
 

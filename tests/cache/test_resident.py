@@ -217,6 +217,7 @@ def test_an_entry_that_is_damaged_in_use(make: Make) -> None:
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["box", "semantic"])
 def test_a_run_is_the_same_from_memory(mode: str, npy: Path, sam_file: Path, tmp_path: Path) -> None:
     """Weights and losses are equal to the bit."""
