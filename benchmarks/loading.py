@@ -124,7 +124,9 @@ def compare_files(args: argparse.Namespace, dataset: BoxPromptDataset, precision
 
 def loader(args: argparse.Namespace, dataset: BoxPromptDataset, precision: Precision) -> ResidentLoader:
     sampler = training_sampler(dataset, batch_size=args.batch_size, seed=0, grad_acc_steps=1)
-    resident = ResidentLoader(dataset, sampler, precision.device, precision.device)
+    resident = ResidentLoader(
+        dataset, sampler, precision.device, dict.fromkeys(("features", "labels"), precision.device)
+    )
     for _ in resident.load():
         pass
     return resident

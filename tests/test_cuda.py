@@ -108,10 +108,10 @@ def test_memory_of_the_card_or_the_host_changes_no_bit(
     flags = ["--prompt_mode", mode, "--deterministic", "-batch_size", 2, "--augment", "full", "--cache_views", 3]
     flags += ["-num_epochs", 4, "--grad_acc_steps", 1, "--cache_embeddings", tmp_path / "cache", "-lr", 1e-3]
     expected, said = train_by_itself(tmp_path / "off", *flags, "--cache_device", "off")
-    assert "are kept on" not in said
+    assert "kept in memory" not in said
     for where, told in (("cpu", "the host"), ("cuda", "the card"), ("auto", "the card")):
         folder, said = train_by_itself(tmp_path / where, *flags, "--cache_device", where)
-        assert f"are kept on {told}\n" in said
+        assert f"labels on {told}\n" in said
         assert torch.equal(weights(folder), weights(expected))
 
 

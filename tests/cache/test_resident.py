@@ -19,6 +19,7 @@ from tests.helpers.scripts import run_script, training_flags
 from utils.cache import resident
 from utils.cache.reader import EmbeddingCache, entry_path
 from utils.cache.resident import ResidentLoader, resident_loader
+from utils.data.augment import View
 from utils.data.datasets import (
     NpyFolder,
     TrainingDataset,
@@ -34,6 +35,7 @@ from utils.runtime.errors import UserError
 
 HEIGHT, WIDTH = 48, 64
 CPU = torch.device("cpu")
+ON_CPU = dict.fromkeys(("features", "image", "labels"), CPU)
 Make = Callable[..., TrainingDataset]
 
 
@@ -83,7 +85,7 @@ def sampler_of(dataset: TrainingDataset, rank: int = 0, world_size: int = 1, **c
 
 
 def loaded(dataset: TrainingDataset, sampler: TrainingSampler) -> ResidentLoader:
-    loader = ResidentLoader(dataset, sampler, CPU, CPU)
+    loader = ResidentLoader(dataset, sampler, CPU, ON_CPU)
     assert sum(loader.load()) == len(dataset)
     return loader
 
@@ -159,9 +161,10 @@ def test_it_is_read_in_parts_that_are_smaller_than_the_split(make: Make, monkeyp
     dataset = make("semantic", augment="flip", num_views=2)
     sampler = sampler_of(dataset)
     whole = list(loaded(dataset, sampler))
-    size = sum(tensor.nbytes for tensor in resident._tensors(dataset.read_view(0, 0, resident.View())))
+    tensors = resident.view_tensors(dataset.read_view(0, 0, View())).values()
+    size = sum(tensor.nbytes for part in tensors for tensor in part)
     monkeypatch.setattr(resident, "STAGED_BYTES", 2 * 3 * size)
-    loader = ResidentLoader(dataset, sampler, CPU, CPU)
+    loader = ResidentLoader(dataset, sampler, CPU, ON_CPU)
     assert list(loader.load()) == [3, 3, 1]
     for our, their in zip(loader, whole, strict=True):
         assert_same(our, their)
@@ -175,7 +178,7 @@ def test_what_is_kept_is_told(make: Make, capsys: pytest.CaptureFixture[str]) ->
     loader = of_flag("cpu", make("semantic", augment="flip", num_views=2))
     assert loader and len(loader) == 4
     assert loader.batch_sampler.batch_size == 2 and loader.batch_sampler.seed == 3
-    told = r"train: 0 MiB of features, 0 MiB of labels, 0 MiB of pixels are kept on the host\n"
+    told = r"train: kept in memory: 0 MiB of features, 0 MiB of pixels, 0 MiB of labels on the host\n"
     assert re.search(told, capsys.readouterr().out)
 
 
@@ -189,12 +192,59 @@ def test_flags_that_cannot_be_followed(make: Make, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"^--cache_device cuda: the run trains on the CPU; set --cache_device to cpu,"):
         of_flag("cuda", dataset)
     monkeypatch.setattr(resident, "available_memory", lambda: 2000)
-    with pytest.raises(UserError, match=r"^--cache_device cpu: .* take 0 MiB .* the host has 0 MiB for it; set"):
+    with pytest.raises(UserError, match=r"^--cache_device cpu: .* take 0 MiB .* the host has 0 MiB to spare; set"):
         of_flag("cpu", dataset)
     dataset.use(None, takes_pixels=False)
     assert of_flag("auto", dataset) is None
     with pytest.raises(UserError, match=r"no cached features; set --cache_embeddings to a folder, or --cache_device"):
         of_flag("cpu", dataset)
+
+
+@pytest.mark.parametrize(
+    ("where", "card", "host", "expected"),
+    [
+        ("auto", 60, 0, ["cuda", "cuda", "cuda"]),
+        ("auto", 59, 100, ["cuda", "cuda", "cpu"]),
+        ("auto", 35, 30, ["cuda", "cpu", "cuda"]),
+        ("auto", 9, 60, ["cpu", "cpu", "cpu"]),
+        ("auto", -1, 60, ["cpu", "cpu", "cpu"]),
+        ("auto", 59, 9, None),
+        ("cuda", 60, 0, ["cuda", "cuda", "cuda"]),
+        ("cpu", 60, 60, ["cpu", "cpu", "cpu"]),
+    ],
+)
+def test_each_part_goes_where_there_is_room(
+    where: str, card: int, host: int, expected: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_step = 1000 * resident.STEP_BYTES_PER_PIXEL + resident.SPARE_BYTES
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (card + of_step, 1000 + of_step))
+    monkeypatch.setattr(resident, "available_memory", lambda: math.ceil(host / resident.HOST_SHARE))
+    sizes = {"features": 25, "image": 25, "labels": 10}
+    places = resident._places(where, sizes, 1000, torch.device("cuda", 0))
+    assert (places and [place.type for place in places.values()]) == expected
+
+
+def test_a_full_card_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 8 * 2**30))
+    monkeypatch.setattr(resident, "available_memory", lambda: 4 * 2**30)
+    sizes, card = {"features": 9 * 2**30, "labels": 2**30}, torch.device("cuda", 0)
+    with pytest.raises(UserError, match=r"cuda: the training data take 10.0 GiB of memory, but the card has 5.0 GiB"):
+        resident._places("cuda", sizes, 0, card)
+    assert resident._places("auto", sizes, 0, card) is None
+    told = "but the card has 5.0 GiB and the host has 3.0 GiB to spare; they are read from the disk\n"
+    assert capsys.readouterr().out.endswith(told)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("on_card", [(), ("features",), ("features", "labels"), ("features", "image", "labels")])
+def test_the_batches_are_the_loaders_on_a_card(on_card: tuple[str, ...], make: Make) -> None:
+    dataset = make("semantic", augment="full", num_views=3)
+    sampler, card = sampler_of(dataset), torch.device("cuda", 0)
+    ours = ResidentLoader(dataset, sampler, card, {**ON_CPU, **dict.fromkeys(on_card, card)})
+    assert sum(ours.load()) == len(dataset)
+    for our, their in zip(ours, Loader(dataset, batch_sampler=sampler, collate_fn=collate_training), strict=True):
+        moved = {key: their[key].to(card) for key in ("valid", "labels", "image")}
+        assert_same(our, {**their, **moved, "features": [feature.to(card) for feature in their["features"]]})
 
 
 def test_a_process_needs_its_share_of_the_hosts_memory(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +253,7 @@ def test_a_process_needs_its_share_of_the_hosts_memory(make: Make, monkeypatch: 
     monkeypatch.setattr(resident, "available_memory", lambda: math.ceil(needed / resident.HOST_SHARE))
     assert of_flag("cpu", dataset)
     monkeypatch.setattr(distributed, "local_world_size", lambda: 2)
-    with pytest.raises(UserError, match=r"the host has 0 MiB for each process"):
+    with pytest.raises(UserError, match=r"the host has 0 MiB to spare for each process"):
         of_flag("cpu", dataset)
 
 

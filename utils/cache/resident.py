@@ -6,7 +6,7 @@ The batches are those of `utils.data.loaders.training_loader`, value for value.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -57,18 +57,26 @@ class Table:
         words = torch.empty(rows, example.nbytes // WORD, dtype=torch.int64, **options)
         return cls(words, example.dtype, tuple(example.shape))
 
-    def view(self) -> Tensor:
-        """The rows in their own type and shape."""
-        return self.words.view(self.dtype).unflatten(1, self.shape)
+    def staging(self, rows: int) -> Table:
+        """A table of such rows in pinned memory."""
+        words = torch.empty(rows, self.words.shape[1], dtype=torch.int64, pin_memory=True)
+        return Table(words, self.dtype, self.shape)
 
-    def gather(self, rows: Tensor, device: torch.device) -> Tensor:
-        """The rows of these numbers, on a device. `rows` is where the table is."""
-        if self.words.device == device:
-            words = self.words.index_select(0, rows)
+    def view(self, rows: slice = slice(None)) -> Tensor:
+        """Rows in their own type and shape."""
+        return self._typed(self.words[rows])
+
+    def gather(self, rows: list[int], on_device: Tensor) -> Tensor:
+        """The rows of these numbers, which `on_device` holds too, on the device of that."""
+        if self.words.device == on_device.device:
+            words = self.words.index_select(0, on_device)
         else:  # from pinned memory, without waiting
-            words = torch.empty(len(rows), self.words.shape[1], dtype=torch.int64, device=device)
-            for target, row in zip(words, rows.tolist()):
+            words = self.words.new_empty(len(rows), self.words.shape[1], device=on_device.device)
+            for target, row in zip(words, rows):
                 target.copy_(self.words[row], non_blocking=True)
+        return self._typed(words)
+
+    def _typed(self, words: Tensor) -> Tensor:
         return words.view(self.dtype).unflatten(1, self.shape)
 
 
@@ -80,21 +88,26 @@ class ResidentLoader:
     """
 
     def __init__(
-        self, dataset: TrainingDataset, sampler: TrainingSampler, device: torch.device, place: torch.device
+        self,
+        dataset: TrainingDataset,
+        sampler: TrainingSampler,
+        device: torch.device,
+        places: Mapping[str, torch.device],
     ) -> None:
-        """Allocate the tables on `place`; `load` fills them.
+        """Allocate the tables; `load` fills them.
 
         Args:
             device: where the batches are.
-            place: `device`, or the CPU.
+            places: for "features", "labels" and "image" where their tables are: `device`, or the CPU.
         """
         self.dataset = dataset
         self.batch_sampler = sampler
         self.device = device
-        self.place = place
-        self._examples = _tensors(dataset.read_view(dataset.indices[0], 0, View()))
         rows = len(dataset) * dataset.num_views
-        self._tables = [Table.like(example, rows, device=place) for example in self._examples]
+        self._tables = {
+            key: [Table.like(example, rows, device=places[key]) for example in examples]
+            for key, examples in view_tensors(dataset.read_view(dataset.indices[0], 0, View())).items()
+        }
         self._found: list[Found] = []  # of each row
 
     @property
@@ -118,22 +131,20 @@ class ResidentLoader:
             UserError: a file is missing, or has changed since it was checked.
         """
         views, count = self.dataset.num_views, len(self.dataset)
-        at_once = max(1, STAGED_BYTES // (views * sum(example.nbytes for example in self._examples)))
-        on_card = self.place.type == "cuda"
-        staged = [
-            Table.like(example, at_once * views, pin_memory=True) if on_card else table
-            for example, table in zip(self._examples, self._tables)
-        ]
-        targets = [table.view() for table in staged]
+        tables = [table for tables in self._tables.values() for table in tables]
+        at_once = max(1, STAGED_BYTES // (views * sum(table.words[0].nbytes for table in tables)))
+        # A card is written to in large parts, which are collected in pinned memory.
+        staged = [table.staging(at_once * views) if table.words.is_cuda else None for table in tables]
 
-        def read(position: int, row: int) -> list[Found]:
-            """Read all views of an image into the rows from `row` on."""
+        def read(position: int, targets: list[Tensor]) -> list[Found]:
+            """Read all views of an image into the rows of `targets`."""
             source_index = self.dataset.indices[position]
             name, found = self.dataset.source.items[source_index].name, []
             for number in range(views):
                 sample = self.dataset.read_view(source_index, number, fixed_view(name, number))
-                for target, tensor in zip(targets, _tensors(sample), strict=True):
-                    target[row + number].copy_(tensor)
+                tensors = [tensor for tensors in view_tensors(sample).values() for tensor in tensors]
+                for target, tensor in zip(targets, tensors, strict=True):
+                    target[number].copy_(tensor)
                 found.append(self.dataset.find(sample["labels"].numpy()))
             return found
 
@@ -141,16 +152,18 @@ class ResidentLoader:
         with threads() as pool, progress:
             for start in range(0, count, at_once):
                 part = range(start, min(start + at_once, count))
-                first = 0 if on_card else start
-                for found in pool.map(read, part, range(first * views, (first + len(part)) * views, views)):
+                rows = slice(start * views, part.stop * views)
+                parts = [table.view(rows) if stage is None else stage.view() for table, stage in zip(tables, staged)]
+                of_images = zip(*(rows_of.split(views) for rows_of in parts))
+                for found in pool.map(read, part, of_images):
                     self._found += found
-                if on_card:
-                    for table, source in zip(self._tables, staged):
-                        table.words[start * views : part.stop * views] = source.words[: len(part) * views]
+                for table, stage in zip(tables, staged):
+                    if stage:
+                        table.words[rows] = stage.words[: len(part) * views]
                 progress.update(len(part))
                 yield len(part)
-        if self.device.type == "cuda" and not on_card:
-            for table in self._tables:
+        for table in tables:
+            if self.device.type == "cuda" and not table.words.is_cuda:
                 _pin(table.words)
 
     def draw(self, indexes: list[int]) -> tuple[list[int], dict[str, np.ndarray]]:
@@ -166,17 +179,18 @@ class ResidentLoader:
     def _batch(self, indexes: list[int]) -> TrainingBatch:
         rows, prompts = self.draw(indexes)
         on_device, *values = _to_device([np.array(rows), *prompts.values()], self.device)
-        places = on_device if self.place == self.device else torch.tensor(rows)
-        labels, *rest = (table.gather(places, self.device) for table in self._tables)
-        images = {"image": rest.pop()} if self.dataset.has_images else {}
+        gathered = {key: [table.gather(rows, on_device) for table in tables] for key, tables in self._tables.items()}
         items = [self.dataset.source.items[self.dataset.indices[max(index, 0)]] for index in indexes]
-        names = [item.name for item in items]
-        return {**dict(zip(prompts, values)), "labels": labels, "features": rest, **images, "name": names}  # type: ignore
+        batch = {**dict(zip(prompts, values)), "labels": gathered["labels"][0], "features": gathered["features"]}
+        if "image" in gathered:
+            batch["image"] = gathered["image"][0]
+        return {**batch, "name": [item.name for item in items]}  # type: ignore[typeddict-item]
 
 
-def _tensors(sample: Sample) -> list[Tensor]:
-    """The tensors of a view: labels, features, and the image if there is one."""
-    return [sample["labels"], *sample["features"], *([sample["image"]] if "image" in sample else [])]
+def view_tensors(sample: Sample) -> dict[str, list[Tensor]]:
+    """The tensors of a view: its features, its image if there is one, and its labels."""
+    image = {"image": [sample["image"]]} if "image" in sample else {}
+    return {"features": list(sample["features"]), **image, "labels": [sample["labels"]]}
 
 
 def _stacked(arrays: list[np.ndarray], padding: int) -> np.ndarray:
@@ -233,44 +247,57 @@ def resident_loader(
             f"--cache_device {where}: the run has no cached features; set --cache_embeddings to a folder, or "
             "--cache_device to off"
         )
-    sample = dataset.read_view(dataset.indices[0], 0, View())
     views = len(dataset) * dataset.num_views
-    sizes = {"features": views * sum(feature.nbytes for feature in sample["features"])}
-    sizes |= {key: views * sample[key].nbytes for key in ("labels", "image") if key in sample}
-    place = _place(where, sum(sizes.values()), batch_size * sample["labels"].numel(), device)
-    if place is None:
+    example = dataset.read_view(dataset.indices[0], 0, View())
+    sizes = {key: views * sum(tensor.nbytes for tensor in tensors) for key, tensors in view_tensors(example).items()}
+    places = _places(where, sizes, batch_size * example["labels"].numel(), device)
+    if places is None:
         return None
-    of_what = ", ".join(f"{_amount(size)} of {key}" for key, size in sizes.items()).replace("image", "pixels")
-    each = " in each process" if distributed.world_size() > 1 else ""
-    distributed.say(f"{dataset.source.folder}: {of_what} are kept on {_NAMES[place.type]}{each}")
+    kept = [
+        f"{', '.join(f'{_amount(sizes[key])} of {_NAMES[key]}' for key in keys)} on {_NAMES[place]}"
+        for place in ("cuda", "cpu")
+        if (keys := [key for key in sizes if places[key].type == place])
+    ]
+    each = " (in each process)" if distributed.world_size() > 1 else ""
+    distributed.say(f"{dataset.source.folder}: kept in memory{each}: {'; '.join(kept)}")
     sampler = training_sampler(dataset, batch_size=batch_size, seed=seed, grad_acc_steps=grad_acc_steps)
-    loader = ResidentLoader(dataset, sampler, device, place)
+    loader = ResidentLoader(dataset, sampler, device, places)
     in_rounds(loader.load())
     return loader
 
 
-_NAMES = {"cuda": "the card", "cpu": "the host"}
+_NAMES = {"cuda": "the card", "cpu": "the host", "features": "features", "labels": "labels", "image": "pixels"}
 
 
-def _place(where: str, needed: int, batch_pixels: int, device: torch.device) -> torch.device | None:
-    """Where there is room for `needed` bytes in all processes; None if nowhere and `where` is "auto"."""
+def _places(
+    where: str, sizes: dict[str, int], batch_pixels: int, device: torch.device
+) -> dict[str, torch.device] | None:
+    """Where there is room in all processes for each part of the data, of `sizes` bytes; the card comes first.
+
+    None if there is too little room and `where` is "auto".
+    """
     if where == "cuda" and device.type == "cpu":
         raise UserError("--cache_device cuda: the run trains on the CPU; set --cache_device to cpu, auto or off")
-    wanted = {"cuda": [device], "cpu": [torch.device("cpu")]}.get(where, [device, torch.device("cpu")])
-    problems = []
-    for place in wanted:
-        if place.type == "cuda":
-            torch.cuda.empty_cache()
-            left = torch.cuda.mem_get_info(place)[0] - batch_pixels * STEP_BYTES_PER_PIXEL - SPARE_BYTES
-            what = "beside a training step"
-        else:
-            left = int(available_memory() * HOST_SHARE) // distributed.local_world_size()
-            what = "for each process" if distributed.local_world_size() > 1 else "for it"
-        left = max(0, min(distributed.all_gather(left)))
-        if needed <= left:
-            return place
-        problems.append(f"{_NAMES[place.type]} has {_amount(left)} {what}")
-    told = f"the training data take {_amount(needed)} of memory, but {' and '.join(problems)}"
+    room = {}
+    if where in ("cuda", "auto"):
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        room[device] = free - batch_pixels * STEP_BYTES_PER_PIXEL - SPARE_BYTES
+    if where in ("cpu", "auto"):
+        room[torch.device("cpu")] = int(available_memory() * HOST_SHARE) // distributed.local_world_size()
+    room = {place: max(0, min(distributed.all_gather(left))) for place, left in room.items()}
+    told = " and ".join(f"{_NAMES[place.type]} has {_amount(left)}" for place, left in room.items())
+    places = {}
+    for key, size in sizes.items():
+        place = next((place for place in room if size <= room[place]), None)
+        if place is None:
+            break
+        places[key] = place
+        room[place] -= size
+    else:
+        return places
+    each = " for each process" if distributed.local_world_size() > 1 else ""
+    told = f"the training data take {_amount(sum(sizes.values()))} of memory, but {told} to spare{each}"
     if where != "auto":
         raise UserError(f"--cache_device {where}: {told}; set --cache_device to auto or off")
     distributed.say(f"{told}; they are read from the disk")
