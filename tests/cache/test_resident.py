@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -255,6 +257,21 @@ def test_a_process_needs_its_share_of_the_hosts_memory(make: Make, monkeypatch: 
     monkeypatch.setattr(distributed, "local_world_size", lambda: 2)
     with pytest.raises(UserError, match=r"the host has 0 MiB to spare for each process"):
         of_flag("cpu", dataset)
+
+
+def test_memory_that_the_system_does_not_give(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident.mmap, "mmap", raise_(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))))
+    with pytest.raises(
+        UserError, match=r"^no memory for the training data \(Cannot allocate memory\); set --cache_dev"
+    ):
+        of_flag("cpu", make())
+
+
+def raise_(error: Exception) -> Callable[..., Any]:
+    def function(*_: object) -> Any:
+        raise error
+
+    return function
 
 
 def test_an_entry_that_is_damaged_in_use(make: Make) -> None:

@@ -6,10 +6,10 @@ The batches are those of `utils.data.loaders.training_loader`, value for value.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ STAGED_BYTES = 2**28  # read at a time, before they are copied to the card
 STEP_BYTES_PER_PIXEL = 1130
 SPARE_BYTES = 3 * 2**30
 HOST_SHARE = 0.75  # of the available memory that may be taken
+_OFF = "set --cache_device to off"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,17 @@ class Table:
     shape: tuple[int, ...]  # of a row
 
     @classmethod
-    def like(cls, example: Tensor, rows: int, **options: Any) -> Table:
-        words = torch.empty(rows, example.nbytes // WORD, dtype=torch.int64, **options)
+    def like(cls, example: Tensor, rows: int, place: torch.device) -> Table:
+        """A table without values, whose rows are like `example`."""
+        if place.type == "cpu":
+            # Shared, so that a process that is forked to load validation data copies neither it nor its page tables.
+            try:
+                memory = mmap.mmap(-1, rows * example.nbytes)
+            except OSError as error:
+                raise UserError(f"no memory for the training data ({error.strerror}); {_OFF}") from None
+            words = torch.frombuffer(memory, dtype=torch.int64).unflatten(0, (rows, -1))
+        else:
+            words = torch.empty(rows, example.nbytes // WORD, dtype=torch.int64, device=place)
         return cls(words, example.dtype, tuple(example.shape))
 
     def staging(self, rows: int) -> Table:
@@ -105,7 +115,7 @@ class ResidentLoader:
         self.device = device
         rows = len(dataset) * dataset.num_views
         self._tables = {
-            key: [Table.like(example, rows, device=places[key]) for example in examples]
+            key: [Table.like(example, rows, places[key]) for example in examples]
             for key, examples in view_tensors(dataset.read_view(dataset.indices[0], 0, View())).items()
         }
         self._found: list[Found] = []  # of each row
