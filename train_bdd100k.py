@@ -225,7 +225,7 @@ import monai.losses  # noqa: F401  now, and not within the first step
 import torch
 
 from segment_anything.build_sam import file_digest
-from utils.cache.resident import ResidentLoader, resident_loader
+from utils.cache.resident import ResidentLoader, require_possible, resident_loader
 from utils.cache.writer import use_caches
 from utils.data.datasets import EvaluationDataset, NpyFolder, TrainingDataset, training_dataset, validation_dataset
 from utils.data.loaders import Loader, evaluation_loader, training_loader, usable_workers
@@ -268,6 +268,7 @@ def main(args: cli.Flags) -> None:
         if args.deterministic:
             make_deterministic()
         precision = resolve_precision(args.device, **ranks, use_amp=args.use_amp, amp_dtype=args.amp_dtype)
+        require_possible(args.cache_device, args.cache_embeddings, precision.device)
         train(args, precision, resume)
     distributed.cleanup()
 

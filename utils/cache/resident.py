@@ -234,6 +234,16 @@ def _pin(tensor: Tensor) -> None:
             torch.zeros(1, device="cuda")  # CUDA keeps the failure for the next kernel, which here is harmless
 
 
+def require_possible(where: str, cache_embeddings: str, device: torch.device) -> None:
+    """Check --cache_device against other flags, before images are encoded; raises a `UserError`."""
+    if where == "cuda" and device.type == "cpu":
+        raise UserError("--cache_device cuda: the run trains on the CPU; set --cache_device to cpu, auto or off")
+    if where in ("cuda", "cpu") and cache_embeddings == "off":
+        raise UserError(
+            f"--cache_device {where}: there is no cache with --cache_embeddings off; leave out one of the two"
+        )
+
+
 def resident_loader(
     where: str, dataset: TrainingDataset, *, batch_size: int, seed: int, grad_acc_steps: int, precision: Precision
 ) -> ResidentLoader | None:
@@ -286,8 +296,6 @@ def _places(
 
     None if there is too little room and `where` is "auto".
     """
-    if where == "cuda" and device.type == "cpu":
-        raise UserError("--cache_device cuda: the run trains on the CPU; set --cache_device to cpu, auto or off")
     room = {}
     if where in ("cuda", "auto"):
         torch.cuda.empty_cache()
