@@ -362,7 +362,12 @@ def collate_training(samples: list[Sample]) -> TrainingBatch:
     if "boxes" in samples[0]:
         count = max(1, *(len(sample["boxes"]) for sample in samples))
         samples = [
-            {**sample, **{key: _padded(sample[key], count, value) for key, value in PADDING.items()}}  # type: ignore
+            {
+                **sample,
+                "class_ids": _padded(sample["class_ids"], count, PADDING["class_ids"]),
+                "boxes": _padded(sample["boxes"], count, PADDING["boxes"]),
+                "valid": _padded(sample["valid"], count, PADDING["valid"]),
+            }
             for sample in samples
         ]
     return default_collate(samples)
