@@ -36,6 +36,7 @@ from utils.runtime.choices import (
     AMP_DTYPES,
     AMP_HELP,
     AUGMENTATIONS,
+    CACHE_DEVICES,
     CACHE_DTYPES,
     MODEL_TYPES,
     PROMPT_MODES,
@@ -51,7 +52,7 @@ OF_INFERENCE = {"amp_dtype": "auto", "cache_embeddings": "auto", "cache_dtype": 
 
 MEMORY_ADVICE = (
     "lower -batch_size and raise --grad_acc_steps by the same factor, which changes nothing else; or add "
-    "-use_amp, give a smaller --classes_per_image (box mode), or preprocess at a smaller --image_size"
+    "-use_amp, --cache_device off or a smaller --classes_per_image (box mode), or preprocess at a smaller --image_size"
 )
 
 # What fits a GPU's memory and arithmetic; without --preset, the specification's values. All have optimizer steps of 16
@@ -103,6 +104,13 @@ def get_args_parser() -> cli.Parser:
         type=cli.positive_int,
         help="cached views of each image: itself, its mirror image, then random ones (default by --augment: "
         f"{', '.join(f'{name} {views}' for name, views in AUGMENTATIONS.items())})",
+    )
+    flag(
+        "cache_device",
+        choices=CACHE_DEVICES,
+        default="auto",
+        help="keep cached features, labels and pixels in memory, and load no batch from files: on the card, or the "
+        "CPU's memory; auto: with a card, where they fit",
     )
     flag("num_workers", type=cli.non_negative_int, help="loader processes per training process (default: by preset)")
 
@@ -228,6 +236,7 @@ import torch
 from torch import nn
 
 from segment_anything.build_sam import file_digest
+from utils.cache.resident import ResidentLoader, require_possible, resident_loader
 from utils.cache.writer import use_caches
 from utils.data.datasets import (
     FILLER,
@@ -280,6 +289,7 @@ def main(args: cli.Flags) -> None:
         if args.deterministic:
             make_deterministic()
         precision = resolve_precision(args.device, **ranks, use_amp=args.use_amp, amp_dtype=args.amp_dtype)
+        require_possible(args.cache_device, args.cache_embeddings, precision.device)
         train(args, precision, resume)
     distributed.cleanup()
 
@@ -421,9 +431,12 @@ def prepare_cache(
 
 def build_loaders(
     args: cli.Flags, dataset: TrainingDataset, val_dataset: EvaluationDataset | None, precision: Precision
-) -> tuple[Loader, Loader | None]:
+) -> tuple[Loader | ResidentLoader, Loader | None]:
     sizes = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-    loader = training_loader(dataset, **sizes, seed=args.seed, grad_acc_steps=args.grad_acc_steps, precision=precision)
+    order = {"batch_size": args.batch_size, "seed": args.seed, "grad_acc_steps": args.grad_acc_steps}
+    loader = resident_loader(args.cache_device, dataset, **order, precision=precision) or training_loader(
+        dataset, **order, num_workers=args.num_workers, precision=precision
+    )
     return loader, evaluation_loader(val_dataset, **sizes, precision=precision) if val_dataset else None
 
 

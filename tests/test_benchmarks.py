@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, encoder, frames, gpu, inference, preprocessing, public, semantic, training
+from benchmarks import common, encoder, frames, gpu, inference, loading, preprocessing, public, semantic, training
 from segment_anything import build_sam_vit_tiny
 from tests.helpers.scripts import TINY, lines_of
 from utils.data.bdd100k import find_split
@@ -39,6 +39,14 @@ def test_the_products_of_the_encoder() -> None:
 def test_inference(capsys: pytest.CaptureFixture[str]) -> None:
     float32, bf16 = lines_of(capsys, inference, *TINY, "--classes", 3)
     assert float32["per_class_float32_s"] == bf16["per_class_float32_s"]
+
+
+def test_loading(capsys: pytest.CaptureFixture[str]) -> None:
+    check, load, epoch = lines_of(capsys, loading, *TINY, "--images", 3, "--batch_size", 2, "--num_workers", 0)
+    assert 0 < check["gb"] < load["gb"]
+    for line in (check, load):
+        assert line["ratio"] == pytest.approx(line["gb_per_s"] / line["plain_gb_per_s"], rel=1e-2)
+    assert epoch["ratio"] == pytest.approx(epoch["samples_per_s"] / epoch["workers_samples_per_s"], rel=1e-2)
 
 
 def test_training(capsys: pytest.CaptureFixture[str]) -> None:

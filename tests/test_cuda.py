@@ -102,6 +102,20 @@ def test_half_precision_is_near_float32(
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_memory_of_the_card_or_the_host_changes_no_bit(
+    mode: str, train_by_itself: TrainByItself, tmp_path: Path
+) -> None:
+    flags = ["--prompt_mode", mode, "--deterministic", "-batch_size", 2, "--augment", "full", "--cache_views", 3]
+    flags += ["-num_epochs", 4, "--grad_acc_steps", 1, "--cache_embeddings", tmp_path / "cache", "-lr", 1e-3]
+    expected, said = train_by_itself(tmp_path / "off", *flags, "--cache_device", "off")
+    assert "kept in memory" not in said
+    for where, told in (("cpu", "the host"), ("cuda", "the card"), ("auto", "the card")):
+        folder, said = train_by_itself(tmp_path / where, *flags, "--cache_device", where)
+        assert f"labels on {told}\n" in said
+        assert torch.equal(weights(folder), weights(expected))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_deterministic_runs_are_the_same_to_the_bit_resumed_or_not(
     mode: str, train_by_itself: TrainByItself, npy: Path, tmp_path: Path
 ) -> None:

@@ -536,6 +536,14 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "other augmentation": (lambda f: resume(f, "--augment", "flip"), r"--augment is flip, but the run has none\."),
     "more views than there are": (lambda f: ["--cache_views", 2], r"_views 2: --augment none has only 1"),
     "one view to augment": (lambda f: ["--augment", "full", "--cache_views", 1], r"_views 1: .* use --augment none"),
+    "features on no card": (
+        lambda f: ["--cache_device", "cuda"],
+        r"_device cuda: the run trains on the CPU; set --cache",
+    ),
+    "no features to keep": (
+        lambda f: ["--cache_device", "cpu", "--cache_embeddings", "off"],
+        r"--cache_device cpu: there is no cache with --cache_embeddings off; leave out one of the two",
+    ),
     "patience without validation": (lambda f: ["--patience", 3], r"--patience counts validations: give --val_npy_path"),
     "negative patience": (lambda f: ["--patience", -1], r"patience.* at least 0, got -1"),
     "resume a run that has stopped": (

@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -27,6 +30,7 @@ from utils.model.segmenter import Segmenter
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.runtime.files import exists, read_json, require_readable, status
+from utils.runtime.process_pool import usable_cores
 
 KEY_FILE = "cache.json"
 PCA_FILE = "projection.safetensors"
@@ -144,11 +148,31 @@ class Checked(NamedTuple):
 
 
 def check_entries(
-    folder: Path, request: Request, identity: str, indexes: Iterable[int]
+    folder: Path, request: Request, identity: str, indexes: Sequence[int]
 ) -> Generator[Checked, None, None]:
-    """Check the entries of some images of a split."""
-    for index in tqdm(indexes, desc="checking the cache", unit="image", leave=False, disable=not distributed.is_main()):
-        yield Checked(index, *_check(entry_path(folder, request.source.items[index].name), request, index, identity))
+    """Check the entries of some images of a split, with several threads: SHA-256 is slower than reading."""
+
+    def check(index: int) -> Checked:
+        return Checked(index, *_check(entry_path(folder, request.source.items[index].name), request, index, identity))
+
+    with threads() as pool:
+        checked = pool.map(check, indexes)
+        yield from tqdm(
+            checked, "checking the cache", len(indexes), unit="image", leave=False, disable=not distributed.is_main()
+        )
+
+
+@contextmanager
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as this process has cores, each with one for PyTorch; at the end, waiting work is dropped."""
+    pool = ThreadPoolExecutor(max(1, usable_cores() // distributed.local_world_size()))
+    of_torch = torch.get_num_threads()
+    torch.set_num_threads(1)  # of each of these threads
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(of_torch)
 
 
 def _check(path: Path, request: Request, index: int, identity: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from utils.data.augment import draw_view, fixed_view
+from utils.data.augment import View, draw_view, fixed_view
 from utils.data.bdd100k import match_key
 from utils.data.boxes import class_boxes, jitter_boxes, to_frame
 from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
@@ -25,6 +25,7 @@ from utils.runtime.choices import AUGMENTATIONS
 from utils.runtime.errors import UserError
 from utils.runtime.files import check_npy, load_npy
 
+PADDING = {"class_ids": IGNORE_LABEL, "boxes": 0, "valid": False}  # of the prompts of a batch
 FILLER = -1  # an index that stands for no image; see `TrainingSampler`
 
 
@@ -157,6 +158,9 @@ class CachedDataset(Dataset[Sample]):
         self.cache, self.has_images = cache, cache is None or takes_pixels
 
 
+Found = tuple[np.ndarray, ...]  # what a mode's prompts are drawn from; it depends on the labels of a view alone
+
+
 class TrainingDataset(CachedDataset):
     """The labelled images of a split, each in a view (`utils.data.augment`) that changes from epoch to epoch.
 
@@ -199,25 +203,48 @@ class TrainingDataset(CachedDataset):
     def __getitem__(self, index: int) -> Sample:
         """A sample with "labels", "valid" (False for `FILLER`), "name", "image" or "features", and its prompts."""
         source_index = self.indices[max(index, 0)]
-        rng = np.random.default_rng((self.seed, self.epoch, max(index, 0)))
+        rng = self.rng(index)
         name = self.source.items[source_index].name
         if self.augment == "full" and not self.cache:
             number, view = 0, draw_view(rng)
         else:
-            number = int(rng.integers(self.num_views)) if self.num_views > 1 else 0
+            number = self.draw_number(rng)
             view = fixed_view(name, number)
+        sample = self.read_view(source_index, number, view)
+        prompts = self.draw_prompts(self.find(sample["labels"].numpy()), rng)
+        valid = torch.from_numpy(prompts["valid"]) & (index != FILLER)
+        drawn = {key: torch.from_numpy(value) for key, value in prompts.items()}
+        return {**drawn, "valid": valid, **sample, "name": name}  # type: ignore[typeddict-item]
+
+    def read_view(self, source_index: int, number: int, view: View) -> Sample:
+        """Read a view of an image, without its prompts.
+
+        Args:
+            source_index: of the image in `source`.
+            number: of the view in the cache.
+        """
         size = self.source.fitted_size(source_index)
-        labels = view.labels(self.source.read_labels(source_index), size)
-        sample = self._prompts(labels, rng)
-        sample["labels"] = torch.from_numpy(labels)
+        sample: Sample = {"labels": torch.from_numpy(view.labels(self.source.read_labels(source_index), size))}
         if self.cache:
             sample["features"] = self.cache.read(source_index, number)
         if self.has_images:
             sample["image"] = view.image(self.source.read_image(source_index), size)
-        return {**sample, "valid": sample["valid"] & (index != FILLER), "name": name}
+        return sample
 
-    def _prompts(self, labels: np.ndarray, rng: np.random.Generator) -> Sample:
-        """The prompts of a view by its labels, and "valid": which of them count."""
+    def rng(self, index: int) -> np.random.Generator:
+        """The randomness of a sample in this epoch. Its first draw is the view, and then come the prompts."""
+        return np.random.default_rng((self.seed, self.epoch, max(index, 0)))
+
+    def draw_number(self, rng: np.random.Generator) -> int:
+        """The number of a fixed view."""
+        return int(rng.integers(self.num_views)) if self.num_views > 1 else 0
+
+    def find(self, labels: np.ndarray) -> Found:
+        """What the prompts of a view are drawn from."""
+        raise NotImplementedError
+
+    def draw_prompts(self, found: Found, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """The prompts of a view, as in `Sample`, and "valid": which of them count."""
         raise NotImplementedError
 
 
@@ -249,18 +276,19 @@ class BoxPromptDataset(TrainingDataset):
         counts = [sum(pixels > 0 for pixels in self.source.items[i].pixels) for i in self.indices]
         return [min(count, self.classes_per_image or count) for count in counts]
 
-    def _prompts(self, labels: np.ndarray, rng: np.random.Generator) -> Sample:
-        class_ids, boxes = class_boxes(labels)
+    def find(self, labels: np.ndarray) -> Found:
+        """The classes of a view, K int64, and their tight boxes, K x 4 int64."""
+        return class_boxes(labels)
+
+    def draw_prompts(self, found: Found, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Choose classes and jitter their boxes."""
+        class_ids, boxes = found
         if self.classes_per_image is not None:
             count = min(self.classes_per_image, len(class_ids))
             chosen = rng.choice(len(class_ids), size=count, replace=False)
             class_ids, boxes = class_ids[chosen], boxes[chosen]
-        boxes = jitter_boxes(boxes, self.source.image_size, self.bbox_shift, rng)
-        return {
-            "class_ids": torch.from_numpy(class_ids),
-            "boxes": torch.from_numpy(boxes.astype(np.float32)),
-            "valid": torch.ones(len(class_ids), dtype=torch.bool),
-        }
+        boxes = jitter_boxes(boxes, self.source.image_size, self.bbox_shift, rng).astype(np.float32)
+        return {"class_ids": class_ids, "boxes": boxes, "valid": np.ones(len(class_ids), np.bool_)}
 
 
 class SemanticDataset(TrainingDataset):
@@ -269,8 +297,13 @@ class SemanticDataset(TrainingDataset):
     def __init__(self, source: NpyFolder, *, seed: int, augment: str = "flip", num_views: int = 2) -> None:
         super().__init__(source, seed=seed, augment=augment, num_views=num_views)
 
-    def _prompts(self, labels: np.ndarray, rng: np.random.Generator) -> Sample:
-        return {"valid": torch.tensor(bool((labels != IGNORE_LABEL).any()))}  # a crop may hold no labelled pixel
+    def find(self, labels: np.ndarray) -> Found:
+        """Whether a view has a labelled pixel, as a crop may have none."""
+        return (np.asarray((labels != IGNORE_LABEL).any()),)
+
+    def draw_prompts(self, found: Found, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """No prompts."""
+        return {"valid": found[0]}
 
 
 BoxesByName = Mapping[str, tuple[np.ndarray, np.ndarray]]  # class ids, (K,), and boxes, (K, 4), of the original image
@@ -331,9 +364,9 @@ def collate_training(samples: list[Sample]) -> TrainingBatch:
         samples = [
             {
                 **sample,
-                "class_ids": _padded(sample["class_ids"], count, IGNORE_LABEL),
-                "boxes": _padded(sample["boxes"], count, 0),
-                "valid": _padded(sample["valid"], count, False),
+                "class_ids": _padded(sample["class_ids"], count, PADDING["class_ids"]),
+                "boxes": _padded(sample["boxes"], count, PADDING["boxes"]),
+                "valid": _padded(sample["valid"], count, PADDING["valid"]),
             }
             for sample in samples
         ]

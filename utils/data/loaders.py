@@ -213,11 +213,9 @@ def _end_worker(error: Exception, batch: Any) -> NoReturn:
     os._exit(UNSENT + number if number in errno.errorcode else 1)
 
 
-def training_loader(
-    dataset: TrainingDataset, *, batch_size: int, num_workers: int, seed: int, grad_acc_steps: int, precision: Precision
-) -> Loader:
-    """A loader of this process's batches of each epoch; its `batch_sampler` is a `TrainingSampler`."""
-    sampler = TrainingSampler(
+def training_sampler(dataset: TrainingDataset, *, batch_size: int, seed: int, grad_acc_steps: int) -> TrainingSampler:
+    """The order of this process's batches of each epoch."""
+    return TrainingSampler(
         dataset.num_prompts(),
         grad_acc_steps=grad_acc_steps,
         batch_size=batch_size,
@@ -225,6 +223,13 @@ def training_loader(
         world_size=distributed.world_size(),
         seed=seed,
     )
+
+
+def training_loader(
+    dataset: TrainingDataset, *, batch_size: int, num_workers: int, seed: int, grad_acc_steps: int, precision: Precision
+) -> Loader:
+    """A loader of this process's batches of each epoch; its `batch_sampler` is a `TrainingSampler`."""
+    sampler = training_sampler(dataset, batch_size=batch_size, seed=seed, grad_acc_steps=grad_acc_steps)
     _require_shared_memory(dataset, batch_size, len(sampler), num_workers)
     return Loader(
         dataset,

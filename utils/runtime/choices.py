@@ -7,6 +7,7 @@ from typing import Literal
 MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")  # as in segment_anything.build_sam.CONFIGS
 PROMPT_MODES = ("box", "semantic")  # as in utils.model.segmenter.SEGMENTERS
 CACHE_DTYPES = ("float16", "float32")  # as in utils.cache.keys.DTYPES
+CACHE_DEVICES = ("auto", "cuda", "cpu", "off")
 SCHEDULES = ("constant", "cosine", "step")
 AMP_DTYPES = ("auto", "fp16", "bf16")
 AMP_HELP = "type of mixed precision; auto is bf16 if the hardware has it, otherwise fp16 on a GPU and float32 on a CPU"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from utils.data.datasets import TrainingBatch
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.train.step import Steps
@@ -65,8 +66,16 @@ class Watch(Protocol):
         """Called by all processes after each step. `stop`: one of them was asked to stop; it is the same everywhere."""
 
 
+class Batches(Protocol):
+    """The batches of an epoch, or of the rest of one."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[TrainingBatch]: ...
+
+
 def train_one_epoch(
-    steps: Steps, loader: DataLoader, *, grad_acc_steps: int, progress: Progress, watch: Watch | None = None
+    steps: Steps, loader: Batches, *, grad_acc_steps: int, progress: Progress, watch: Watch | None = None
 ) -> dict[str, float]:
     """Train the mask decoder for one epoch, or for the rest of one.
 
