@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segment_anything.modeling.common import ArgumentError, MLPBlock, is_plain
+from segment_anything.modeling.common import ArgumentError, MLPBlock, is_exporting, is_plain
 
 
 class TwoWayTransformer(nn.Module):
@@ -152,8 +152,7 @@ class Attention(nn.Module):
         return (
             is_plain(self, Attention)
             and all(is_plain(layer, nn.Linear) and layer.bias is not None for layer in folded)
-            and not torch.compiler.is_exporting()
-            and not torch.jit.is_tracing()
+            and not is_exporting()
             and few.shape[1] * self.num_heads <= 1.25 * self.internal_dim
         )
 
