@@ -1,0 +1,241 @@
+"""Steps as CUDA graphs against eager ones. Without a card, a graph is replaced by a call of what it would record."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from segment_anything import build_sam_vit_tiny
+from tests.helpers.oracles import relative_error
+from utils.data.datasets import TrainingBatch
+from utils.model.segmenter import SEGMENTERS, Segmenter
+from utils.runtime.device import Precision
+from utils.runtime.errors import DivergedError, UserError
+from utils.train import captured
+from utils.train.captured import CapturedSteps
+from utils.train.loop import Progress, train_one_epoch
+from utils.train.optim import TrainState, build_optimizer, build_scheduler
+from utils.train.step import EagerSteps, Steps
+
+SIZE = 64
+HAS_CARD = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_CARD else "cpu")
+FP32 = Precision(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def no_card_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    if HAS_CARD:
+        return
+
+    def capture(self: CapturedSteps, function: Callable[[], Tensor | None], inputs: list[Tensor]) -> Any:
+        output = torch.zeros(2, len(inputs[0]), dtype=torch.bool) if inputs else torch.zeros(0)
+
+        def replay() -> None:
+            if (result := function()) is not None:
+                output.copy_(result)
+
+        return SimpleNamespace(graph=SimpleNamespace(replay=replay), inputs=inputs, output=output)
+
+    monkeypatch.setattr(CapturedSteps, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+
+def segmenter_of(mode: str) -> Segmenter:
+    torch.manual_seed(0)
+    return SEGMENTERS[mode](build_sam_vit_tiny(image_size=SIZE)).to(DEVICE)
+
+
+def random_batch(segmenter: Segmenter, number: int, prompts: int, images: int = 2) -> TrainingBatch:
+    """A batch of other values for each number; the last prompt of its first image is no valid one."""
+    generator = torch.Generator().manual_seed(number)
+    labels = torch.randint(prompts, (images, SIZE, SIZE), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(256, (images, SIZE, SIZE, 3), generator=generator, dtype=torch.uint8)
+    features = [feature.cpu() for feature in segmenter.encode(FP32.images(pixels))]
+    batch: TrainingBatch = {"labels": labels, "features": features, "name": [f"{number}.{i}" for i in range(images)]}
+    if segmenter.takes_pixels:
+        batch["image"] = pixels
+    if not segmenter.PROMPTS:
+        return {**batch, "valid": torch.ones(images, dtype=torch.bool)}
+    corners = torch.rand(images, prompts, 2, generator=generator) * SIZE / 2
+    valid = torch.ones(images, prompts, dtype=torch.bool)
+    valid[0, -1] = False
+    class_ids = torch.arange(prompts).repeat(images, 1)
+    return {**batch, "boxes": torch.cat([corners, corners + SIZE / 2], dim=2), "class_ids": class_ids, "valid": valid}
+
+
+def batches_of(segmenter: Segmenter) -> list[TrainingBatch]:
+    """Batches of four shapes, the last with fewer images."""
+    batches = [random_batch(segmenter, i, prompts=(3, 5, 3, 2)[i % 4]) for i in range(11)]
+    return [*batches, random_batch(segmenter, 11, prompts=3, images=1)]
+
+
+def state_of(segmenter: Segmenter, precision: Precision = FP32, **scaling: float) -> TrainState:
+    optimizer = build_optimizer(segmenter, lr=1e-3, weight_decay=0.01)
+    scheduler = build_scheduler(optimizer, "cosine", total_steps=60, warmup_steps=5)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision.amp_dtype == torch.float16, **scaling)
+    return TrainState(optimizer, scheduler, scaler)
+
+
+def steps_of(kind: str, segmenter: Segmenter, precision: Precision = FP32, **options: Any) -> Steps:
+    if kind == "eager":
+        return EagerSteps(segmenter, state_of(segmenter, precision), precision, 1.0)
+    return CapturedSteps(segmenter, state_of(segmenter, precision), precision, 1.0, **options)
+
+
+def weights(segmenter: Segmenter) -> Tensor:
+    return torch.cat([p.detach().flatten().double().cpu() for p in segmenter.mask_decoder.parameters()])
+
+
+class Watch:
+    """Records the sums after each step, and the weights where a save is due."""
+
+    def __init__(self, segmenter: Segmenter, due: int = 0) -> None:
+        self.segmenter, self.due = segmenter, due
+        self.sums: list[Tensor] = []
+        self.saved: list[tuple[int, Tensor]] = []
+
+    def stop_requested(self) -> bool:
+        return False
+
+    def save_due(self, steps: int) -> bool:
+        return steps == self.due
+
+    def step_done(self, progress: Progress, stop: bool) -> None:
+        assert progress.sums is not None
+        self.sums.append(progress.sums.clone())
+        if self.save_due(progress.steps):
+            self.saved.append((progress.steps, weights(self.segmenter)))
+
+
+@pytest.mark.parametrize("mode", list(SEGMENTERS))
+@pytest.mark.parametrize("kind", ["captured", "compiled"])
+def test_they_train_as_eager_ones_do(mode: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "compiled" and not HAS_CARD:
+        compiler = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(captured, "TABLE", captured.LAG + 3)  # of learning rates, filled again and again
+    start = segmenter_of(mode)
+    batches = batches_of(start)
+    runs = []
+    for way in ("eager", kind):
+        segmenter = copy.deepcopy(start)
+        steps = steps_of(way, segmenter, **({"compiled_batch": 2} if way == "compiled" else {}))
+        watch = Watch(segmenter, due=5)
+        figures = [
+            train_one_epoch(steps, batches, grad_acc_steps=grad_acc, progress=Progress(epoch), watch=watch)  # type: ignore[arg-type]
+            for epoch, grad_acc in enumerate((1, 2, 5))
+        ]
+        runs.append((weights(segmenter), torch.stack(watch.sums), watch.saved, figures))
+    (eager, sums, saved, figures), (ours, our_sums, our_saved, our_figures) = runs
+    assert relative_error(ours, eager) < 1e-4
+    assert torch.allclose(our_sums, sums, rtol=1e-4)
+    assert [step for step, _ in saved] == [step for step, _ in our_saved] == [5, 5]
+    for (_, expected), (_, actual) in zip(saved, our_saved):
+        assert relative_error(actual, expected) < 1e-4
+    for ours_of_epoch, of_epoch in zip(our_figures, figures):
+        assert ours_of_epoch == pytest.approx(of_epoch, rel=1e-4)
+
+
+@pytest.mark.skipif(not HAS_CARD, reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_card_a_graph_has_the_same_bits(dtype: torch.dtype) -> None:
+    start, precision = segmenter_of("box"), Precision(DEVICE, dtype)
+    batches, runs = batches_of(start), []
+    for kind in ("eager", "captured"):
+        segmenter = copy.deepcopy(start)
+        steps = steps_of(kind, segmenter, precision)
+        for epoch in range(2):
+            train_one_epoch(steps, batches, grad_acc_steps=1, progress=Progress(epoch))  # type: ignore[arg-type]
+        runs.append(weights(segmenter))
+    assert torch.equal(*runs)
+
+
+def test_a_loss_that_is_not_finite_stops_all_later_steps() -> None:
+    segmenter = segmenter_of("box")
+    batches = [random_batch(segmenter, i, prompts=3) for i in range(20)]
+    batches[4]["features"][0][1] = math.nan
+    expected = copy.deepcopy(segmenter)
+    train_one_epoch(steps_of("captured", expected), batches[:4], grad_acc_steps=1, progress=Progress(0))  # type: ignore[arg-type]
+    progress, steps = Progress(0), steps_of("captured", segmenter)
+    with pytest.raises(DivergedError, match=r"epoch 0, step 5: the loss is not finite for 4\.1; the weights"):
+        train_one_epoch(steps, batches, grad_acc_steps=1, progress=progress)  # type: ignore[arg-type]
+    assert progress.steps == 4
+    assert torch.equal(weights(segmenter), weights(expected))
+    moments = (s.optimizer.state_dict()["state"] for s in (steps.state, steps_of("captured", expected).state))
+    assert all(state["step"] == 4 for state in next(moments).values())
+
+
+def test_a_gradient_that_is_not_finite_names_the_images_with_a_prompt() -> None:
+    segmenter = segmenter_of("box")
+    batches = [random_batch(segmenter, i, prompts=3) for i in range(12)]
+    batches[0]["valid"][0] = False
+    before = weights(segmenter)
+    next(segmenter.mask_decoder.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(DivergedError, match=r"step 1: the loss is finite, but not its gradient for 0\.1; the weights"):
+        train_one_epoch(steps_of("captured", segmenter), batches, grad_acc_steps=1, progress=Progress(0))  # type: ignore[arg-type]
+    assert torch.equal(weights(segmenter), before)
+
+
+def test_a_step_that_overflows_fp16_is_skipped_and_counted() -> None:
+    segmenter, precision = segmenter_of("box"), Precision(DEVICE, torch.float16)
+    batches = [random_batch(segmenter, 0, prompts=3)]
+    # Of the third scale, 1, no gradient overflows.
+    state = state_of(segmenter, precision, init_scale=2.0**40, backoff_factor=2.0**-20)
+    steps = CapturedSteps(segmenter, state, precision, 1.0)
+    before, all_figures = weights(segmenter), []
+    for epoch in range(3):
+        all_figures.append(train_one_epoch(steps, batches, grad_acc_steps=1, progress=Progress(epoch)))  # type: ignore[arg-type]
+        assert torch.equal(weights(segmenter), before) == (epoch < 2)
+    assert [figures["skipped_steps"] for figures in all_figures] == [1, 1, 0]
+    assert all_figures[0]["lr"] == all_figures[1]["lr"] == pytest.approx(1e-3 / 5)  # the schedule waits
+    assert all_figures[2]["lr"] == pytest.approx(2e-3 / 5)
+
+
+def test_a_failing_loader_leaves_no_step_uncounted() -> None:
+    segmenter = segmenter_of("box")
+    batches = [random_batch(segmenter, i, prompts=3) for i in range(3)]
+
+    class Failing:
+        def __len__(self) -> int:
+            return 9
+
+        def __iter__(self) -> Iterator[TrainingBatch]:
+            yield from batches
+            raise UserError("a file is gone")
+
+    progress, watch = Progress(0), Watch(segmenter)
+    steps = steps_of("captured", segmenter)
+    with pytest.raises(UserError, match="a file is gone"):
+        train_one_epoch(steps, Failing(), grad_acc_steps=1, progress=progress, watch=watch)
+    assert progress.steps == len(watch.sums) == 3
+    assert all(state["step"] == 3 for state in steps.state.optimizer.state_dict()["state"].values())
+
+
+def test_where_the_compiler_fails_training_goes_on_without_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(function: Any) -> Any:
+        def call(batch: TrainingBatch) -> Any:
+            raise RuntimeError("no C compiler\nfound")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fails)
+    segmenter = segmenter_of("box")
+    batches = [random_batch(segmenter, i, prompts=3) for i in range(3)]
+    steps = steps_of("captured", segmenter, compiled_batch=2)
+    train_one_epoch(steps, batches, grad_acc_steps=1, progress=Progress(0))  # type: ignore[arg-type]
+    assert "torch.compile fails here (no C compiler found); continuing without it" in capsys.readouterr().out
+    strict = steps_of("captured", segmenter, compiled_batch=2, requires_compiler=True)
+    with pytest.raises(UserError, match=r"--step_mode compiled: torch\.compile fails here"):
+        train_one_epoch(strict, batches, grad_acc_steps=1, progress=Progress(0))  # type: ignore[arg-type]
