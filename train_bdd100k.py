@@ -67,6 +67,9 @@ PRESETS: dict[str | None, dict[str, Any]] = {
     "cpu": {"batch_size": 2, "grad_acc_steps": 8, "use_amp": True, "amp_dtype": "auto", "num_workers": 1},
 }
 
+# Batches of a run that save the minutes of compiling.
+COMPILED_FROM = 20_000
+
 # A decoder with new parts has more to learn than SAM's own.
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
     "box": {"lr": 5e-5, "lr_scheduler": "constant", "warmup_epochs": 0, "augment": "none"},
@@ -169,6 +172,14 @@ def get_args_parser() -> cli.Parser:
     switch("use_amp", default=None, help="mixed precision (default: by preset)")
     flag("amp_dtype", choices=AMP_DTYPES, help=f"{AMP_HELP} (default: by preset)")
 
+    flag(
+        "step_mode",
+        choices=["auto", "eager", "captured", "compiled"],
+        default="auto",
+        help="how a step runs. eager: kernel by kernel; captured: as one CUDA graph; compiled: by torch.compile, then "
+        f"captured. auto: captured with one process on a GPU, compiled from {COMPILED_FROM:,} batches on, else eager",
+    )
+
     # 修改点 5: 分布式训练参数
     parser.begin_group("distributed", "A launcher (torchrun) is detected; it needs none of these flags.")
     flag("device", help="cpu, cuda or cuda:N (default: cuda if available)")
@@ -221,13 +232,21 @@ if __name__ == "__main__":
     if not {"tr_npy_path", "resume"} & (_parser := get_args_parser()).parse_args().given:
         _parser.error("give -i, the training split that pre_bdd100k.py wrote, or --resume, the run to resume")
 
-import monai.losses  # noqa: F401  now, and not within the first step
 import torch
+from torch import nn
 
 from segment_anything.build_sam import file_digest
 from utils.cache.resident import ResidentLoader, require_possible, resident_loader
 from utils.cache.writer import use_caches
-from utils.data.datasets import EvaluationDataset, NpyFolder, TrainingDataset, training_dataset, validation_dataset
+from utils.data.datasets import (
+    FILLER,
+    EvaluationDataset,
+    NpyFolder,
+    TrainingDataset,
+    collate_training,
+    training_dataset,
+    validation_dataset,
+)
 from utils.data.loaders import Loader, evaluation_loader, training_loader, usable_workers
 from utils.evaluate.evaluate import evaluate
 from utils.evaluate.metrics import mean_iou
@@ -236,11 +255,13 @@ from utils.model.checkpoint import ModelInfo
 from utils.model.segmenter import SEGMENTERS, TRAIN_FLAGS, Segmenter, build_model
 from utils.runtime import distributed
 from utils.runtime.device import Precision, make_deterministic, resolve_precision, telling_out_of_memory
+from utils.train.captured import CapturedSteps
 from utils.train.logger import Config, require_loggers
-from utils.train.loop import settle_gradient_order, train_one_epoch
+from utils.train.loop import train_one_epoch
 from utils.train.optim import TrainState, build_optimizer, build_scheduler
 from utils.train.resume import AUTO, ResumeState, find_resume
 from utils.train.run import Run, RunSettings, require_room
+from utils.train.step import EagerSteps, Steps, settle_gradient_order
 
 
 def main(args: cli.Flags) -> None:
@@ -300,8 +321,10 @@ def train(args: cli.Flags, precision: Precision, resume: ResumeState | None) -> 
 
     loader, val_loader = build_loaders(args, dataset, val_dataset, precision)
     state = build_state(args, segmenter, precision, len(loader))
-    settle_gradient_order(model, dataset, precision)
+    if model is not segmenter:
+        settle_gradient_order(model, collate_training([dataset[FILLER]]), precision)
     run = Run(settings, segmenter, info, state, config, resume)
+    steps = build_steps(args, model, segmenter, state, precision, len(loader))
     announce(args, precision, run, len(dataset), len(loader))
 
     with run.training():
@@ -311,16 +334,7 @@ def train(args: cli.Flags, precision: Precision, resume: ResumeState | None) -> 
             loader.batch_sampler.set_epoch(  # type: ignore[union-attr]
                 epoch, first_step=progress.steps * args.grad_acc_steps
             )
-            figures = train_one_epoch(
-                model,
-                loader,  # type: ignore[arg-type]  # a resident one has the same interface
-                state,
-                precision=precision,
-                grad_acc_steps=args.grad_acc_steps,
-                clip_grad_norm=args.clip_grad_norm,
-                progress=progress,
-                watch=run,
-            )
+            figures = train_one_epoch(steps, loader, grad_acc_steps=args.grad_acc_steps, progress=progress, watch=run)
             seconds = progress.seconds
             record = {"epoch": epoch, "train_loss": figures.pop("loss"), **figures}
             # Not its truth: a process without a batch of its own takes part too.
@@ -436,6 +450,35 @@ def build_state(args: cli.Flags, segmenter: Segmenter, precision: Precision, num
         warmup_steps=round(steps_per_epoch * args.warmup_epochs),
     )
     return TrainState(optimizer, scheduler, precision.grad_scaler())
+
+
+def build_steps(
+    args: cli.Flags, model: nn.Module, segmenter: Segmenter, state: TrainState, precision: Precision, num_batches: int
+) -> Steps:
+    """The steps of `--step_mode`.
+
+    Raises:
+        UserError: this run cannot have them.
+    """
+    alone_on_card = precision.device.type == "cuda" and model is segmenter
+    if args.step_mode in ("captured", "compiled") and not alone_on_card:
+        raise UserError(f"--step_mode {args.step_mode} needs one process on a CUDA device; leave it out")
+    if args.step_mode == "compiled" and args.deterministic:
+        raise UserError("--step_mode compiled repeats no bits; leave out --deterministic, or set captured")
+    if args.step_mode == "eager" or not alone_on_card:
+        return EagerSteps(model, state, precision, args.clip_grad_norm)
+    # By the whole run, not by what is left of it: a resumed run goes on as it began.
+    worth_it = num_batches * args.num_epochs >= COMPILED_FROM and not args.deterministic
+    return CapturedSteps(
+        segmenter,
+        state,
+        precision,
+        args.clip_grad_norm,
+        compiled_batch=args.batch_size
+        if args.step_mode == "compiled" or (args.step_mode == "auto" and worth_it)
+        else 0,
+        requires_compiler=args.step_mode == "compiled",
+    )
 
 
 def announce(args: cli.Flags, precision: Precision, run: Run, num_images: int, num_batches: int) -> None:

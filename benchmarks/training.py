@@ -40,6 +40,7 @@ from utils.runtime import cli
 from utils.runtime.device import Precision
 from utils.train.loop import Progress, train_one_epoch
 from utils.train.optim import TrainState, build_optimizer, build_scheduler
+from utils.train.step import EagerSteps
 
 EPOCHS = 100
 BLOCK = 16  # the labels are squares of this side
@@ -111,15 +112,9 @@ class Loop:
 
     def epoch(self, count: int) -> None:
         scheduler = build_scheduler(self.optimizer, "constant", total_steps=1, warmup_steps=0)
-        train_one_epoch(
-            self.segmenter,
-            self.loader(count),
-            TrainState(self.optimizer, scheduler, self.precision.grad_scaler()),
-            precision=self.precision,
-            grad_acc_steps=1,
-            clip_grad_norm=1.0,
-            progress=Progress(epoch=0),
-        )
+        state = TrainState(self.optimizer, scheduler, self.precision.grad_scaler())
+        steps = EagerSteps(self.segmenter, state, self.precision, clip_grad_norm=1.0)
+        train_one_epoch(steps, self.loader(count), grad_acc_steps=1, progress=Progress(epoch=0))
 
     def split(self, count: int) -> dict[str, float]:
         """Mean seconds of each part of a step. The parts are the loop's, one after another, but for its sums."""

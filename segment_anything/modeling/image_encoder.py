@@ -6,7 +6,9 @@ The design is ViTDet's (Li et al., 2022, arXiv 2203.16527), with the decomposed 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -180,9 +182,12 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor, indexes: dict[int, WindowIndex]) -> Tensor:
         size, attn = self.window_size, self.attn
+        plain = is_plain(attn, Attention) and all(is_plain(linear, nn.Linear) for linear in (attn.qkv, attn.proj))
+        if plain and attn.use_rel_pos and _fuses(x):
+            return attn.forward_fused(x, (size, size) if size else (x.shape[1], x.shape[2]))
         if not size:
             return attn(x)
-        if is_plain(attn, Attention) and all(is_plain(linear, nn.Linear) for linear in (attn.qkv, attn.proj)):
+        if plain:
             if size not in indexes:
                 indexes[size] = index_windows((x.shape[1], x.shape[2]), size, x.device)
             return attn.forward_windows(x, size, indexes[size])
@@ -248,13 +253,22 @@ class Attention(nn.Module):
         attended = self._attend(windows, (window_size, window_size)).view(b, self.num_heads, -1, c // self.num_heads)
         return self.proj(attended.transpose(1, 2).index_select(1, inverse_index).view_as(x))
 
+    def forward_fused(self, x: Tensor, window: tuple[int, int]) -> Tensor:
+        """Attend within windows of (h, w), or to the whole map, by one kernel."""
+        from segment_anything.modeling.fused_attention import attention  # needs Triton
+
+        qkv = self.qkv(x).unflatten(3, (3, self.num_heads, -1))
+        pad = qkv.new_zeros(qkv.shape[3:]) if self.qkv.bias is None else self.qkv.bias.to(qkv.dtype).view(qkv.shape[3:])
+        queries = qkv[..., 0, :, :].flatten(0, 2).transpose(0, 1)  # heads x BHW x C/heads
+        affinity = queries @ distance_table(self.rel_pos_h, self.rel_pos_w, window).T.to(qkv.dtype)
+        return self.proj(attention(qkv, pad, affinity, window, self.scale))
+
     def _attend(self, qkv: Tensor, size: tuple[int, int]) -> Tensor:
         """3 x N x HW x C/heads, contiguous, of maps of `size` (H, W) -> N x HW x C/heads."""
         q, k, v = qkv
         if not self.use_rel_pos:
             return F.scaled_dot_product_attention(q[None], k[None], v[None], scale=self.scale)[0]
-        rel_pos_h, rel_pos_w = _resampled(self.rel_pos_h, 2 * size[0] - 1), _resampled(self.rel_pos_w, 2 * size[1] - 1)
-        bias_h, bias_w = relative_position_bias(q, rel_pos_h, rel_pos_w, size)
+        bias_h, bias_w = relative_position_bias(q, distance_table(self.rel_pos_h, self.rel_pos_w, size), size)
         return attention_in_pieces(q, k, v, bias_h, bias_w, self.scale)
 
 
@@ -302,15 +316,21 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> T
     return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=bias[None], scale=scale)[0]
 
 
-def relative_position_bias(
-    q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
+def distance_table(rel_pos_h: Tensor, rel_pos_w: Tensor, size: tuple[int, int]) -> Tensor:
+    """The relative positions of all distances in a map of (H, W): 2H - 1 of rows, then 2W - 1 of columns.
+
+    Both are flipped: the tables count distances from a key to the query.
+    """
+    tables = (_resampled(rel_pos_h, 2 * size[0] - 1), _resampled(rel_pos_w, 2 * size[1] - 1))
+    return torch.cat([table.flip(0) for table in tables])
+
+
+def relative_position_bias(q: Tensor, distances: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """The decomposed relative position of MViTv2: a query's affinity to its distance from each row and each column.
 
     Args:
         q: N x HW x C queries, unscaled.
-        rel_pos_h: (2H - 1) x C, one row for each distance.
-        rel_pos_w: (2W - 1) x C.
+        distances: D x C, the `distance_table` of the map.
         size: (H, W).
 
     Returns:
@@ -320,8 +340,7 @@ def relative_position_bias(
     # The affinity of each query to every distance. A query needs a window of these, with one entry for each key; it
     # moves one to the left from position to position, so that all windows are one strided view ("skewing": Huang et
     # al.,
-    # 2018, arXiv 1809.04281). Flipped, as the tables count distances from a key to the query.
-    distances = torch.cat([rel_pos_h.flip(0), rel_pos_w.flip(0)])
+    # 2018, arXiv 1809.04281).
     affinity = F.linear(q, distances)  # N x HW x D
     n, _, d = affinity.shape
     bias_h = affinity.as_strided((n, h, w, h), (h * w * d, w * d - 1, d, 1), h - 1)
@@ -411,6 +430,29 @@ def _resampled(table: Tensor, length: int) -> Tensor:
     if len(table) == length:
         return table
     return F.interpolate(table.T[None], length, mode="linear", align_corners=False)[0].T
+
+
+def _fuses(x: Tensor) -> bool:
+    """Whether attention on `x` can be one kernel: on a card with bf16, in half precision, without gradients."""
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return dtype in (torch.float16, torch.bfloat16) and _has_triton(x.device)
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    """Whether a kernel of Triton, which needs a C compiler at its first use, runs on a card."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from segment_anything.modeling.fused_attention import attention
+
+        zeros = partial(torch.zeros, device=device, dtype=torch.float16)
+        attention(zeros(1, 2, 2, 3, 1, 16), zeros(3, 1, 16), zeros(1, 4, 6), (2, 2), 1.0)
+    except Exception:  # no Triton, no compiler, no folder for its cache: each has its own
+        return False
+    return True
 
 
 def _max_elements(x: Tensor) -> int:

@@ -141,8 +141,8 @@ class PositionEmbeddingRandom(nn.Module):
     def forward_with_coords(self, coords_input: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Encodings of positions in pixels, ... x 2 (x, y), of a frame of `image_size` (H, W) -> ... x C."""
         height, width = image_size
-        coords = coords_input.to(self.precise)
-        return self._pe_encoding(coords / coords.new_tensor([width, height]))
+        x, y = coords_input.to(self.precise).unbind(-1)
+        return self._pe_encoding(torch.stack([x / width, y / height], dim=-1))
 
     def _pe_encoding(self, coords: Tensor) -> Tensor:
         """... x 2 positions (x, y) in [0, 1] -> ... x (2 * num_pos_feats)."""

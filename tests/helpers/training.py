@@ -10,6 +10,7 @@ from utils.model.segmenter import Segmenter
 from utils.runtime.device import Precision
 from utils.train.loop import Progress, train_one_epoch
 from utils.train.optim import TrainState, build_scheduler
+from utils.train.step import EagerSteps
 
 CPU = Precision(torch.device("cpu"))
 
@@ -31,12 +32,5 @@ def train(
     """
     optimizer = torch.optim.SGD(model.mask_decoder.parameters(), lr=0.1)
     scheduler = build_scheduler(optimizer, schedule, total_steps=4, warmup_steps=0)
-    return train_one_epoch(
-        model,
-        loader,
-        TrainState(optimizer, scheduler, scaler or CPU.grad_scaler()),
-        precision=precision,
-        grad_acc_steps=grad_acc_steps,
-        clip_grad_norm=clip,
-        progress=Progress(epoch),
-    )
+    steps = EagerSteps(model, TrainState(optimizer, scheduler, scaler or CPU.grad_scaler()), precision, clip)
+    return train_one_epoch(steps, loader, grad_acc_steps=grad_acc_steps, progress=Progress(epoch))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,12 +13,20 @@ COMPETING_WEIGHT = 4.0  # of the cross-entropy, beside the losses of single mask
 MAX_CLASS_WEIGHT = 20.0  # so that a class of a few pixels does not outweigh all others
 
 
-@functools.cache
-def _dice_loss() -> Any:
-    """Dice with a squared denominator, as in MedSAM (Ma et al., 2024)."""
-    from monai.losses import DiceLoss  # it takes seconds to import, and inference does not need it
+def dice_loss(probabilities: Tensor, target: Tensor) -> Tensor:
+    """Dice with a squared denominator (Milletari et al., 2016, arXiv 1606.04797), as in MedSAM (Ma et al., 2024).
 
-    return DiceLoss(sigmoid=False, squared_pred=True, reduction="none")
+    Args:
+        probabilities: ... x h x w.
+        target: ... x h x w, 0 or 1.
+
+    Returns:
+        The loss of each map. It is MONAI's `DiceLoss(squared_pred=True)`, in a form that `torch.compile` takes whole.
+    """
+    smooth = 1e-5
+    overlap = (probabilities * target).flatten(-2).sum(-1)
+    total = (probabilities.square() + target).flatten(-2).sum(-1)  # the square of 0 or 1 is itself
+    return 1 - (2 * overlap + smooth) / (total + smooth)
 
 
 def sample_at_stride(low_res_masks: Tensor, labels: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -87,14 +92,14 @@ def prompt_losses(
     bce = F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none") * labelled
     num_labelled = labelled.flatten(2).sum(-1).clamp(min=1)
     # Masked after the sigmoid: a logit of 0 would be a probability of one half.
-    dice = _dice_loss()((logits.sigmoid() * labelled).flatten(0, 1)[:, None], target.float().flatten(0, 1)[:, None])
+    dice = dice_loss(logits.sigmoid() * labelled, target.float())
 
     with torch.no_grad():  # the true IoU is the target of the IoU head alone
         predicted = (logits > 0) & labelled
         intersection = (predicted & target).flatten(2).sum(-1)
         true_iou = intersection / (predicted | target).flatten(2).sum(-1).clamp(min=1)
     losses = {
-        "dice": dice.view(b, q),
+        "dice": dice,
         "bce": bce.flatten(2).sum(-1) / num_labelled,
         "iou": (iou_predictions.float() - true_iou).square(),
     }
@@ -175,5 +180,5 @@ def semantic_losses(low_res_masks: Tensor, labels: Tensor, weights: Tensor, *, s
     one_hot = F.one_hot(target, logits.shape[1]).permute(0, 3, 1, 2) * labelled[:, None]  # B x C x h x w
     probabilities = log_probabilities.exp() * labelled[:, None]
     occurs = one_hot.flatten(2).any(-1)  # B x C
-    dice = _dice_loss()(probabilities, one_hot.float())[..., 0, 0] * occurs
+    dice = dice_loss(probabilities, one_hot.float()) * occurs
     return {"ce": ce.flatten(1).sum(-1) / num_labelled, "dice": dice.sum(-1) / occurs.sum(-1).clamp(min=1)}

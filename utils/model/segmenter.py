@@ -180,8 +180,8 @@ class SemanticSegmenter(Segmenter):
             takes no pixels.
         """
         image_embeddings, *others = features
-        pixels = others.pop() if self.takes_pixels else None
-        return (self.mask_decoder(image_embeddings, others, self.image_pe, pixels),)
+        maps, pixels = (others[:-1], others[-1]) if self.takes_pixels else (others, None)
+        return (self.mask_decoder(image_embeddings, maps, self.image_pe, pixels),)
 
     def losses(self, outputs: tuple[Tensor, ...], batch: TrainingBatch) -> dict[str, Tensor]:
         return semantic_losses(outputs[0], batch["labels"], self.class_weights)

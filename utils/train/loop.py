@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, TypedDict, cast
+from typing import Protocol, TypedDict
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 from tqdm import tqdm
 
-from utils.data.datasets import FILLER, TrainingBatch, TrainingDataset, collate_training
-from utils.model.prediction import features_of
-from utils.model.segmenter import Segmenter
+from utils.data.datasets import TrainingBatch
 from utils.runtime import distributed
-from utils.runtime.device import Precision
-from utils.runtime.errors import DivergedError
-from utils.train.optim import TrainState
+from utils.runtime.errors import UserError
+from utils.train.step import Steps
 
 
 class SavedProgress(TypedDict):
@@ -36,7 +33,7 @@ class Progress:
     epoch: int
     steps: int = 0  # of the optimizer, with those that the fp16 scaler skipped
     skipped_steps: int = 0
-    sums: Tensor | None = None  # as `_StepSums.sums`, over `steps`; float64
+    sums: Tensor | None = None  # as `Outcome.sums`, over `steps`; float64
     begun: float = field(default_factory=time.monotonic)
 
     @property
@@ -62,27 +59,28 @@ class Watch(Protocol):
     def stop_requested(self) -> bool:
         """Whether this process was asked to stop."""
 
+    def save_due(self, steps: int) -> bool:
+        """Whether `step_done` needs the weights as they are after so many steps of the epoch."""
+
     def step_done(self, progress: Progress, stop: bool) -> None:
         """Called by all processes after each step. `stop`: one of them was asked to stop; it is the same everywhere."""
 
 
+class Batches(Protocol):
+    """The batches of an epoch, or of the rest of one."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[TrainingBatch]: ...
+
+
 def train_one_epoch(
-    model: nn.Module,
-    loader: DataLoader,
-    state: TrainState,
-    *,
-    precision: Precision,
-    grad_acc_steps: int,
-    clip_grad_norm: float,
-    progress: Progress,
-    watch: Watch | None = None,
+    steps: Steps, loader: Batches, *, grad_acc_steps: int, progress: Progress, watch: Watch | None = None
 ) -> dict[str, float]:
     """Train the mask decoder for one epoch, or for the rest of one.
 
     Args:
-        model: a `Segmenter`, or DDP around one.
         grad_acc_steps: batches of a process in one optimizer step; the last group may be smaller.
-        clip_grad_norm: largest norm of the gradient, 0 for no limit.
         progress: kept up to date. If it has steps already, `loader` gives the batches after them.
 
     Returns:
@@ -93,38 +91,42 @@ def train_one_epoch(
     Raises:
         DivergedError: the loss or its gradient is not finite. The weights are those of the last good step.
     """
-    optimizer, scheduler, scaler = state.optimizer, state.scheduler, state.scaler
-    parts: tuple[str, ...] = distributed.unwrap(model).LOSSES  # type: ignore[assignment]
-    model.train()
+    steps.model.train()
+    scheduler, parts = steps.state.scheduler, steps.parts
     totals = torch.zeros(len(parts) + 1, dtype=torch.float64) if progress.sums is None else progress.sums.cpu()
-    done, epoch = progress.steps * grad_acc_steps, progress.epoch
+    taken, epoch, stop = progress.steps, progress.epoch, False
+    done = taken * grad_acc_steps
     end = done + len(loader)
     bar = tqdm(loader, f"epoch {epoch}", end, leave=False, disable=not distributed.is_main(), unit="step", initial=done)
-    optimizer.zero_grad(set_to_none=True)
-    group = _StepSums(parts, precision.device)
-    for step, batch in enumerate(bar, start=done):
-        # 修改点 8: 梯度累积，每 grad_acc_steps 个 batch 更新一次，轮末不足一组的也更新
-        last_of_group = (step + 1) % grad_acc_steps == 0 or step + 1 == end
-        with distributed.sync_gradients(model, enabled=last_of_group):
-            _forward_backward(model, batch, group, scaler, precision)
-        if not last_of_group:
-            continue
 
-        where = f"epoch {epoch}, step {step + 1}"
-        stop = group.reduce(where, stop=watch is not None and watch.stop_requested())
-        if not _normalise_gradients(model, optimizer, scaler, group.num_samples, clip_grad_norm):
-            raise _diverged(f"{where}: the loss is finite, but not its gradient", group.names_in_step())
-        if _step(optimizer, scaler):
-            scheduler.step()
-        else:
-            progress.skipped_steps += 1
-        totals = progress.sums = totals + group.sums
-        progress.steps += 1
-        means = _means(parts, totals)
-        bar.set_postfix(loss=f"{means['loss']:.4f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
-        if watch:
-            watch.step_done(progress, stop)
-        group = _StepSums(parts, precision.device)
+    def note_outcomes(*, all_of_them: bool) -> None:
+        nonlocal totals
+        for outcome in steps.outcomes(all_of_them=all_of_them):
+            if outcome.skipped:
+                progress.skipped_steps += 1
+            else:
+                scheduler.step()
+            totals = progress.sums = totals + outcome.sums
+            progress.steps += 1
+            bar.set_postfix(loss=f"{_means(parts, totals)['loss']:.4f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
+            if watch:
+                watch.step_done(progress, stop and progress.steps == taken)
+
+    try:
+        for step, batch in enumerate(bar, start=done):
+            # 修改点 8: 梯度累积，每 grad_acc_steps 个 batch 更新一次，轮末不足一组的也更新
+            last_of_group = (step + 1) % grad_acc_steps == 0 or step + 1 == end
+            steps.add(batch, last=last_of_group)
+            if last_of_group:
+                stop = steps.update(
+                    f"epoch {epoch}, step {step + 1}", stop=watch is not None and watch.stop_requested()
+                )
+                taken += 1
+                waits = stop or step + 1 == end or (watch is not None and watch.save_due(taken))
+                note_outcomes(all_of_them=waits)
+    except UserError:
+        note_outcomes(all_of_them=True)  # the weights have these steps, and are saved
+        raise
     return {
         **_means(parts, totals),
         "lr": float(scheduler.get_last_lr()[0]),
@@ -133,122 +135,8 @@ def train_one_epoch(
     }
 
 
-def settle_gradient_order(model: nn.Module, dataset: TrainingDataset, precision: Precision) -> None:
-    """Run a pass over an image that counts nowhere, so that DDP fixes the layout of its gradients.
-
-    A single process does nothing.
-
-    DDP changes the layout after its first pass. With three processes or more the layout decides how sums are rounded:
-    a resumed run would differ from an uninterrupted one.
-    """
-    if distributed.unwrap(model) is model:
-        return
-    model.train()
-    batch = collate_training([dataset[FILLER]])
-    nothing = _StepSums(distributed.unwrap(model).LOSSES, precision.device)  # type: ignore[arg-type]
-    _forward_backward(model, batch, nothing, precision.grad_scaler(), precision)
-    model.zero_grad(set_to_none=True)
-
-
-def _forward_backward(
-    model: nn.Module, batch: TrainingBatch, group: _StepSums, scaler: torch.amp.GradScaler, precision: Precision
-) -> None:
-    """Add the gradient of a batch's summed loss, and the losses to `group`."""
-    segmenter: Segmenter = distributed.unwrap(model)  # type: ignore[assignment]
-    moved = {key: precision.to_device(v) if isinstance(v, Tensor) else v for key, v in batch.items()}
-    batch = cast(TrainingBatch, moved)
-    with precision.autocast():
-        features = features_of(segmenter, batch, precision)
-        outputs = model(features, *(batch[key] for key in segmenter.PROMPTS))
-    loss_sum = group.add(segmenter.losses(outputs, batch), batch["valid"], batch["name"])
-    scaler.scale(loss_sum).backward()
-
-
-class _StepSums:
-    """Sums of the losses over the valid samples of one optimizer step, and their number, over all processes."""
-
-    def __init__(self, parts: tuple[str, ...], device: torch.device) -> None:
-        self.parts = parts
-        self.sums = torch.zeros(len(parts) + 1, dtype=torch.float64, device=device)  # and the number of samples
-        self.names: list[str] = []
-        self.finite: list[Tensor] = []
-        self.in_step: list[Tensor] = []
-
-    def add(self, losses: dict[str, Tensor], valid: Tensor, names: list[str]) -> Tensor:
-        """Add losses of the shape of `valid` (B, or B x Q) and return their sum, which is to be differentiated.
-
-        It is no mean: the number of samples is known only when all processes and batches of the step have counted.
-        """
-        parts = torch.stack([(losses[part] * valid).sum() for part in self.parts])
-        self.sums += torch.cat([parts.detach(), valid.sum()[None]]).double()
-        self.finite.append(sum(losses.values()).view(len(names), -1).isfinite().all(dim=1))  # type: ignore[union-attr]
-        self.in_step.append(valid.view(len(names), -1).any(dim=1))
-        self.names += names
-        return parts.sum()
-
-    @property
-    def num_samples(self) -> float:
-        return self.sums[-1].item()
-
-    def names_in_step(self) -> list[str]:
-        """This process's images with a valid prompt; the others add nothing to the step."""
-        return [name for name, counts in zip(self.names, torch.cat(self.in_step).tolist()) if counts]
-
-    def reduce(self, where: str, *, stop: bool) -> bool:
-        """Sum over the processes, and tell whether any of them gave `stop`; all fail if a loss is not finite."""
-        # Copied to the host once: nothing else in this step waits for the GPU.
-        reduced = distributed.all_reduce_sum(torch.cat([self.sums, self.sums.new_tensor([stop])])).cpu()
-        self.sums, stops = reduced[:-1], reduced[-1]
-        if not bool(self.sums.isfinite().all()):
-            bad = [name for name, finite in zip(self.names, torch.cat(self.finite).tolist()) if not finite]
-            raise _diverged(f"{where}: the loss is not finite", bad)
-        return bool(stops)
-
-
-def _diverged(what: str, names: list[str]) -> DivergedError:
-    """The error that all processes raise, with the images of all."""
-    everywhere = sorted({name for some in distributed.all_gather(names) for name in some})
-    return DivergedError(
-        f"{what} for {', '.join(everywhere)}; the weights were not touched. Check these images, or "
-        "start a new run with a lower -lr"
-    )
-
-
 def _means(parts: tuple[str, ...], totals: Tensor) -> dict[str, float]:
-    """The mean of each part and of the loss, from `_StepSums.sums`."""
+    """The mean of each part and of the loss, from `Outcome.sums`."""
     *sums, samples = totals.tolist()
     means = {part: value / max(samples, 1) for part, value in zip(parts, sums)}
     return {"loss": sum(means.values()), **means}
-
-
-def _step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> bool:
-    """Step the optimizer and clear the gradients; False if the scaler skipped the step because fp16 overflowed."""
-    scale_before = scaler.get_scale()
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return scaler.get_scale() >= scale_before
-
-
-def _normalise_gradients(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    num_samples: float,
-    clip_grad_norm: float,
-) -> bool:
-    """Turn the gradient of the summed loss into that of the mean over the step's samples, and clip it.
-
-    The divisor is the number over all processes: the result is the same for every layout, with uneven last batches too.
-
-    Returns:
-        False if the gradient is not finite.
-    """
-    scaler.unscale_(optimizer)
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    # DDP averages over the processes; the sum is needed.
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    torch._foreach_mul_(gradients, distributed.world_size() / max(num_samples, 1))
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip_grad_norm or float("inf"))
-    # With fp16 an overflow is normal now and then: the scaler skips the step and lowers its scale.
-    return scaler.is_enabled() or bool(norm.isfinite())

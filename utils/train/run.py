@@ -140,14 +140,17 @@ class Run:
     def stop_requested(self) -> bool:
         return self.stop.requested
 
+    def save_due(self, steps: int) -> bool:
+        every = self.settings.save_every_steps
+        return bool(every) and steps % every == 0
+
     def step_done(self, progress: Progress, stop: bool) -> None:
         """Save the state where it is due. See `Watch`.
 
         Raises:
             Interrupted: `stop` was requested; the state is saved.
         """
-        every = self.settings.save_every_steps
-        if stop or (every and progress.steps % every == 0):
+        if stop or self.save_due(progress.steps):
             self._save_latest()
         if stop:
             message = self._how_to_resume()
