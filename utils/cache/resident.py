@@ -142,7 +142,7 @@ class ResidentLoader:
         """
         views, count = self.dataset.num_views, len(self.dataset)
         tables = [table for tables in self._tables.values() for table in tables]
-        at_once = max(1, STAGED_BYTES // (views * sum(table.words[0].nbytes for table in tables)))
+        at_once = min(count, max(1, STAGED_BYTES // (views * sum(table.words[0].nbytes for table in tables))))
         # A card is written to in large parts, which are collected in pinned memory.
         staged = [table.staging(at_once * views) if table.words.is_cuda else None for table in tables]
 
