@@ -132,7 +132,7 @@ def test_they_train_as_eager_ones_do(mode: str, kind: str, monkeypatch: pytest.M
         steps = steps_of(way, segmenter, **({"compiled_batch": 2} if way == "compiled" else {}))
         watch = Watch(segmenter, due=5)
         figures = [
-            train_one_epoch(steps, batches, grad_acc_steps=grad_acc, progress=Progress(epoch), watch=watch)  # type: ignore[arg-type]
+            train_one_epoch(steps, batches, grad_acc_steps=grad_acc, progress=Progress(epoch), watch=watch)
             for epoch, grad_acc in enumerate((1, 2, 5))
         ]
         runs.append((weights(segmenter), torch.stack(watch.sums), watch.saved, figures))
@@ -155,7 +155,7 @@ def test_on_a_card_a_graph_has_the_same_bits(dtype: torch.dtype) -> None:
         segmenter = copy.deepcopy(start)
         steps = steps_of(kind, segmenter, precision)
         for epoch in range(2):
-            train_one_epoch(steps, batches, grad_acc_steps=1, progress=Progress(epoch))  # type: ignore[arg-type]
+            train_one_epoch(steps, batches, grad_acc_steps=1, progress=Progress(epoch))
         runs.append(weights(segmenter))
     assert torch.equal(*runs)
 
@@ -165,10 +165,10 @@ def test_a_loss_that_is_not_finite_stops_all_later_steps() -> None:
     batches = [random_batch(segmenter, i, prompts=3) for i in range(20)]
     batches[4]["features"][0][1] = math.nan
     expected = copy.deepcopy(segmenter)
-    train_one_epoch(steps_of("captured", expected), batches[:4], grad_acc_steps=1, progress=Progress(0))  # type: ignore[arg-type]
+    train_one_epoch(steps_of("captured", expected), batches[:4], grad_acc_steps=1, progress=Progress(0))
     progress, steps = Progress(0), steps_of("captured", segmenter)
     with pytest.raises(DivergedError, match=r"epoch 0, step 5: the loss is not finite for 4\.1; the weights"):
-        train_one_epoch(steps, batches, grad_acc_steps=1, progress=progress)  # type: ignore[arg-type]
+        train_one_epoch(steps, batches, grad_acc_steps=1, progress=progress)
     assert progress.steps == 4
     assert torch.equal(weights(segmenter), weights(expected))
     moments = (s.optimizer.state_dict()["state"] for s in (steps.state, steps_of("captured", expected).state))
@@ -182,7 +182,7 @@ def test_a_gradient_that_is_not_finite_names_the_images_with_a_prompt() -> None:
     before = weights(segmenter)
     next(segmenter.mask_decoder.parameters()).register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(DivergedError, match=r"step 1: the loss is finite, but not its gradient for 0\.1; the weights"):
-        train_one_epoch(steps_of("captured", segmenter), batches, grad_acc_steps=1, progress=Progress(0))  # type: ignore[arg-type]
+        train_one_epoch(steps_of("captured", segmenter), batches, grad_acc_steps=1, progress=Progress(0))
     assert torch.equal(weights(segmenter), before)
 
 
@@ -194,7 +194,7 @@ def test_a_step_that_overflows_fp16_is_skipped_and_counted() -> None:
     steps = CapturedSteps(segmenter, state, precision, 1.0)
     before, all_figures = weights(segmenter), []
     for epoch in range(3):
-        all_figures.append(train_one_epoch(steps, batches, grad_acc_steps=1, progress=Progress(epoch)))  # type: ignore[arg-type]
+        all_figures.append(train_one_epoch(steps, batches, grad_acc_steps=1, progress=Progress(epoch)))
         assert torch.equal(weights(segmenter), before) == (epoch < 2)
     assert [figures["skipped_steps"] for figures in all_figures] == [1, 1, 0]
     assert all_figures[0]["lr"] == all_figures[1]["lr"] == pytest.approx(1e-3 / 5)  # the schedule waits
@@ -234,8 +234,8 @@ def test_where_the_compiler_fails_training_goes_on_without_it(
     segmenter = segmenter_of("box")
     batches = [random_batch(segmenter, i, prompts=3) for i in range(3)]
     steps = steps_of("captured", segmenter, compiled_batch=2)
-    train_one_epoch(steps, batches, grad_acc_steps=1, progress=Progress(0))  # type: ignore[arg-type]
+    train_one_epoch(steps, batches, grad_acc_steps=1, progress=Progress(0))
     assert "torch.compile fails here (no C compiler found); continuing without it" in capsys.readouterr().out
     strict = steps_of("captured", segmenter, compiled_batch=2, requires_compiler=True)
     with pytest.raises(UserError, match=r"--step_mode compiled: torch\.compile fails here"):
-        train_one_epoch(strict, batches, grad_acc_steps=1, progress=Progress(0))  # type: ignore[arg-type]
+        train_one_epoch(strict, batches, grad_acc_steps=1, progress=Progress(0))
