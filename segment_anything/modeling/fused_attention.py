@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LOG2_E: tl.constexpr = 1.4426950408889634  # scores are powers of 2, which the card has an instruction for
+
 
 def attention(qkv: Tensor, pad: Tensor, affinity: Tensor, window: tuple[int, int], scale: float) -> Tensor:
     """Multi-head attention within the windows of a map.
@@ -34,7 +36,7 @@ def attention(qkv: Tensor, pad: Tensor, affinity: Tensor, window: tuple[int, int
     out = qkv.new_empty(b, height, width, heads * channels)
     columns = max(triton.next_power_of_2(w), 16)
     keys = max(columns, 64)
-    queries = 128 if h * w > 1024 else 64
+    queries = 64
     grid = (triton.cdiv(h * w, queries), across * triton.cdiv(height, h) * heads, b)
     with torch.cuda.device_of(qkv):
         _attention[grid](
@@ -42,7 +44,7 @@ def attention(qkv: Tensor, pad: Tensor, affinity: Tensor, window: tuple[int, int
             pad,
             affinity,
             out,
-            scale * 1.4426950408889634,
+            scale,
             height,
             width,
             across,
@@ -57,8 +59,8 @@ def attention(qkv: Tensor, pad: Tensor, affinity: Tensor, window: tuple[int, int
             KEYS=keys,
             COLUMNS=columns,
             PADDED=bool(height % h or width % w),
-            num_warps=8 if queries == 128 else 4,
-            num_stages=2,
+            num_warps=4,
+            num_stages=3,
         )
     return out
 
@@ -127,8 +129,8 @@ def _attention(  # type: ignore[no-untyped-def]  # Triton reads the annotations
             of_row = tl.load(affinity + (H - 1) - y[:, None] + first, mask=inside[:, None], other=0.0)
         else:
             of_row = tl.load(affinity + (H - 1) - y[:, None] + ky, mask=inside[:, None] & (ky < H), other=0.0)
-        bias = (of_column + of_row.to(tl.float32)) * 1.4426950408889634
-        scores = tl.dot(q, tl.trans(k)) * scale + bias
+        bias = of_column + of_row.to(tl.float32)
+        scores = (tl.dot(q, tl.trans(k)) * scale + bias) * LOG2_E
         scores = tl.where(counts, scores, float("-inf"))
         now = tl.maximum(largest, tl.max(scores, 1))
         weights = tl.exp2(scores - now[:, None])

@@ -24,7 +24,7 @@ from tests.helpers.scripts import log_of, quick_start
 from utils.model import checkpoint
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
-from utils.train import loop
+from utils.train.step import EagerSteps
 
 REPOSITORY = Path(train_bdd100k.__file__).parent
 
@@ -239,13 +239,13 @@ def test_gradients_are_communicated_once_an_optimizer_step(
         wrapped.register_comm_hook(None, hook)
         return wrapped
 
-    def step(*args: Any) -> bool:
+    def step(steps: EagerSteps) -> bool:
         events.append("step")
-        return real_step(*args)
+        return real_step(steps)
 
-    real_wrap, real_step = distributed.wrap, loop._step
+    real_wrap, real_step = distributed.wrap, EagerSteps._step
     monkeypatch.setattr(distributed, "wrap", wrap)
-    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(EagerSteps, "_step", step)
     train(tmp_path, "-batch_size", 1, "--grad_acc_steps", 3, "-num_epochs", 2)  # groups of 3, 3 and 1 images
 
     buckets: list[list[Any]] = [[]]

@@ -82,7 +82,8 @@ def batches_of(segmenter: Segmenter) -> list[TrainingBatch]:
 def state_of(segmenter: Segmenter, precision: Precision = FP32, **scaling: float) -> TrainState:
     optimizer = build_optimizer(segmenter, lr=1e-3, weight_decay=0.01)
     scheduler = build_scheduler(optimizer, "cosine", total_steps=60, warmup_steps=5)
-    scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision.amp_dtype == torch.float16, **scaling)
+    enabled = precision.amp_dtype == torch.float16
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=enabled, **scaling)  # type: ignore[arg-type]
     return TrainState(optimizer, scheduler, scaler)
 
 
@@ -129,7 +130,7 @@ def test_they_train_as_eager_ones_do(mode: str, kind: str, monkeypatch: pytest.M
     runs = []
     for way in ("eager", kind):
         segmenter = copy.deepcopy(start)
-        steps = steps_of(way, segmenter, **({"compiled_batch": 2} if way == "compiled" else {}))
+        steps = steps_of(way, segmenter, compiled_batch=2 if way == "compiled" else 0)
         watch = Watch(segmenter, due=5)
         figures = [
             train_one_epoch(steps, batches, grad_acc_steps=grad_acc, progress=Progress(epoch), watch=watch)
