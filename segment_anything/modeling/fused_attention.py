@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E: tl.constexpr = 1.4426950408889634  # scores are powers of 2, which the card has an instruction for
+LOG2_E = tl.constexpr(1.4426950408889634)  # scores are powers of 2, which the card has an instruction for
 
 
 def attention(qkv: Tensor, pad: Tensor, affinity: Tensor, window: tuple[int, int], scale: float) -> Tensor:
