@@ -28,8 +28,7 @@ from utils.evaluate.report import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "microsoft-edge")
 ROAD, POLE, SKY, CAR = 0, 5, 10, 13
-# Names of image files that would run, break out of a tag, hide text or end a line. No file can be named with a slash, but
-# a manifest from elsewhere can have one.
+# Names that would run, break out of a tag, hide text or end a line. A manifest can have those that no file can.
 HOSTILE = [
     "<script>hacked=1</script>",
     '"><img src=x onerror=hacked=1>',
@@ -59,7 +58,9 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     """A function that opens a file in a new window. At the end no page may have failed or asked for another file."""
-    contexts, troubles = [], []
+    contexts: list[Any] = []
+    troubles: list[str] = []
+    requests: list[str] = []
 
     def open_page(path: Path, **options: Any) -> Any:
         context = browser.new_context(**options)
@@ -67,15 +68,15 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         page = context.new_page()
         page.on("console", lambda message: troubles.append(message.text))
         page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("dialog", lambda dialog: (troubles.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or troubles.append(request.url))
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(path.as_uri())
         return page
 
     yield open_page
     for context in contexts:
         context.close()
-    assert troubles == []
+    assert troubles == [] and all(url.startswith(("file:", "data:")) for url in requests)
+    assert {url for url in requests if url.startswith("file:")} == {url for url in requests if url.endswith(".html")}
 
 
 def evaluate(folder: Path, data: Path, seed: int, names: list[str] | None = None) -> list[np.ndarray]:
@@ -199,7 +200,9 @@ def test_hostile_names_are_shown_and_do_nothing(open_page: Callable[..., Any], r
     assert page.evaluate("typeof hacked") == "undefined"
     assert page.title().endswith("<b>model</b>")
     names = page.locator("#scores tbody td:first-child").all_inner_texts()
-    assert sorted(names) == sorted([*HOSTILE[:5], "two\\nlines", "not text \\udcff", "turned \\u202egpj.exe", *HOSTILE[8:]])
+    assert sorted(names) == sorted(
+        [*HOSTILE[:5], "two\\nlines", "not text \\udcff", "turned \\u202egpj.exe", *HOSTILE[8:]]
+    )
     assert page.locator("script").count() == 2 and page.locator("img[onerror], [onclick]").count() == 0
     page = open_page(comparison)
     assert page.evaluate("typeof hacked") == "undefined"

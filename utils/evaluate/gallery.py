@@ -31,7 +31,7 @@ _PHOTO_QUALITY = 80
 
 # Indexes of a layer's palette after those of the classes.
 _DARK, _LIGHT, _CLEAR, _WRONG, _FIXED = range(NUM_CLASSES, NUM_CLASSES + 5)
-_COLORS = bytes(PALETTE[:NUM_CLASSES].ravel()) + bytes((70, 70, 70, 205, 205, 205, 0, 0, 0, 230, 30, 70, 20, 120, 240))
+_COLORS = bytes(PALETTE[:NUM_CLASSES].ravel()) + bytes((45, 45, 45, 205, 205, 205, 0, 0, 0, 230, 30, 70, 20, 120, 240))
 _OPACITIES = bytes([255] * (NUM_CLASSES + 2) + [0, 255, 255])
 
 
