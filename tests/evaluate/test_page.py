@@ -136,9 +136,9 @@ def report(counts_of_report: tuple[Path, list[np.ndarray]]) -> Path:
 
 @pytest.fixture(scope="module")
 def comparison(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three evaluations; the second one's folder has a hostile name."""
+    """Three evaluations in folders whose names HTML, matplotlib and fonts could stumble over."""
     root = tmp_path_factory.mktemp("comparison")
-    folders = [root / name for name in ("before", "<img src=x onerror=hacked=1>", "later")]
+    folders = [root / name for name in ("_before", "<img src=x onerror=hacked=1>", "later 语义 $x_{")]
     for seed, folder in enumerate(folders):
         evaluate(folder, data, seed)
     run_script(compare, *folders, "--html", root / "comparison.html")
@@ -385,6 +385,8 @@ def test_without_javascript_pictures_are_shown(open_page: Callable[..., Any], re
 @pytest.mark.slow
 def test_a_comparison_shows_the_changes_to_each_evaluation(open_page: Callable[..., Any], comparison: Path) -> None:
     page = open_page(comparison)
+    legend = page.locator("svg.chart").first.text_content()
+    assert all(name in legend for name in ("_before", "<img src=x onerror=hacked=1>", "later 语义 $x_{"))
     values = page.locator("#cards .value")
     assert re.fullmatch(r"change of mIoU [+−]\d\.\d{3}", values.first.inner_text())
     before = values.all_inner_texts()
@@ -398,5 +400,5 @@ def test_a_comparison_shows_the_changes_to_each_evaluation(open_page: Callable[.
     page.select_option("#column", "1")
     assert values.all_inner_texts() != before
     assert [abs(value) for value in changes()] == sorted(map(abs, changes()), reverse=True)
-    assert page.get_by_label("before to later", exact=False).last.is_checked()  # the layer goes with the column
+    assert page.get_by_role("radio", name="_before to later 语义 $x_{").is_checked()  # the layer goes with the column
     assert page.locator("#cards .layer:visible").first.get_attribute("data-layer") == "5"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import struct
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def read_label_maps(path: Path, indexes: Iterable[int]) -> dict[int, np.ndarray]
                     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > _MAP_BYTES:
                         raise ValueError("not a label map")
                     maps[index] = decode_labels(archive.read(entry))
-        except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, EOFError) as error:
+        except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError, EOFError, struct.error) as error:
             raise UserError(f"{path}: damaged, or not of infer_bdd100k.py ({error}); evaluate again") from None
     return maps
 

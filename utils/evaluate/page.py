@@ -11,6 +11,7 @@ import hashlib
 import io
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -22,6 +23,7 @@ import jinja2
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -129,6 +131,7 @@ def write_comparison_page(
         cards: images to show; their layers are the ground truth, each prediction, and the changes to each other one.
         missing: why there are no cards.
     """
+    names = [printable(name) for name in names]
     first, *others = names
     mious_of = {
         name: [image["miou"] for image in each["images"] if image["miou"] is not None]
@@ -162,15 +165,15 @@ def _class_chart(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> 
     axes = figure.add_axes((0.16, 0.5 / figure.get_figheight(), 0.82, 1 - 0.9 / figure.get_figheight()))
     ious = np.array([[each["per_class"][class_id]["iou"] for class_id in present] for each in results])
     heights = np.arange(len(present))
+    entries = []
     axes.hlines(heights, ious.min(axis=0), ious.max(axis=0), color=_INK, alpha=0.3, linewidth=1.5)
     for name, values, color in zip(names, ious, _colors(len(names))):
-        axes.scatter(values, heights, s=42, color=color, label=name, zorder=3)
+        entries.append((axes.scatter(values, heights, s=42, color=color, zorder=3), name))
     axes.set_yticks(heights, [results[0]["per_class"][class_id]["name"] for class_id in present])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("IoU")
-    _style(axes)
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    _style(axes, entries, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 
@@ -190,18 +193,19 @@ def _histogram(mious_of: Mapping[str, Sequence[float]]) -> Figure:
     figure = Figure(figsize=(7.2, 2.7))
     axes = figure.add_axes((0.08, 0.19, 0.9, 0.76))
     bins = np.linspace(0, 1, 41).tolist()
+    entries = []
     for (name, mious), color in zip(mious_of.items(), _colors(len(mious_of))):
         if len(mious_of) == 1:
             axes.hist(mious, bins, color=color)
         else:
             axes.hist(mious, bins, color=color, histtype="step", linewidth=1.8)
-        label = f"{name} median {np.median(mious):.3f}".strip()
-        axes.axvline(float(np.median(mious)), color=color, linestyle="--", linewidth=1.4, label=label)
+        line = axes.axvline(float(np.median(mious)), color=color, linestyle="--", linewidth=1.4)
+        entries.append((line, f"{name} median {np.median(mious):.3f}".strip()))
     axes.set_xlim(0, 1)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("mIoU of an image")
     axes.set_ylabel("images")
-    _style(axes)
+    _style(axes, entries)
     return figure
 
 
@@ -209,8 +213,8 @@ def _colors(count: int) -> list[str]:
     return [SERIES_COLORS[i % len(SERIES_COLORS)] for i in range(count)]
 
 
-def _style(axes: Axes) -> None:
-    """Draw axes and text in the colour of the page's text."""
+def _style(axes: Axes, entries: Sequence[tuple[Artist, str]], **where: Any) -> None:
+    """Draw axes and text in the colour of the page's text, and a legend with these entries and options."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_INK)
     axes.tick_params(colors=_INK)
@@ -218,7 +222,13 @@ def _style(axes: Axes) -> None:
     axes.set_axisbelow(True)
     for text in (axes.xaxis.label, axes.yaxis.label):
         text.set_color(_INK)
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+    # Texts are set afterwards, as matplotlib hides labels that begin with _ and parses those with $.
+    legend = axes.legend(
+        *zip(*((each, "-") for each, _ in entries)), frameon=False, labelcolor=_INK, fontsize=9, **where
+    )
+    for text, (_, label) in zip(legend.get_texts(), entries):
+        text.set_parse_math(False)
+        text.set_text(label)
 
 
 _FONT = re.compile(r"([\d.]+)px")
@@ -232,7 +242,8 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
         description: for readers who do not see it.
     """
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has other fonts
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())
     for element in list(root.iter()):
@@ -243,7 +254,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
             key, _, value = (part.strip() for part in declaration.partition(":"))
             if key == "font" and (size := _FONT.search(value)):
                 element.set("font-size", size[1])
-            elif key:
+            elif key and key != "font-family":
                 element.set(key, "currentColor" if value == _INK else value)
     for child in list(root):
         if child.tag == "metadata" or child.find("style") is not None:

@@ -84,7 +84,7 @@ function update() {
   }
   for (const index of hidden) cards.get(index).hidden = true;
   const having = className === null ? "" : ` with ${className}`;
-  byId("status").textContent = `${shown.length} of ${cards.size} shown images${having}`;
+  byId("status").textContent = cards.size === 0 ? "" : `${shown.length} of ${cards.size} shown images${having}`;
 
   byId("value-title").textContent = title;
   const rows = images.slice(0, LISTED).map(({ row, index }) => {
