@@ -138,6 +138,8 @@ function enlarge(card) {
   const stack = document.createElement("div");
   stack.className = "stack";
   stack.append(...copy.querySelectorAll("img"));
+  const photo = stack.querySelector(".photo");
+  stack.style.setProperty("--shape", photo.getAttribute("width") / photo.getAttribute("height"));
   copy.querySelector("button").replaceWith(stack);
   byId("viewer-image").replaceChildren(copy);
   if (!viewer.open) viewer.showModal();
