@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,7 +96,21 @@ def get_args_parser() -> cli.Parser:
 
     parser.begin_group("output")
     output = Path("inference_results")
-    flag("output_dir", type=Path, default=output, metavar="DIR", help="results; those of an earlier run are removed")
+    flag(
+        "output_dir",
+        type=Path,
+        default=output,
+        metavar="DIR",
+        help="results; those of an earlier run are removed (default: <run>/eval-<split> for the checkpoint of a run, "
+        "otherwise %(default)s)",
+    )
+    flag(
+        "report_images",
+        type=cli.non_negative_int,
+        default=60,
+        metavar="N",
+        help="images in report.html: the worst, and a sample of the others",
+    )
     switch("visualize", help=f"draw the first {NUM_PICTURES} images")
     switch("save_predictions", help="write each image's train ids at its original size as PNG")
     # torch.distributed.launch passes it; the environment has the same value.
@@ -120,8 +134,9 @@ from utils.data.frame import ImageSize
 from utils.data.geometry import fitted_size, resize_image, unframe
 from utils.data.loaders import evaluation_loader, usable_workers
 from utils.evaluate.evaluate import predictions_and_labels
+from utils.evaluate.gallery import LABEL_MAPS, ScoredImage, encode_labels, report_cards, save_label_maps
 from utils.evaluate.media import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
-from utils.evaluate.metrics import ConfusionMatrix
+from utils.evaluate.metrics import count_pixels
 from utils.evaluate.plots import save_comparison, save_labels
 from utils.evaluate.report import begin_pictures, begin_results, write_report
 from utils.model import checkpoint
@@ -131,10 +146,11 @@ from utils.model.segmenter import Segmenter, build_model
 from utils.runtime import distributed
 from utils.runtime.device import Precision, resolve_precision, telling_out_of_memory
 from utils.runtime.errors import UserError, printable, warn
-from utils.runtime.files import make_folder
+from utils.runtime.files import exists, is_folder, make_folder
+from utils.train.logger import CONFIG
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: cli.Flags) -> int:
     precision = resolve_precision(
         args.device,
         local_rank=distributed.local_rank(),
@@ -150,7 +166,7 @@ def main(args: argparse.Namespace) -> int:
     return status
 
 
-def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
+def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     """Score a preprocessed split; each process scores a share of it."""
     if args.tta and args.cache_embeddings not in ("auto", "off"):
         raise UserError("--tta reads no cache; leave out --cache_embeddings")
@@ -159,6 +175,7 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
     boxes = choose_boxes(args, info, [item.name for item in source.items])
     rule = choose_map_rule(args, info, boxes)
+    args.output_dir = choose_output_dir(args)
     make_folders(args)
 
     dataset = EvaluationDataset(source, boxes, tta=args.tta)
@@ -166,7 +183,7 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     where = "off" if args.tta else args.cache_embeddings
     use_caches({dataset: 1}, model, info, precision, where=where, dtype=args.cache_dtype, **loading)
     loader = evaluation_loader(dataset, **loading, precision=precision)
-    confusion = ConfusionMatrix(precision.device)
+    scored = []
     names = [item.name for item in source.items]
     pictures = {
         "visualizations": names[:NUM_PICTURES] if args.visualize else [],
@@ -184,26 +201,47 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
             labels = torch.from_numpy(read_mask(masks[item.name], item.height, item.width).copy())
         else:
             label_map = prediction.label_map(info.image_size)
-        confusion.update(label_map, labels)
+        counts = count_pixels(label_map, labels).cpu().numpy()
+        shown = encode_labels(label_map.cpu().numpy(), source, index) if args.report_images else b""
+        scored.append(ScoredImage(index, counts, shown))
         if args.save_predictions:
             save_labels(args.output_dir / "predictions" / f"{item.name}.png", original)
         if args.visualize and index < NUM_PICTURES:
             image, target = unframe(*source.read(index), item.height, item.width, info.resize_mode)
             save_comparison(args.output_dir / "visualizations" / f"{item.name}.png", image, target, original)
-    distributed.all_reduce_sum(confusion.matrix)
+    scored = sorted(chain(*distributed.all_gather(scored)), key=lambda image: image.index)
     if distributed.is_main():
         write_report(
             args.output_dir,
-            confusion.matrix.cpu(),
+            {names[image.index]: torch.from_numpy(image.counts) for image in scored},
             model=str(args.model_checkpoint or f"{args.sam_checkpoint}, not fine-tuned"),
             data=str(args.val_npy_path),
             box_source="none" if boxes is None else "oracle" if boxes == "oracle" else str(args.boxes),
             eval_size=args.eval_size,
             map_rule=rule,
             tta=args.tta,
+            cards=lambda: report_cards(source, scored, args.report_images, masks),
         )
+        if args.report_images:
+            save_label_maps(args.output_dir / LABEL_MAPS, scored)
         print_folders(args)
     return 0
+
+
+def choose_output_dir(args: cli.Flags) -> Path:
+    """The folder of the results: a folder in the run whose checkpoint is evaluated, one for each kind of evaluation."""
+    path = args.model_checkpoint
+    run = None if path is None else path if is_folder(path) else path.parent
+    if "output_dir" in args.given or run is None or not exists(run / CONFIG):
+        return args.output_dir
+    kinds = [
+        "" if is_folder(path) or path.name == checkpoint.BEST else path.stem.removeprefix("medsam_model_"),
+        args.boxes and args.boxes.stem,
+        args.map_rule,
+        "original" if args.eval_size == "original" else "",
+        "tta" if args.tta else "",
+    ]
+    return run / "-".join(["eval", args.val_npy_path.resolve().name, *filter(None, kinds)])
 
 
 def original_size(prediction: Prediction, height: int, width: int, info: ModelInfo) -> np.ndarray:

@@ -503,11 +503,14 @@ def announce(args: cli.Flags, precision: Precision, run: Run, num_images: int, n
 
 def next_command(args: cli.Flags, run: Run) -> str:
     """The command that evaluates the run's best model. It finds the run's cache if the splits lie side by side."""
-    paths = (args.val_npy_path or args.tr_npy_path.parent / "val", run.folder / checkpoint.BEST, args.checkpoint)
-    data, best, sam = (shlex.quote(str(path)) for path in paths)
+    split = args.val_npy_path or args.tr_npy_path.parent / "val"
+    output = run.folder / f"eval-{split.resolve().name}"  # the default of infer_bdd100k.py, named here to be found
+    paths = (split, run.folder / checkpoint.BEST, args.checkpoint, output)
+    data, best, sam, results = (shlex.quote(str(path)) for path in paths)
     lines = [
         f"python infer_bdd100k.py --val_npy_path {data}",
         f"--model_checkpoint {best}",
+        f"--output_dir {results}",
         f"--sam_checkpoint {sam} --model_type {args.model_type} --visualize{' -use_amp' if args.use_amp else ''}",
     ]
     given = {name: getattr(args, name) for name, default in OF_INFERENCE.items() if getattr(args, name) != default}

@@ -20,6 +20,7 @@ KINDS = [
     "manifest",
     "Scalabel",
     "evaluation",
+    "label maps",
     "checkpoint",
     "SAM file",
     "cache entry",

@@ -49,3 +49,6 @@ def test_installing_overwrites_nothing_of_a_namesake(tmp_path: Path) -> None:
     folder = target / link.read_text().strip()
     assert compare(folder, cwd=tmp_path).startswith("error: missing/evaluation_results.json")
     assert all((folder / name / "py.typed").exists() for name in ("segment_anything", "utils"))
+    templates = Path("utils", "evaluate", "templates")
+    ours = {path.name for path in (ROOT / templates).iterdir()}
+    assert ours and {path.name for path in (folder / templates).iterdir()} == ours

@@ -1,6 +1,7 @@
 """Compare evaluations class by class.
 
 python -m utils.compare demo/before demo/after demo/semantic
+python -m utils.compare demo/before demo/after --html    # also a page, with the images that changed most
 """
 
 from __future__ import annotations
@@ -12,13 +13,21 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from utils.runtime import cli
-from utils.runtime.errors import UserError
-from utils.runtime.files import read_json
+from utils.runtime.errors import UserError, printable
+from utils.runtime.files import is_folder, read_json
 
 
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="output folders of infer_bdd100k.py")
+    parser.add_flag(
+        "html",
+        type=Path,
+        nargs="?",
+        const=Path("comparison.html"),
+        metavar="FILE",
+        help="also write a page that compares them with the first one (FILE: comparison.html if left out)",
+    )
     return parser
 
 
@@ -63,6 +72,7 @@ def _is_results(results: Any) -> bool:
             and all(figure is None or (isinstance(figure, float | int) and 0 <= figure <= 1) for figure in figures)
             and all(isinstance(entry["name"], str) for entry in classes)
             and all(isinstance(entry[key], int) for entry in classes for key in ("id", "gt_pixels"))
+            and all((entry["iou"] is None) == (entry["gt_pixels"] == 0) for entry in classes)
         )
     except (KeyError, TypeError, IndexError):
         return False
@@ -98,6 +108,10 @@ def _shared(values: list[str]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.html and is_folder(args.html):
+        raise UserError(f"--html {args.html}: is a folder; give the folders first, then --html")
+    if args.html and len(set(args.folders)) < 2:
+        raise UserError("--html compares evaluations; give two folders or more")
     read = {folder: read_results(folder) for folder in args.folders}
     first, *others = read
     pixels = {folder: [entry["gt_pixels"] for entry in result["per_class"]] for folder, result in read.items()}
@@ -108,8 +122,14 @@ def main(args: argparse.Namespace) -> None:
                 raise UserError(f"{first} has --eval_size {sizes[0]} and {other} {sizes[1]}; evaluate both alike")
             raise UserError(f"{first} and {other} were measured on different data; evaluate both on the same split")
     names = [folder.name for folder in read]
-    unique = len(set(names)) == len(names)
-    print(format_comparison({folder.name if unique else str(folder): result for folder, result in read.items()}))
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in read]
+    print(format_comparison(dict(zip(names, read.values()))))
+    if args.html:
+        from utils.evaluate.comparison import write_comparison  # takes seconds, as it imports PyTorch
+
+        missing = write_comparison(args.html, read, names)
+        print(f"\nPage: {printable(str(args.html))}{f' ({missing})' if missing else ''}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import torch
 
 from utils import compare
 from utils.data.classes import NUM_CLASSES
+from utils.evaluate.comparison import choose_changed
 from utils.evaluate.metrics import results_dict
+from utils.evaluate.page import Row
 
 
 def write(folder: Path, results: Mapping[str, Any]) -> Path:
@@ -86,6 +88,71 @@ def test_what_the_metric_gives_where_nothing_is_labelled(tmp_path: Path, capsys:
     assert words(capsys.readouterr().out)[1:] == [["mIoU", "nan", "nan"], ["boxes:", "oracle"]]
 
 
+def with_images(folder: Path, mious: list[float | None], **changes: Any) -> Path:
+    """Write a result of all 19 classes with these images, of which only the road is labelled."""
+    matrix = torch.zeros(NUM_CLASSES, NUM_CLASSES + 1, dtype=torch.int64)
+    matrix[0, 0] = 1000
+    images = [
+        {"name": f"image-{i}", "miou": miou, "pixel_accuracy": miou, "iou": {} if miou is None else {"road": miou}}
+        for i, miou in enumerate(mious)
+    ]
+    return write(folder, {**results_dict(matrix), "data": "nowhere", "images": images, **changes})
+
+
+def test_a_page_with_the_changes_of_each_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [with_images(Path(name), mious) for name, mious in (("a", [0.5, 0.25, None]), ("b", [0.25, 0.75, None]))]
+    compare.main(compare.get_args_parser().parse_args([*map(str, folders), "--html"]))
+    printed = capsys.readouterr().out
+    assert "Page: comparison.html (no pictures: nowhere: no such folder; check the path" in printed
+    page = Path("comparison.html").read_text()
+    assert "no pictures: nowhere: no such folder" in page
+    (content,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
+    rows = json.loads(content)["rows"]
+    assert [(row["name"], row["values"]) for row in rows] == [
+        ("image-0", [-0.25]),
+        ("image-1", [0.5]),
+        ("image-2", [None]),
+    ]
+    assert [row["classes"] for row in rows] == [{"0": [-0.25]}, {"0": [0.5]}, {}]
+
+
+def test_the_images_that_changed_most_are_chosen() -> None:
+    changes = [0.0, 0.1, -0.5, 0.2, None, 0.3]
+    poles: dict[int, list[float | None]] = {0: [0.9], 1: [-0.1], 3: [None]}
+    rows = [Row(f"{i}", [change], {5: poles[i]} if i in poles else {}) for i, change in enumerate(changes)]
+    assert choose_changed(rows, 3) == {2: "mIoU changed most", 5: "mIoU changed most", 0: "pole changed most"}
+    assert set(choose_changed(rows, 40)) == {0, 1, 2, 3, 5}  # an image that did not change is not shown
+
+
+def html_error(error_of: Callable[..., str], *folders: Path) -> str:
+    return error_of(compare, *folders, "--html", folders[0].parent / "page.html")
+
+
+def test_pages_that_cannot_be_made(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    good = with_images(tmp_path / "good", [0.5])
+    read = json.loads((good / "evaluation_results.json").read_text())
+    assert f"--html {good}: is a folder; give the folders first" in error_of(compare, good, "--html", good)
+    assert "give two folders or more" in html_error(error_of, good)
+    former = write(tmp_path / "former", {name: read[name] for name in read if name != "images"})
+    assert f"{former}: was evaluated by an older version" in html_error(error_of, good, former)
+    other = with_images(tmp_path / "other", [0.5, 0.5])
+    assert f"{good} and {other} have different images" in html_error(error_of, good, other)
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    "images",
+    [3, [], [3], [{}], [{"name": 3, "miou": 0.5, "iou": {}}], [{"name": "a", "miou": "x", "iou": {}}]]
+    + [[{"name": "a", "miou": 0.5, "iou": {"road": 7}}], [{"name": "a", "miou": 0.5, "iou": 3}]],
+)
+def test_images_of_a_foreign_file(images: Any, tmp_path: Path, error_of: Callable[..., str]) -> None:
+    folders = [with_images(tmp_path / "good", [0.5]), with_images(tmp_path / "foreign", [], images=images)]
+    assert "foreign/evaluation_results.json: not a result of infer_bdd100k.py" in html_error(error_of, *folders)
+
+
 def test_other_data_is_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:
     before = result(tmp_path / "before", 0.5, [("road", 0.5, 1000)])
     after = result(tmp_path / "after", 0.5, [("road", 0.5, 1001)])
@@ -120,6 +187,7 @@ def test_a_folder_without_a_result(tmp_path: Path, error_of: Callable[..., str])
         b'{"miou": 0.5, "boxes": "oracle", "per_class": 3}',
         b'{"miou": 0.5, "boxes": "oracle", "per_class": [{"iou": 0.5}]}',
         b'{"miou": 0.5, "boxes": "oracle", "per_class": [{"id": 0, "name": null, "iou": 0.5, "gt_pixels": 9}]}',
+        b'{"miou": 0.5, "boxes": "oracle", "per_class": [{"id": 0, "name": "road", "iou": null, "gt_pixels": 9}]}',
         b'{"miou": 1' + b"0" * 400 + b', "boxes": "oracle", "per_class": []}',
     ],
 )

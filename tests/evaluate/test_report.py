@@ -117,7 +117,13 @@ def test_says_what_was_measured_on_what(
     matrix = torch.zeros(19, 20, dtype=torch.int64)
     matrix[0, 0], matrix[0, 13] = 3, 1
     write_report(
-        tmp_path, matrix, model="m.pth", data="val", box_source=box_source, eval_size=eval_size, map_rule=map_rule
+        tmp_path,
+        {"a": matrix},
+        model="m.pth",
+        data="val",
+        box_source=box_source,
+        eval_size=eval_size,
+        map_rule=map_rule,
     )
     text = (tmp_path / "evaluation_results.txt").read_text()
     assert text in capsys.readouterr().out

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -46,6 +47,8 @@ from utils.data.classes import CLASS_NAMES
 from utils.data.datasets import NpyFolder
 from utils.data.detections import read_detections
 from utils.data.manifest import Manifest, ManifestItem, Source
+from utils.evaluate.comparison import write_comparison
+from utils.evaluate.gallery import LABEL_MAPS, ScoredImage, read_label_maps, save_label_maps
 from utils.model.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_latest
 from utils.model.segmenter import BoxSegmenter
 from utils.runtime.device import Precision
@@ -312,7 +315,15 @@ def _data_targets(folder: Path, split: Path) -> dict[str, Target]:
 
     def read_evaluation(data: bytes) -> None:
         (folder / "evaluation_results.json").write_bytes(data)
-        format_comparison({"a": read_results(folder)})
+        found = read_results(folder)
+        format_comparison({"a": found})
+        write_comparison(
+            folder / "page.html", {folder / "other": {**found, "images": images}, folder: found}, ["a", "b"]
+        )
+
+    def read_maps(data: bytes) -> None:
+        (folder / LABEL_MAPS).write_bytes(data)
+        read_label_maps(folder / LABEL_MAPS, [0, 1])
 
     headers = st.builds(
         lambda shape, dtype, order: _npy(f"{{'descr': '{dtype}', 'fortran_order': {order}, 'shape': {shape}, }}"),
@@ -323,13 +334,20 @@ def _data_targets(folder: Path, split: Path) -> dict[str, Target]:
     label = {"category": "Car", "box2d": {"x1": 1, "y1": 2, "x2": 3.5, "y2": 4}}
     frames = {"frames": [{"name": "a.jpg", "labels": [label, label]}, {"name": "b.jpg", "labels": None}]}
     per_class = [{"id": i, "name": name, "iou": 0.5, "gt_pixels": 9} for i, name in enumerate(CLASS_NAMES)]
-    results = {"miou": 0.5, "boxes": "oracle", "per_class": per_class}
+    images = [{"name": name, "miou": 0.5, "pixel_accuracy": 0.5, "iou": {"road": 0.25}} for name in "ab"]
+    results = {"miou": 0.5, "boxes": "oracle", "data": str(split), "per_class": per_class, "images": images}
+    maps = [ScoredImage(i, np.zeros(0), cv2.imencode(".png", np.eye(9, dtype=np.uint8))[1].tobytes()) for i in (0, 1)]
+    save_label_maps(folder / LABEL_MAPS, maps)
+    archive = (folder / LABEL_MAPS).read_bytes()
+    (folder / "other").mkdir()
+    (folder / "other" / LABEL_MAPS).write_bytes(archive)
     arrays = damaged([array]) | headers | anything(b"\x93NUMPY\x01\x00", b"PK\x03\x04", b"\x80\x04")
     return {
         "npy": Target(arrays, read_npy),
         "manifest": Target(damaged_json(json.loads(manifest)), read_manifest),
         "Scalabel": Target(damaged_json(frames), read_boxes),
         "evaluation": Target(damaged_json(results), read_evaluation),
+        "label maps": Target(damaged([archive]) | anything(archive[:60]), read_maps),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -105,6 +106,9 @@ def test_prints_the_specified_block_and_writes_the_same(
         "confusion_matrix.png",
         "evaluation_results.json",
         "evaluation_results.txt",
+        "image_scores.csv",
+        "label_maps.zip",
+        "report.html",
     ]
 
 
@@ -171,6 +175,81 @@ def test_results_say_what_was_measured(infer: Callable[..., dict[str, Any]], npy
     assert results["labelled_pixels"] == (labels != 255).sum()
 
 
+def test_each_image_has_its_figures(infer: Callable[..., dict[str, Any]], npy: Path, tmp_path: Path) -> None:
+    """The image's figures are those of an evaluation of the image alone."""
+    results = infer()
+    names = sorted(path.stem for path in (npy / "val" / "imgs").iterdir())
+    assert [image["name"] for image in results["images"]] == names
+    with open(tmp_path / "out" / "image_scores.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    for name, image, line in zip(names, results["images"], lines, strict=True):
+        pair = [np.load(npy / "val" / kind / f"{name}.npy") for kind in ("imgs", "gts")]
+        alone = infer("--val_npy_path", write_split(tmp_path / name, {name: (pair[0], pair[1])}))
+        assert (image["miou"], image["pixel_accuracy"]) == (alone["miou"], alone["pixel_accuracy"])
+        ious = {c["name"]: c["iou"] for c in alone["per_class"]}
+        assert image["iou"] == {name: iou for name, iou in ious.items() if iou is not None}
+        assert line["name"] == name and float(line["miou"]) == pytest.approx(image["miou"], abs=1e-6)
+        assert [line[name] for name in CLASS_NAMES] == [
+            "" if iou is None else f"{iou:.6f}" for iou in (ious[name] for name in CLASS_NAMES)
+        ]
+
+
+def test_the_report_shows_the_chosen_number_of_images(infer: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    results = infer()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"<title>mIoU {results['miou']:.4f}: " in page and "upper bound" in page
+    assert page.count('<figure class="card"') == 3 and page.count("data:image/png;base64,") == 9
+    infer("--report_images", 2)
+    assert (tmp_path / "out" / "report.html").read_text().count('<figure class="card"') == 2
+    infer("--report_images", 0)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"mIoU {results['miou']:.4f}" in page and "<img" not in page and "--report_images 0" in page
+    assert not (tmp_path / "out" / "label_maps.zip").exists()
+
+
+def test_a_report_that_cannot_be_drawn_costs_no_figures(
+    infer: Callable[..., dict[str, Any]],
+    sam_file: Path,
+    npy: Path,
+    tmp_path: Path,
+    error_of: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = infer()
+
+    def fail(*_: Any) -> None:
+        raise UserError("x.npy: cannot be read")
+
+    monkeypatch.setattr(infer_bdd100k, "report_cards", fail)
+    line = error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--model_checkpoint", before["model"])
+    assert "x.npy: cannot be read" in line
+    assert read_results(tmp_path / "out") == before
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def output_of(*flags: object) -> Path:
+    return infer_bdd100k.choose_output_dir(infer_bdd100k.get_args_parser().parse_args(list(map(str, flags))))
+
+
+def test_results_go_into_the_run_whose_checkpoint_is_evaluated(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        folder.mkdir()
+        (folder / checkpoint.BEST).touch()
+    (run / "config.json").touch()
+    data = ["--val_npy_path", tmp_path / "npy" / "val"]
+    for path in (run, run / checkpoint.BEST):
+        assert output_of(*data, "--model_checkpoint", path) == run / "eval-val"
+    # Evaluations that differ do not replace each other.
+    flags = ["--model_checkpoint", run / checkpoint.LATEST, "--boxes", "det.json", "--map_rule", "threshold"]
+    assert output_of(*data, *flags, "--eval_size", "original") == run / "eval-val-latest-det-threshold-original"
+    assert output_of(*data, "--model_checkpoint", run, "--tta") == run / "eval-val-tta"
+    # The specification's default, where there is no run, and any folder that is given.
+    assert output_of(*data) == output_of(*data, "--model_checkpoint", other) == Path("inference_results")
+    default = ["--output_dir", "./inference_results"]
+    assert output_of(*data, "--model_checkpoint", run, *default) == Path("inference_results")
+
+
 def test_batches_of_three_give_the_same(infer: Callable[..., dict[str, Any]]) -> None:
     one, three = (np.array(infer("--batch_size", size)["confusion_matrix"]) for size in (1, 3))
     assert np.abs(one - three).sum() <= 2e-3 * one.sum()
@@ -201,7 +280,7 @@ def test_a_second_evaluation_leaves_nothing_of_the_first(
     names = {path.stem for path in (npy / "val" / "imgs").iterdir()}
     assert {path.stem for path in (out / "visualizations").iterdir()} == {*names, "mine"}
     assert not list((out / "predictions").iterdir())
-    assert f"{out}: removed 17 files of an earlier evaluation" in said  # 3 results and 2 x 7 pictures
+    assert f"{out}: removed 20 files of an earlier evaluation" in said  # 6 results and 2 x 7 pictures
     assert f"{out / 'visualizations'}: 1 other files stay, such as mine.png" in said
     infer()
     assert [path.name for path in (out / "visualizations").iterdir()] == ["mine.png"]

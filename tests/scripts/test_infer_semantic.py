@@ -303,6 +303,8 @@ def test_two_processes_equal_one_exactly(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("评估结果") == 1  # only the first process speaks
     assert read_results(tmp_path / "two") == read_results(single)
+    for name in ("report.html", "image_scores.csv", "label_maps.zip"):
+        assert (single / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     for folder in ("predictions", "visualizations"):
         files = {path.name: path.read_bytes() for path in (single / folder).iterdir()}
         assert len(files) == 3

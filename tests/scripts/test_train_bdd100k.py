@@ -82,6 +82,9 @@ def test_the_next_command_can_be_pasted(
     args = infer_bdd100k.get_args_parser().parse_args(shlex.split(command)[2:])
     assert (args.val_npy_path, args.sam_checkpoint, args.use_amp) == (data / "val", sam, True)
     assert args.model_checkpoint == folder / checkpoint.BEST
+    assert args.output_dir == infer_bdd100k.choose_output_dir(args) == folder / "eval-val"
+    args.given.remove("output_dir")
+    assert infer_bdd100k.choose_output_dir(args) == folder / "eval-val"  # the default is the same
     # Without these it would encode again what the run has encoded.
     assert (args.amp_dtype, args.cache_embeddings, args.cache_dtype) == ("bf16", str(features), "float32")
     default = infer_bdd100k.get_args_parser().get_default

@@ -58,7 +58,7 @@ def pixels_in_box(box: Sequence[float], size: tuple[int, int], fitted: tuple[int
     return slices[0], slices[1]
 
 
-def resize_image(image: np.ndarray, image_size: ImageSize, resize_mode: str) -> np.ndarray:
+def resize_image(image: np.ndarray, image_size: ImageSize | Sequence[int], resize_mode: str) -> np.ndarray:
     """Resize an RGB image, (height, width, 3) uint8, to the frame: (H, W, 3) uint8."""
     height, width = fitted_size(image.shape[0], image.shape[1], image_size, resize_mode)
     # Area averaging keeps thin objects (poles, lane marks) when shrinking, but does not interpolate when a side grows.
@@ -70,7 +70,7 @@ def resize_image(image: np.ndarray, image_size: ImageSize, resize_mode: str) -> 
     return frame
 
 
-def resize_mask(mask: np.ndarray, image_size: ImageSize, resize_mode: str) -> np.ndarray:
+def resize_mask(mask: np.ndarray, image_size: ImageSize | Sequence[int], resize_mode: str) -> np.ndarray:
     """Resize a mask, (height, width) uint8, to the frame: (H, W) uint8, nearest label, padding 255."""
     height, width = fitted_size(mask.shape[0], mask.shape[1], image_size, resize_mode)
     frame = np.full(frame_size(image_size), IGNORE_LABEL, dtype=np.uint8)

@@ -35,35 +35,40 @@ class ConfusionMatrix:
         self.matrix = torch.zeros(NUM_CLASSES, _COLUMNS, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count one or more label maps.
-
-        Args:
-            prediction: (..., H, W), any integer type, on the device of `target`; a value outside 0-18 is no class.
-            target: same shape; 0-18, and 255 for pixels to ignore.
-
-        Raises:
-            ValueError: shapes differ, a map is not of integers, or `target` holds another value; nothing is counted.
-        """
-        if prediction.shape != target.shape:
-            raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
-        for name, labels in (("prediction", prediction), ("target", target)):
-            if labels.is_floating_point() or labels.dtype == torch.bool:
-                raise ValueError(f"{name} must hold integers, got {labels.dtype}")
-        prediction, target = prediction.long(), target.long()  # in int8, -1 would equal 255
-        is_class = (target >= 0) & (target < NUM_CLASSES)
-        rows = torch.where(is_class, target, torch.where(target == IGNORE_LABEL, _IGNORED_ROW, _INVALID_ROW))
-        columns = torch.where((prediction >= 0) & (prediction < NUM_CLASSES), prediction, NO_CLASS)
-        # Unlabelled pixels are counted in their own row: selecting the others would need a synchronisation.
-        counts = torch.bincount((rows * _COLUMNS + columns).flatten(), minlength=_ROWS * _COLUMNS)
-        counts = counts.view(_ROWS, _COLUMNS)
-        if counts[_INVALID_ROW].any():
-            wrong = target[~is_class & (target != IGNORE_LABEL)].unique()[:8].tolist()
-            raise ValueError(f"target must be 0-{NUM_CLASSES - 1} or {IGNORE_LABEL}, got {wrong}")
-        self.matrix += counts[:NUM_CLASSES].to(self.matrix.device)
+        """Count one or more label maps; arguments and errors are those of `count_pixels`."""
+        self.matrix += count_pixels(prediction, target).to(self.matrix.device)
 
     def merge(self, other: ConfusionMatrix) -> None:
         """Add another's counts to this one's."""
         self.matrix += other.matrix.to(self.matrix.device)
+
+
+def count_pixels(prediction: Tensor, target: Tensor) -> Tensor:
+    """Count the pixels of one or more label maps: (19, 20) int64, as `ConfusionMatrix.matrix`.
+
+    Args:
+        prediction: (..., H, W), any integer type, on the device of `target`; a value outside 0-18 is no class.
+        target: same shape; 0-18, and 255 for pixels to ignore.
+
+    Raises:
+        ValueError: shapes differ, a map is not of integers, or `target` holds another value.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    for name, labels in (("prediction", prediction), ("target", target)):
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"{name} must hold integers, got {labels.dtype}")
+    prediction, target = prediction.long(), target.long()  # in int8, -1 would equal 255
+    is_class = (target >= 0) & (target < NUM_CLASSES)
+    rows = torch.where(is_class, target, torch.where(target == IGNORE_LABEL, _IGNORED_ROW, _INVALID_ROW))
+    columns = torch.where((prediction >= 0) & (prediction < NUM_CLASSES), prediction, NO_CLASS)
+    # Unlabelled pixels are counted in their own row: selecting the others would need a synchronisation.
+    counts = torch.bincount((rows * _COLUMNS + columns).flatten(), minlength=_ROWS * _COLUMNS)
+    counts = counts.view(_ROWS, _COLUMNS)
+    if counts[_INVALID_ROW].any():
+        wrong = target[~is_class & (target != IGNORE_LABEL)].unique()[:8].tolist()
+        raise ValueError(f"target must be 0-{NUM_CLASSES - 1} or {IGNORE_LABEL}, got {wrong}")
+    return counts[:NUM_CLASSES]
 
 
 def _counts(matrix: Tensor) -> Tensor:
@@ -154,13 +159,18 @@ def format_details(matrix: Tensor, box_source: str) -> str:
         f"{unclaimed_share(matrix):.2%} of them predicted as no class"
     )
     lines.append("mIoU is the mean over the classes in the ground truth; the others are nan")
+    lines.append(describe_boxes(box_source))
+    return "\n".join(lines)
+
+
+def describe_boxes(box_source: str) -> str:
+    """What the source of the boxes means for the figures, see `format_details`."""
     sources = {
         "oracle": "oracle boxes: taken from the ground truth; these figures are an upper bound, not the result from "
         "the image alone",
         "none": "no boxes: every map was predicted from the image alone",
     }
-    lines.append(sources.get(box_source, f"boxes: {box_source}"))
-    return "\n".join(lines)
+    return sources.get(box_source, f"boxes: {box_source}")
 
 
 class ClassFigures(TypedDict):
@@ -210,6 +220,26 @@ def results_dict(matrix: Tensor) -> Figures:
         ],
         "confusion_matrix": matrix[:, :NUM_CLASSES].tolist(),
         "unclaimed": matrix[:, NO_CLASS].tolist(),
+    }
+
+
+class ImageFigures(TypedDict):
+    """The figures of one image; None is undefined."""
+
+    name: str
+    miou: float | None  # over the classes in the image's ground truth
+    pixel_accuracy: float | None
+    iou: dict[str, float]  # of the classes in the image's ground truth, by name
+
+
+def image_figures(name: str, matrix: Tensor) -> ImageFigures:
+    """The figures of one image by its confusion matrix, (19, 20)."""
+    ious = iou_per_class(matrix).tolist()
+    return {
+        "name": name,
+        "miou": _number(mean_iou(matrix)),
+        "pixel_accuracy": _number(pixel_accuracy(matrix)),
+        "iou": {c.name: iou for c, iou in zip(CLASSES, ious) if not math.isnan(iou)},
     }
 
 

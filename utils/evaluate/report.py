@@ -1,14 +1,27 @@
-"""The result of an evaluation: printed, and written as text, JSON and a picture."""
+"""The result of an evaluation: printed, and written as text, JSON, CSV, a picture and an HTML page."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from utils.evaluate.metrics import format_details, format_report, results_dict
+from utils.data.classes import CLASS_NAMES
+from utils.evaluate.gallery import LABEL_MAPS, Card
+from utils.evaluate.metrics import (
+    ImageFigures,
+    describe_boxes,
+    format_details,
+    format_report,
+    image_figures,
+    results_dict,
+)
+from utils.evaluate.page import report_rows, write_report_page
 from utils.evaluate.plots import save_confusion_matrix
 from utils.runtime import distributed
 from utils.runtime.choices import MAP_RULES, MapRule
@@ -18,7 +31,16 @@ from utils.runtime.files import atomic_write, is_folder, listed, read_json
 _SIZES = {"frame": "in the preprocessed frame", "original": "at the original size of the images"}
 _TTA = "test-time augmentation: the class probabilities of each image and of its mirror image are averaged\n"
 
-_RESULTS = ("evaluation_results.txt", "evaluation_results.json", "confusion_matrix.png")
+IMAGE_SCORES = "image_scores.csv"
+PAGE = "report.html"
+_RESULTS = (
+    "evaluation_results.txt",
+    "evaluation_results.json",
+    IMAGE_SCORES,
+    "confusion_matrix.png",
+    PAGE,
+    LABEL_MAPS,
+)
 _PICTURES = ("visualizations", "predictions")
 _RECORD = ".pictures.json"  # the pictures that an evaluation wrote; the next one removes them
 
@@ -106,7 +128,7 @@ def _tell_others(folder: Path) -> None:
 
 def write_report(
     output_dir: Path,
-    matrix: Tensor,
+    counts: Mapping[str, Tensor],
     *,
     model: str,
     data: str,
@@ -114,26 +136,58 @@ def write_report(
     eval_size: str,
     map_rule: MapRule,
     tta: bool = False,
+    cards: Callable[[], Sequence[Card]] = tuple,
 ) -> None:
-    """Print the result, and write it as text, JSON and a picture of the confusion matrix.
+    """Print the result, and write it as text, JSON, CSV, a picture of the confusion matrix, and a page.
 
     Args:
-        matrix: the confusion matrix, (19, 20) int64 on the CPU.
+        counts: the confusion matrix of each image by its name, (19, 20) int64 on the CPU.
         box_source: see `format_details`.
         eval_size: "frame" or "original".
         map_rule: how masks became a map.
         tta: whether mirror images were averaged in.
+        cards: makes the images to show in the page, by their position in `counts`. It reads files, so it is called
+            after the figures are written.
     """
+    every = torch.stack(list(counts.values()))
+    matrix = every.sum(dim=0)
+    figures = results_dict(matrix)
+    images = [image_figures(name, each) for name, each in counts.items()]
     details = format_details(matrix, box_source=box_source)
     highest = f"each pixel goes to its highest {'average probability' if tta else 'logit'}"
     rule = highest if box_source == "none" else f"{map_rule}: {MAP_RULES[map_rule]}"
     text = f"{format_report(matrix)}\n\n{details}\nmap rule: {rule}\n{_TTA if tta else ''}scored {_SIZES[eval_size]}\n"
     origin = {"model": model, "data": data, "boxes": box_source, "map_rule": map_rule, "eval_size": eval_size}
-    results = json.dumps({**origin, "tta": tta, **results_dict(matrix)}, indent=1, ensure_ascii=False)
+    results = json.dumps({**origin, "tta": tta, **figures, "images": images}, indent=1, ensure_ascii=False)
     print(f"\n{text}")
-    outputs = {"evaluation_results.txt": text, "evaluation_results.json": results + "\n"}
+    outputs = {
+        "evaluation_results.txt": text,
+        "evaluation_results.json": results + "\n",
+        IMAGE_SCORES: format_image_scores(images),
+    }
     for name, content in outputs.items():
         with atomic_write(output_dir / name) as file:
             file.write(content.encode(errors="backslashreplace"))  # a path need not be valid text
     save_confusion_matrix(output_dir / "confusion_matrix.png", matrix.numpy())
-    print(f"Results: {', '.join(str(output_dir / name) for name in [*outputs, 'confusion_matrix.png'])}")
+    write_report_page(
+        output_dir / PAGE,
+        facts={"Model": model, "Data": data, "Boxes": box_source, "Scored": _SIZES[eval_size], "Map rule": rule},
+        notes=[describe_boxes(box_source), *([_TTA.strip()] if tta else [])],
+        figures=figures,
+        images=images,
+        rows=report_rows(images, every.numpy()),
+        cards=cards(),
+    )
+    written = [*outputs, "confusion_matrix.png", PAGE]
+    print(f"Results: {', '.join(str(output_dir / name) for name in written)}")
+
+
+def format_image_scores(images: Sequence[ImageFigures]) -> str:
+    """A CSV with a line for each image: mIoU, pixel accuracy, and the IoU of each class in its ground truth."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["name", "miou", "pixel_accuracy", *CLASS_NAMES])
+    for image in images:
+        row = [image["miou"], image["pixel_accuracy"], *(image["iou"].get(name) for name in CLASS_NAMES)]
+        writer.writerow([image["name"], *("" if value is None else f"{value:.6f}" for value in row)])
+    return buffer.getvalue()
