@@ -462,9 +462,9 @@ def build_steps(
     """
     alone_on_card = precision.device.type == "cuda" and model is segmenter
     if args.step_mode in ("captured", "compiled") and not alone_on_card:
-        raise UserError(f"--step_mode {args.step_mode} needs one process on a CUDA device; leave it out")
+        raise UserError(f"--step_mode {args.step_mode} needs one process on a CUDA device; set it to auto")
     if args.step_mode == "compiled" and args.deterministic:
-        raise UserError("--step_mode compiled repeats no bits; leave out --deterministic, or set captured")
+        raise UserError("--deterministic: not with --step_mode compiled; set it to captured")
     if args.step_mode == "eager" or not alone_on_card:
         return EagerSteps(model, state, precision, args.clip_grad_norm)
     # By the whole run, not by what is left of it: a resumed run goes on as it began.

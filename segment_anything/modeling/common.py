@@ -34,7 +34,7 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def is_exporting() -> bool:
     """Whether a graph for any number of prompts is being made: by torch.export, torch.onnx or torch.jit.trace."""
-    # Before PyTorch 2.12, Dynamo tells that it is exporting while it compiles.
+    # Dynamo of PyTorch 2.11 tells that it is exporting while it compiles.
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     return exporting or torch.jit.is_tracing()
 
