@@ -284,11 +284,16 @@ class CacheWriter:
         )
         with progress:
             for images, indexes, metadata in loader:
-                views = [self._stored(self._encode(view), self.feature_pca) for view in images.unbind(dim=1)]
+                views = images.shape[1]
+                parts = images.flatten(0, 1).split(self.batch_size)
+                stored = [
+                    torch.cat(p) for p in zip(*(self._stored(self._encode(part), self.feature_pca) for part in parts))
+                ]
                 for i, index in enumerate(indexes.tolist()):
                     tensors = {
-                        f"{v}.{k}": tensor[i].clone(memory_format=torch.contiguous_format)  # safetensors saves no views
-                        for v, stored in enumerate(views)
+                        # safetensors saves no views of tensors
+                        f"{v}.{k}": tensor[i * views + v].clone(memory_format=torch.contiguous_format)
+                        for v in range(views)
                         for k, tensor in enumerate(stored)
                     }
                     name = request.source.items[index].name
