@@ -287,7 +287,7 @@ def test_a_run_with_patience_says_how_to_train_longer(
     run.finish()
     said = capsys.readouterr().out
     assert f"To train longer, add a larger {larger} to: python train.py --resume {run.folder}\n" in said
-    assert ("\nstopped early after epoch 1" in said) == (len(mious) < 3)
+    assert ("\nstopped early after epoch 2" in said) == (len(mious) < 3)
     # What it advises is enough, and no less is.
     finished = read(run.folder).finished(3, 1)
     assert finished and all((flag in larger) == (flag in finished) for flag in ("-num_epochs", "--patience"))

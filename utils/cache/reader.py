@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.cache.keys import CacheKey, Request, image_digest
 from utils.cache.lock import LOCK, no_cache_there
@@ -27,6 +26,7 @@ from utils.model.segmenter import Segmenter
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.runtime.files import exists, read_json, require_readable, status
+from utils.runtime.progress import progress_bar
 
 KEY_FILE = "cache.json"
 PCA_FILE = "projection.safetensors"
@@ -147,7 +147,8 @@ def check_entries(
     folder: Path, request: Request, identity: str, indexes: Iterable[int]
 ) -> Generator[Checked, None, None]:
     """Check the entries of some images of a split."""
-    for index in tqdm(indexes, desc="checking the cache", unit="image", leave=False, disable=not distributed.is_main()):
+    is_quiet = not distributed.is_main()
+    for index in progress_bar(indexes, "checking the cache", unit="image", leave=False, disable=is_quiet):
         yield Checked(index, *_check(entry_path(folder, request.source.items[index].name), request, index, identity))
 
 

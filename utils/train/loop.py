@@ -9,7 +9,6 @@ from typing import Protocol, TypedDict, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from utils.data.datasets import FILLER, TrainingBatch, TrainingDataset, collate_training
 from utils.model.prediction import features_of
@@ -17,6 +16,7 @@ from utils.model.segmenter import Segmenter
 from utils.runtime import distributed
 from utils.runtime.device import Precision
 from utils.runtime.errors import DivergedError
+from utils.runtime.progress import progress_bar
 from utils.train.optim import TrainState
 
 
@@ -38,6 +38,9 @@ class Progress:
     skipped_steps: int = 0
     sums: Tensor | None = None  # as `_StepSums.sums`, over `steps`; float64
     begun: float = field(default_factory=time.monotonic)
+    num_steps: int = 0  # of the epoch
+    title: str = "training"  # of the progress bar, and what stands at its end
+    note: str = ""
 
     @property
     def seconds(self) -> float:
@@ -99,7 +102,9 @@ def train_one_epoch(
     totals = torch.zeros(len(parts) + 1, dtype=torch.float64) if progress.sums is None else progress.sums.cpu()
     done, epoch = progress.steps * grad_acc_steps, progress.epoch
     end = done + len(loader)
-    bar = tqdm(loader, f"epoch {epoch}", end, leave=False, disable=not distributed.is_main(), unit="step", initial=done)
+    progress.num_steps = -(-end // grad_acc_steps)
+    is_quiet = not distributed.is_main()
+    bar = progress_bar(loader, progress.title, total=end, initial=done, unit="batch", leave=False, disable=is_quiet)
     optimizer.zero_grad(set_to_none=True)
     group = _StepSums(parts, precision.device)
     for step, batch in enumerate(bar, start=done):
@@ -110,7 +115,7 @@ def train_one_epoch(
         if not last_of_group:
             continue
 
-        where = f"epoch {epoch}, step {step + 1}"
+        where = f"epoch {epoch + 1}, step {step + 1}"
         stop = group.reduce(where, stop=watch is not None and watch.stop_requested())
         if not _normalise_gradients(model, optimizer, scaler, group.num_samples, clip_grad_norm):
             raise _diverged(f"{where}: the loss is finite, but not its gradient", group.names_in_step())
@@ -120,10 +125,9 @@ def train_one_epoch(
             progress.skipped_steps += 1
         totals = progress.sums = totals + group.sums
         progress.steps += 1
-        means = _means(parts, totals)
-        bar.set_postfix(loss=f"{means['loss']:.4f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
         if watch:
             watch.step_done(progress, stop)
+        bar.set_postfix_str(progress.note, refresh=False)
         group = _StepSums(parts, precision.device)
     return {
         **_means(parts, totals),
