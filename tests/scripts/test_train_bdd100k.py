@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -25,7 +26,7 @@ import train_bdd100k
 from segment_anything import build_sam_vit_tiny
 from tests.helpers.inputs import IMAGE_SIZE, write_split
 from tests.helpers.scripts import log_of, run_script
-from utils.data.classes import IGNORE_LABEL
+from utils.data.classes import CLASS_NAMES, IGNORE_LABEL
 from utils.model import checkpoint
 from utils.runtime import cli
 from utils.train.run import Run
@@ -56,11 +57,19 @@ def test_a_run_leaves_checkpoints_log_configuration_and_curve(run: Path, npy: Pa
     files |= {"log.jsonl", "results.csv", "config.json", "starts.jsonl"}
     files |= {"loss_curve.png", "class_iou.png", "train_batch.jpg", "val_samples"}
     assert {path.name for path in run.iterdir()} == files
-    assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("loss_curve.png", "class_iou.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (run / "val_samples").iterdir()) == ["epoch_001.jpg", "epoch_002.jpg"]
 
     log = log_of(run)
     assert [record["epoch"] for record in log] == [0, 1]
-    for record in log:
+    with open(run / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    for record, row in zip(log, table, strict=True):
+        assert {f"val_iou/{name}" for name in CLASS_NAMES} < record.keys() == row.keys()
+        assert {key: float(value) if value else None for key, value in row.items()} == record
+        ious = [record[f"val_iou/{name}"] for name in CLASS_NAMES]
+        assert None in ious and record["val_miou"] == pytest.approx(np.mean([iou for iou in ious if iou is not None]))
         assert {"train_loss", "dice", "bce", "iou", "lr", "val_miou", "seconds", "images_per_second"} <= record.keys()
         assert record["optimizer_steps"] == 1 and record["skipped_steps"] == 0  # two batches of 4 make one group
 
@@ -182,7 +191,7 @@ def test_a_killed_run_stops_where_one_that_was_not_killed_does(
     train_to(mious[3:], train, npy, tmp_path, monkeypatch, *flags, "--resume", "auto")
     assert len(log_of(folder)) == 4
 
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     capsys.readouterr()
     train_to([], train, npy, tmp_path, monkeypatch, *flags, "--resume", "auto")
     said = capsys.readouterr().out
@@ -190,7 +199,7 @@ def test_a_killed_run_stops_where_one_that_was_not_killed_does(
         f"{folder}/medsam_model_latest.pth: stopped early after epoch 4: val mIoU has not improved for 2 "
         "validations since the best, 0.3000 of epoch 2; raise --patience to resume, or give 0 for no limit\n"
     )
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
     train_to([0.2], train, npy, tmp_path, monkeypatch, *flags, "--resume", folder, "--patience", 3)
     assert len(log_of(folder)) == 5
@@ -383,11 +392,11 @@ def test_resuming_inside_an_epoch_with_the_batch_cut_otherwise(
 def test_a_finished_run_is_no_error_to_who_starts_it_again(
     train: Train, run_copy: Path, npy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.read_bytes() for path in run_copy.iterdir()}
+    before = {path: path.read_bytes() for path in run_copy.rglob("*") if path.is_file()}
     flags = ["-task_name", "Drawn", "--val_npy_path", npy / "val", "-lr", "1e-3", "--resume", "auto"]
     assert train(run_copy.parent, "-num_epochs", 2, *flags) == run_copy
     assert "latest.pth: already trained for 2 epochs; raise -num_epochs to resume" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in run_copy.iterdir()} == before
+    assert {path: path.read_bytes() for path in run_copy.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow

@@ -175,7 +175,7 @@ class Run:
         """
         if self.logger:
             progress.note = (
-                f"loss {sum(_means(progress.sums)):.4f}, {tqdm.format_interval(self._seconds_left())} to the run's end"
+                f"loss {sum(_means(progress.sums)):.4f}, run {tqdm.format_interval(self._seconds_left())} left"
             )
             self._log_steps(progress)
         every = self.settings.save_every_steps
