@@ -331,7 +331,7 @@ def step_points(run: Run, steps: range, *, num_steps: int = 25) -> list[tuple[in
     """Take steps whose loss is their number, and return the points of the curve within the epoch."""
     points: list[tuple[int, float]] = []
     assert run.logger
-    run.logger._step_writer = SimpleNamespace(  # type: ignore[assignment]
+    run.logger._step_writer = SimpleNamespace(
         add_scalar=lambda tag, value, step: points.append((step, value)) if tag == "step/dice" else None,
         flush=lambda: None,
     )

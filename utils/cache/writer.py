@@ -240,10 +240,8 @@ class CacheWriter:
                 f"{folder}: the cache needs {needed:.1f} GiB of disk space and {FREE_GIB} GiB to spare, but "
                 f"{free:.1f} GiB are free; make room, or set --cache_embeddings to another folder, or to off"
             )
-        seconds = (
-            num_images / distributed.world_size() * self._seconds_an_image(folder, request, stored, seconds_a_view)
-        )
-        seconds += FIT_IMAGES * seconds_a_view if needs_fit else 0
+        an_image = self._seconds_an_image(folder, request, stored, seconds_a_view)
+        seconds = an_image * num_images / distributed.world_size() + (FIT_IMAGES * seconds_a_view if needs_fit else 0)
         views = f", {request.num_views} views each" if request.num_views > 1 else ""
         distributed.say(
             f"encoding {num_images} images once{views}, into {folder}: {needed * 1024:,.0f} MiB of {free:,.0f} GiB "

@@ -86,6 +86,8 @@ def save_class_curves(path: Path, history: History, key: str, best: int | None =
     room = {"left": 0.035, "right": 0.99, "bottom": 0.06, "top": 0.92, "hspace": 0.28, "wspace": 0.08}
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, gridspec_kw=room)
     validated = [record for record in history if any(name.startswith(key) for name in record)]
+    if best is not None and history[best] not in validated:  # of an older version
+        best = None
     shown = history[best] if best is not None else validated[-1]
     for axes, name in zip(grid.flat, CLASS_NAMES):
         iou = shown.get(f"{key}{name}")

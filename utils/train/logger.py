@@ -110,7 +110,7 @@ class RunLogger:
                 return None
 
         board = folder / "tensorboard"
-        is_new = not any(board.glob("events.*"))
+        is_new = not (history and any(board.glob("events.*")))
         self._writer = start(lambda: _tensorboard_writer(board, len(history))) if tensorboard else None
         self._step_writer = start(lambda: _tensorboard_writer(board / "steps", steps + 1)) if self._writer else None
         self._wandb = start(lambda: _wandb_run(folder, config)) if wandb else None
