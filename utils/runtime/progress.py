@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 MAX_COLUMNS = 80
-SECONDS_A_LINE = 30  # between the lines in a file
+SECONDS_A_LINE = 30  # between the lines in a file; tqdm's variable TQDM_MININTERVAL changes it
 _TEXT = "{desc} {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
@@ -27,7 +28,8 @@ def progress_bar(iterable: Any = None, desc: str = "", *, total: int | None = No
         total = len(iterable)
     options |= {"total": total, "unit": unit}
     if not sys.stderr.isatty():
-        pace = {"mininterval": SECONDS_A_LINE, "maxinterval": SECONDS_A_LINE, "delay": SECONDS_A_LINE}
+        seconds = float(os.environ.get("TQDM_MININTERVAL", SECONDS_A_LINE))
+        pace = {"mininterval": seconds, "maxinterval": seconds, "delay": seconds}
         return _Lines(iterable, desc, bar_format=_TEXT if total else None, **pace, **options)
     # A full line makes some terminals break it.
     columns = min(MAX_COLUMNS, shutil.get_terminal_size().columns - 1)
