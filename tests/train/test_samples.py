@@ -27,9 +27,9 @@ def split(folder: Path, *classes: list[int]) -> NpyFolder:
     return NpyFolder(write_split(folder, items))
 
 
-def test_images_are_chosen_that_show_all_classes(tmp_path: Path) -> None:
+def test_images_come_from_all_over_the_split_and_show_many_classes(tmp_path: Path) -> None:
     source = split(tmp_path / "a", [0], [0, 1], [0, 1, 2], [7], [2, 1], [0, 8, 9])
-    assert varied_images(source, range(6), 3) == [2, 3, 5]
+    assert varied_images(source, range(6), 3) == [1, 2, 5]
     assert varied_images(source, [0, 1], 4) == [0, 1]
 
 

@@ -67,21 +67,22 @@ class ValidationSamples:
 
 
 def varied_images(source: NpyFolder, indexes: Sequence[int], count: int) -> list[int]:
-    """Choose images that show as many classes as possible: each adds the most that the others lack.
+    """Choose images from all over the split that show many classes.
+
+    The split is cut into `count` sections, as neighbours may be frames of one video. From each comes the image that
+    adds the most classes to those before it.
 
     Args:
-        indexes: the images to choose from.
+        indexes: the images to choose from, in order.
     """
-    classes = {i: {c for c, pixels in enumerate(source.items[i].pixels) if pixels} for i in indexes}
     chosen: list[int] = []
     seen: set[int] = set()
-    for _ in range(min(count, len(indexes))):
-        rest = [i for i in indexes if i not in chosen]
-        # Once all classes are seen, the images with the most of them.
-        best = max(rest, key=lambda i: (len(classes[i] - seen), len(classes[i])))
+    for section in np.array_split(indexes, min(count, len(indexes))):
+        classes = {i: {c for c, pixels in enumerate(source.items[i].pixels) if pixels} for i in section.tolist()}
+        best = max(classes, key=lambda i: (len(classes[i] - seen), len(classes[i])))
         chosen.append(best)
         seen |= classes[best]
-    return sorted(chosen)
+    return chosen
 
 
 def mosaic(samples: Sequence[ValidationSample]) -> np.ndarray:
