@@ -12,6 +12,9 @@ ON_TRAIN := -i demo/npy/train --val_npy_path demo/npy/val --val_every 5 -model_t
 	-work_dir demo/work_dir -batch_size 4 --grad_acc_steps 1 -num_workers 1
 ON_VAL := --val_npy_path demo/npy/val --sam_checkpoint $(SAM) --model_type vit_tiny --batch_size 4
 
+# pip then shows each package that it downloads.
+SAY := echo "Installing into $(VENV): PyTorch and its CUDA libraries are gigabytes, which takes minutes"
+
 .PHONY: demo test test-fast lint clean
 
 demo: $(VENV)/.installed
@@ -45,12 +48,14 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: setup.py pyproject.toml | $(VENV)/bin/python
-	$(PY) -m pip install -q -e .
+	@$(SAY)
+	$(PY) -m pip install -e .
 	touch $@
 
 $(VENV)/.tested: setup.py pyproject.toml | $(VENV)/bin/python
-	$(PY) -m pip install -q -e ".[test]"
-	$(PY) -m pip install -q --upgrade --no-deps --target $(VENV)/oracle segment-anything==1.0  # has our package's name
+	@$(SAY)
+	$(PY) -m pip install -e ".[test]"
+	$(PY) -m pip install --upgrade --no-deps --target $(VENV)/oracle segment-anything==1.0  # has our package's name
 	touch $@ $(VENV)/.installed
 
 clean:

@@ -123,7 +123,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from segment_anything.build_sam import CONFIGS, file_digest
 from utils.cache.writer import use_caches
@@ -147,6 +146,7 @@ from utils.runtime import distributed
 from utils.runtime.device import Precision, resolve_precision, telling_out_of_memory
 from utils.runtime.errors import UserError, printable, warn
 from utils.runtime.files import exists, is_folder, make_folder
+from utils.runtime.progress import progress_bar
 from utils.train.logger import CONFIG
 
 
@@ -191,7 +191,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     }
     distributed.on_main(lambda: begin_results(args.output_dir, pictures))
     indexes = [index for batch in loader.batch_sampler for index in batch]  # type: ignore[union-attr]
-    progress = tqdm(indexes, desc="evaluating", unit="image", disable=not distributed.is_main())
+    progress = progress_bar(indexes, "evaluating", unit="image", disable=not distributed.is_main())
     for index, (prediction, labels) in zip(progress, predictions_and_labels(model, loader, precision, rule)):
         item = source.items[index]
         if masks or args.save_predictions or (args.visualize and index < NUM_PICTURES):
@@ -285,7 +285,7 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
 
     failures: list[UserError] = []
     prompted = False
-    frames = iter(tqdm(source, total=source.count, desc="segmenting", unit="image"))
+    frames = iter(progress_bar(source, "segmenting", total=source.count, unit="image"))
     with sink:
         while group := list(islice(frames, args.batch_size)):
             failures += [image for _, image in group if isinstance(image, UserError)]

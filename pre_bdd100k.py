@@ -6,8 +6,8 @@
     python pre_bdd100k.py --bdd100k_root data/bdd100k --image_size 576x1024                # BDD100K's aspect ratio
 
 Writes `<output_path>/<split>/imgs/<name>.npy` (H, W, 3) RGB in [0, 1], `gts/<name>.npy` (H, W) uint8 with ids 0-18 and
-255 = not labelled, and `manifest.json`. Run the same command again to resume. An image is redone if the path, size or
-modification time of its file or mask has changed.
+255 = not labelled, `manifest.json`, and the distribution of the labels as a table and a chart. Run the same command
+again to resume. An image is redone if the path, size or modification time of its file or mask has changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from utils.data.bdd100k import (
     Item,
@@ -56,8 +55,10 @@ from utils.runtime.files import (
     remove_temporaries,
 )
 from utils.runtime.process_pool import run_jobs, usable_cores
+from utils.runtime.progress import progress_bar
 
 UNIT_INTERVAL = np.arange(256, dtype=np.float32) / 255  # a byte's value in [0, 1]
+DISTRIBUTION = ("label_distribution.csv", "label_distribution.png")  # of a split
 MAX_LISTED = 10  # files of one kind of trouble named one by one
 
 
@@ -323,6 +324,8 @@ def begin(folder: Path, manifest: Manifest, jobs: list[Job], overwrite: bool) ->
             path.unlink()
         for path in (path for job in jobs if not job.done for path in job.outputs):
             path.unlink(missing_ok=True)
+        for name in DISTRIBUTION:
+            (folder / name).unlink(missing_ok=True)
         if overwrite:
             with suppress(OSError):  # missing without labels; it stays if other files are in it
                 (folder / "gts").rmdir()
@@ -359,18 +362,31 @@ def grouped(folder: Path, failures: Iterable[Failure]) -> list[str]:
 
 
 def report(folder: Path, split: Split, manifest: Manifest, kept: int) -> None:
-    """Print a split's counts, its folder and, if it has labels, its pixels per class."""
+    """Print a split's counts, its folder and, if it has labels, its pixels and images per class.
+
+    The figures per class are also written to `DISTRIBUTION`, as a table and a chart.
+    """
     earlier = f", {kept} of them by an earlier run" if kept else ""
     found = len(split.items) + len(split.images_without_mask)
     print(f"\n{folder}: {len(manifest.items)} of {found} images written{earlier}")
     if not (manifest.labelled and manifest.items):
         return
-    rows = [(c.id, c.name, sum(item.pixels[c.id] for item in manifest.items)) for c in CLASSES]
-    rows.append((IGNORE_LABEL, "not labelled", sum(item.ignored for item in manifest.items)))
-    total = sum(count for _, _, count in rows)
-    print(f" id  {'class':<14}{'pixels':>18}{'%':>9}")
-    for label, name, count in rows:
-        print(f"{label:>3}  {name:<14}{count:>18,}{100 * count / total:>9.3f}")
+    of_classes = [[item.pixels[c.id] for item in manifest.items] for c in CLASSES]
+    rows = [(c.id, c.name, counts) for c, counts in zip(CLASSES, of_classes)]
+    rows.append((IGNORE_LABEL, "not labelled", [item.ignored for item in manifest.items]))
+    total = sum(sum(counts) for _, _, counts in rows)
+    table = [["id", "class", "pixels", "percent", "images"]]
+    print(f" id  {'class':<14}{'pixels':>18}{'%':>9}{'images':>10}")
+    for label, name, counts in rows:
+        pixels, images = sum(counts), sum(map(bool, counts))
+        print(f"{label:>3}  {name:<14}{pixels:>18,}{100 * pixels / total:>9.3f}{images:>10,}")
+        table.append([str(label), name, str(pixels), f"{100 * pixels / total:.6f}", str(images)])
+    with atomic_write(folder / DISTRIBUTION[0]) as file:
+        file.write("".join(f"{','.join(row)}\n" for row in table).encode())
+    from utils.evaluate.charts import save_label_distribution  # matplotlib, which worker processes need not import
+
+    pixels_of, images_of = ([sum(map(f, counts)) for counts in of_classes] for f in (int, bool))
+    save_label_distribution(folder / DISTRIBUTION[1], folder.name, pixels_of, images_of, len(manifest.items))
     if not has_labels(manifest):
         warn(f"{folder}: all pixels of all masks are {IGNORE_LABEL} (not labelled); this split is of no use")
 
@@ -461,11 +477,9 @@ def main(args: Namespace) -> int:
     try:
         for name, manifest in manifests.items():
             begin(args.output_path / name, manifest, jobs[name], args.overwrite)
-        # Rarely if stderr is a file, so that a log stays readable.
-        pace = 0.2 if sys.stderr.isatty() else 30
-        with tqdm(total=sum(map(len, jobs.values())), unit="image", mininterval=pace) as progress:
+        with progress_bar(total=sum(map(len, jobs.values())), unit="image") as progress:
             for name, split in splits.items():
-                progress.set_description(name)
+                progress.set_description_str(name, refresh=False)
                 results = run_jobs(process, jobs[name], args.num_workers, progress.update)
                 stay = {job.item.name for job, r in zip(jobs[name], results) if isinstance(r, Failure) and r.stays}
                 # The manifest of a stopped run has no items, but a record of sources, which stays.

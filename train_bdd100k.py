@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -238,6 +239,7 @@ from torch import nn
 from segment_anything.build_sam import file_digest
 from utils.cache.resident import ResidentLoader, require_possible, resident_loader
 from utils.cache.writer import use_caches
+from utils.data.classes import CLASS_NAMES
 from utils.data.datasets import (
     FILLER,
     EvaluationDataset,
@@ -249,18 +251,19 @@ from utils.data.datasets import (
 )
 from utils.data.loaders import Loader, evaluation_loader, training_loader, usable_workers
 from utils.evaluate.evaluate import evaluate
-from utils.evaluate.metrics import mean_iou
+from utils.evaluate.metrics import iou_per_class, mean_iou
 from utils.model import checkpoint
 from utils.model.checkpoint import ModelInfo
 from utils.model.segmenter import SEGMENTERS, TRAIN_FLAGS, Segmenter, build_model
 from utils.runtime import distributed
 from utils.runtime.device import Precision, make_deterministic, resolve_precision, telling_out_of_memory
 from utils.train.captured import CapturedSteps
-from utils.train.logger import Config, require_loggers
+from utils.train.logger import CLASS_IOU, Config, Record, require_loggers
 from utils.train.loop import train_one_epoch
 from utils.train.optim import TrainState, build_optimizer, build_scheduler
 from utils.train.resume import AUTO, ResumeState, find_resume
 from utils.train.run import Run, RunSettings, require_room
+from utils.train.samples import ValidationSamples, save_training_sheet
 from utils.train.step import EagerSteps, Steps, settle_gradient_order
 
 
@@ -326,6 +329,8 @@ def train(args: cli.Flags, precision: Precision, resume: ResumeState | None) -> 
     run = Run(settings, segmenter, info, state, config, resume)
     steps = build_steps(args, model, segmenter, state, precision, len(loader))
     announce(args, precision, run, len(dataset), len(loader))
+    distributed.on_main(partial(save_training_sheet, run.folder / "train_batch.jpg", dataset))
+    samples = ValidationSamples(val_dataset) if val_dataset else None
 
     with run.training():
         for epoch in run.epochs():
@@ -337,13 +342,23 @@ def train(args: cli.Flags, precision: Precision, resume: ResumeState | None) -> 
             figures = train_one_epoch(steps, loader, grad_acc_steps=args.grad_acc_steps, progress=progress, watch=run)
             seconds = progress.seconds
             record = {"epoch": epoch, "train_loss": figures.pop("loss"), **figures}
-            # Not its truth: a process without a batch of its own takes part too.
-            if val_loader is not None and ((epoch + 1) % args.val_every == 0 or epoch + 1 == args.num_epochs):
+            # Not the loader's truth: a process without a batch of its own takes part too.
+            if val_loader is not None and samples is not None and run.validates(epoch):
                 with run.interruptible():
-                    record["val_miou"] = mean_iou(evaluate(segmenter, val_loader, precision).matrix)
-            run.finish_epoch({**record, "seconds": seconds, "images_per_second": len(dataset) / seconds})
+                    record |= validate(segmenter, val_loader, precision)
+                    distributed.on_main(partial(samples.update, segmenter, precision))
+            record |= {"seconds": seconds, "images_per_second": len(dataset) / seconds}
+            run.finish_epoch(record, samples.latest if samples and run.validates(epoch) else ())
     run.finish()
     distributed.say(f"\nNext:\n  {next_command(args, run)}")
+
+
+def validate(segmenter: Segmenter, loader: Loader, precision: Precision) -> Record:
+    """An epoch's figures of the validation split: "val_miou", the IoU of each class, and "val_seconds"."""
+    started = time.monotonic()
+    matrix = evaluate(segmenter, loader, precision).matrix
+    ious = {f"{CLASS_IOU}{name}": iou for name, iou in zip(CLASS_NAMES, iou_per_class(matrix).tolist())}
+    return {"val_miou": mean_iou(matrix), **ious, "val_seconds": time.monotonic() - started}
 
 
 def configuration(args: cli.Flags) -> Config:
@@ -365,6 +380,7 @@ def run_settings(args: cli.Flags) -> RunSettings:
         choose_by_miou=args.val_npy_path is not None,
         save_every_steps=args.save_every_steps,
         keep_last=args.keep_last,
+        val_every=args.val_every,
         use_tensorboard=args.use_tensorboard,
         use_wandb=args.use_wandb,
     )
@@ -490,7 +506,7 @@ def announce(args: cli.Flags, precision: Precision, run: Run, num_images: int, n
     if args.use_amp and precision.amp_dtype is None:
         dtype += ": this CPU has no bf16"
     epoch, steps = run.progress.epoch, run.progress.steps
-    resuming = f", resuming at epoch {epoch}" if epoch or steps else ""
+    resuming = f", resuming at epoch {epoch + 1}" if epoch or steps else ""
     resuming += f", after {steps} steps" if steps else ""
     distributed.say(
         f"{args.model_type} at {run.info.image_size}: {trained:,} parameters trained, {frozen:,} frozen\n"

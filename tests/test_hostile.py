@@ -546,7 +546,9 @@ def test_links_in_a_run_folder_are_replaced_and_not_written_through(
         "log.jsonl",
         "config.json",
         "starts.jsonl",
+        "results.csv",
         "loss_curve.png",
+        "train_batch.jpg",
         "medsam_model_best.pth",
         "medsam_model_latest.1.pth",
     )
@@ -555,6 +557,9 @@ def test_links_in_a_run_folder_are_replaced_and_not_written_through(
     for name in names:
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(mine)
+    (tmp_path / "my pictures").mkdir()
+    (tmp_path / "my pictures" / "epoch_009.jpg").touch()
+    (folder / "val_samples").symlink_to(tmp_path / "my pictures")
     (folder / ".a.1.tmp").mkdir()  # as if it were a temporary file
     flags = ["-num_epochs", 2, "-batch_size", 4, "--grad_acc_steps", 1, "-num_workers", 0, "--device", "cpu"]
     run_script(
@@ -572,6 +577,7 @@ def test_links_in_a_run_folder_are_replaced_and_not_written_through(
         *flags,
     )
     assert mine.read_text() == "precious"
+    assert [path.name for path in (tmp_path / "my pictures").iterdir()] == ["epoch_009.jpg"]
     assert "precious" not in (folder / "starts.jsonl").read_text()
     assert not (folder / "log.jsonl").is_symlink() and len((folder / "log.jsonl").read_text().splitlines()) == 2
 

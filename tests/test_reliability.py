@@ -38,6 +38,7 @@ pytestmark = pytest.mark.slow
 FLAGS = ["-num_epochs", 3, "-lr", "1e-3"]
 PAIR = [*FLAGS, "--grad_acc_steps", 1]  # of two processes
 SINGLE = [*FLAGS, "--grad_acc_steps", 2]
+WITH_A_BAR = {"TQDM_MININTERVAL": "0"}  # which writes a line for each batch
 SAVING = ["--save_every_steps", 1, "--resume", "auto"]
 
 
@@ -163,7 +164,7 @@ def losing_a_data_file(job: Job, inputs: Path, tmp_path: Path) -> Path:
     victim, aside = inputs / "train" / "gts" / "image3.npy", tmp_path / "aside.npy"
     try:
         with running(job):
-            job.wait_until(lambda: "loss=" in job.said)
+            job.wait_until(lambda: "], loss " in job.said)
             victim.rename(aside)
             assert job.wait() == 1
     finally:
@@ -173,7 +174,7 @@ def losing_a_data_file(job: Job, inputs: Path, tmp_path: Path) -> Path:
 
 def test_a_data_file_that_goes_during_training(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     words = training(inputs, tmp_path / "work", *SINGLE)
-    job = Job(words, tmp_path / "log")
+    job = Job(words, tmp_path / "log", **WITH_A_BAR)
     victim = losing_a_data_file(job, inputs, tmp_path)
     line = error_in(job.said)
     assert f"{victim}: " in line and "run pre_bdd100k.py again to repair it" in line and "--resume" in line
@@ -184,10 +185,11 @@ def test_a_data_file_that_goes_during_training(inputs: Path, undisturbed: Path, 
 
 def test_a_loader_process_that_is_killed(inputs: Path, tmp_path: Path) -> None:
     """One that dies once it has given its last batch is missed by nobody: then it is the next one's turn."""
-    job = Job(training(inputs, tmp_path / "work", *SINGLE, "-num_epochs", 500, "-num_workers", 1), tmp_path / "log")
+    words = training(inputs, tmp_path / "work", *SINGLE, "-num_epochs", 500, "-num_workers", 1)
+    job = Job(words, tmp_path / "log", **WITH_A_BAR)
     killed: set[int] = set()
     with running(job):
-        job.wait_until(lambda: "loss=" in job.said)
+        job.wait_until(lambda: "], loss " in job.said)
         while not job.is_over:
             with suppress(FileNotFoundError, ProcessLookupError):  # it has ended in between
                 for pid in set(job.workers()) - killed:
@@ -218,7 +220,7 @@ def test_a_data_file_that_goes_is_told_by_one_of_two_processes(
     inputs: Path, undisturbed_pair: Path, tmp_path: Path
 ) -> None:
     """The main process saves the state, though another one failed, and the printed command resumes the job."""
-    job = Job([*launcher(2), *training(inputs, tmp_path / "work", *PAIR)], tmp_path / "log")
+    job = Job([*launcher(2), *training(inputs, tmp_path / "work", *PAIR)], tmp_path / "log", **WITH_A_BAR)
     losing_a_data_file(job, inputs, tmp_path)
     line = error_in(job.said)
     assert "run pre_bdd100k.py again to repair it" in line

@@ -144,7 +144,7 @@ def test_what_is_there_is_not_encoded_again(
     assert capsys.readouterr().out == ""
     entry_path(cache.folder, cache.entries[3][0]).unlink()
     prepare(split, segmenter, sam_file)
-    assert encoded == [1, 1]  # an empty image, to tell the time by, and the one that lacked
+    assert encoded == [1, 1, 1]  # an empty image, twice, to tell the time by, and the one that lacked
     prepare(split, segmenter, sam_file, num_views=2)
     assert "7 entries are without the requested views" in capsys.readouterr().out
 
@@ -255,7 +255,7 @@ def test_another_split_of_the_same_names_sizes_and_dates_is_another(
     for split in splits:
         encoded.clear()
         caches.append(prepare(split, segmenter, sam_file, str(tmp_path / "cache")))
-        assert sum(encoded) == 8  # an empty image and all of the split
+        assert sum(encoded) == 9  # an empty image, twice, and all of the split
     image = torch.from_numpy(NpyFolder(splits[1]).read_image(0)).permute(2, 0, 1)[None]
     torch.testing.assert_close(caches[1].read(0)[0], segmenter.encode(image)[0][0], rtol=1e-4, atol=1e-4)
 
@@ -407,7 +407,7 @@ def test_the_projection_is_fitted_to_the_first_split_or_not_at_all(
     )
     requests[0] = Request(source, num_views=4, passes=5)
     assert all(prepare_requests(requests, segmenter, sam_file, "auto"))
-    assert sum(encoded) == (1 + 7 + 4 * 7) + (1 + 3)  # an empty image first; fitted to the first split, once
+    assert sum(encoded) == (2 + 7 + 4 * 7) + (2 + 3)  # an empty image twice; fitted to the first split, once
 
 
 def test_auto_reads_for_one_pass_only_what_is_whole(
@@ -619,7 +619,7 @@ def test_all_splits_of_a_cache_share_one_projection(
     val = shutil.copytree(npy / "val", split.parent / "val")
     cache = prepare(val, segmenter, sam_file, dtype="float16")  # as a run of infer_bdd100k.py would
     assert cache.folder.parent == reduced.folder.parent and cache.identity == reduced.identity
-    assert encoded == [1, 3]  # an empty image to tell the time by, and the split: nothing was fitted
+    assert encoded == [1, 1, 3]  # an empty image, twice, to tell the time by, and the split: nothing was fitted
     assert projection.read_bytes() == before
 
 
@@ -768,7 +768,7 @@ def test_a_killed_caching_run_goes_on_where_it_was(
     projection = [path.read_bytes() for path in folder.glob("*/projection.*")]
     cache = prepare(split, segmenter, sam_file, dtype="float16")
     left = len(cache.entries) - written
-    assert sum(encoded) == (1 if left else 0) + (0 if fitted else 7) + left  # an empty image first
+    assert sum(encoded) == (2 if left else 0) + (0 if fitted else 7) + left  # an empty image twice
     if fitted:
         assert [path.read_bytes() for path in folder.glob("*/projection.*")] == projection
     assert not list(split.parent.rglob(".*.tmp"))

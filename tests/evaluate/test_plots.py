@@ -1,7 +1,5 @@
 """utils.evaluate.plots: the pictures are read back, and their pixels looked at."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from utils.evaluate.plots import (
     overlay,
     save_comparison,
     save_confusion_matrix,
-    save_loss_curve,
 )
 
 GREY = (123, 117, 109)  # of the image; no class has this colour
@@ -195,23 +192,6 @@ def test_confusion_matrix_takes_tensors_and_nothing_of_another_shape(tmp_path: P
         save_confusion_matrix(tmp_path / "cm.png", np.zeros((19, 19), dtype=np.int64))
 
 
-def test_loss_curve_draws_validation_on_a_second_axis(tmp_path: Path) -> None:
-    history = [{"epoch": e, "train_loss": 1 / e, "val_miou": 0.1 * e if e % 2 else None} for e in range(1, 7)]
-    save_loss_curve(tmp_path / "both.png", history)
-    save_loss_curve(tmp_path / "loss.png", [{"epoch": e["epoch"], "train_loss": e["train_loss"]} for e in history])
-    orange, blue = (bytes.fromhex(color[1:]) for color in (plots._VAL_COLOR, plots._TRAIN_COLOR))
-    both, loss = read(tmp_path / "both.png"), read(tmp_path / "loss.png")
-    assert where(both, orange).sum() > 200
-    assert where(both, blue).sum() > 200
-    assert where(loss, orange).sum() == 0
-    # Loss falls from left to right, mIoU rises.
-    for color, sign in ((blue, 1), (orange, -1)):
-        ys, xs = np.nonzero(where(both, color)[:, 100:860])
-        assert np.corrcoef(xs, ys)[0, 1] * sign > 0.5
-    save_loss_curve(tmp_path / "one.png", [{"epoch": 1, "train_loss": 0.5}])  # one epoch is a point
-    assert where(read(tmp_path / "one.png"), blue)[60:490, 100:860].sum() >= 5
-
-
 def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
@@ -229,13 +209,3 @@ def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     save_comparison(path, image(8, 8), labels, labels)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_pyplot_is_never_imported(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from utils.evaluate.plots import save_loss_curve; "
-        f"save_loss_curve(Path({str(tmp_path / 'a.png')!r}), [dict(epoch=1, train_loss=0.5)]); "
-        "sys.exit('matplotlib.pyplot' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=60).returncode == 0
-    assert (tmp_path / "a.png").is_file()

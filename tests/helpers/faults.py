@@ -288,7 +288,8 @@ def state_of(path: Path) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
     """An epoch's figures without timings."""
-    return {key: value for key, value in record.items() if key not in ("seconds", "images_per_second")}
+    times = ("seconds", "val_seconds", "images_per_second")
+    return {key: value for key, value in record.items() if key not in times}
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
@@ -104,6 +106,20 @@ def test_several_processes_give_the_weights_of_one(
     print(f"relative to the weights {difference / single.norm().item():.1e}, to their change {difference / change:.1e}")
     assert difference < 1e-6 * single.norm().item()
     assert difference < 1e-4 * change
+
+
+@pytest.mark.slow
+def test_several_processes_show_the_validation_images_of_one(
+    launch: Launch, train: Callable[..., Path], npy: Path, tmp_path: Path
+) -> None:
+    """The main process segments them alone, while the others wait."""
+    flags = ["-batch_size", 1, "-num_epochs", 2, "--val_npy_path", npy / "val", "--cache_embeddings", "off"]
+    one = train(tmp_path / "one", *flags, "--grad_acc_steps", 4)
+    two = launch("torch.distributed.run", tmp_path / "two", *flags, "--grad_acc_steps", 2)
+    for name in ("train_batch.jpg", "val_samples/epoch_001.jpg", "val_samples/epoch_002.jpg"):
+        ours, theirs = (np.asarray(Image.open(folder / name)).astype(int) for folder in (one, two))
+        assert ours.shape == theirs.shape and abs(ours - theirs).mean() < 2  # the weights are rounded differently
+    assert len((two / "results.csv").read_text().splitlines()) == 3
 
 
 @pytest.fixture(scope="module")

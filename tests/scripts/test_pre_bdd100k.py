@@ -1,5 +1,6 @@
 """pre_bdd100k.py as its user meets it: what is written, what is said, and what a stopped or a bad run leaves behind."""
 
+import csv
 import errno
 import json
 import os
@@ -108,7 +109,9 @@ def test_output_of_the_specification(run, tmp_path):
         split: [f"{split}/{kind}/{name}.npy" for kind in ("imgs", "gts") for name in names]
         for split, names in (("train", "abc"), ("val", "v"))
     }
-    assert set(contents(out)) == {*kinds["train"], *kinds["val"], "train/manifest.json", "val/manifest.json"}
+    others = ("manifest.json", "label_distribution.csv", "label_distribution.png")
+    expected = {f"{split}/{name}" for split in kinds for name in others}
+    assert set(contents(out)) == {*kinds["train"], *kinds["val"], *expected}
 
     image = load(out, "train/imgs/c.npy")
     assert image.shape == (32, 32, 3) and image.dtype == np.float32
@@ -253,8 +256,12 @@ def test_report(run, tmp_path):
     said = run("--splits", "train", "val", "train")[1]  # twice named, once done
     lines = [" ".join(line.split()) for line in said.splitlines()]
     assert lines.count(f"{tmp_path}/out/train: 3 of 3 images written") == 1
-    assert "1 sidewalk 768 25.000" in lines and "13 car 768 25.000" in lines and "0 road 0 0.000" in lines
-    assert "255 not labelled 1,536 50.000" in lines
+    assert "1 sidewalk 768 25.000 3" in lines and "13 car 768 25.000 3" in lines and "0 road 0 0.000 0" in lines
+    assert "255 not labelled 1,536 50.000 3" in lines
+    with open(tmp_path / "out/train/label_distribution.csv", newline="") as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    assert rows["car"] == {"id": "13", "class": "car", "pixels": "768", "percent": "25.000000", "images": "3"}
+    assert len(rows) == 20 and rows["not labelled"]["pixels"] == "1536"
     command = said[said.index("python train_bdd100k.py") :].replace("\\\n", " ").split()
     assert command[2:4] == ["-i", f"{tmp_path}/out/train"] and command[-2:] == ["--val_npy_path", f"{tmp_path}/out/val"]
 

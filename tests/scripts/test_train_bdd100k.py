@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -25,7 +26,7 @@ import train_bdd100k
 from segment_anything import build_sam_vit_tiny
 from tests.helpers.inputs import IMAGE_SIZE, write_split
 from tests.helpers.scripts import log_of, run_script
-from utils.data.classes import IGNORE_LABEL
+from utils.data.classes import CLASS_NAMES, IGNORE_LABEL
 from utils.model import checkpoint
 from utils.runtime import cli
 from utils.train.run import Run
@@ -46,19 +47,29 @@ def run_copy(run: Path, tmp_path: Path) -> Path:
 
 
 def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: record[key] for key in record.keys() - {"seconds", "images_per_second"}} for record in log]
+    times = {"seconds", "val_seconds", "images_per_second"}
+    return [{key: record[key] for key in record.keys() - times} for record in log]
 
 
 def test_a_run_leaves_checkpoints_log_configuration_and_curve(run: Path, npy: Path) -> None:
     assert re.fullmatch(r"Drawn-\d{8}-\d{4}", run.name)
     files = {"medsam_model_best.pth", "medsam_model_latest.pth", "medsam_model_latest.1.pth"}
-    files |= {"log.jsonl", "config.json", "starts.jsonl", "loss_curve.png"}
+    files |= {"log.jsonl", "results.csv", "config.json", "starts.jsonl"}
+    files |= {"loss_curve.png", "class_iou.png", "train_batch.jpg", "val_samples"}
     assert {path.name for path in run.iterdir()} == files
-    assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("loss_curve.png", "class_iou.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (run / "val_samples").iterdir()) == ["epoch_001.jpg", "epoch_002.jpg"]
 
     log = log_of(run)
     assert [record["epoch"] for record in log] == [0, 1]
-    for record in log:
+    with open(run / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    for record, row in zip(log, table, strict=True):
+        assert {f"val_iou/{name}" for name in CLASS_NAMES} < record.keys() == row.keys()
+        assert {key: float(value) if value else None for key, value in row.items()} == record
+        ious = [record[f"val_iou/{name}"] for name in CLASS_NAMES]
+        assert None in ious and record["val_miou"] == pytest.approx(np.mean([iou for iou in ious if iou is not None]))
         assert {"train_loss", "dice", "bce", "iou", "lr", "val_miou", "seconds", "images_per_second"} <= record.keys()
         assert record["optimizer_steps"] == 1 and record["skipped_steps"] == 0  # two batches of 4 make one group
 
@@ -162,9 +173,9 @@ def test_patience_stops_a_run_that_no_longer_improves(
     assert best["metrics"]["val_miou"] == max(mious)
     said = capsys.readouterr().out
     line = (
-        f"\nstopped early after epoch {epochs - 1}: val mIoU has not improved for {flags and flags[1]} validation"
+        f"\nstopped early after epoch {epochs}: val mIoU has not improved for {flags and flags[1]} validation"
         f"{'s' * (flags != ['--patience', 1])} "
-        f"since the best, {max(mious):.4f} of epoch {best['epoch']}\n"
+        f"since the best, {max(mious):.4f} of epoch {best['epoch'] + 1}\n"
     )
     assert (line in said) == (epochs < 8) and said.count("stopped early") == (epochs < 8)
     assert "Next:\n" in said  # it ends as any other
@@ -183,15 +194,15 @@ def test_a_killed_run_stops_where_one_that_was_not_killed_does(
     train_to(mious[3:], train, npy, tmp_path, monkeypatch, *flags, "--resume", "auto")
     assert len(log_of(folder)) == 4
 
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     capsys.readouterr()
     train_to([], train, npy, tmp_path, monkeypatch, *flags, "--resume", "auto")
     said = capsys.readouterr().out
     assert said == (
-        f"{folder}/medsam_model_latest.pth: stopped early after epoch 3: val mIoU has not improved for 2 "
-        "validations since the best, 0.3000 of epoch 1; raise --patience to resume, or give 0 for no limit\n"
+        f"{folder}/medsam_model_latest.pth: stopped early after epoch 4: val mIoU has not improved for 2 "
+        "validations since the best, 0.3000 of epoch 2; raise --patience to resume, or give 0 for no limit\n"
     )
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
     train_to([0.2], train, npy, tmp_path, monkeypatch, *flags, "--resume", folder, "--patience", 3)
     assert len(log_of(folder)) == 5
@@ -250,10 +261,10 @@ def assert_same_run(folder: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "step", "said"),
     [
-        (signal.SIGINT, 1, "epoch 0, after 1 optimizer step"),
-        (signal.SIGTERM, 4, "epoch 0, after 4 optimizer steps"),
-        (signal.SIGTERM, 7, "epoch 1, after 3 optimizer steps"),
-        (signal.SIGINT, "validation", "epoch 0, after 4 optimizer steps"),
+        (signal.SIGINT, 1, "epoch 1/2, after 1 optimizer step"),
+        (signal.SIGTERM, 4, "epoch 1/2, after 4 optimizer steps"),
+        (signal.SIGTERM, 7, "epoch 2/2, after 3 optimizer steps"),
+        (signal.SIGINT, "validation", "epoch 1/2, after 4 optimizer steps"),
     ],
 )
 @pytest.mark.slow
@@ -384,11 +395,11 @@ def test_resuming_inside_an_epoch_with_the_batch_cut_otherwise(
 def test_a_finished_run_is_no_error_to_who_starts_it_again(
     train: Train, run_copy: Path, npy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.read_bytes() for path in run_copy.iterdir()}
+    before = {path: path.read_bytes() for path in run_copy.rglob("*") if path.is_file()}
     flags = ["-task_name", "Drawn", "--val_npy_path", npy / "val", "-lr", "1e-3", "--resume", "auto"]
     assert train(run_copy.parent, "-num_epochs", 2, *flags) == run_copy
     assert "latest.pth: already trained for 2 epochs; raise -num_epochs to resume" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in run_copy.iterdir()} == before
+    assert {path: path.read_bytes() for path in run_copy.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow
@@ -409,7 +420,7 @@ def test_logging_to_tensorboard_and_to_wandb_without_a_network(
 
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    (scalar,) = events.Scalars("train_loss")
+    (scalar,) = events.Scalars("train/loss")
     assert scalar.step == 0 and scalar.value == pytest.approx(log_of(folder)[0]["train_loss"])
     (record,) = folder.glob("wandb/offline-run-*/*.wandb")
     assert record.stat().st_size > 0
@@ -552,7 +563,7 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "resume a run that has stopped": (
         lambda f: resume(stalled(f), "--patience", 1),
         r"latest.pth: stopped early after "
-        r"epoch 1: .* for 1 validation since .*; raise --patience to resume",
+        r"epoch 2: .* for 1 validation since .*; raise --patience to resume",
     ),
     "other jitter": (lambda f: resume(f, "--bbox_shift", 0), r"--bbox_shift is 0, but the run has 20\."),
     "other seed": (lambda f: resume(f, "--seed", 1), r"--seed is 1, but .* has 2024\. .* or start"),
@@ -767,7 +778,7 @@ def test_a_poisoned_image_stops_the_run_with_its_name(
     flags = [*good_flags(tmp_path), "-num_epochs", 5, "--cache_embeddings"]
     for cache in ("off", "auto"):  # auto goes on without one
         line = error_of(train_bdd100k, *flags, cache)
-        assert line.startswith("error: epoch 0, step 1: the loss is not finite for b;")
+        assert line.startswith("error: epoch 1, step 1: the loss is not finite for b;")
     for mode in ("box", "semantic"):
         line = error_of(train_bdd100k, *flags, tmp_path / mode, "--prompt_mode", mode)
         assert line.startswith("error: b: its features are not finite in float16; check the image")

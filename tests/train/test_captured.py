@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_stops_all_later_steps() -> None:
     expected = copy.deepcopy(segmenter)
     train_one_epoch(steps_of("captured", expected), batches[:4], grad_acc_steps=1, progress=Progress(0))
     progress, steps = Progress(0), steps_of("captured", segmenter)
-    with pytest.raises(DivergedError, match=r"epoch 0, step 5: the loss is not finite for 4\.1; the weights"):
+    with pytest.raises(DivergedError, match=r"epoch 1, step 5: the loss is not finite for 4\.1; the weights"):
         train_one_epoch(steps, batches, grad_acc_steps=1, progress=progress)
     assert progress.steps == 4
     assert torch.equal(weights(segmenter), weights(expected))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -13,13 +14,16 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from utils.data.classes import IGNORE_LABEL
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.train.logger import RunLogger, _commit, require_loggers
+from utils.train.samples import ValidationSample
 
 
 def record(epoch: int, **figures: Any) -> dict[str, Any]:
@@ -49,6 +53,26 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def table(folder: Path) -> list[dict[str, str]]:
+    """`results.csv` by columns."""
+    with open(folder / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def sample(name: str = "a") -> ValidationSample:
+    """A picture of road, whose left half is predicted as car and whose first row is not labelled."""
+    target, prediction = np.zeros((2, 4, 6), np.uint8)
+    target[0], prediction[:, :3] = IGNORE_LABEL, 13
+    return ValidationSample(name, np.full((4, 6, 3), 7, np.uint8), target, prediction, 0.25)
+
+
+def points(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """The (step, value) of a curve, as TensorBoard shows it."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
 class FakeWandb(ModuleType):
     """As much of `wandb` as is used: it notes what it is told."""
 
@@ -57,6 +81,7 @@ class FakeWandb(ModuleType):
         self.id = "abc123"
         self.refusal = refusal
         self.said: list[Any] = []
+        self.axes: dict[str, str] = {}
         self.errors = ModuleType("wandb.errors")
         self.errors.Error = type("Error", (Exception,), {})  # type: ignore[attr-defined]
 
@@ -66,7 +91,13 @@ class FakeWandb(ModuleType):
         self.said.append(settings)
         return self
 
-    def log(self, scalars: dict[str, float], step: int) -> None:
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axes[name] = step_metric
+
+    def Image(self, image: np.ndarray, **about: Any) -> dict[str, Any]:
+        return {"image": image, **about}
+
+    def log(self, scalars: dict[str, Any], step: int) -> None:
         self.said.append((step, scalars))
 
     def finish(self) -> None:
@@ -81,7 +112,7 @@ def test_configuration_a_line_an_epoch_and_the_curve(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 1e-3, "task_name": "街景"}
     assert lines(tmp_path) == [record(0, val_miou=0.5), record(1, val_miou=0.5)]
     assert (tmp_path / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
-    names = {"config.json", "starts.jsonl", "log.jsonl", "loss_curve.png"}
+    names = {"config.json", "starts.jsonl", "log.jsonl", "results.csv", "loss_curve.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
@@ -131,8 +162,10 @@ def test_resuming_cuts_the_log_back_to_the_epochs_that_count(tmp_path: Path) -> 
     history = [record(0), record(1)]  # the third was logged, but its checkpoint never written
     resumed = logger(tmp_path, history)
     assert lines(tmp_path) == history
+    assert [row["epoch"] for row in table(tmp_path)] == ["0", "1"]
     resumed.log_epoch(record(2, again=1))
     assert lines(tmp_path) == [*history, record(2, again=1)]
+    assert [row["again"] for row in table(tmp_path)] == ["", "", "1"]
     assert len(history) == 2  # the caller's own list
 
 
@@ -141,6 +174,7 @@ def test_what_json_lacks_is_null(tmp_path: Path, value: float) -> None:
     log = logger(tmp_path)
     log.log_epoch(record(0, val_miou=value))
     assert lines(tmp_path) == [record(0, val_miou=None)]
+    assert table(tmp_path) == [{"epoch": "0", "train_loss": "2.0", "val_miou": ""}]
     resumed = logger(tmp_path, [record(0, val_miou=value)])
     resumed.log_epoch(record(1))
     assert lines(tmp_path) == [record(0, val_miou=None), record(1)]
@@ -148,30 +182,65 @@ def test_what_json_lacks_is_null(tmp_path: Path, value: float) -> None:
 
 def test_tensorboard_has_one_value_an_epoch_also_after_resuming(tmp_path: Path) -> None:
     first = logger(tmp_path, tensorboard=True)
+    figures = {"val_miou": 0.1, "val_iou/traffic light": 0.5, "val_iou/train": math.nan, "seconds": 3.0, "dice": 0.2}
     for epoch in range(3):
-        first.log_epoch(record(epoch, val_miou=0.1))
+        first.log_epoch(record(epoch, **figures), samples=[sample()])
     first.close()
     resumed = logger(tmp_path, [record(0), record(1)], tensorboard=True)
-    resumed.log_epoch(record(2, val_miou=0.75))
+    resumed.log_epoch(record(2, **{**figures, "val_miou": 0.75}), samples=[sample()])
     resumed.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    board = tmp_path / "tensorboard"
+    events = EventAccumulator(str(board))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"train_loss", "val_miou"}
-    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [(0, 2.0), (1, 1.0), (2, 0.0)]
-    assert [event.value for event in events.Scalars("val_miou")] == pytest.approx([0.1, 0.1, 0.75])
+    expected = {"train/loss", "train/dice", "val/miou", "val_iou/traffic_light", "speed/seconds"}
+    assert set(events.Tags()["scalars"]) == expected
+    assert points(board, "train/loss") == [(0, 2.0), (1, 1.0), (2, 0.0)]
+    assert [value for _, value in points(board, "val/miou")] == pytest.approx([0.1, 0.1, 0.75])
+    images = events.Images("val/samples")
+    assert [image.step for image in images] == [0, 1, 2]
+    assert images[0].encoded_image_string == (tmp_path / "val_samples/epoch_001.jpg").read_bytes()
+    # The page of hyper-parameters has the configuration once.
+    told = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"task_name" in told and events.Tags()["tensors"].count("_hparams_/session_start_info") <= 1
+
+
+def test_what_is_logged_within_an_epoch_is_dropped_from_where_a_resumed_run_begins(tmp_path: Path) -> None:
+    first = logger(tmp_path, tensorboard=True)
+    for step in (10, 20, 30):
+        first.log_step(step, {"loss": step / 10})
+    first.close()
+    resumed = RunLogger(tmp_path, history=[], config={}, resumed=True, tensorboard=True, wandb=False, steps=20)
+    resumed.log_step(30, {"loss": 7})
+    resumed.close()
+    assert points(tmp_path / "tensorboard/steps", "step/loss") == [(10, 1), (20, 2), (30, 7)]
+
+
+def test_pictures_of_epochs_that_are_trained_again_are_removed(tmp_path: Path) -> None:
+    first = logger(tmp_path)
+    for epoch in range(3):
+        first.log_epoch(record(epoch), samples=[sample()])
+    logger(tmp_path, [record(0)])
+    assert [path.name for path in (tmp_path / "val_samples").iterdir()] == ["epoch_001.jpg"]
 
 
 def test_wandb_is_told_settings_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = logger(tmp_path, wandb=True)
-    log.log_epoch(record(0, val_miou=0.5))
+    log.log_step(10, {"loss": 3.0})
+    log.log_epoch(record(0, val_miou=0.5), steps=16, samples=[sample()])
     log.close()
-    settings, figures, end = wandb.said
+    settings, of_step, (step, figures), end = wandb.said
     assert "id" not in settings  # it is W&B that chooses
     assert settings["name"] == tmp_path.name and settings["dir"] == str(tmp_path)
     assert settings["config"] == {"lr": 1e-3, "task_name": "街景"}
-    assert figures == (0, {"train_loss": 2.0, "val_miou": 0.5})
+    assert of_step == (10, {"step/loss": 3.0}) and step == 16
+    (picture,) = figures.pop("val/samples")
+    assert figures == {"epoch": 0, "train/loss": 2.0, "val/miou": 0.5}
+    assert wandb.axes == {f"{group}/*": "epoch" for group in ("train", "val", "val_iou", "speed")}
+    truth, prediction = picture["masks"]["ground truth"], picture["masks"]["prediction"]
+    assert (truth["mask_data"] == sample().target).all() and (prediction["mask_data"] == sample().prediction).all()
+    assert truth["class_labels"][255] == "not labelled" and prediction["class_labels"][13] == "car"
     assert end == "finished"
 
 

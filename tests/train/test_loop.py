@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(model: S
     source = NpyFolder(write_split(tmp_path / "train", items))
     data = BoxPromptDataset(source, classes_per_image=1, bbox_shift=0, seed=0)
     before = weights(model)
-    with pytest.raises(UserError, match=r"epoch 3, step 3: the loss is not finite for poisoned;") as error:
+    with pytest.raises(UserError, match=r"epoch 4, step 3: the loss is not finite for poisoned;") as error:
         train(model, [collate_training([data[i]]) for i in range(3)], grad_acc_steps=4, epoch=3)
     assert "weights were not touched" in str(error.value)
     for key, value in weights(model).items():
@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_finite_names_its_step_and_images(
     with pytest.raises(DivergedError) as error:
         train(model, batches, grad_acc_steps=2, epoch=3)
     hook.remove()
-    said = f"epoch 3, step 2: the loss is finite, but not its gradient for {names}; the weights were not touched"
+    said = f"epoch 4, step 2: the loss is finite, but not its gradient for {names}; the weights were not touched"
     assert str(error.value).startswith(said) and "start a new run with a lower -lr" in str(error.value)
     for key, value in weights(model).items():
         assert torch.equal(value, before[key]), key

@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -287,7 +289,7 @@ def test_a_run_with_patience_says_how_to_train_longer(
     run.finish()
     said = capsys.readouterr().out
     assert f"To train longer, add a larger {larger} to: python train.py --resume {run.folder}\n" in said
-    assert ("\nstopped early after epoch 1" in said) == (len(mious) < 3)
+    assert ("\nstopped early after epoch 2" in said) == (len(mious) < 3)
     # What it advises is enough, and no less is.
     finished = read(run.folder).finished(3, 1)
     assert finished and all((flag in larger) == (flag in finished) for flag in ("-num_epochs", "--patience"))
@@ -323,3 +325,52 @@ def test_what_a_run_that_diverged_advises_can_be_followed(config: dict[str, Any]
         f"epoch 1, step 2: not finite. The last checkpoint is intact. Fix the images{fix} and resume with: "
         f"python train.py --resume {run.folder}"
     )
+
+
+def step_points(run: Run, steps: range, *, num_steps: int = 25) -> list[tuple[int, float]]:
+    """Take steps whose loss is their number, and return the points of the curve within the epoch."""
+    points: list[tuple[int, float]] = []
+    assert run.logger
+    run.logger._step_writer = SimpleNamespace(
+        add_scalar=lambda tag, value, step: points.append((step, value)) if tag == "step/dice" else None,
+        flush=lambda: None,
+    )
+    progress = run.progress
+    progress.num_steps = num_steps
+    for step in steps:
+        before = torch.zeros(2, dtype=torch.float64) if progress.sums is None else progress.sums
+        progress.sums = before + torch.tensor([2.0 * step, 2.0])  # two samples
+        progress.steps = step
+        run.step_done(progress, stop=False)
+    return points
+
+
+@pytest.mark.parametrize("stopped_after", [7, 10, 14, 25])
+def test_points_within_an_epoch_are_means_also_of_a_resumed_run(stopped_after: int, tmp_path: Path) -> None:
+    """As of an undisturbed run: a point's mean begins before the start that finds it."""
+    run = start(tmp_path, num_epochs=9)
+    run.finish_epoch(record(0, 1.0, optimizer_steps=24, skipped_steps=1))
+    points = step_points(run, range(1, stopped_after + 1))
+    run._save_latest()
+    resumed = start(tmp_path, num_epochs=9, resume=read(run.folder))
+    points += step_points(resumed, range(stopped_after + 1, 26))
+    assert points == [(35, 5.5), (45, 15.5), (50, 23.0)]
+
+
+def test_the_time_left_counts_epochs_and_validations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = start(tmp_path, num_epochs=10, choose_by_miou=True)
+    run.finish_epoch(record(0, 1.0, 0.5, val_seconds=60.0) | {"seconds": 540.0})
+    assert capsys.readouterr().out.endswith("images/s (best); about 1 h 30 min left\n")
+    progress = run.progress
+    progress.steps, progress.num_steps = 1, 4
+    progress.begun = time.monotonic() - 30  # a quarter of the epoch: 120 s each, and as many validations as epochs
+    assert run._seconds_left() == pytest.approx((9 - 0.25) * 120 + 9 * 60, abs=5)
+    step_points(run, range(1, 2), num_steps=4)
+    assert progress.title == "epoch 2/10" and progress.note.startswith("loss 1.0000, run 26:")
+
+
+def test_validations_come_every_few_epochs_and_at_the_end(tmp_path: Path) -> None:
+    run = start(tmp_path, num_epochs=5, choose_by_miou=True)
+    run.settings = replace(run.settings, val_every=2)
+    assert [run.validates(epoch) for epoch in range(5)] == [False, True, False, True, True]
+    assert not start(tmp_path, num_epochs=5).validates(4)

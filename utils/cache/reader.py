@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.cache.keys import CacheKey, Request, image_digest
 from utils.cache.lock import LOCK, no_cache_there
@@ -31,6 +30,7 @@ from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.runtime.files import exists, read_json, require_readable, status
 from utils.runtime.process_pool import usable_cores
+from utils.runtime.progress import progress_bar
 
 KEY_FILE = "cache.json"
 PCA_FILE = "projection.safetensors"
@@ -157,8 +157,9 @@ def check_entries(
 
     with threads() as pool:
         checked = pool.map(check, indexes)
-        yield from tqdm(
-            checked, "checking the cache", len(indexes), unit="image", leave=False, disable=not distributed.is_main()
+        is_quiet = not distributed.is_main()
+        yield from progress_bar(
+            checked, "checking the cache", total=len(indexes), unit="image", leave=False, disable=is_quiet
         )
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.cache.lock import in_rounds
 from utils.cache.reader import threads
@@ -34,6 +33,7 @@ from utils.runtime import distributed
 from utils.runtime.device import Precision
 from utils.runtime.errors import UserError
 from utils.runtime.memory import available_memory
+from utils.runtime.progress import progress_bar
 
 WORD = 8  # bytes; sides of frames are multiples of 16, so every row is a whole number of words
 STAGED_BYTES = 2**28  # read at a time, before they are copied to the card
@@ -158,7 +158,8 @@ class ResidentLoader:
                 found.append(self.dataset.find(sample["labels"].numpy()))
             return found
 
-        progress = tqdm(total=count, desc="loading", unit="image", leave=False, disable=not distributed.is_main())
+        is_quiet = not distributed.is_main()
+        progress = progress_bar(desc="loading", total=count, unit="image", leave=False, disable=is_quiet)
         with threads() as pool, progress:
             for start in range(0, count, at_once):
                 part = range(start, min(start + at_once, count))

@@ -8,6 +8,7 @@ the run after one that was stopped resumes.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import time
@@ -21,7 +22,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from utils.cache import reader
 from utils.cache.keys import DTYPES, CacheKey, Request, image_digest
@@ -37,6 +37,7 @@ from utils.runtime import distributed
 from utils.runtime.device import Precision
 from utils.runtime.errors import LostWorkerError, UserError
 from utils.runtime.files import atomic_write, exists, remove_temporaries
+from utils.runtime.progress import about, progress_bar
 
 FREE_GIB = 1  # left on the disk for checkpoints
 
@@ -219,13 +220,14 @@ class CacheWriter:
             UserError: the disk or shared memory has no room, or the folder cannot be made.
         """
         _make_folder(folder)
-        started = time.monotonic()
-        features = self._encode(torch.zeros(1, *request.source.frame_size, 3, dtype=torch.uint8))
-        seconds = time.monotonic() - started
-        num_encoded, pca = num_images * request.num_views / distributed.world_size(), self.feature_pca
-        if self.needs_pca and not pca:
-            num_encoded, pca = num_encoded + FIT_IMAGES, FeaturePCA.blank(features)
-        stored = self._stored(features, pca)
+        blank = torch.zeros(1, *request.source.frame_size, 3, dtype=torch.uint8)
+        features, pca = self._encode(blank), self.feature_pca
+        needs_fit = self.needs_pca and not pca
+        if needs_fit:
+            pca = FeaturePCA.blank(features)
+        started = time.monotonic()  # only now: a device's first pass takes seconds
+        stored = self._stored(self._encode(blank), pca)
+        seconds_a_view = time.monotonic() - started
         pixels = sample_bytes(torch.from_numpy(request.source.read_image(0)))
         # Training loads features of as many images, with or without their pixels.
         for_training = sample_bytes(stored) + (pixels if self.segmenter.takes_pixels else 0)
@@ -238,11 +240,26 @@ class CacheWriter:
                 f"{folder}: the cache needs {needed:.1f} GiB of disk space and {FREE_GIB} GiB to spare, but "
                 f"{free:.1f} GiB are free; make room, or set --cache_embeddings to another folder, or to off"
             )
+        an_image = self._seconds_an_image(folder, request, stored, seconds_a_view)
+        seconds = an_image * num_images / distributed.world_size() + (FIT_IMAGES * seconds_a_view if needs_fit else 0)
         views = f", {request.num_views} views each" if request.num_views > 1 else ""
         distributed.say(
             f"encoding {num_images} images once{views}, into {folder}: {needed * 1024:,.0f} MiB of {free:,.0f} GiB "
-            f"free, about {max(seconds * num_encoded / 60, 1):.0f} min. If stopped, the next run resumes it"
+            f"free, {about(seconds)}. If stopped, the next run resumes it"
         )
+
+    def _seconds_an_image(self, folder: Path, request: Request, stored: list[Tensor], seconds_a_view: float) -> float:
+        """What an image costs one process: it is read, which loader processes do meanwhile, encoded, and written."""
+        started = time.monotonic()
+        _Pending(request, [0], folder)[0]
+        to_read = time.monotonic() - started
+        started = time.monotonic()
+        sample = folder / f".estimate.{os.getpid()}.tmp"
+        parts = enumerate(stored * request.num_views)
+        _write_tensors(sample, {str(k): part.clone(memory_format=torch.contiguous_format) for k, part in parts}, {})
+        sample.unlink()
+        to_make = request.num_views * seconds_a_view + time.monotonic() - started
+        return max(to_make, to_read / self.num_workers) if self.num_workers else to_make + to_read
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Features:
@@ -269,7 +286,7 @@ class CacheWriter:
             self._require_finite(source.items[index].name, features)
             return features
 
-        with tqdm(indexes, desc="fitting the PCA of encoder blocks", unit="image") as progress:
+        with progress_bar(indexes, "fitting the PCA of encoder blocks", unit="image") as progress:
             pca = FeaturePCA.fit(map(features_of, progress))
         tensors = {"mean": pca.mean, "basis": pca.basis.contiguous()}
         _write_tensors(self.root / reader.PCA_FILE, tensors, {"binding": self.key.digest})
@@ -279,8 +296,8 @@ class CacheWriter:
         _make_folder(folder)  # the main process has done so, which other machines may not know yet
         num_images = max(1, self.batch_size // request.num_views)  # all views of an image are in one batch
         loader = Loader(_Pending(request, pending, folder), batch_size=num_images, num_workers=self.num_workers)
-        progress = tqdm(
-            total=len(pending), desc=f"encoding {folder.name}", unit="image", disable=not distributed.is_main()
+        progress = progress_bar(
+            None, f"encoding {folder.name}", total=len(pending), unit="image", disable=not distributed.is_main()
         )
         with progress:
             for images, indexes, metadata in loader:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from utils.data.datasets import EvaluationBatch
 from utils.evaluate.metrics import ConfusionMatrix
@@ -15,6 +14,7 @@ from utils.model.segmenter import Segmenter
 from utils.runtime import distributed
 from utils.runtime.choices import MapRule
 from utils.runtime.device import Precision
+from utils.runtime.progress import progress_bar
 
 
 def predictions_and_labels(
@@ -28,7 +28,7 @@ def predictions_and_labels(
 def evaluate(model: Segmenter, loader: DataLoader, precision: Precision) -> ConfusionMatrix:
     """Score predictions in the frame. Each process scores its share of the set; the counts are summed."""
     confusion = ConfusionMatrix(precision.device)
-    progress = tqdm(loader, desc="validation", unit="batch", disable=not distributed.is_main(), leave=False)
+    progress = progress_bar(loader, "validation", unit="batch", disable=not distributed.is_main(), leave=False)
     for prediction, labels in predictions_and_labels(model, progress, precision):
         confusion.update(prediction.label_map(labels.shape), labels)
     distributed.all_reduce_sum(confusion.matrix)

@@ -1,4 +1,4 @@
-"""Pictures: label maps in BDD100K's colours, comparisons, the confusion matrix, the loss curve.
+"""Pictures: label maps in BDD100K's colours, comparisons, the confusion matrix.
 
 matplotlib's `Figure` is used without `pyplot`: no global state, no display, and a figure is freed with its last
 reference. Every PNG is written atomically.
@@ -7,18 +7,14 @@ reference. Every PNG is written atomically.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from utils.data.bdd100k import count_labels
 from utils.data.classes import CLASS_NAMES, CLASSES, NUM_CLASSES, PALETTE
@@ -28,7 +24,6 @@ _DPI = 100
 _PANEL_WIDTH, _MARGIN, _TITLE_HEIGHT, _LEGEND_ROW = 640, 12, 34, 26  # pixels
 _LEGEND_ENTRY_WIDTH = 150  # pixels, an upper bound of the average at the legend's font size
 _LINE_COLOR = (235, 235, 235)  # RGB; far from every class's colour
-_TRAIN_COLOR, _VAL_COLOR = "#1f4e8c", "#d1660f"
 
 
 def colorize(labels: np.ndarray) -> np.ndarray:
@@ -181,45 +176,6 @@ def save_confusion_matrix(path: Path, matrix: np.ndarray) -> None:
     axes.set_title("Where the pixels of each class went (each row sums to 1)", pad=12)
     figure.colorbar(drawn, cax=figure.add_axes((0.93, 0.13, 0.018, 0.81)))
     _save(figure, path)
-
-
-def save_loss_curve(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Write training loss per epoch and, on a second axis, validation mIoU where there is one.
-
-    Args:
-        path: where to write.
-        history: one mapping for each epoch with "epoch" and "train_loss"; validated ones also have "val_miou".
-    """
-    figure = _figure(960, 560)
-    axes = figure.add_axes((0.09, 0.11, 0.81, 0.79))
-    epochs = [entry["epoch"] for entry in history]
-    _plot(axes, epochs, [entry["train_loss"] for entry in history], "training loss", _TRAIN_COLOR)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(color="0.92")
-    axes.spines[["top"]].set_visible(False)
-    validated = [entry for entry in history if entry.get("val_miou") is not None]
-    if validated:
-        second = axes.twinx()
-        _plot(
-            second,
-            [entry["epoch"] for entry in validated],
-            [entry["val_miou"] for entry in validated],
-            "validation mIoU",
-            _VAL_COLOR,
-        )
-        second.spines[["top"]].set_visible(False)
-    else:
-        axes.spines[["right"]].set_visible(False)
-    axes.set_title("Training loss and validation mIoU" if validated else "Training loss", pad=12)
-    _save(figure, path)
-
-
-def _plot(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, color: str) -> None:
-    """Plot a line, with markers if there are few points, on an axis labelled in its colour."""
-    axes.plot(x, y, color=color, linewidth=1.8, marker="o" if len(x) <= 40 else None, markersize=4)
-    axes.set_ylabel(label, color=color)
-    axes.tick_params(axis="y", colors=color)
 
 
 def _figure(width: int, height: int) -> Figure:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write
 from utils.runtime.process_pool import run_jobs
+from utils.runtime.progress import progress_bar
 from utils.scenes.scene import check_size, draw_scene
 
 IMAGES, MASKS = "images/10k", "labels/sem_seg/masks"  # BDD100K's current layout
@@ -37,7 +37,7 @@ def write_dataset(
             strays = sorted(path.name for path in folder.glob("[!.]*") if path.name not in ours)
             if strays:
                 raise UserError(f"{folder}: holds {strays[0]}, not of this data set (give an empty --output_dir)")
-        with tqdm(total=len(jobs), desc="scenes", unit="scene") as bar:
+        with progress_bar(None, "scenes", total=len(jobs), unit="scene") as bar:
             run_jobs(write, jobs, num_workers, bar.update)
     except OSError as error:
         raise UserError(f"{error.filename or root}: cannot write: {error.strerror}") from error

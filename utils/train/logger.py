@@ -1,9 +1,14 @@
-"""A run's readable files: its starts, its configuration, one JSON line an epoch, a curve; TensorBoard and W&B."""
+"""A run's readable files: its starts, its configuration, its figures and curves, pictures; TensorBoard and W&B.
+
+In `log.jsonl`, `results.csv`, TensorBoard and W&B, epochs count from 0; in names of pictures and in charts, from 1.
+"""
 
 from __future__ import annotations
 
+import csv
 import importlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -11,7 +16,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -20,10 +25,12 @@ from typing import Any
 import torch
 
 import utils
-from utils.evaluate.plots import save_loss_curve
+from utils.data.classes import CLASS_NAMES, IGNORE_LABEL
+from utils.evaluate.charts import save_class_curves, save_loss_curve
 from utils.runtime import distributed
-from utils.runtime.errors import UserError
-from utils.runtime.files import atomic_write, is_file
+from utils.runtime.errors import UserError, printable
+from utils.runtime.files import atomic_write, is_file, make_folder
+from utils.train.samples import Picture, ValidationSample, mosaic
 
 Config = dict[str, int | float | str | None]  # flags and what was derived from them, by name
 Record = dict[str, float]  # an epoch's figures by name
@@ -32,6 +39,13 @@ CONFIG = "config.json"
 STARTS = "starts.jsonl"
 MAX_STARTS = 1 << 20  # bytes of it that are kept; a start has some hundred
 WANDB_ID = "wandb_id.txt"  # with it, a resumed run continues the same W&B run
+SAMPLES = "val_samples"  # a folder with a mosaic for each validation
+CLASS_IOU = "val_iou/"  # before a class's name, in an epoch's figures
+
+# The groups in which TensorBoard and W&B show an epoch's figures; the others are of training.
+_GROUPS = {"val_miou": "val/miou", "val_seconds": "speed/val_seconds"} | {
+    key: f"speed/{key}" for key in ("seconds", "images_per_second")
+}
 
 
 def require_loggers(*, tensorboard: bool, wandb: bool) -> None:
@@ -50,7 +64,11 @@ def require_loggers(*, tensorboard: bool, wandb: bool) -> None:
 
 
 class RunLogger:
-    """Writes each epoch's figures to `log.jsonl`, `loss_curve.png` and, if requested, TensorBoard and W&B."""
+    """Writes each epoch's figures, curves and pictures and, if requested, TensorBoard and W&B.
+
+    TensorBoard and W&B also get the loss within an epoch. TensorBoard's epochs and steps are two runs, because it drops
+    what a resumed run will write again by a single number.
+    """
 
     def __init__(
         self,
@@ -61,20 +79,25 @@ class RunLogger:
         resumed: bool,
         tensorboard: bool,
         wandb: bool,
+        parts: Sequence[str] = (),
+        steps: int = 0,
     ) -> None:
         """Open the loggers, and record this start and its configuration.
 
         Args:
             folder: the run's folder.
-            history: the epochs before this start; `log.jsonl` is cut back to them.
+            history: the epochs before this start; `log.jsonl` and the like are cut back to them.
             config: the resolved configuration, written to `config.json`.
             resumed: whether the run is resumed; TensorBoard or W&B may then fail, with a warning.
+            parts: names of the loss's parts, for the curve.
+            steps: the run's optimizer steps before this start.
 
         Raises:
             UserError: TensorBoard or W&B cannot be used and the run is new, or a file cannot be written.
         """
         self.folder = folder
         self.history = list(history)
+        self.parts = parts
         self._warned = False
 
         def start(make: Callable[[], Any]) -> Any:
@@ -86,8 +109,14 @@ class RunLogger:
                 self._warn(str(error))
                 return None
 
-        self._writer = start(lambda: _tensorboard_writer(folder, first_epoch=len(history))) if tensorboard else None
+        board = folder / "tensorboard"
+        is_new = not (history and any(board.glob("events.*")))
+        self._writer = start(lambda: _tensorboard_writer(board, len(history))) if tensorboard else None
+        self._step_writer = start(lambda: _tensorboard_writer(board / "steps", steps + 1)) if self._writer else None
         self._wandb = start(lambda: _wandb_run(folder, config)) if wandb else None
+        with self._dispensable():
+            if self._writer and is_new:
+                _add_hyper_parameters(self._writer, config)
         # A link in a folder from elsewhere is replaced, not read or written through.
         starts = folder / STARTS
         has_starts = is_file(starts) and not starts.is_symlink() and starts.stat().st_size < MAX_STARTS
@@ -96,31 +125,78 @@ class RunLogger:
             file.write(earlier + (json.dumps(_this_start(len(history))) + "\n").encode())
         with atomic_write(folder / CONFIG) as file:
             file.write((json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+        pictures = self.folder / SAMPLES
+        if pictures.is_symlink():
+            pictures.unlink()
+        counted = {_picture_name(epoch) for epoch in range(len(history))}
+        for path in pictures.glob("epoch_*.jpg"):
+            if path.name not in counted:  # of an epoch that is trained again
+                path.unlink()
         self._write_log()
 
-    def log_epoch(self, record: Record) -> None:
+    @property
+    def takes_steps(self) -> bool:
+        """Whether `log_step` has somewhere to write to."""
+        return self._step_writer is not None or self._wandb is not None
+
+    def log_step(self, step: int, figures: Record) -> None:
+        """Record figures of the run's last optimizer steps, up to `step` of them in all."""
+        scalars = {f"step/{key}": value for key, value in figures.items()}
+        with self._dispensable():
+            if self._step_writer:
+                for tag, value in scalars.items():
+                    self._step_writer.add_scalar(tag, value, step)
+        with self._dispensable():
+            if self._wandb:
+                self._wandb.log(scalars, step=step)
+
+    def flush(self) -> None:
+        """Hand over what is recorded, before a checkpoint from which it will not be recorded again."""
+        with self._dispensable():
+            if self._step_writer:
+                self._step_writer.flush()
+
+    def log_epoch(
+        self, record: Record, *, steps: int = 0, best: int | None = None, samples: Sequence[ValidationSample] = ()
+    ) -> None:
         """Record an epoch; `record["epoch"]` is its number, from 0. TensorBoard and W&B may fail, with a warning.
 
+        Args:
+            steps: the run's optimizer steps at its end.
+            best: the epoch of the best model so far.
+            samples: of this epoch's validation.
+
         Raises:
-            UserError: `log.jsonl` or the curve cannot be written.
+            UserError: a file cannot be written.
         """
         self.history.append(record)
         self._write_log()
-        save_loss_curve(self.folder / "loss_curve.png", self.history)
-        scalars = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "epoch"}
+        save_loss_curve(self.folder / "loss_curve.png", self.history, self.parts, best)
+        epoch = int(record["epoch"])
+        if any(key.startswith(CLASS_IOU) for key in record):
+            save_class_curves(self.folder / "class_iou.png", self.history, CLASS_IOU, best)
+        picture = Picture.of(mosaic(samples)) if samples else None
+        if picture:
+            make_folder(self.folder / SAMPLES, "-work_dir")
+            with atomic_write(self.folder / SAMPLES / _picture_name(epoch)) as file:
+                file.write(picture.jpeg)
+        scalars = {_tag(key): value for key, value in record.items() if _is_number(value) and key != "epoch"}
         with self._dispensable():
             if self._writer:
-                for key, value in scalars.items():
-                    self._writer.add_scalar(key, value, record["epoch"])
+                for tag, value in scalars.items():
+                    self._writer.add_scalar(tag.replace(" ", "_"), value, epoch)
+                if picture:
+                    _add_picture(self._writer, "val/samples", picture, epoch)
                 self._writer.flush()
         with self._dispensable():
             if self._wandb:
-                self._wandb.log(scalars, step=record["epoch"])
+                pictures = {"val/samples": [_wandb_picture(sample) for sample in samples]} if samples else {}
+                self._wandb.log({"epoch": epoch, **scalars, **pictures}, step=steps)
 
     def close(self) -> None:
         with self._dispensable():
-            if self._writer:
-                self._writer.close()
+            for writer in filter(None, (self._writer, self._step_writer)):
+                writer.close()
         with self._dispensable():
             if self._wandb:
                 self._wandb.finish()
@@ -129,6 +205,8 @@ class RunLogger:
         # Rewritten as a whole, as an appended line could be cut off.
         with atomic_write(self.folder / "log.jsonl") as file:
             file.write("".join(map(_line, self.history)).encode())
+        with atomic_write(self.folder / "results.csv") as file:
+            file.write(_table(self.history).encode())
 
     @contextmanager
     def _dispensable(self) -> Iterator[None]:
@@ -182,10 +260,65 @@ def _line(record: Record) -> str:
     return json.dumps(values) + "\n"
 
 
-def _tensorboard_writer(folder: Path, first_epoch: int) -> Any:
+def _table(history: Sequence[Record]) -> str:
+    """The records as CSV: a column for each figure of any of them; what is missing or not finite is empty."""
+    # An epoch with a validation has all figures, in their order.
+    columns = dict.fromkeys(key for record in sorted(history, key=len, reverse=True) for key in record)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or ["epoch"], lineterminator="\n")
+    writer.writeheader()
+    for record in history:
+        writer.writerow({key: value for key, value in record.items() if _is_number(value)})
+    return text.getvalue()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _picture_name(epoch: int) -> str:
+    return f"epoch_{epoch + 1:03d}.jpg"
+
+
+def _tag(key: str) -> str:
+    """The group and name of an epoch's figure in TensorBoard and W&B."""
+    return key if key.startswith(CLASS_IOU) else _GROUPS.get(key, f"train/{key.removeprefix('train_')}")
+
+
+def _add_hyper_parameters(writer: Any, config: Config) -> None:
+    """Add the configuration for TensorBoard's HPARAMS page, beside the figures that it compares runs by."""
+    from torch.utils.tensorboard.summary import hparams
+
+    values = {key: value for key, value in config.items() if value is not None}
+    for summary in hparams(values, {"val/miou": 0.0, "train/loss": 0.0}):
+        writer.file_writer.add_summary(summary)
+
+
+def _add_picture(writer: Any, tag: str, picture: Picture, step: int) -> None:
+    """Add a JPEG; `add_image` would make a PNG of several times the size."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    size = {"height": picture.height, "width": picture.width}
+    image = Summary.Image(**size, colorspace=3, encoded_image_string=picture.jpeg)
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+
+def _wandb_picture(sample: ValidationSample) -> Any:
+    """A picture with two masks, which W&B's viewer shows and hides class by class."""
+    names = dict(enumerate(CLASS_NAMES))
+    masks = {
+        "ground truth": {"mask_data": sample.target, "class_labels": names | {IGNORE_LABEL: "not labelled"}},
+        "prediction": {"mask_data": sample.prediction, "class_labels": names | {IGNORE_LABEL: "no class"}},
+    }
+    caption = f"{printable(sample.name)}, mIoU {sample.miou:.3f}"
+    return _wandb("Image")(sample.image, masks=masks, caption=caption, file_type="jpg")
+
+
+def _tensorboard_writer(folder: Path, first_step: int) -> Any:
+    """A writer that drops what an earlier start wrote of `first_step` and later ones."""
     writer = _summary_writer()
     try:
-        return writer(str(folder / "tensorboard"), purge_step=first_epoch)
+        return writer(str(folder), purge_step=first_step)
     except Exception as error:  # the folder is not writable, or libraries do not fit each other
         raise UserError(f"--use_tensorboard: {_reason(error)}") from None
 
@@ -244,4 +377,7 @@ def _wandb_run(folder: Path, config: Config) -> Any:
         run = init(project="sam-bdd100k", name=folder.name, dir=str(folder), config=config, **settings)
     with atomic_write(folder / WANDB_ID) as file:
         file.write(f"{run.id}\n".encode())
+    with _wandb_problems():
+        for group in ("train", "val", CLASS_IOU.rstrip("/"), "speed"):  # W&B's own step is the optimizer's
+            run.define_metric(f"{group}/*", step_metric="epoch")
     return run

@@ -9,11 +9,11 @@ from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.data.datasets import TrainingBatch
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
+from utils.runtime.progress import progress_bar
 from utils.train.step import Steps
 
 
@@ -35,6 +35,9 @@ class Progress:
     skipped_steps: int = 0
     sums: Tensor | None = None  # as `Outcome.sums`, over `steps`; float64
     begun: float = field(default_factory=time.monotonic)
+    num_steps: int = 0  # of the epoch
+    title: str = "training"  # of the progress bar, and what stands at its end
+    note: str = ""
 
     @property
     def seconds(self) -> float:
@@ -97,7 +100,9 @@ def train_one_epoch(
     taken, epoch, stop = progress.steps, progress.epoch, False
     done = taken * grad_acc_steps
     end = done + len(loader)
-    bar = tqdm(loader, f"epoch {epoch}", end, leave=False, disable=not distributed.is_main(), unit="step", initial=done)
+    progress.num_steps = -(-end // grad_acc_steps)
+    is_quiet = not distributed.is_main()
+    bar = progress_bar(loader, progress.title, total=end, initial=done, unit="batch", leave=False, disable=is_quiet)
 
     def note_outcomes(*, all_of_them: bool) -> None:
         nonlocal totals
@@ -108,9 +113,9 @@ def train_one_epoch(
                 scheduler.step()
             totals = progress.sums = totals + outcome.sums
             progress.steps += 1
-            bar.set_postfix(loss=f"{_means(parts, totals)['loss']:.4f}", lr=f"{scheduler.get_last_lr()[0]:.2e}")
             if watch:
                 watch.step_done(progress, stop and progress.steps == taken)
+            bar.set_postfix_str(progress.note, refresh=False)
 
     try:
         for step, batch in enumerate(bar, start=done):
@@ -119,7 +124,7 @@ def train_one_epoch(
             steps.add(batch, last=last_of_group)
             if last_of_group:
                 stop = steps.update(
-                    f"epoch {epoch}, step {step + 1}", stop=watch is not None and watch.stop_requested()
+                    f"epoch {epoch + 1}, step {step + 1}", stop=watch is not None and watch.stop_requested()
                 )
                 taken += 1
                 waits = stop or step + 1 == end or (watch is not None and watch.save_due(taken))

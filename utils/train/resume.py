@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from torch import Tensor
+from typing_extensions import NotRequired
 
 from utils.model import checkpoint
 from utils.model.checkpoint import LATEST, ModelInfo
@@ -53,6 +54,7 @@ class RunState(TypedDict):
     history: list[Record]
     best_score: float
     progress: SavedProgress
+    logged_sums: NotRequired[Tensor | None]  # older versions have none
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,8 @@ def plateau(history: Sequence[Record], patience: int | None) -> str | None:
         return None
     times = f"{since} validation{'s' * (since > 1)}"
     return (
-        f"stopped early after epoch {history[-1]['epoch']}: val mIoU has not improved for {times} "
-        f"since the best, {miou:.4f} of epoch {best if best >= 0 else None}"
+        f"stopped early after epoch {history[-1]['epoch'] + 1}: val mIoU has not improved for {times} "
+        f"since the best, {miou:.4f} of epoch {best + 1 if best >= 0 else None}"
     )
 
 

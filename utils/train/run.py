@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.model import checkpoint
 from utils.model.checkpoint import BEST, LATEST, ModelInfo
@@ -20,11 +21,13 @@ from utils.model.segmenter import Segmenter
 from utils.runtime import distributed
 from utils.runtime.errors import DivergedError, LostPeerError, NotSavedError, UserError
 from utils.runtime.files import exists, free_room, remove_temporaries, require_writable
+from utils.runtime.progress import about
 from utils.runtime.signals import StopSignals
 from utils.train.logger import Config, Record, RunLogger
 from utils.train.loop import Progress
 from utils.train.optim import TrainState
 from utils.train.resume import ResumeState, RunState, plateau
+from utils.train.samples import ValidationSample
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,12 @@ class RunSettings:
     choose_by_miou: bool = False  # the best epoch has the highest "val_miou", not the lowest "train_loss"
     save_every_steps: int = 0  # optimizer steps from one `latest` to the next; 0 for one an epoch
     keep_last: int = 1  # earlier `latest` checkpoints that are kept
+    val_every: int = 1  # epochs from one validation to the next
     use_tensorboard: bool = False
     use_wandb: bool = False
+
+
+STEPS_A_POINT = 10  # optimizer steps in a point of the curves within an epoch
 
 
 def require_room(settings: RunSettings, resume: ResumeState | None, model: Segmenter) -> None:
@@ -91,7 +98,9 @@ class Run:
         self.stop = StopSignals()
         self.history: list[Record] = []
         self.best_score = -math.inf
+        self.best_epoch: int | None = None
         self.progress = Progress(epoch=0)
+        self._logged_sums: Tensor | None = None  # `Progress.sums` at the last point of the curves within the epoch
         self.stopped_early: str | None = None
         if resume:
             self._restore(resume)
@@ -100,6 +109,7 @@ class Run:
                 remove_temporaries(self.folder)
         else:
             self.folder = distributed.on_main(lambda: _new_folder(settings.work_dir, settings.task_name))
+        self.progress.title = self._title(self.progress.epoch)
         self.logger = (
             RunLogger(
                 self.folder,
@@ -108,6 +118,8 @@ class Run:
                 resumed=resume is not None,
                 tensorboard=settings.use_tensorboard,
                 wandb=settings.use_wandb,
+                parts=model.LOSSES,
+                steps=self._steps_of_epochs() + self.progress.steps,
             )
             if distributed.is_main()
             else None
@@ -121,7 +133,11 @@ class Run:
         checkpoint.load_decoder(self.model, resume.decoder, resume.path)
         try:
             self.state.load_state_dict(saved)
-            self.progress = Progress.restored(len(resume.history), saved["progress"], len(self.model.LOSSES) + 1)
+            num_sums = len(self.model.LOSSES) + 1
+            self.progress = Progress.restored(len(resume.history), saved["progress"], num_sums)
+            self._logged_sums = saved.get("logged_sums")
+            if self._logged_sums is not None and self._logged_sums.shape != (num_sums,):
+                raise ValueError("sums of other losses")
             # With another number of processes no RNG fits; no result depends on what is drawn.
             rngs = saved["rng"]
             self._set_rng(rngs[distributed.rank() if len(rngs) == distributed.world_size() else 0])
@@ -131,11 +147,22 @@ class Run:
         # Without validation the best score is a loss, which no mIoU may be compared with.
         if not self.settings.choose_by_miou or any("val_miou" in record for record in self.history):
             self.best_score = saved["best_score"]
+            is_best = (record["epoch"] for record in self.history if self._score(record) == self.best_score > -math.inf)
+            self.best_epoch = next((int(epoch) for epoch in is_best), None)
+
+    def _score(self, record: Record) -> float:
+        """What the best model has the most of."""
+        return record.get("val_miou", -math.inf) if self.settings.choose_by_miou else -record["train_loss"]
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, from the one under way, until the run stops early."""
         while len(self.history) < self.settings.num_epochs and not self.stopped_early:
             yield len(self.history)
+
+    def validates(self, epoch: int) -> bool:
+        """Whether a validation follows the epoch."""
+        last = epoch + 1 == self.settings.num_epochs
+        return self.settings.choose_by_miou and (last or (epoch + 1) % self.settings.val_every == 0)
 
     def stop_requested(self) -> bool:
         return self.stop.requested
@@ -145,11 +172,16 @@ class Run:
         return bool(every) and steps % every == 0
 
     def step_done(self, progress: Progress, stop: bool) -> None:
-        """Save the state where it is due. See `Watch`.
+        """Log, and save the state where it is due. See `Watch`.
 
         Raises:
             Interrupted: `stop` was requested; the state is saved.
         """
+        if self.logger:
+            progress.note = (
+                f"loss {sum(_means(progress.sums)):.4f}, run {tqdm.format_interval(self._seconds_left())} left"
+            )
+            self._log_steps(progress)
         if stop or self.save_due(progress.steps):
             self._save_latest()
         if stop:
@@ -157,6 +189,40 @@ class Run:
             if message and not self.stop.requested:
                 message = f"another process was asked to stop, or its launcher has ended; {message}"
             raise self.stop.interrupt(message)
+
+    def _log_steps(self, progress: Progress) -> None:
+        """Log the mean losses of the last `STEPS_A_POINT` steps. The sums are on the host: no GPU is waited for."""
+        assert self.logger is not None, "the main process has one"
+        if not self.logger.takes_steps or (progress.steps % STEPS_A_POINT and progress.steps != progress.num_steps):
+            return
+        assert progress.sums is not None, "a step was taken"
+        new = progress.sums if self._logged_sums is None else progress.sums - self._logged_sums
+        means = _means(new)
+        figures = {"loss": sum(means), **dict(zip(self.model.LOSSES, means))}
+        lr = float(self.state.scheduler.get_last_lr()[0])
+        self.logger.log_step(self._steps_of_epochs() + progress.steps, {**figures, "lr": lr})
+        self._logged_sums = progress.sums
+
+    def _steps_of_epochs(self) -> int:
+        """Optimizer steps in the finished epochs."""
+        return sum(int(record.get(key, 0)) for record in self.history for key in ("optimizer_steps", "skipped_steps"))
+
+    def _seconds_left(self) -> float:
+        """An estimate of the time to the end of the last epoch: at the pace of this one, and the last validation's."""
+        progress, last = self.progress, self.settings.num_epochs
+        if progress.steps and progress.num_steps:
+            share = progress.steps / progress.num_steps
+            an_epoch = progress.seconds / share
+        else:
+            share, an_epoch = 0.0, self.history[-1]["seconds"] if self.history else 0.0
+        validation = next((record["val_seconds"] for record in reversed(self.history) if "val_seconds" in record), 0.0)
+        return (last - progress.epoch - share) * an_epoch + validation * sum(
+            map(self.validates, range(progress.epoch, last))
+        )
+
+    def _title(self, epoch: int) -> str:
+        """An epoch's name on the screen, where epochs count from 1."""
+        return f"epoch {epoch + 1}/{self.settings.num_epochs}"
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -202,7 +268,7 @@ class Run:
         if distributed.local_rank() != 0:  # one for each machine
             return ""
         steps = f"{self.progress.steps} optimizer step{'s' * (self.progress.steps != 1)}"
-        return f"stopped in epoch {self.progress.epoch}, after {steps}; resume with: {self._resume_command}"
+        return f"stopped in {self._title(self.progress.epoch)}, after {steps}; resume with: {self._resume_command}"
 
     def _save_latest(self) -> None:
         """Write `latest`. All processes take part, as each has an RNG."""
@@ -216,12 +282,15 @@ class Run:
 
     def _write_latest(self) -> None:
         progress = self.progress
+        if self.logger:
+            self.logger.flush()
         run_state: RunState = {
             **self.state.state_dict(),  # type: ignore[typeddict-item]
             "rng": self._rngs,
             "history": self.history,
             "best_score": self.best_score,
             "progress": progress.saved(),
+            "logged_sums": self._logged_sums,
         }
         with self._telling_what_is_saved():
             checkpoint.save_latest(
@@ -260,40 +329,44 @@ class Run:
         if device.type == "cuda" and "cuda" in state:  # a run may resume on another device
             torch.cuda.set_rng_state(state["cuda"], device)
 
-    def finish_epoch(self, record: Record) -> None:
+    def finish_epoch(self, record: Record, samples: Sequence[ValidationSample] = ()) -> None:
         """Log an epoch and write the checkpoints: `latest` always, `best` if this epoch is the best so far.
 
         Args:
-            record: "epoch", "train_loss", "seconds", "images_per_second", and, where there are any, "val_miou" and
-                "skipped_steps".
+            record: "epoch", "train_loss", "seconds", "images_per_second", and, where there are any, "val_miou",
+                "val_seconds", the IoU of each class, and "skipped_steps".
+            samples: of the validation, in the main process.
         """
         self.history.append(record)
-        score = record.get("val_miou", -math.inf) if self.settings.choose_by_miou else -record["train_loss"]
+        epoch, score = int(record["epoch"]), self._score(record)
         is_best = score > self.best_score
         if is_best:
-            self.best_score = score
-        self.progress = Progress(int(record["epoch"]) + 1)
+            self.best_score, self.best_epoch = score, epoch
+        self.progress = Progress(epoch + 1, title=self._title(epoch + 1))
+        self._logged_sums = None
         # The main process decides for all: machines may round mIoU differently.
-        self.stopped_early = distributed.on_main(lambda: self._write_epoch(record, is_best))
+        self.stopped_early = distributed.on_main(lambda: self._write_epoch(record, is_best, samples))
         self._save_latest()  # last, as it ends the epoch: a kill before it repeats all of this
         if self.logger is None:
             return
         miou = f", val mIoU {record['val_miou']:.4f}" if "val_miou" in record else ""
         skipped = f", {record['skipped_steps']} steps skipped (fp16 overflow)" if record.get("skipped_steps") else ""
+        is_last = self.stopped_early or epoch + 1 >= self.settings.num_epochs
+        left = "" if is_last else f"; {about(self._seconds_left())} left"
         print(
-            f"epoch {record['epoch']}: loss {record['train_loss']:.4f}{miou}, {record['seconds']:.0f} s, "
-            f"{record['images_per_second']:.2f} images/s{skipped}{' (best)' if is_best else ''}",
+            f"{self._title(epoch)}: loss {record['train_loss']:.4f}{miou}, {record['seconds']:.0f} s, "
+            f"{record['images_per_second']:.2f} images/s{skipped}{' (best)' if is_best else ''}{left}",
             flush=True,
         )
 
-    def _write_epoch(self, record: Record, is_best: bool) -> str | None:
+    def _write_epoch(self, record: Record, is_best: bool, samples: Sequence[ValidationSample]) -> str | None:
         """Write `best`, if this is it, and the logs; why the run stops early, if it does."""
         assert self.logger is not None, "the main process has one"
         with self._telling_what_is_saved():
             if is_best:
                 metadata = {"epoch": record["epoch"], "metrics": record, "args": self.config}
                 checkpoint.save_best(self.folder / BEST, self.model, self.info, **metadata)  # type: ignore[arg-type]
-            self.logger.log_epoch(record)
+            self.logger.log_epoch(record, steps=self._steps_of_epochs(), best=self.best_epoch, samples=samples)
         return plateau(self.history, self.settings.patience)
 
     def finish(self) -> None:
@@ -310,6 +383,12 @@ class Run:
         larger = " and ".join(flag for flag, reached in limits.items() if reached)
         print(f"To train longer, add a larger {larger} to: {self._resume_command}")
         print(f"Log and curve: {self.folder / 'log.jsonl'}, {self.folder / 'loss_curve.png'}")
+
+
+def _means(sums: Tensor | None) -> list[float]:
+    """The mean of each part of the loss, from `Progress.sums`."""
+    *parts, samples = [0.0] if sums is None else sums.tolist()
+    return [part / max(samples, 1) for part in parts]
 
 
 def _new_folder(work_dir: Path, task_name: str) -> Path:
