@@ -302,7 +302,7 @@ def test_loss_curve_draws_validation_on_a_second_axis(tmp_path: Path) -> None:
 def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"old")
-    history = [{"epoch": 1, "train_loss": 0.5}]
+    matrix = np.zeros((19, 20), dtype=np.int64)
 
     def fail(self: object, file: object, **_: object) -> None:
         file.write(b"half")  # type: ignore[attr-defined]
@@ -311,9 +311,9 @@ def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(plots.Figure, "savefig", fail)
         with pytest.raises(RuntimeError, match="stopped here"):
-            save_loss_curve(path, history)
+            save_confusion_matrix(path, matrix)
     assert path.read_bytes() == b"old"
-    save_loss_curve(path, history)
+    save_confusion_matrix(path, matrix)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
