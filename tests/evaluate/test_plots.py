@@ -89,6 +89,16 @@ def test_overlay_of_one_class_has_no_line_and_of_none_is_the_picture() -> None:
     assert overlay(picture[:1, :1], np.zeros((1, 1), dtype=np.uint8)).shape == (1, 1, 3)
 
 
+def test_a_class_on_bare_ground_has_lines_on_all_sides() -> None:
+    labels = np.full((9, 12), 255, dtype=np.uint8)
+    labels[2:7, 3:9] = 13
+    line = where(overlay(image(9, 12), labels), plots._LINE_COLOR)
+    expected = np.zeros((9, 12), dtype=bool)
+    expected[2:7, 3:9] = True
+    expected[3:6, 4:8] = False
+    assert (line == expected).all()
+
+
 def test_lines_grow_with_the_picture() -> None:
     for width, thickness in ((640, 1), (1280, 2), (4000, 6)):
         labels = np.zeros((8, width), dtype=np.uint8)

@@ -73,14 +73,17 @@ def overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.n
             f"image {image.dtype} {image.shape} and labels {labels.dtype} {labels.shape}: must be uint8, of one size"
         )
     shown = cv2.addWeighted(image, 1 - opacity, cv2.applyColorMap(labels, _COLOR_MAP), opacity, 0)
-    # A pixel is on a line if its neighbour to the right or below has another class. Large pictures are viewed shrunk,
-    # so their lines are thicker.
+    # A pixel is on a line if its neighbour to the right or below has another class, or that to the left or above has
+    # none. Large pictures are viewed shrunk, so their lines are thicker.
     step = max(1, max(labels.shape) // 640)
+    bare = labels >= NUM_CLASSES
     border = np.zeros(labels.shape, dtype=bool)
     border[:, :-step] = labels[:, :-step] != labels[:, step:]
     border[:-step] |= labels[:-step] != labels[step:]
+    border[:, step:] |= bare[:, :-step]
+    border[step:] |= bare[:-step]
     shown[border] = _LINE_COLOR
-    return cv2.copyTo(image, (labels >= NUM_CLASSES).view(np.uint8), shown)
+    return cv2.copyTo(image, bare.view(np.uint8), shown)
 
 
 @dataclass(frozen=True)
