@@ -351,7 +351,7 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
 
     failures: list[UserError] = []
     prompted = False
-    ahead = read_ahead(source, args.batch_size + 2)
+    ahead = read_ahead(source, args.batch_size)
     frames = iter(tqdm(ahead, total=source.count, desc="segmenting", unit="image"))
     with sink:
         while group := list(islice(frames, args.batch_size)):
