@@ -171,6 +171,7 @@ from utils.evaluate.media import (
     has_h264,
     read_ahead,
     refuse_overwriting,
+    write_behind,
 )
 from utils.evaluate.metrics import count_pixels, mean_iou
 from utils.evaluate.plots import OverlayStyle, save_comparison, save_labels
@@ -353,7 +354,7 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     prompted = False
     ahead = read_ahead(source, args.batch_size)
     frames = iter(tqdm(ahead, total=source.count, desc="segmenting", unit="image"))
-    with sink:
+    with sink, write_behind(sink, args.batch_size) as write:
         while group := list(islice(frames, args.batch_size)):
             failures += [image for _, image in group if isinstance(image, UserError)]
             pictures = [(name, image) for name, image in group if not isinstance(image, UserError)]
@@ -363,7 +364,7 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
             prompted = prompted or any(map(len, batch.get("boxes", [])))
             for (name, image), prediction in zip(pictures, predict(model, batch, precision, rule)):
                 labels = original_size(prediction, image.shape[0], image.shape[1], info)
-                sink.write(name, image, labels)
+                write(name, image, labels)
                 if args.save_predictions:
                     save_labels(args.output_dir / "predictions" / f"{name}.png", labels)
         if boxes is not None and not prompted:

@@ -32,6 +32,7 @@ from utils.evaluate.media import (
     find_source,
     read_ahead,
     refuse_overwriting,
+    write_behind,
 )
 from utils.runtime.errors import UnreadableError, UserError
 
@@ -433,6 +434,32 @@ def labels_of(image: np.ndarray) -> np.ndarray:
     labels = np.full(image.shape[:2], IGNORE_LABEL, dtype=np.uint8)
     labels[:, image.shape[1] // 2 :] = 13
     return labels
+
+
+def test_images_are_written_behind_in_order_and_all(tmp_path: Path, codec: str) -> None:
+    with OverlayVideo(tmp_path / "a.mp4", 10, (64, 96)) as sink, write_behind(sink, 2) as write:
+        for image in drive(9):
+            write("x", image, np.full((64, 96), IGNORE_LABEL, dtype=np.uint8))
+    read = list(images_of(find_source(str(tmp_path / "a.mp4"))).values())
+    assert len(read) == 9
+    for expected, image in zip(drive(9), read):
+        assert np.abs(image.astype(int) - expected).mean() < 6
+
+
+@pytest.mark.parametrize("count", [0, 2, 9])
+def test_a_failure_while_writing_behind_is_raised(tmp_path: Path, count: int) -> None:
+    (tmp_path / "b.jpg").mkdir()
+    threads = threading.active_count()
+    image = drive(1)[0]
+    with (
+        pytest.raises(UserError, match=r"b\.jpg: cannot be written"),
+        OverlayFolder(tmp_path) as sink,
+        write_behind(sink, count) as write,
+    ):
+        for name in "abcde":
+            write(name, image, labels_of(image))
+    assert threading.active_count() == threads
+    assert (tmp_path / "a.jpg").is_file()
 
 
 def test_overlay_folder_writes_jpegs(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import math
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -50,6 +50,7 @@ _TAKES = "give a .jpg or .png picture, a folder of them, a quoted pattern such a
 
 Frame = tuple[str, "np.ndarray | UserError"]  # a name and (H, W, 3) uint8 RGB, or why there is no image
 Draw = Callable[[np.ndarray, np.ndarray], np.ndarray]  # an overlay, RGB, of an image and its labels
+Write = Callable[[str, np.ndarray, np.ndarray], None]  # a sink's `write`
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,26 @@ def read_ahead(frames: Iterable[Frame], count: int) -> Iterator[Frame]:
                 yield frame
         finally:
             thread.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def write_behind(sink: OverlayFolder | OverlayVideo, count: int) -> Iterator[Write]:
+    """A `sink.write` that works in a thread while the caller goes on; up to `count` images wait for it.
+
+    Raises:
+        UserError: an image cannot be written; from a later call, or at the end.
+    """
+    waiting: deque[Future[None]] = deque()
+
+    def write(name: str, image: np.ndarray, labels: np.ndarray) -> None:
+        waiting.append(thread.submit(sink.write, name, image, labels))
+        if len(waiting) > count:
+            waiting.popleft().result()
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        yield write
+        while waiting:
+            waiting.popleft().result()
 
 
 class OverlayFolder:
