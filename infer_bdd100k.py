@@ -20,14 +20,24 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
+from utils.data.classes import CLASS_NAMES
 from utils.runtime import cli
 from utils.runtime.choices import AMP_DTYPES, AMP_HELP, CACHE_DTYPES, MAP_RULES, MODEL_TYPES, MapRule
 
-NUM_PICTURES = 20
+NUM_PICTURES = 20  # of a bare --visualize
+
+
+def class_name(text: str) -> str:
+    """Parse the name of a class; `traffic_light` may stand for `traffic light`."""
+    name = text.lower().replace("_", " ")
+    if name not in CLASS_NAMES:
+        raise argparse.ArgumentTypeError(f"no class {text!r}; the classes are {', '.join(CLASS_NAMES)}")
+    return name
 
 
 class _OnePath(argparse.Action):
@@ -111,7 +121,23 @@ def get_args_parser() -> cli.Parser:
         metavar="N",
         help="images in report.html: the worst, and a sample of the others",
     )
-    switch("visualize", help=f"draw the first {NUM_PICTURES} images")
+    flag(
+        "visualize",
+        nargs="?",
+        type=cli.switch_or_count,
+        const=True,
+        default=False,
+        metavar="N",
+        help=f"draw N images ({NUM_PICTURES} without a number): half spread over the split, half those of lowest mIoU",
+    )
+    flag(
+        "opacity",
+        type=cli.number(float, 0, maximum=1),
+        default=0.5,
+        metavar="X",
+        help="of the colours over --images, 0 to 1",
+    )
+    flag("classes", nargs="+", type=class_name, metavar="CLASS", help="paint only these over --images (default: all)")
     switch("save_predictions", help="write each image's train ids at its original size as PNG")
     # torch.distributed.launch passes it; the environment has the same value.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
@@ -133,10 +159,21 @@ from utils.data.frame import ImageSize
 from utils.data.geometry import fitted_size, resize_image, unframe
 from utils.data.loaders import evaluation_loader, usable_workers
 from utils.evaluate.evaluate import predictions_and_labels
+from utils.evaluate.examples import Examples
 from utils.evaluate.gallery import LABEL_MAPS, ScoredImage, encode_labels, report_cards, save_label_maps
-from utils.evaluate.media import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
-from utils.evaluate.metrics import count_pixels
-from utils.evaluate.plots import save_comparison, save_labels
+from utils.evaluate.media import (
+    ImageFolder,
+    OverlayFolder,
+    OverlayVideo,
+    Video,
+    find_source,
+    has_h264,
+    read_ahead,
+    refuse_overwriting,
+    write_behind,
+)
+from utils.evaluate.metrics import count_pixels, mean_iou
+from utils.evaluate.plots import OverlayStyle, save_comparison, save_labels
 from utils.evaluate.report import begin_pictures, begin_results, write_report
 from utils.model import checkpoint
 from utils.model.checkpoint import ModelInfo
@@ -170,6 +207,8 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     """Score a preprocessed split; each process scores a share of it."""
     if args.tta and args.cache_embeddings not in ("auto", "off"):
         raise UserError("--tta reads no cache; leave out --cache_embeddings")
+    if {"opacity", "classes"} & args.given:
+        raise UserError("--opacity and --classes are for --images; leave them out")
     source = NpyFolder(args.val_npy_path)
     masks = original_masks(args, source) if args.eval_size == "original" else None
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
@@ -185,8 +224,9 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     loader = evaluation_loader(dataset, **loading, precision=precision)
     scored = []
     names = [item.name for item in source.items]
+    examples = Examples(len(names), NUM_PICTURES if args.visualize is True else args.visualize)
     pictures = {
-        "visualizations": names[:NUM_PICTURES] if args.visualize else [],
+        "visualizations": names if args.visualize else [],  # which of them is known at the end
         "predictions": names if args.save_predictions else [],
     }
     distributed.on_main(lambda: begin_results(args.output_dir, pictures))
@@ -194,10 +234,9 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     progress = progress_bar(indexes, "evaluating", unit="image", disable=not distributed.is_main())
     for index, (prediction, labels) in zip(progress, predictions_and_labels(model, loader, precision, rule)):
         item = source.items[index]
-        if masks or args.save_predictions or (args.visualize and index < NUM_PICTURES):
-            original = original_size(prediction, item.height, item.width, info)
+        original = cache(partial(original_size, prediction, item.height, item.width, info))
         if masks:
-            label_map = torch.from_numpy(original)
+            label_map = torch.from_numpy(original())
             labels = torch.from_numpy(read_mask(masks[item.name], item.height, item.width).copy())
         else:
             label_map = prediction.label_map(info.image_size)
@@ -205,10 +244,10 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
         shown = encode_labels(label_map.cpu().numpy(), source, index) if args.report_images else b""
         scored.append(ScoredImage(index, counts, shown))
         if args.save_predictions:
-            save_labels(args.output_dir / "predictions" / f"{item.name}.png", original)
-        if args.visualize and index < NUM_PICTURES:
-            image, target = unframe(*source.read(index), item.height, item.width, info.resize_mode)
-            save_comparison(args.output_dir / "visualizations" / f"{item.name}.png", image, target, original)
+            save_labels(args.output_dir / "predictions" / f"{item.name}.png", original())
+        if args.visualize and examples.add(index, mean_iou(torch.from_numpy(counts))):
+            examples.keep(index, original())
+    draw_examples(args, source, masks, examples)
     scored = sorted(chain(*distributed.all_gather(scored)), key=lambda image: image.index)
     if distributed.is_main():
         write_report(
@@ -244,6 +283,30 @@ def choose_output_dir(args: cli.Flags) -> Path:
     return run / "-".join(["eval", args.val_npy_path.resolve().name, *filter(None, kinds)])
 
 
+def draw_examples(
+    args: argparse.Namespace, source: NpyFolder, masks: dict[str, Path] | None, examples: Examples
+) -> None:
+    """Draw the chosen images; each process draws those that it has scored."""
+    chosen = examples.choose()
+    is_quiet = not chosen or not distributed.is_main()
+    for example in progress_bar(chosen, "drawing", unit="image", disable=is_quiet):
+        prediction = examples.take(example.index)
+        if prediction is None:
+            continue
+        item = source.items[example.index]
+        image, target = unframe(*source.read(example.index), item.height, item.width, source.resize_mode)
+        if masks:
+            target = read_mask(masks[item.name], item.height, item.width)
+        save_comparison(
+            args.output_dir / "visualizations" / f"{item.name}.png",
+            image,
+            target,
+            prediction,
+            title=item.name,
+            figures=f"mIoU {example.miou:.3f}, rank {example.rank:,} of {len(source.items):,} (1 = worst)",
+        )
+
+
 def original_size(prediction: Prediction, height: int, width: int, info: ModelInfo) -> np.ndarray:
     return (
         prediction.original_label_map(height, width, image_size=info.image_size, resize_mode=info.resize_mode)
@@ -267,13 +330,18 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     model, info = load_model(args, precision, frame=None)
     boxes = choose_boxes(args, info, list(source.pictures) if isinstance(source, ImageFolder) else None)
     rule = choose_map_rule(args, info, boxes)
+    style = OverlayStyle(
+        args.opacity,
+        class_ids=sorted({CLASS_NAMES.index(name) for name in args.classes or CLASS_NAMES}),
+        fixed_legend=isinstance(source, Video),
+    )
     sink: OverlayFolder | OverlayVideo
     if isinstance(source, Video):
         output = args.output_dir / f"{source.path.stem}.mp4"
-        sink = OverlayVideo(output, source.fps, source.size)
+        sink = OverlayVideo(output, source.fps, source.size, style.draw)
     else:
         output = args.output_dir / "overlays"
-        sink = OverlayFolder(output)
+        sink = OverlayFolder(output, style.draw)
     refuse_overwriting(source, output)
     if args.save_predictions:
         refuse_overwriting(source, args.output_dir / "predictions")
@@ -285,8 +353,9 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
 
     failures: list[UserError] = []
     prompted = False
-    frames = iter(progress_bar(source, "segmenting", total=source.count, unit="image"))
-    with sink:
+    ahead = read_ahead(source, args.batch_size)
+    frames = iter(progress_bar(ahead, "segmenting", total=source.count, unit="image"))
+    with sink, write_behind(sink, args.batch_size) as write:
         while group := list(islice(frames, args.batch_size)):
             failures += [image for _, image in group if isinstance(image, UserError)]
             pictures = [(name, image) for name, image in group if not isinstance(image, UserError)]
@@ -296,7 +365,7 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
             prompted = prompted or any(map(len, batch.get("boxes", [])))
             for (name, image), prediction in zip(pictures, predict(model, batch, precision, rule)):
                 labels = original_size(prediction, image.shape[0], image.shape[1], info)
-                sink.write(name, image, labels)
+                write(name, image, labels)
                 if args.save_predictions:
                     save_labels(args.output_dir / "predictions" / f"{name}.png", labels)
         if boxes is not None and not prompted:
@@ -305,6 +374,8 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
                 "name; a video's frames are named <video>_000000, ...)"
             )
     print(f"\nOverlays: {output}")
+    if isinstance(source, Video) and not has_h264():
+        print("The video is MPEG-4, which browsers and phones do not play; for H.264, pip install av")
     print_folders(args)
     for failure in failures:
         print(printable(f"not segmented: {failure}"))

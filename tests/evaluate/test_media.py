@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import os
 import struct
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,17 @@ from PIL import Image
 from utils.data.bdd100k import read_image
 from utils.data.classes import IGNORE_LABEL
 from utils.evaluate import media
-from utils.evaluate.media import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
+from utils.evaluate.media import (
+    Frame,
+    ImageFolder,
+    OverlayFolder,
+    OverlayVideo,
+    Video,
+    find_source,
+    read_ahead,
+    refuse_overwriting,
+    write_behind,
+)
 from utils.runtime.errors import UnreadableError, UserError
 
 RED, GREEN, BLUE = (200, 30, 40), (20, 180, 60), (30, 50, 210)
@@ -371,11 +385,81 @@ def test_a_broken_video_prints_nothing(tmp_path: Path) -> None:
     assert "of the 20 frames" in done.stdout and done.stdout.count("\n") == 1
 
 
+def test_frames_are_read_ahead_in_order_and_no_further(tmp_path: Path) -> None:
+    images = [np.full((2, 2, 3), i, dtype=np.uint8) for i in range(9)]
+    begun: list[int] = []
+    closed = threading.Event()
+
+    def source() -> Iterator[Frame]:
+        try:
+            for i, image in enumerate(images):
+                begun.append(i)
+                yield str(i), image
+        finally:
+            closed.set()
+
+    ahead = read_ahead(source(), 3)
+    assert next(ahead)[0] == "0"
+    deadline = time.monotonic() + 20
+    while len(begun) < 4 and time.monotonic() < deadline:  # while nobody asks for more
+        time.sleep(0.01)
+    assert begun == [0, 1, 2, 3]
+    assert [name for name, _ in ahead] == list("12345678")
+    assert closed.is_set()
+    assert list(read_ahead(iter([]), 3)) == []
+
+
+def test_a_failure_while_reading_ahead_comes_in_its_turn() -> None:
+    def source() -> Iterator[Frame]:
+        yield "0", np.zeros((2, 2, 3), np.uint8)
+        raise OSError("the disk is gone")
+
+    ahead = read_ahead(source(), 3)
+    assert next(ahead)[0] == "0"
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(ahead)
+
+
+def test_a_run_that_stops_early_leaves_no_thread() -> None:
+    threads = threading.active_count()
+    ahead = read_ahead((("x", np.zeros((2, 2, 3), np.uint8)) for _ in itertools.count()), 3)
+    next(ahead)
+    assert threading.active_count() == threads + 1
+    ahead.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == threads
+
+
 def labels_of(image: np.ndarray) -> np.ndarray:
     """Car (0, 0, 142) on the right half, no class on the left."""
     labels = np.full(image.shape[:2], IGNORE_LABEL, dtype=np.uint8)
     labels[:, image.shape[1] // 2 :] = 13
     return labels
+
+
+def test_images_are_written_behind_in_order_and_all(tmp_path: Path, codec: str) -> None:
+    with OverlayVideo(tmp_path / "a.mp4", 10, (64, 96)) as sink, write_behind(sink, 2) as write:
+        for image in drive(9):
+            write("x", image, np.full((64, 96), IGNORE_LABEL, dtype=np.uint8))
+    read = list(images_of(find_source(str(tmp_path / "a.mp4"))).values())
+    assert len(read) == 9
+    for expected, image in zip(drive(9), read):
+        assert np.abs(image.astype(int) - expected).mean() < 6
+
+
+@pytest.mark.parametrize("count", [0, 2, 9])
+def test_a_failure_while_writing_behind_is_raised(tmp_path: Path, count: int) -> None:
+    (tmp_path / "b.jpg").mkdir()
+    threads = threading.active_count()
+    image = drive(1)[0]
+    with (
+        pytest.raises(UserError, match=r"b\.jpg: cannot be written"),
+        OverlayFolder(tmp_path) as sink,
+        write_behind(sink, count) as write,
+    ):
+        for name in "abcde":
+            write(name, image, labels_of(image))
+    assert threading.active_count() == threads
+    assert (tmp_path / "a.jpg").is_file()
 
 
 def test_overlay_folder_writes_jpegs(tmp_path: Path) -> None:
@@ -394,8 +478,19 @@ def test_overlay_folder_writes_jpegs(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 96), (63, 97), (64, 97), (2, 1)])
-def test_overlay_video_keeps_size_rate_and_colors(tmp_path: Path, height: int, width: int) -> None:
+@pytest.fixture(params=["h264", "mpeg4"])
+def codec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The codec of the videos that are written: with PyAV, and without it."""
+    if request.param == "h264":
+        pytest.importorskip("av")
+    else:
+        monkeypatch.setitem(sys.modules, "av", None)
+    assert media.has_h264() == (request.param == "h264")
+    return request.param
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (63, 97), (64, 97), (2, 1), (359, 641)])
+def test_overlay_video_keeps_size_rate_and_colors(tmp_path: Path, codec: str, height: int, width: int) -> None:
     path = tmp_path / "out" / "drive.mp4"
     with OverlayVideo(path, 12.5, (height, width)) as sink:
         for image in drive(7, height, width):
@@ -409,12 +504,47 @@ def test_overlay_video_keeps_size_rate_and_colors(tmp_path: Path, height: int, w
     read = list(images_of(source).values())
     assert len(read) == 7
     if width > 1:
-        assert near(read[6][40:, 60:90], (10, 90, 101), 20) and near(read[6][40:, :40], GREEN, 20)
+        right, left = slice(width * 5 // 8, width - 7), slice(width * 2 // 5)
+        assert near(read[6][40:, right], (10, 90, 101), 20) and near(read[6][40:, left], GREEN, 20)
         assert near(read[6][18:30, 16:26], RED, 40)
         assert near(read[6][:, -1], (10, 90, 101), 20)  # what is added is not black
 
 
-def test_frame_of_another_size_is_resized(tmp_path: Path) -> None:
+def test_video_is_what_browsers_and_phones_play(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "12:30 %d 街.mp4"
+    with OverlayVideo(path, 29.97, (63, 97)) as sink:
+        for image in drive(9, 63, 97):
+            sink.write("x", image, labels_of(image))
+    with av.open(str(path)) as file:
+        (stream,) = file.streams
+        context = stream.codec_context
+        assert (context.name, context.pix_fmt, context.profile) == ("h264", "yuv420p", "High")
+        assert float(stream.average_rate) == pytest.approx(29.97, rel=1e-4)
+        # BT.709, limited range: without these, a player guesses by the size.
+        assert [int(value) for value in (context.colorspace, context.color_primaries, context.color_trc)] == [1, 1, 1]
+        assert int(context.color_range) == 1
+    frames = list(images_of(find_source(str(path))).values())
+    assert len(frames) == 9
+    assert near(frames[8][40:62, 60:90], (10, 90, 101), 20) and near(frames[8][40:62, :40], GREEN, 20)
+    content = path.read_bytes()
+    assert 0 < content.index(b"moov") < content.index(b"mdat")  # it starts to play before it is loaded
+
+
+def test_what_is_drawn_may_be_larger_than_the_frame(tmp_path: Path, codec: str) -> None:
+    def draw(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        return np.pad(image, ((0, 15), (0, 0), (0, 0)), constant_values=255)
+
+    with OverlayVideo(tmp_path / "a.mp4", 10, (64, 96), draw) as sink:
+        for image in drive(3):
+            sink.write("x", image, labels_of(image))
+    source = find_source(str(tmp_path / "a.mp4"))
+    assert isinstance(source, Video) and source.size == (80, 96)
+    (*_, image) = images_of(source).values()
+    assert near(image[50:60], GREEN, 20) and near(image[68:], (255, 255, 255), 20)
+
+
+def test_frame_of_another_size_is_resized(tmp_path: Path, codec: str) -> None:
     with OverlayVideo(tmp_path / "a.mp4", 10, (64, 96)) as sink:
         for image in [*drive(2), *drive(2, 48, 80)]:
             sink.write("x", image, labels_of(image))
@@ -428,7 +558,7 @@ def test_a_folder_in_place_of_the_video(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["drive.mp4"]
 
 
-def test_stopped_video_leaves_what_was_there(tmp_path: Path) -> None:
+def test_stopped_video_leaves_what_was_there(tmp_path: Path, codec: str) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes(b"old")
     image = drive(1)[0]
@@ -443,9 +573,11 @@ def test_stopped_video_leaves_what_was_there(tmp_path: Path) -> None:
     assert path.read_bytes() == b"old"
 
 
-def test_killed_run_leaves_no_video(tmp_path: Path) -> None:
+@pytest.mark.parametrize("without", ["", "sys.modules['av'] = None"])
+def test_killed_run_leaves_no_video(tmp_path: Path, without: str) -> None:
     code = (
         "import os, sys, numpy as np; from pathlib import Path; from utils.evaluate.media import *\n"
+        f"{without}\n"
         "with OverlayVideo(Path(sys.argv[1]), 10, (64, 96)) as sink:\n"
         "    for _ in range(5): sink.write('x', np.zeros((64, 96, 3), np.uint8), np.zeros((64, 96), np.uint8))\n"
         "    os._exit(9)"
@@ -459,9 +591,11 @@ def test_killed_run_leaves_no_video(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit on a file's size to set")
-def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("without", ["", "sys.modules['av'] = None"])
+def test_full_disk_is_one_clear_error(tmp_path: Path, without: str) -> None:
     code = (
         "import resource, signal, sys, numpy as np; from pathlib import Path; from utils.evaluate.media import *\n"
+        f"{without}\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000,) * 2)\n"
         "image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)\n"
         "try:\n"
@@ -472,11 +606,23 @@ def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "a.mp4"], cwd=ROOT, timeout=60, capture_output=True, text=True
     )
-    assert "a.mp4: could not be written completely" in done.stdout and done.stderr == ""
+    assert "a.mp4: could not be written completely" in done.stdout or "a.mp4: cannot be written (" in done.stdout
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_video_that_cannot_be_encoded_is_one_clear_error(tmp_path: Path, codec: str) -> None:
+    maker = "PyAV" if codec == "h264" else "OpenCV"
+    with pytest.raises(
+        UserError, match=rf"a\.mp4: {maker} cannot encode 20000x2 at 25 frames/s \(.*extract the frames"
+    ):
+        OverlayVideo(tmp_path / "a.mp4", 25, (2, 20000)).__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_opencv_without_encoder_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+
     class NoEncoder:
         def __init__(self, *_: object) -> None:
             pass

@@ -264,7 +264,10 @@ def test_visualize_draws_each_image_up_to_twenty(
     assert sorted(path.name for path in drawn.iterdir()) == [f"{name}.png" for name in names]
     picture = cv2.imread(str(drawn / f"{names[0]}.png"))
     assert picture is not None
-    assert picture.shape[1] > 3 * picture.shape[0]  # three pictures of 16:9 side by side, though stored as squares
+    item = NpyFolder(npy / "val").items[0]
+    scale = round(480 / item.width)  # four pictures of 16:9, though stored as squares, each as wide as text needs
+    assert 2 * scale * item.width < picture.shape[1] < 2 * scale * item.width + 50
+    assert 2 * scale * item.height < picture.shape[0] < 2 * scale * item.height + 250
 
 
 @pytest.mark.slow
@@ -296,16 +299,18 @@ def test_a_failure_midway_leaves_no_earlier_result(
 ) -> None:
     infer("--visualize")
     drawn = infer_bdd100k.save_comparison
+    paths: list[Path] = []
 
-    def fail(path: Path, *arrays: np.ndarray) -> None:
-        if path.stem.endswith("1"):
+    def fail(path: Path, *arrays: np.ndarray, **texts: str) -> None:
+        if paths:
             raise UserError(f"{path}: cannot be written")
-        drawn(path, *arrays)
+        paths.append(path)
+        drawn(path, *arrays, **texts)  # type: ignore[arg-type]
 
     monkeypatch.setattr(infer_bdd100k, "save_comparison", fail)
     assert "cannot be written" in error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--visualize")
     left = sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert left == [".pictures.json", f"{sorted((npy / 'val' / 'imgs').iterdir())[0].stem}.png"]
+    assert left == [".pictures.json", paths[0].name]
 
 
 def test_what_is_refused_costs_no_earlier_result(
@@ -317,17 +322,56 @@ def test_what_is_refused_costs_no_earlier_result(
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
-def test_visualize_stops_after_the_first_twenty(
+def test_visualize_draws_images_spread_over_the_split_and_the_worst(
     infer: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[str] = []
-    monkeypatch.setattr(infer_bdd100k, "save_comparison", lambda path, *_: drawn.append(path.stem))
-    labels = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
-    names = [f"{i:02d}" for i in range(22)]
-    data = write_split(tmp_path / "many", {name: (np.zeros((*labels.shape, 3), np.uint8), labels) for name in names})
-    results = infer("--val_npy_path", data, "--visualize", "--batch_size", 8)
-    assert drawn == names[:20]
-    assert results["labelled_pixels"] == 22 * labels.size  # the others are evaluated all the same
+    drawn: dict[str, tuple[np.ndarray, np.ndarray, str]] = {}
+
+    def save(
+        path: Path, image: np.ndarray, target: np.ndarray, prediction: np.ndarray, title: str, figures: str
+    ) -> None:
+        assert title == path.stem
+        drawn[title] = target, prediction, figures
+
+    monkeypatch.setattr(infer_bdd100k, "save_comparison", save)
+    rng = np.random.default_rng(3)
+    samples = {}
+    for i in range(22):
+        labels = rng.integers(0, 19, (IMAGE_SIZE // 8, IMAGE_SIZE // 8), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        samples[f"{i:02d}"] = rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8), labels
+    data = write_split(tmp_path / "many", samples)
+    flags = ["--val_npy_path", data, "--batch_size", 8]
+    infer(*flags, "--visualize", 22)
+    assert sorted(drawn) == sorted(samples)
+    mious = {}
+    for name, (target, prediction, figures) in drawn.items():
+        assert (target == samples[name][1]).all()
+        classes = np.unique(target)
+        hits = [((target == c) & (prediction == c)).sum() for c in classes]
+        unions = [((target == c) | (prediction == c)).sum() for c in classes]
+        mious[name] = float(np.mean(np.divide(hits, unions)))
+        assert figures.startswith(f"mIoU {mious[name]:.3f}, rank ")
+    ranks = {name: int(figures.split()[3]) for name, (_, _, figures) in drawn.items()}
+    assert sorted(ranks.values()) == list(range(1, 23))
+    assert sorted(ranks, key=ranks.__getitem__) == sorted(mious, key=lambda name: (mious[name], name))
+
+    drawn.clear()
+    infer(*flags, "--visualize")
+    assert len(drawn) == 20
+    drawn.clear()
+    infer(*flags, "--visualize", 6)
+    spread = ["00", "10", "21"]
+    worst = [name for name in sorted(mious, key=lambda name: (mious[name], name)) if name not in spread][:3]
+    assert sorted(drawn) == sorted([*spread, *worst])
+
+
+@pytest.mark.parametrize(
+    ("flags", "value"),
+    [("", False), ("--visualize", True), ("--visualize True", True), ("--visualize False", False), ("-visualize 1", 1)],
+)
+def test_visualize_is_a_switch_or_a_number(flags: str, value: bool | int) -> None:
+    parsed = infer_bdd100k.get_args_parser().parse_args(flags.split()).visualize
+    assert (type(parsed), parsed) == (type(value), value)
 
 
 def test_sam_alone_is_evaluated_without_a_model_checkpoint(sam_file: Path, npy: Path, tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ import infer_bdd100k
 from segment_anything.build_sam import file_digest
 from tests.helpers.inputs import IMAGE_SIZE, pictures, write_detections, write_video
 from tests.helpers.scripts import good_flags, read_results, run_script
+from utils.data.bdd100k import read_image
+from utils.data.classes import CLASSES
+from utils.evaluate.media import has_h264
 from utils.model import checkpoint
 from utils.model.segmenter import build_model
 
@@ -77,7 +80,8 @@ def test_folder_of_jpegs_of_mixed_sizes(infer: Callable[..., int | None], semant
     assert not infer(*flags, "--save_predictions", "--batch_size", 3)
     for name, size in sizes.items():
         with Image.open(tmp_path / "out" / "overlays" / f"{name}.jpg") as overlay:
-            assert overlay.size == size[::-1]
+            assert overlay.width == size[1]
+            assert (overlay.height > size[0]) == (name == "large")  # the others have no room for a legend
         labels = np.asarray(Image.open(tmp_path / "out" / "predictions" / f"{name}.png"))
         assert labels.shape == size and labels.dtype == np.uint8 and labels.max() < 19
     assert len(list((tmp_path / "out" / "overlays").iterdir())) == len(sizes)
@@ -186,6 +190,46 @@ def test_a_video_gives_a_video(infer: Callable[..., int | None], semantic: Path,
         assert frame[1].shape == (48, 64, 3)
         frames += 1
     assert frames == 5 and video.get(cv2.CAP_PROP_FPS) == 10
+
+
+def test_overlays_of_chosen_classes_and_opacity(
+    infer: Callable[..., int | None], semantic: Path, tmp_path: Path
+) -> None:
+    pictures(tmp_path / "in")
+    flags = ["--model_checkpoint", semantic, "--images", tmp_path / "in" / "large.jpg", "--save_predictions"]
+    assert not infer(*flags)
+    labels = np.asarray(Image.open(tmp_path / "out" / "predictions" / "large.png"))
+    class_id = int(np.bincount(labels.ravel()).argmax())
+    name = CLASSES[class_id].name
+    assert not infer(*flags, "--opacity", 1, "--classes", name.upper().replace(" ", "_"))
+    assert (np.asarray(Image.open(tmp_path / "out" / "predictions" / "large.png")) == labels).all()
+    picture = read_image(tmp_path / "in" / "large.jpg").astype(int)
+    drawn = read_image(tmp_path / "out" / "overlays" / "large.jpg")[:300].astype(int)
+    inside, outside = (
+        cv2.erode(m.astype(np.uint8), np.ones((9, 9))) > 0 for m in (labels == class_id, labels != class_id)
+    )
+    assert inside.any() and outside.any()
+    assert (np.abs(drawn[inside] - CLASSES[class_id].color) < 25).all()
+    assert np.abs(drawn[outside] - picture[outside]).mean() < 25  # noise, as JPEG keeps it
+
+
+def test_a_video_without_pyav_is_mpeg4_and_says_so(
+    infer: Callable[..., int | None],
+    semantic: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clip = write_video(tmp_path / "clip.mp4")
+    advice = "for H.264, pip install av"
+    if has_h264():
+        assert not infer("--model_checkpoint", semantic, "--images", clip)
+        assert advice not in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert not infer("--model_checkpoint", semantic, "--images", clip)
+    assert advice in capsys.readouterr().out
+    video = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
+    assert int(video.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little") == b"FMP4"
 
 
 def test_original_size_equals_bdd100ks_toolkit_on_the_saved_pngs(
@@ -400,6 +444,16 @@ BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
         "semantic",
         lambda f: ["--images", f, "--eval_size", "original"],
         "--images draws overlays without a score",
+    ),
+    "how overlays look, for a split": (
+        "semantic",
+        lambda f: ["--opacity", "0.3"],
+        "--opacity and --classes are for --images",
+    ),
+    "an unknown class": (
+        "semantic",
+        lambda f: ["--images", f, "--classes", "road", "roads"],
+        "no class 'roads'; the classes are road, sidewalk,",
     ),
     "a cache for one's own pictures": (
         "semantic",

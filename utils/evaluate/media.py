@@ -2,11 +2,11 @@
 
 A source, `ImageFolder` or `Video`, is checked by `find_source` before any long work. It yields `(name, image)`, or
 `(name, UserError)` for an image that cannot be read, so that one damaged file does not end a run over a thousand. A
-sink, `OverlayFolder` or `OverlayVideo`, takes the image and its predicted classes.
+sink, `OverlayFolder` or `OverlayVideo`, takes the image and its predicted classes, and a function that draws them.
 
     source = find_source("drive/*.jpg")
-    with OverlayFolder(Path("overlays")) as sink:
-        for name, image in source:
+    with OverlayFolder(Path("overlays"), OverlayStyle().draw) as sink:
+        for name, image in read_ahead(source, 4):
             if isinstance(image, UserError):
                 failures.append(image)
             else:
@@ -15,13 +15,16 @@ sink, `OverlayFolder` or `OverlayVideo`, takes the image and its predicted class
 
 from __future__ import annotations
 
+import errno
 import glob
 import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from types import TracebackType
@@ -31,6 +34,7 @@ import numpy as np
 from PIL import Image
 
 from utils.data.bdd100k import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, read_image, read_size
+from utils.data.classes import IGNORE_LABEL
 from utils.data.image_files import MAX_PIXELS
 from utils.evaluate.plots import overlay
 from utils.runtime.errors import UnreadableError, UserError
@@ -40,10 +44,13 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")  # in any case; other
 DEFAULT_FPS = 25.0  # if the header has none
 _MAX_FPS = 240.0  # a higher value is the clock of a variable frame rate (such as 1000), not the frame rate
 _JPEG_QUALITY = 92
+_BT709 = 1  # FFmpeg's number
 _NONE = "no .jpg, .jpeg, .png, .webp, .bmp or .tif picture"
 _TAKES = "give a .jpg or .png picture, a folder of them, a quoted pattern such as 'drive/*.jpg', or a video"
 
 Frame = tuple[str, "np.ndarray | UserError"]  # a name and (H, W, 3) uint8 RGB, or why there is no image
+Draw = Callable[[np.ndarray, np.ndarray], np.ndarray]  # an overlay, RGB, of an image and its labels
+Write = Callable[[str, np.ndarray, np.ndarray], None]  # a sink's `write`
 
 
 @dataclass(frozen=True)
@@ -258,6 +265,39 @@ def _next_frame(capture: cv2.VideoCapture) -> np.ndarray | None:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if success else None
 
 
+def read_ahead(frames: Iterable[Frame], count: int) -> Iterator[Frame]:
+    """The frames in their order; up to `count` of them are read in a thread while the caller works."""
+    iterator = iter(frames)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        waiting = deque(thread.submit(next, iterator, None) for _ in range(count))
+        try:
+            while (frame := waiting.popleft().result()) is not None:
+                waiting.append(thread.submit(next, iterator, None))
+                yield frame
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def write_behind(sink: OverlayFolder | OverlayVideo, count: int) -> Iterator[Write]:
+    """A `sink.write` that works in a thread while the caller goes on; up to `count` images wait for it.
+
+    Raises:
+        UserError: an image cannot be written; from a later call, or at the end.
+    """
+    waiting: deque[Future[None]] = deque()
+
+    def write(name: str, image: np.ndarray, labels: np.ndarray) -> None:
+        waiting.append(thread.submit(sink.write, name, image, labels))
+        if len(waiting) > count:
+            waiting.popleft().result()
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        yield write
+        while waiting:
+            waiting.popleft().result()
+
+
 class OverlayFolder:
     """Writes `<folder>/<name>.jpg`, each atomically.
 
@@ -265,8 +305,8 @@ class OverlayFolder:
     between classes stay sharp.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, draw: Draw = overlay) -> None:
+        self.folder, self.draw = folder, draw
 
     def __enter__(self) -> OverlayFolder:
         make_folder(self.folder, "--output_dir")
@@ -281,23 +321,100 @@ class OverlayFolder:
         Raises:
             UserError: it cannot be written.
         """
-        drawn = Image.fromarray(overlay(image, labels))
+        drawn = Image.fromarray(self.draw(image, labels))
         with atomic_write(self.folder / f"{name}.jpg") as file:
             drawn.save(file, format="JPEG", quality=_JPEG_QUALITY, subsampling="4:4:4")
 
 
-class OverlayVideo:
-    """Writes an .mp4 (MPEG-4, which every OpenCV can write), completely or not at all.
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Turn each of PyAV's errors into an `OSError`."""
+    import av
 
-    Frames go to a hidden temporary file, which is renamed when the `with` block ends without an exception. MPEG-4 needs
-    even sides: the last column or row of an odd side is written twice.
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise OSError(error.errno, error.strerror) from None
+
+
+class _H264:
+    """Encodes frames of even sides as H.264 in the form that browsers and phones play: 4:2:0, the index in front."""
+
+    made_by = "PyAV"
+
+    @_as_os_error()
+    def __init__(self, path: str, fps: float, width: int, height: int) -> None:
+        import av  # optional
+
+        self._file = av.open(path, "w", format="mp4", options={"movflags": "+faststart"})
+        self._stream = self._file.add_stream("libx264", Fraction(fps).limit_denominator(1001))
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        self._stream.options = {"preset": "veryfast", "crf": "20"}  # a third of the size of `_Mpeg4`
+        context = self._stream.codec_context  # players guess the colours of a video that does not tell
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = 1  # 16 to 235
+        context.open()  # fails here, not after the first frame
+        self._frames = 0
+
+    @_as_os_error()
+    def write(self, image: np.ndarray) -> None:
+        from av import VideoFrame
+
+        frame = VideoFrame.from_ndarray(image, format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace=_BT709)
+        frame.pts = self._frames
+        self._frames += 1
+        self._file.mux(self._stream.encode(frame))
+
+    @_as_os_error()
+    def close(self) -> None:
+        try:
+            self._file.mux(self._stream.encode(None))
+        finally:
+            self._file.close()
+
+
+class _Mpeg4:
+    """Encodes frames of even sides as MPEG-4 Part 2, which every OpenCV can write."""
+
+    made_by = "OpenCV"
+
+    def __init__(self, path: str, fps: float, width: int, height: int) -> None:
+        self._writer = cv2.VideoWriter(path, cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), fps, (width, height))
+        if not self._writer.isOpened():
+            raise OSError(errno.EINVAL, "no MPEG-4 encoder for it")
+
+    def write(self, image: np.ndarray) -> None:
+        self._writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+
+    def close(self) -> None:
+        self._writer.release()
+
+
+def has_h264() -> bool:
+    """Whether videos are written as H.264, which needs PyAV with x264."""
+    try:
+        import av
+    except ImportError:  # missing, or its libraries do not load
+        return False
+    return "libx264" in av.codecs_available
+
+
+class OverlayVideo:
+    """Writes an .mp4, completely or not at all.
+
+    Frames go to a hidden temporary file, which is renamed when the `with` block ends without an exception. Both codecs
+    need even sides: the last column or row of an odd side is written twice.
     """
 
-    def __init__(self, path: Path, fps: float, size: tuple[int, int]) -> None:
-        """Write to `path` at `fps` frames a second; frames of another `size` (H, W) are resized."""
-        self.path, self.fps, self.size = path, fps, size
+    def __init__(self, path: Path, fps: float, size: tuple[int, int], draw: Draw = overlay) -> None:
+        """Write to `path` at `fps` frames a second; frames of another `size` (H, W) are resized once drawn."""
+        self.path, self.fps, self.draw = path, fps, draw
+        # What is drawn may be larger than the frame, as it may have a legend.
+        blank = np.zeros((*size, 3), dtype=np.uint8)
+        self.size = draw(blank, np.full(size, IGNORE_LABEL, dtype=np.uint8)).shape[:2]
         self._temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.mp4")  # OpenCV needs the suffix
-        self._writer: cv2.VideoWriter | None = None
+        self._encoder: _H264 | _Mpeg4 | None = None
         self._written = 0  # frames
 
     def __enter__(self) -> OverlayVideo:
@@ -310,37 +427,44 @@ class OverlayVideo:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
         _silence()
         height, width = (side + side % 2 for side in self.size)
-        self._writer = cv2.VideoWriter(
-            os.path.abspath(self._temporary), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), self.fps, (width, height)
-        )
-        if not self._writer.isOpened():
+        codec: type[_H264] | type[_Mpeg4] = _H264 if has_h264() else _Mpeg4
+        try:
+            # Absolute, as FFmpeg takes `12` in `12:30.mp4` for a protocol.
+            self._encoder = codec(os.path.abspath(self._temporary), self.fps, width, height)
+        except OSError as error:
             self._remove_temporary()
             raise UserError(
-                f"{self.path}: OpenCV cannot encode {width}x{height} MPEG-4 at {self.fps:g} frames/s "
-                "(pip install opencv-python-headless, or extract the frames and give their folder)"
-            )
+                f"{self.path}: {codec.made_by} cannot encode {width}x{height} at {self.fps:g} frames/s "
+                f"({error.strerror}); extract the frames and give their folder"
+            ) from None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._writer is not None
-        self._writer.release()
+        assert self._encoder is not None
         try:
+            with self._telling_failure() if kind is None else suppress(OSError):
+                self._encoder.close()
             if kind is None:
                 self._publish()
         finally:
             self._remove_temporary()
 
     def write(self, name: str, image: np.ndarray, labels: np.ndarray) -> None:
-        """Append one overlay: image (H, W, 3) uint8 RGB, labels (H, W) uint8, 255 = no class. `name` is ignored."""
-        assert self._writer is not None, "used outside its `with` block"
-        drawn = overlay(image, labels)
+        """Append one overlay: image (H, W, 3) uint8 RGB, labels (H, W) uint8, 255 = no class. `name` is ignored.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        assert self._encoder is not None, "used outside its `with` block"
+        drawn = self.draw(image, labels)
         height, width = self.size
         if drawn.shape[:2] != self.size:  # a stream may change its size
             drawn = cv2.resize(drawn, (width, height), interpolation=cv2.INTER_AREA)
         drawn = cv2.copyMakeBorder(drawn, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-        self._writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+        with self._telling_failure():
+            self._encoder.write(drawn)
         self._written += 1
 
     def _publish(self) -> None:
@@ -350,10 +474,15 @@ class OverlayVideo:
         capture.release()
         if not complete:
             raise UserError(f"{self.path}: could not be written completely (no frame, or is the disk full?)")
-        try:
+        with self._telling_failure():
             with open(self._temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(self._temporary, self.path)
+
+    @contextmanager
+    def _telling_failure(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
 

@@ -6,7 +6,8 @@ reference. Every PNG is written atomically.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -14,23 +15,39 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from utils.data.bdd100k import count_labels
-from utils.data.classes import CLASS_NAMES, CLASSES, NUM_CLASSES, PALETTE
+from utils.data.classes import CLASS_NAMES, CLASSES, IGNORE_LABEL, NUM_CLASSES, PALETTE
+from utils.runtime.errors import printable
 from utils.runtime.files import atomic_write
 
 _DPI = 100
-_PANEL_WIDTH, _MARGIN, _TITLE_HEIGHT, _LEGEND_ROW = 640, 12, 34, 26  # pixels
-_LEGEND_ENTRY_WIDTH = 150  # pixels, an upper bound of the average at the legend's font size
+
+_COLOR_MAP = PALETTE[:, None]  # the shape that OpenCV takes
 _LINE_COLOR = (235, 235, 235)  # RGB; far from every class's colour
+_PAPER, _INK, _FAINT, _STRIPE = (255, 255, 255), (20, 20, 20), (110, 110, 110), (175, 175, 175)
+_WRONG = (232, 64, 24)  # RGB of wrong pixels in an error map
+_NARROWEST, _LONGEST = 480, 2048  # pixels of a comparison's panel; other pictures are enlarged or shrunk
+_MARGIN = 12
+_FONT = "uni"  # of OpenCV: also Chinese, on any machine
 
 
 def colorize(labels: np.ndarray) -> np.ndarray:
-    """Paint a label map in BDD100K's colours: (H, W) uint8 -> (H, W, 3) uint8 RGB; no class is black."""
+    """Paint a label map in BDD100K's colours: (H, W) uint8 -> (H, W, 3) uint8 RGB; no class is hatched."""
     if labels.dtype != np.uint8:
         raise ValueError(f"labels must be uint8, got {labels.dtype}")
-    return PALETTE.take(labels, axis=0)  # in a third of the time of PALETTE[labels]
+    colors = cv2.applyColorMap(labels, _COLOR_MAP)  # in a tenth of the time of PALETTE[labels]
+    _hatch(colors, labels >= NUM_CLASSES)
+    return colors
+
+
+def _hatch(pixels: np.ndarray, where: np.ndarray) -> None:
+    """Draw grey diagonal lines on white where the mask is set: no class looks like that, unlike black."""
+    if where.any():
+        period = max(8, max(where.shape) // 80)
+        diagonals = np.add.outer(np.arange(where.shape[0]), np.arange(where.shape[1])) % period
+        stripes = np.array([_PAPER, _STRIPE], dtype=np.uint8)[(diagonals < period // 4).astype(np.uint8)]
+        pixels[where] = stripes[where]
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.ndarray:
@@ -47,88 +64,187 @@ def overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.n
     Raises:
         ValueError: the sizes differ, or one of the two is not uint8.
     """
-    if labels.shape != image.shape[:2] or image.dtype != np.uint8:
-        raise ValueError(f"image {image.dtype} {image.shape} and labels {labels.shape}: must be uint8, of one size")
-    shown = cv2.addWeighted(image, 1 - opacity, colorize(labels), opacity, 0)
-    # A pixel is on a line if its neighbour to the right or below has another class. Large pictures are viewed shrunk,
-    # so their lines are thicker.
-    step = max(1, max(labels.shape) // 1500)
+    if labels.shape != image.shape[:2] or image.dtype != np.uint8 or labels.dtype != np.uint8:
+        raise ValueError(
+            f"image {image.dtype} {image.shape} and labels {labels.dtype} {labels.shape}: must be uint8, of one size"
+        )
+    shown = cv2.addWeighted(image, 1 - opacity, cv2.applyColorMap(labels, _COLOR_MAP), opacity, 0)
+    # A pixel is on a line if its neighbour to the right or below has another class, or that to the left or above has
+    # none. Large pictures are viewed shrunk, so their lines are thicker.
+    step = max(1, max(labels.shape) // 640)
+    bare = labels >= NUM_CLASSES
     border = np.zeros(labels.shape, dtype=bool)
     border[:, :-step] = labels[:, :-step] != labels[:, step:]
     border[:-step] |= labels[:-step] != labels[step:]
+    border[:, step:] |= bare[:, :-step]
+    border[step:] |= bare[:-step]
     shown[border] = _LINE_COLOR
-    return cv2.copyTo(image, (labels >= NUM_CLASSES).view(np.uint8), shown)
+    return cv2.copyTo(image, bare.view(np.uint8), shown)
 
 
-def legend_entries(*label_maps: np.ndarray) -> list[tuple[str, tuple[int, int, int]]]:
-    """Name and colour of each class in any of the maps, by id; then black if a pixel is no class."""
+@dataclass(frozen=True)
+class OverlayStyle:
+    """How overlays of pictures and videos look."""
+
+    opacity: float = 0.5  # share of the colour, 0 to 1
+    class_ids: Sequence[int] = range(NUM_CLASSES)  # those that are painted
+    fixed_legend: bool = False  # name all of them in every picture, so that a video's legend does not jump
+
+    def draw(self, image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """The overlay above its legend. Without room for a legend, a picture stays without one.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            labels: (H, W) uint8 ids, 255 = no class.
+
+        Returns:
+            (H + h, W, 3) uint8 RGB.
+        """
+        table = np.full(256, IGNORE_LABEL, dtype=np.uint8)
+        table[self.class_ids] = self.class_ids
+        labels = cv2.LUT(labels, table)
+        drawn = overlay(image, labels, self.opacity)
+        named = np.array(self.class_ids, dtype=np.uint8) if self.fixed_legend else labels
+        painted = [(name, color) for name, color in legend_entries(named) if color]
+        legend = draw_legend(painted, image.shape[1], max(13, max(image.shape) // 70))
+        return np.concatenate([drawn, legend]) if legend.shape[1] == image.shape[1] else drawn
+
+
+def legend_entries(*label_maps: np.ndarray) -> list[tuple[str, tuple[int, int, int] | None]]:
+    """Name and colour of each class in any of the maps, by id; then None, for hatching, if a pixel is no class."""
     occurs = np.zeros(256, dtype=bool)
     for labels in label_maps:
         occurs |= count_labels(labels) > 0
-    entries = [(c.name, c.color) for c in CLASSES if occurs[c.id]]
+    entries: list[tuple[str, tuple[int, int, int] | None]] = [(c.name, c.color) for c in CLASSES if occurs[c.id]]
     if occurs[NUM_CLASSES:].any():
-        entries.append(("unlabelled / no class", (0, 0, 0)))
+        entries.append(("unlabelled / no class", None))
     return entries
+
+
+def draw_legend(entries: Sequence[tuple[str, tuple[int, int, int] | None]], width: int, size: int) -> np.ndarray:
+    """Patches and names in rows, (h, width, 3) uint8 RGB; wider if the longest name needs it.
+
+    Args:
+        size: of the font, in pixels.
+    """
+    gap = size // 2
+    widths = [2 * size + gap + text_width(name, size) + 2 * gap for name, _ in entries]
+    width = max([width, *(entry + 2 * gap for entry in widths)])
+    places, x, row = [], gap, 0
+    for entry in widths:
+        if x + entry > width and x > gap:
+            x, row = gap, row + 1
+        places.append((x, row))
+        x += entry
+    step = 2 * size
+    strip = np.full(((row + 1) * step if entries else 0, width, 3), _PAPER, dtype=np.uint8)
+    for (name, color), (x, row) in zip(entries, places):
+        top, right = row * step + gap, x + 2 * size - gap
+        patch = strip[top : top + size, x:right]
+        if color is None:
+            _hatch(patch, np.ones(patch.shape[:2], dtype=bool))
+        else:
+            patch[:] = color
+        cv2.rectangle(strip, (x, top), (right - 1, top + size - 1), _FAINT)
+        write_text(strip, name, x + 2 * size, top + round(0.85 * size), size)
+    return strip
+
+
+def text_width(text: str, size: int) -> int:
+    """The width in pixels of a line of text by `write_text`."""
+    return cv2.getTextSize((0, 0), printable(text), (0, 0), cv2.FontFace(_FONT), size)[2]
+
+
+def write_text(canvas: np.ndarray, text: str, x: int, y: int, size: int, color: tuple[int, int, int] = _INK) -> None:
+    """Write a line of text whose letters stand on row y. OpenCV crashes on text that is not `printable`."""
+    cv2.putText(canvas, printable(text), (x, y), color, cv2.FontFace(_FONT), size)
 
 
 def save_labels(path: Path, labels: np.ndarray) -> None:
     """Write a label map, (H, W) uint8, as the single-channel PNG of train ids that BDD100K's toolkit reads."""
-    _, png = cv2.imencode(".png", labels)
+    _write_png(path, labels)
+
+
+def _write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write (H, W) or (H, W, 3) BGR uint8."""
+    _, png = cv2.imencode(".png", pixels)
     with atomic_write(path) as file:
         file.write(png.tobytes())
 
 
-def save_comparison(path: Path, image: np.ndarray, target: np.ndarray | None, prediction: np.ndarray) -> None:
-    """Write one PNG: image, ground truth and prediction side by side, above a legend of their classes.
+def error_map(image: np.ndarray, target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Show where a prediction is wrong: red on the picture in grey; pixels without a label are hatched.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        target: (H, W) uint8 ids, 255 = not labelled.
+        prediction: (H, W) uint8 ids, 255 = no class, which is wrong.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    shown = cv2.addWeighted(grey, 0.6, np.full_like(grey, 255), 0.15, 0)
+    labelled = target < NUM_CLASSES
+    shown[labelled & (target != prediction)] = _WRONG
+    _hatch(shown, ~labelled)
+    return shown
+
+
+def save_comparison(
+    path: Path, image: np.ndarray, target: np.ndarray, prediction: np.ndarray, title: str, figures: str = ""
+) -> None:
+    """Write one PNG: image, ground truth, prediction and errors, each at the image's size, and a legend.
+
+    Small images are enlarged by a whole number, so that the text fits. Images wider or higher than 2048 are shrunk.
 
     Args:
         path: where to write.
         image: (H, W, 3) uint8 RGB.
-        target: (H, W) uint8 ids, 255 = not labelled; None leaves out its panel.
+        target: (H, W) uint8 ids, 255 = not labelled.
         prediction: (H, W) uint8 ids, 255 = no class.
+        title: stands above, on the left; cut off if it is too long.
+        figures: stand above, on the right.
 
     Raises:
         ValueError: the sizes differ, or a map is not uint8.
     """
-    maps = [prediction] if target is None else [target, prediction]
-    if any(labels.shape != image.shape[:2] for labels in maps):
-        raise ValueError(f"image {image.shape[:2]} and labels {[labels.shape for labels in maps]} differ in size")
-    height = max(1, round(_PANEL_WIDTH * image.shape[0] / image.shape[1]))
-    size = (_PANEL_WIDTH, height)
-    # Panels are resized here to their final size, so that labels keep their exact colours.
-    shrinking = image.shape[1] > _PANEL_WIDTH
-    panels = [("image", cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR))]
-    titles = ["prediction"] if target is None else ["ground truth", "prediction"]
-    panels += [
-        (title, cv2.resize(colorize(labels), size, interpolation=cv2.INTER_NEAREST))
-        for title, labels in zip(titles, maps)
-    ]
-
-    entries = legend_entries(*maps)
-    width = len(panels) * (_PANEL_WIDTH + _MARGIN) + _MARGIN
-    rows = math.ceil(len(entries) * _LEGEND_ENTRY_WIDTH / width)
-    bottom = rows * _LEGEND_ROW + _MARGIN
-    total_height = bottom + height + _TITLE_HEIGHT
-    figure = _figure(width, total_height)
-    for i, (title, pixels) in enumerate(panels):
-        left = _MARGIN + i * (_PANEL_WIDTH + _MARGIN)
-        figure.figimage(pixels, left, bottom, origin="upper")
-        figure.text(
-            (left + _PANEL_WIDTH / 2) / width, (bottom + height + 9) / total_height, title, ha="center", fontsize=13
+    if any(labels.shape != image.shape[:2] for labels in (target, prediction)):
+        raise ValueError(f"image {image.shape[:2]}, labels {target.shape} and {prediction.shape} differ in size")
+    height, width = image.shape[:2]
+    longest = max(height, width)
+    scale = _LONGEST / longest if longest > _LONGEST else max(1, min(round(_NARROWEST / width), _LONGEST // longest))
+    if scale != 1:
+        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        target, prediction = (
+            cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+            for labels in (target, prediction)
         )
-    handles = [Patch(facecolor=np.divide(color, 255).tolist(), edgecolor="0.6", label=name) for name, color in entries]
-    figure.legend(
-        handles=handles,
-        loc="lower center",
-        ncols=math.ceil(len(entries) / rows),
-        frameon=False,
-        fontsize=10.5,
-        handlelength=1.3,
-        handleheight=1.1,
-        columnspacing=1.6,
-        borderaxespad=0.2,
-    )
-    _save(figure, path)
+    labelled = target < NUM_CLASSES
+    wrong = int(np.count_nonzero(labelled & (target != prediction))) / max(1, int(np.count_nonzero(labelled)))
+    panels = [
+        ("image", image),
+        ("ground truth", colorize(target)),
+        ("prediction", colorize(prediction)),
+        (f"errors: {wrong:.1%} of the labelled pixels", error_map(image, target, prediction)),
+    ]
+    columns = 2 if width >= height else 4
+    canvas_width = max(columns * (width + _MARGIN) + _MARGIN, 2 * _NARROWEST)
+    size = max(15, canvas_width // 90)
+    line = 2 * size
+    legend = draw_legend(legend_entries(target, prediction), canvas_width, size)
+    step = line + height
+    canvas = np.full((line + len(panels) // columns * step + _MARGIN, legend.shape[1], 3), _PAPER, dtype=np.uint8)
+    baseline = round(1.4 * size)
+    left = canvas.shape[1] - _MARGIN - text_width(figures, size)
+    write_text(canvas, figures, left, baseline, size)
+    write_text(canvas[:, : left - _MARGIN], title, _MARGIN, baseline, size)
+    for i, (caption, pixels) in enumerate(panels):
+        x, y = _MARGIN + i % columns * (width + _MARGIN), line + i // columns * step
+        write_text(canvas, caption, x, y + baseline, size, _FAINT)
+        canvas[y + line : y + line + height, x : x + width] = pixels
+    _write_png(path, cv2.cvtColor(np.concatenate([canvas, legend]), cv2.COLOR_RGB2BGR))
 
 
 def save_confusion_matrix(path: Path, matrix: np.ndarray) -> None:

@@ -175,6 +175,11 @@ def cache_place(text: str) -> str:
     return text
 
 
+def switch_or_count(text: str) -> bool | int:
+    """Parse `True`/`False`, or an `int` from 0."""
+    return text.lower() == "true" if text.lower() in ("true", "false") else non_negative_int(text)
+
+
 def positive_int_or_all(text: str) -> int | str:
     """Parse "all", or an `int` from 1."""
     return text if text == "all" else positive_int(text)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from utils.data.datasets import EvaluationDataset, NpyFolder, TrainingDataset, collate_evaluation
 from utils.evaluate.metrics import ConfusionMatrix, mean_iou
-from utils.evaluate.plots import colorize, legend_entries, overlay
+from utils.evaluate.plots import colorize, draw_legend, legend_entries, overlay, text_width, write_text
 from utils.model.prediction import predict
 from utils.model.segmenter import Segmenter
 from utils.runtime.device import Precision
@@ -22,7 +22,7 @@ from utils.runtime.errors import printable
 from utils.runtime.files import atomic_write
 
 NUM_SAMPLES = 4
-WIDTH, GAP, TEXT = 480, 6, 22  # pixels: of a picture, between pictures, of a line of text
+WIDTH, GAP, TEXT, FONT = 480, 6, 22, 14  # pixels: of a picture, between pictures, of a line of text, of letters
 _JPEG_QUALITY = 88
 _BOX_COLOR = (255, 255, 0)
 
@@ -173,35 +173,24 @@ def _picture(source: NpyFolder, index: int, frame: np.ndarray) -> np.ndarray:
 
 def _sheet(rows: Sequence[dict[str, np.ndarray]], *label_maps: np.ndarray) -> np.ndarray:
     """Rows of titled pictures, above a legend of the classes in the label maps."""
-    columns = max(map(len, rows))
-    width = columns * (WIDTH + GAP) + GAP
-    entries = legend_entries(*label_maps)
-    step = 132  # pixels of an entry of the legend
-    across = max(1, (width - 2 * GAP) // step)
-    legend_rows = -(-len(entries) // across)
+    width = max(map(len, rows)) * (WIDTH + GAP) + GAP
     heights = [TEXT + max(len(picture) for picture in row.values()) + GAP for row in rows]
-    sheet = Image.new("RGB", (width, sum(heights) + legend_rows * TEXT + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
+    sheet = np.full((sum(heights), width, 3), 255, dtype=np.uint8)
     top = 0
     for row, height in zip(rows, heights):
         for column, (title, picture) in enumerate(row.items()):
             left = GAP + column * (WIDTH + GAP)
-            draw.text((left, top + 3), _fitting(title, font), fill="black", font=font)
-            sheet.paste(Image.fromarray(picture), (left, top + TEXT))
+            write_text(sheet, _fitting(title), left, top + TEXT - 6, FONT)
+            sheet[top + TEXT :, left:][: picture.shape[0], : picture.shape[1]] = picture
         top += height
-    for number, (name, color) in enumerate(entries):
-        left, line = GAP + number % across * step, top + number // across * TEXT
-        draw.rectangle((left, line + 4, left + 14, line + 17), fill=color, outline=(150, 150, 150))
-        draw.text((left + 20, line + 2), name, fill="black", font=font)
-    return np.asarray(sheet)
+    return np.concatenate([sheet, draw_legend(legend_entries(*label_maps), width, FONT)])
 
 
-def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _fitting(text: str) -> str:
     """The text, its middle left out if it is wider than a picture."""
     keep = len(text)
     shown = text
-    while font.getlength(shown) > WIDTH and keep > 8:
+    while text_width(shown, FONT) > WIDTH and keep > 8:
         keep -= 2
         shown = f"{text[: keep // 2]}…{text[-keep // 2 :]}"
     return shown
