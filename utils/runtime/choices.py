@@ -20,3 +20,6 @@ MAP_RULES: dict[MapRule, str] = {
     "box_threshold": "the highest logit above 0 among the classes whose box holds the pixel",
     "threshold": "the highest logit above 0, inside or outside the box",
 }
+
+# --predictions_format: beside the PNGs of --save_predictions, files for an annotation tool.
+PREDICTION_FORMATS = ("png", "cvat", "labelstudio", "coco")  # as in utils.evaluate.annotators.WRITERS
