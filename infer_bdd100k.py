@@ -314,31 +314,22 @@ def load_model(
     """
     # The small file first, so that errors do not wait for the large one.
     state = checkpoint.load_checkpoint(args.model_checkpoint) if args.model_checkpoint else None
-    if state and state["info"].model_type != args.model_type:
-        actual = state["info"].model_type
-        raise UserError(
-            f"{args.model_checkpoint}: a decoder for {actual}, not {args.model_type}; "
-            f"give --model_type {actual} and the SAM file it was trained on"
-        )
+    if state:
+        checkpoint.require_model_type(state, args.model_type, args.model_checkpoint)
     prompt_mode = state["info"].prompt_mode if state else "box"
     if args.tta and prompt_mode != "semantic":
         raise UserError(f"{args.model_checkpoint or 'plain SAM'}: takes boxes, but --tta needs a semantic checkpoint")
-    if state and frame is None:
-        frame = (state["info"].image_size, state["info"].resize_mode)
-    image_size, resize_mode = frame or (CONFIGS[args.model_type].image_size, "stretch")
-    model = build_model(
-        args.model_type,
-        args.sam_checkpoint,
-        image_size=image_size,
-        prompt_mode=prompt_mode,
-        check_hash=args.verify_checkpoint,
-        decoder=state["model"] if state else None,
-    )
-    here = ModelInfo(args.model_type, image_size, resize_mode, file_digest(args.sam_checkpoint), prompt_mode)
     if state:
-        state["info"].require_same(here, args.model_checkpoint)
-        checkpoint.load_decoder(model, state["model"], args.model_checkpoint)
-    return model.to(precision.device), here
+        model, info = checkpoint.rebuild(
+            state, args.model_checkpoint, args.sam_checkpoint, frame=frame, check_hash=args.verify_checkpoint
+        )
+    else:
+        image_size, resize_mode = frame or (CONFIGS[args.model_type].image_size, "stretch")
+        model = build_model(
+            args.model_type, args.sam_checkpoint, image_size=image_size, check_hash=args.verify_checkpoint
+        )
+        info = ModelInfo(args.model_type, image_size, resize_mode, file_digest(args.sam_checkpoint))
+    return model.to(precision.device), info
 
 
 def choose_boxes(
