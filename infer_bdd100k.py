@@ -58,7 +58,12 @@ def get_args_parser() -> cli.Parser:
     flag("num_workers", type=cli.non_negative_int, default=2, metavar="N", help="loader processes")
 
     parser.begin_group("model")
-    flag("model_checkpoint", type=Path, metavar="PATH", help="a run's folder or its best (default: none, SAM itself)")
+    flag(
+        "model_checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="a run's folder, its best, or an .onnx file of utils.export (default: none, SAM itself)",
+    )
     flag("sam_checkpoint", type=Path, default=sam, metavar="FILE", help="SAM file the model was trained on")
     flag("model_type", choices=MODEL_TYPES, default="vit_b", help="size of SAM")
     switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
@@ -126,6 +131,7 @@ from utils.evaluate.plots import save_comparison, save_labels
 from utils.evaluate.report import begin_pictures, begin_results, write_report
 from utils.model import checkpoint
 from utils.model.checkpoint import ModelInfo
+from utils.model.onnx_model import OnnxSemanticSegmenter, is_onnx, load_onnx
 from utils.model.prediction import Prediction, predict
 from utils.model.segmenter import Segmenter, build_model
 from utils.runtime import distributed
@@ -164,7 +170,8 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     dataset = EvaluationDataset(source, boxes, tta=args.tta)
     loading = {"batch_size": args.batch_size, "num_workers": usable_workers(args.num_workers)}
     where = "off" if args.tta else args.cache_embeddings
-    use_caches({dataset: 1}, model, info, precision, where=where, dtype=args.cache_dtype, **loading)
+    if not is_onnx(args.model_checkpoint):
+        use_caches({dataset: 1}, model, info, precision, where=where, dtype=args.cache_dtype, **loading)
     loader = evaluation_loader(dataset, **loading, precision=precision)
     confusion = ConfusionMatrix(precision.device)
     names = [item.name for item in source.items]
@@ -312,6 +319,8 @@ def load_model(
     Args:
         frame: image size and resize mode of the data; None for pictures that can be resized to any.
     """
+    if is_onnx(args.model_checkpoint):
+        return load_onnx_model(args, precision, frame)
     # The small file first, so that errors do not wait for the large one.
     state = checkpoint.load_checkpoint(args.model_checkpoint) if args.model_checkpoint else None
     if state:
@@ -330,6 +339,32 @@ def load_model(
         )
         info = ModelInfo(args.model_type, image_size, resize_mode, file_digest(args.sam_checkpoint))
     return model.to(precision.device), info
+
+
+def load_onnx_model(
+    args: argparse.Namespace, precision: Precision, frame: tuple[ImageSize, str] | None
+) -> tuple[Segmenter, ModelInfo]:
+    """Load a file of `utils.export`. It holds SAM, and its precision is its own."""
+    for flag in sorted(args.given & {"sam_checkpoint", "verify_checkpoint", "use_amp", "amp_dtype", "cache_dtype"}):
+        raise UserError(f"{args.model_checkpoint}: an ONNX model takes no --{flag}; leave it out")
+    if args.cache_embeddings not in ("auto", "off"):
+        raise UserError(f"{args.model_checkpoint}: an ONNX model reads no cache; leave out --cache_embeddings")
+    model, info = load_onnx(args.model_checkpoint, precision.device, frame)
+    if "model_type" in args.given and args.model_type != info.model_type:
+        raise UserError(f"{args.model_checkpoint}: is of {info.model_type}; leave out --model_type {args.model_type}")
+    needs_logits = {
+        "--tta": args.tta,
+        "--images": args.images is not None,
+        "--eval_size original": args.eval_size == "original",
+        "--save_predictions": args.save_predictions,
+        "--visualize": args.visualize,
+    }
+    if args.tta and info.prompt_mode != "semantic":
+        raise UserError(f"{args.model_checkpoint}: takes boxes, but --tta needs a semantic model")
+    if isinstance(model, OnnxSemanticSegmenter) and not model.has_logits and any(needs_logits.values()):
+        flag = next(flag for flag, wanted in needs_logits.items() if wanted)
+        raise UserError(f"{args.model_checkpoint}: {flag} needs logits; export the model again with --logits")
+    return model, info
 
 
 def choose_boxes(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -17,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from utils.data.classes import CLASS_NAMES, CLASSES
-from utils.export.graph import graph_and_example
+from utils.export.graph import BoxesToMasks, PictureToEmbedding, decoder_example, semantic_graph
 from utils.export.trained import Options, Trained
 from utils.model.checkpoint import ModelInfo
+from utils.model.onnx_model import FORMAT_VERSION, PICTURE, SUFFIX, missing_packages, parts_of
 from utils.runtime.errors import UserError
 
 OPSET = 18  # onnxruntime 1.14 and TensorRT 10 read it
-FORMAT_VERSION = 1
 MAX_BATCH = 1024
 # A protobuf, and so an ONNX file, holds less than 2 GiB. The weights of a larger model are a second file.
 MAX_WEIGHTS = 2_000_000_000
@@ -32,30 +31,39 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 def outputs(output: Path, info: ModelInfo) -> list[Path]:
     """The files that are written: `output`, or in box mode <output>.encoder.onnx and <output>.decoder.onnx."""
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_packages(*NEEDED):
         raise UserError(f"--format onnx needs {', '.join(missing)}; run pip install {' '.join(missing)}")
-    if output.suffix != ".onnx":
-        raise UserError(f"{output}: is no name of an ONNX file; give --output {output.name}.onnx")
+    if output.suffix != SUFFIX:
+        raise UserError(f"{output}: is no name of an ONNX file; give --output {output.name}{SUFFIX}")
+    if len(parts_of(output)) > 1:
+        raise UserError(
+            f"{output}: .encoder and .decoder are the endings of a box model's files; give another --output"
+        )
     if info.prompt_mode == "semantic":
         return [output]
-    return [output.with_suffix(f".{part}.onnx") for part in ("encoder", "decoder")]
+    return parts_of(output.with_suffix(f".encoder{SUFFIX}"))
 
 
 def write(trained: Trained, paths: list[Path], options: Options) -> list[str]:
     """Write the model; returns notes for the user."""
     metadata = _metadata(trained)
-    graph, example = graph_and_example(trained, options)
-    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    about_pictures = {"image_layout": options.image_layout, "image_dtype": options.image_dtype}
-    _export(
-        graph,
-        {"images": example},
-        {"images": {0: batch}},
-        graph.output_names,
-        paths[0],
-        metadata | about_pictures,
-    )
+    if trained.info.prompt_mode == "semantic":
+        graph, example = semantic_graph(trained, options)
+        metadata |= {"image_layout": options.image_layout, "image_dtype": options.image_dtype}
+        batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+        _export(graph, {PICTURE: example}, {PICTURE: {0: batch}}, graph.output_names, paths[0], metadata)
+        return []
+    encoder, decoder = paths
+    sam = trained.model.sam
+    height, width = sam.frame_size
+    sides = {0: torch.export.Dim("height", min=1, max=height), 1: torch.export.Dim("width", min=1, max=width)}
+    picture = {"input_image": torch.zeros(height - 1, width - 1, 3)}
+    _export(PictureToEmbedding(sam), picture, {"input_image": sides}, ["image_embeddings"], encoder, metadata)
+    boxes = decoder_example(sam)
+    prompts = {0: torch.export.Dim("boxes", min=1, max=MAX_BATCH), 1: torch.export.Dim("points", min=1, max=MAX_BATCH)}
+    shapes = {name: prompts if name.startswith("point_") else None for name in boxes}
+    names = ["masks", "iou_predictions", "low_res_masks"]
+    _export(BoxesToMasks(sam, trained.info.resize_mode), boxes, shapes, names, decoder, metadata)
     return []
 
 
