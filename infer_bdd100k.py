@@ -67,7 +67,12 @@ def get_args_parser() -> cli.Parser:
     flag("num_workers", type=cli.non_negative_int, default=2, metavar="N", help="loader processes")
 
     parser.begin_group("model")
-    flag("model_checkpoint", type=Path, metavar="PATH", help="a run's folder or its best (default: none, SAM itself)")
+    flag(
+        "model_checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="a run's folder, its best, or an .onnx file of utils.export (default: none, SAM itself)",
+    )
     flag("sam_checkpoint", type=Path, default=sam, metavar="FILE", help="SAM file the model was trained on")
     flag("model_type", choices=MODEL_TYPES, default="vit_b", help="size of SAM")
     switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
@@ -142,6 +147,7 @@ from utils.evaluate.plots import save_comparison, save_labels
 from utils.evaluate.report import begin_pictures, begin_results, remove_exports, write_report
 from utils.model import checkpoint
 from utils.model.checkpoint import ModelInfo
+from utils.model.onnx_model import OnnxSemanticSegmenter, is_onnx, load_onnx
 from utils.model.prediction import Prediction, predict
 from utils.model.segmenter import Segmenter, build_model
 from utils.runtime import distributed
@@ -184,7 +190,8 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     dataset = EvaluationDataset(source, boxes, tta=args.tta)
     loading = {"batch_size": args.batch_size, "num_workers": usable_workers(args.num_workers)}
     where = "off" if args.tta else args.cache_embeddings
-    use_caches({dataset: 1}, model, info, precision, where=where, dtype=args.cache_dtype, **loading)
+    if not is_onnx(args.model_checkpoint):
+        use_caches({dataset: 1}, model, info, precision, where=where, dtype=args.cache_dtype, **loading)
     loader = evaluation_loader(dataset, **loading, precision=precision)
     confusion = ConfusionMatrix(precision.device)
     names = [item.name for item in source.items]
@@ -345,33 +352,52 @@ def load_model(
     Args:
         frame: image size and resize mode of the data; None for pictures that can be resized to any.
     """
+    if is_onnx(args.model_checkpoint):
+        return load_onnx_model(args, precision, frame)
     # The small file first, so that errors do not wait for the large one.
     state = checkpoint.load_checkpoint(args.model_checkpoint) if args.model_checkpoint else None
-    if state and state["info"].model_type != args.model_type:
-        actual = state["info"].model_type
-        raise UserError(
-            f"{args.model_checkpoint}: a decoder for {actual}, not {args.model_type}; "
-            f"give --model_type {actual} and the SAM file it was trained on"
-        )
+    if state:
+        checkpoint.require_model_type(state, args.model_type, args.model_checkpoint)
     prompt_mode = state["info"].prompt_mode if state else "box"
     if args.tta and prompt_mode != "semantic":
         raise UserError(f"{args.model_checkpoint or 'plain SAM'}: takes boxes, but --tta needs a semantic checkpoint")
-    if state and frame is None:
-        frame = (state["info"].image_size, state["info"].resize_mode)
-    image_size, resize_mode = frame or (CONFIGS[args.model_type].image_size, "stretch")
-    model = build_model(
-        args.model_type,
-        args.sam_checkpoint,
-        image_size=image_size,
-        prompt_mode=prompt_mode,
-        check_hash=args.verify_checkpoint,
-        decoder=state["model"] if state else None,
-    )
-    here = ModelInfo(args.model_type, image_size, resize_mode, file_digest(args.sam_checkpoint), prompt_mode)
     if state:
-        state["info"].require_same(here, args.model_checkpoint)
-        checkpoint.load_decoder(model, state["model"], args.model_checkpoint)
-    return model.to(precision.device), here
+        model, info = checkpoint.rebuild(
+            state, args.model_checkpoint, args.sam_checkpoint, frame=frame, check_hash=args.verify_checkpoint
+        )
+    else:
+        image_size, resize_mode = frame or (CONFIGS[args.model_type].image_size, "stretch")
+        model = build_model(
+            args.model_type, args.sam_checkpoint, image_size=image_size, check_hash=args.verify_checkpoint
+        )
+        info = ModelInfo(args.model_type, image_size, resize_mode, file_digest(args.sam_checkpoint))
+    return model.to(precision.device), info
+
+
+def load_onnx_model(
+    args: argparse.Namespace, precision: Precision, frame: tuple[ImageSize, str] | None
+) -> tuple[Segmenter, ModelInfo]:
+    """Load a file of `utils.export`. It holds SAM, and its precision is its own."""
+    for flag in sorted(args.given & {"sam_checkpoint", "verify_checkpoint", "use_amp", "amp_dtype", "cache_dtype"}):
+        raise UserError(f"{args.model_checkpoint}: an ONNX model takes no --{flag}; leave it out")
+    if args.cache_embeddings not in ("auto", "off"):
+        raise UserError(f"{args.model_checkpoint}: an ONNX model reads no cache; leave out --cache_embeddings")
+    model, info = load_onnx(args.model_checkpoint, precision.device, frame)
+    if "model_type" in args.given and args.model_type != info.model_type:
+        raise UserError(f"{args.model_checkpoint}: is of {info.model_type}; leave out --model_type {args.model_type}")
+    needs_logits = {
+        "--tta": args.tta,
+        "--images": args.images is not None,
+        "--eval_size original": args.eval_size == "original",
+        "--save_predictions": args.save_predictions,
+        "--visualize": args.visualize,
+    }
+    if args.tta and info.prompt_mode != "semantic":
+        raise UserError(f"{args.model_checkpoint}: takes boxes, but --tta needs a semantic model")
+    if isinstance(model, OnnxSemanticSegmenter) and not model.has_logits and any(needs_logits.values()):
+        flag = next(flag for flag, wanted in needs_logits.items() if wanted)
+        raise UserError(f"{args.model_checkpoint}: {flag} needs logits; export the model again with --logits")
+    return model, info
 
 
 def choose_boxes(

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from typing_extensions import NotRequired
 
+from segment_anything.build_sam import file_digest
 from segment_anything.utils import foreign
 from segment_anything.utils.plain_load import load_plain
 from utils.data.classes import CLASS_NAMES
 from utils.data.frame import ImageSize, is_image_size
 from utils.data.manifest import RESIZE_MODES
-from utils.model.segmenter import INFER_FLAGS, SEGMENTERS, CheckpointFlags, Segmenter
+from utils.model.segmenter import INFER_FLAGS, SEGMENTERS, CheckpointFlags, Segmenter, build_model
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write, cannot_be_read, is_file, is_folder
 
@@ -181,6 +182,49 @@ def is_flat(record: Any) -> bool:
     return isinstance(record, dict) and all(
         isinstance(key, str) and isinstance(value, int | float | str | None) for key, value in record.items()
     )
+
+
+def require_model_type(state: Checkpoint, model_type: str, source: Path) -> None:
+    """Raise a `UserError` unless the checkpoint `source` is for this size of SAM."""
+    actual = state["info"].model_type
+    if actual != model_type:
+        raise UserError(
+            f"{source}: a decoder for {actual}, not {model_type}; "
+            f"give --model_type {actual} and the SAM file it was trained on"
+        )
+
+
+def rebuild(
+    state: Checkpoint,
+    source: Path,
+    sam_checkpoint: Path,
+    *,
+    frame: tuple[ImageSize, str] | None = None,
+    check_hash: bool = False,
+) -> tuple[Segmenter, ModelInfo]:
+    """Build the model of the checkpoint `source` on its SAM file.
+
+    Args:
+        frame: image size and resize mode of the data, which must be the checkpoint's; None for no data.
+        check_hash: compare the SAM file with the hash in its name.
+
+    Raises:
+        UserError: the SAM file is missing, damaged or another one, or the checkpoint does not fit it or the data.
+    """
+    info = state["info"]
+    image_size, resize_mode = frame or (info.image_size, info.resize_mode)
+    model = build_model(
+        info.model_type,
+        sam_checkpoint,
+        image_size=image_size,
+        prompt_mode=info.prompt_mode,
+        check_hash=check_hash,
+        decoder=state["model"],
+    )
+    here = ModelInfo(info.model_type, image_size, resize_mode, file_digest(sam_checkpoint), info.prompt_mode)
+    info.require_same(here, source)
+    load_decoder(model, state["model"], source)
+    return model, here
 
 
 def load_decoder(model: Segmenter, state: Mapping[str, Tensor], source: Path) -> None:

@@ -8,6 +8,8 @@ MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")  # as in segment_anything.
 PROMPT_MODES = ("box", "semantic")  # as in utils.model.segmenter.SEGMENTERS
 CACHE_DTYPES = ("float16", "float32")  # as in utils.cache.keys.DTYPES
 SCHEDULES = ("constant", "cosine", "step")
+EXPORT_FORMATS = ("onnx",)  # as in utils.export.formats
+IMAGE_LAYOUTS = ("nchw", "nhwc")
 AMP_DTYPES = ("auto", "fp16", "bf16")
 AMP_HELP = "type of mixed precision; auto is bf16 if the hardware has it, otherwise fp16 on a GPU and float32 on a CPU"
 # --augment, and the default number of views of an image in a cache. "flip" has only two.

@@ -1,0 +1,69 @@
+"""The fine-tuned model that is exported, and what the exported file says about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import utils
+from utils.model import checkpoint
+from utils.model.checkpoint import ModelInfo
+from utils.model.segmenter import Segmenter
+from utils.runtime.choices import MODEL_TYPES
+from utils.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Input and output of an exported semantic model."""
+
+    image_layout: str  # of IMAGE_LAYOUTS
+    image_dtype: str  # uint8 of 0..255, or float32 of [0, 1]
+    logits: bool  # also return the logits
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A fine-tuned model on the CPU, in eval mode, and its origin."""
+
+    model: Segmenter
+    info: ModelInfo
+    epoch: int | None
+    miou: float | None  # of the run's validation; None without one
+
+    def provenance(self) -> dict[str, str]:
+        """What the model was made of, for an exported file's metadata."""
+        origin = {"version": utils.__version__, "epoch": self.epoch, "val_miou": self.miou}
+        return {key: str(value) for key, value in origin.items() if value is not None}
+
+
+def load_trained(
+    model_checkpoint: Path,
+    sam_checkpoint: Path,
+    *,
+    model_type: str | None = None,
+    check_hash: bool = False,
+    before_sam: Callable[[ModelInfo], None] = lambda info: None,
+) -> Trained:
+    """Load a checkpoint and the SAM file that it was trained on.
+
+    Args:
+        model_type: None for the checkpoint's.
+        before_sam: further checks, which need not wait for the large file.
+
+    Raises:
+        UserError: a file is missing, damaged or of another kind, or the two do not belong together.
+    """
+    state = checkpoint.load_checkpoint(model_checkpoint)
+    info = state["info"]
+    if info.model_type not in MODEL_TYPES:
+        types = ", ".join(MODEL_TYPES)
+        raise UserError(f"{model_checkpoint}: model type {info.model_type} is unknown; give a checkpoint of {types}")
+    checkpoint.require_model_type(state, model_type or info.model_type, model_checkpoint)
+    before_sam(info)
+    model, info = checkpoint.rebuild(state, model_checkpoint, sam_checkpoint, check_hash=check_hash)
+    epoch, miou = state.get("epoch"), state.get("metrics", {}).get("val_miou")
+    return Trained(
+        model.eval(), info, epoch if isinstance(epoch, int) else None, miou if isinstance(miou, float) else None
+    )
