@@ -20,36 +20,24 @@ import torch
 from PIL import Image
 
 import infer_bdd100k
-from segment_anything.build_sam import file_digest
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.inputs import IMAGE_SIZE, pictures, write_detections, write_video
 from tests.helpers.scripts import good_flags, read_results, run_script
 from utils.model import checkpoint
-from utils.model.segmenter import build_model
 
 pytestmark = pytest.mark.slow
 
 SPLIT_NAMES = ["val-0000", "val-0001", "val-0002"]
 
 
-def make_checkpoint(path: Path, sam_file: Path, prompt_mode: str, resize_mode: str = "stretch") -> Path:
-    """Write a checkpoint as training would: a decoder of random weights that tells classes apart somehow."""
-    model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE, prompt_mode=prompt_mode)
-    torch.manual_seed(4)
-    for parameter in model.mask_decoder.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    info = checkpoint.ModelInfo("vit_tiny", IMAGE_SIZE, resize_mode, file_digest(sam_file), prompt_mode)
-    checkpoint.save_best(path, model, info, epoch=0, metrics={}, args={})
-    return path
-
-
 @pytest.fixture(scope="module")
 def semantic(sam_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("semantic") / checkpoint.BEST, sam_file, "semantic")
+    return write_checkpoint(tmp_path_factory.mktemp("semantic") / checkpoint.BEST, sam_file, "semantic")
 
 
 @pytest.fixture(scope="module")
 def boxed(sam_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("boxed") / checkpoint.BEST, sam_file, "box")
+    return write_checkpoint(tmp_path_factory.mktemp("boxed") / checkpoint.BEST, sam_file, "box")
 
 
 @pytest.fixture
@@ -390,7 +378,7 @@ def test_mirror_images_count_and_the_report_says_so(
 def test_mirrored_pictures_get_mirrored_maps(
     resize_mode: str, sam_file: Path, infer: Callable[..., int | None], tmp_path: Path
 ) -> None:
-    model = make_checkpoint(tmp_path / "model.pth", sam_file, "semantic", resize_mode)
+    model = write_checkpoint(tmp_path / "model.pth", sam_file, "semantic", resize_mode=resize_mode)
     rng = np.random.default_rng(0)
     for folder in ("in", "mirrored"):
         (tmp_path / folder).mkdir()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.export import onnx_file
+from utils.export import hugging_face, onnx_file, safetensors_file, torch_program
 from utils.export.trained import Options, Trained
 from utils.model.checkpoint import ModelInfo
 
@@ -21,4 +21,9 @@ class Format:
     write: Callable[[Trained, list[Path], Options], list[str]]
 
 
-FORMATS = {"onnx": Format(onnx_file.outputs, onnx_file.write)}  # the keys are EXPORT_FORMATS
+FORMATS = {  # the keys are EXPORT_FORMATS
+    "onnx": Format(onnx_file.outputs, onnx_file.write),
+    "torch": Format(torch_program.outputs, torch_program.write),
+    "safetensors": Format(safetensors_file.outputs, safetensors_file.write),
+    "hf": Format(hugging_face.outputs, hugging_face.write),
+}
