@@ -32,6 +32,7 @@ def get_args_parser() -> cli.Parser:
     parser.begin_group("output")
     flag("format", choices=EXPORT_FORMATS, required=True, help="kind of file")
     flag("output", type=Path, required=True, metavar="PATH", help="file to write")
+    flag("precision", choices=("float32", "float16"), default="float32", help="of the model; float16 is for GPUs")
     switch("overwrite", help="replace an existing output")
 
     parser.begin_group("input and output of a semantic model")
@@ -60,7 +61,12 @@ def main(args: argparse.Namespace) -> None:
         check_hash=args.verify_checkpoint,
         before_sam=lambda info: check_outputs(args, chosen.outputs(args.output, info)),
     )
-    options = Options(image_layout=args.image_layout, image_dtype=args.image_dtype, logits=args.logits)
+    options = Options(
+        image_layout=args.image_layout,
+        image_dtype=args.image_dtype,
+        logits=args.logits,
+        float16=args.precision == "float16",
+    )
     outputs = chosen.outputs(args.output, trained.info)
     notes = chosen.write(trained, outputs, options)
     for path in outputs:

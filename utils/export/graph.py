@@ -54,7 +54,8 @@ def semantic_graph(trained: Trained, options: Options) -> tuple[PictureToClasses
 class PictureToEmbedding(nn.Module):
     """The image encoder of a box model, for one picture: H x W x 3 float32 of 0..255 -> 1 x C x h x w.
 
-    A picture that is smaller than the frame is padded below and to the right, as by `SamPredictor`.
+    A picture that is smaller than the frame is padded below and to the right, as by `SamPredictor`. The embedding is
+    float32, also of an encoder in half precision.
     """
 
     def __init__(self, sam: Sam) -> None:
@@ -62,7 +63,8 @@ class PictureToEmbedding(nn.Module):
         self.sam = sam
 
     def forward(self, input_image: Tensor) -> Tensor:
-        return self.sam.image_encoder(self.sam.preprocess(input_image.permute(2, 0, 1)[None])).float()
+        x = self.sam.preprocess(input_image.permute(2, 0, 1)[None])
+        return self.sam.image_encoder(x.to(next(self.sam.image_encoder.parameters()).dtype)).float()
 
 
 class BoxesToMasks(SamOnnxModel):

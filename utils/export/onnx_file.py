@@ -43,8 +43,11 @@ def outputs(output: Path, info: ModelInfo) -> list[Path]:
 
 def write(trained: Trained, paths: list[Path], options: Options) -> list[str]:
     """Write the model; returns notes for the user."""
-    metadata = {"format_version": str(FORMAT_VERSION), **trained.metadata()}
+    precision = "float16" if options.float16 else "float32"
+    metadata = {"format_version": str(FORMAT_VERSION), "precision": precision, **trained.metadata()}
     if trained.info.prompt_mode == "semantic":
+        if options.float16:
+            trained.model.half()
         graph, example = semantic_graph(trained, options)
         metadata |= {"image_layout": options.image_layout, "image_dtype": options.image_dtype}
         batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
@@ -52,6 +55,8 @@ def write(trained: Trained, paths: list[Path], options: Options) -> list[str]:
         return []
     encoder, decoder = paths
     sam = trained.model.sam
+    if options.float16:
+        sam.image_encoder.half()  # nearly all of the model; boxes need float32
     height, width = sam.frame_size
     sides = {0: torch.export.Dim("height", min=1, max=height), 1: torch.export.Dim("width", min=1, max=width)}
     picture = {"input_image": torch.zeros(height - 1, width - 1, 3)}

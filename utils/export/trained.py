@@ -18,11 +18,12 @@ from utils.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """Input and output of an exported semantic model."""
+    """How a model is exported; a box model has only `float16`."""
 
     image_layout: str  # of IMAGE_LAYOUTS
     image_dtype: str  # uint8 of 0..255, or float32 of [0, 1]
     logits: bool  # also return the logits
+    float16: bool  # weights and most of the arithmetic in half precision
 
 
 @dataclass(frozen=True)
