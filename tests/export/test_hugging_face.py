@@ -73,6 +73,8 @@ def test_what_does_not_fit(best: Path, sam_file: Path, tmp_path: Path, error_of:
     assert "SamModel takes boxes; use --format onnx or torch" in error_of(export, *flags, semantic)
     wide = write_checkpoint(tmp_path / "wide.pth", sam_file, "box", "32x64")
     assert "SamModel takes square frames, not 32x64; use --format onnx" in error_of(export, *flags, wide)
+    line = error_of(export, *flags, best, "--image_layout", "nhwc")
+    assert "--image_layout: --format hf of a box model does not take it" in line
     assert not (tmp_path / "hf").exists()
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("of value")

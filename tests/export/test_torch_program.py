@@ -65,4 +65,6 @@ def test_what_does_not_fit(sam_file: Path, tmp_path: Path, error_of: Callable[..
     assert "--format torch: exports semantic models; use --format onnx or hf for a box model" in line
     line = error_of(export, *flags, semantic, "--output", tmp_path / "m.pth")
     assert f"{tmp_path / 'm.pth'}: is no name of a PyTorch program; give --output m.pth.pt2" in line
+    line = error_of(export, *flags, semantic, "--output", tmp_path / "m.pt2", "--precision", "float16")
+    assert "--precision: --format torch of a semantic model does not take it; leave it out" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["box.pth", "semantic.pth"]
