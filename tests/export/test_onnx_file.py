@@ -58,7 +58,7 @@ def make_run(
 
 def exported(run: Path, sam_file: Path, output: Path, *flags: object) -> Path:
     source = ["--model_checkpoint", run, "--sam_checkpoint", sam_file]
-    run_script(export, *source, "--format", "onnx", "--output", output, *flags)  # type: ignore[arg-type]
+    run_script(export, *source, "--format", "onnx", "--output", output, *flags)
     return output
 
 
@@ -397,7 +397,7 @@ def test_export_writes_all_or_nothing(
     source = ["--sam_checkpoint", sam_file, "--format", "onnx", "--model_checkpoint"]
 
     def error(run: Path, output: Path, *flags: object) -> str:
-        return error_of(export, *source, run, "--output", output, *flags)  # type: ignore[arg-type]
+        return error_of(export, *source, run, "--output", output, *flags)
 
     before = semantic.read_bytes()
     assert "already exists" in error(semantic_run, semantic)
@@ -417,7 +417,7 @@ def test_export_writes_all_or_nothing(
         "--format",
         "onnx",
         "--output",
-        tmp_path / "a.onnx",  # type: ignore[arg-type]
+        tmp_path / "a.onnx",
     )
     assert semantic.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other_sam.pth"]
