@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +25,7 @@ import infer_bdd100k
 import utils
 from benchmarks.public import public_sam
 from segment_anything.build_sam import file_digest
-from tests.helpers.inputs import IMAGE_SIZE, pictures, write_detections
+from tests.helpers.inputs import IMAGE_SIZE, pictures, write_detections, write_split
 from tests.helpers.oracles import public_tiny, relative_error
 from tests.helpers.scripts import read_results, run_script
 from utils.data.classes import CLASS_NAMES, CLASSES
@@ -120,14 +121,23 @@ def test_class_maps_and_logits_of_any_batch(semantic: Path, semantic_run: Path, 
         assert relative_error(logits, F.interpolate(masks, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear")) < 1e-5
 
 
-def test_a_frame_that_is_no_square_in_rows_and_floats(tmp_path: Path, sam_file: Path) -> None:
-    run = make_run(tmp_path / "run", sam_file, "semantic", "32x64")
-    flags = ["--image_layout", "nhwc", "--image_dtype", "float32"]
-    session = session_of(exported(run, sam_file, tmp_path / "wide.onnx", *flags))
+@pytest.fixture(scope="module")
+def wide_run(folder: Path, sam_file: Path) -> Path:
+    return make_run(folder / "wide", sam_file, "semantic", "32x64")
+
+
+@pytest.fixture(scope="module")
+def wide(folder: Path, wide_run: Path, sam_file: Path) -> Path:
+    """A file without logits, for floats with the channels last."""
+    return exported(wide_run, sam_file, folder / "wide.onnx", "--image_layout", "nhwc", "--image_dtype", "float32")
+
+
+def test_a_frame_that_is_no_square_in_rows_and_floats(wide: Path, wide_run: Path, sam_file: Path) -> None:
+    session = session_of(wide)
     assert [output.name for output in session.get_outputs()] == ["class_map"]
     images = random_pictures(3, "32x64")
     (class_map,) = session.run(None, {"images": images.astype(np.float32) / 255})
-    assert (class_map != maps_of(load_trained(run, sam_file).model, images)).mean() <= 1e-4
+    assert (class_map != maps_of(load_trained(wide_run, sam_file).model, images)).mean() <= 1e-4
 
 
 def test_what_a_file_says_about_itself(semantic: Path, sam_file: Path) -> None:
@@ -162,6 +172,16 @@ def test_half_precision(tmp_path: Path, semantic_run: Path, semantic: Path, sam_
     images = {"images": random_pictures(3).transpose(0, 3, 1, 2)}
     (ours,), (expected, _) = session_of(half).run(None, images), session_of(semantic).run(None, images)
     assert (ours != expected).mean() < 0.03
+
+
+def test_weights_of_8_bits(tmp_path: Path, semantic_run: Path, semantic: Path, sam_file: Path) -> None:
+    small = exported(semantic_run, sam_file, tmp_path / "int8.onnx", "--precision", "int8")
+    nodes = [node.op_type for node in onnx.load(small).graph.node]
+    assert nodes.count("MatMulInteger") == 4 * 8  # of the encoder's 8 blocks
+    assert small.stat().st_size < 0.7 * semantic.stat().st_size
+    images = {"images": random_pictures(3).transpose(0, 3, 1, 2)}
+    (ours,), (expected, _) = session_of(small).run(None, images), session_of(semantic).run(None, images)
+    assert 0 < (ours != expected).mean() < 0.1
 
 
 # --- Boxes
@@ -202,16 +222,17 @@ def test_boxes_give_the_public_predictors_masks(box: tuple[Path, Path], box_run:
 
 
 def test_infer_scores_boxes_as_the_checkpoint(
-    tmp_path: Path, sam_file: Path, npy: Path, capsys: pytest.CaptureFixture[str]
+    box: tuple[Path, Path], box_run: Path, sam_file: Path, npy: Path, tmp_path: Path
 ) -> None:
-    run = make_run(tmp_path / "run", sam_file, "box")
-    exported(run, sam_file, tmp_path / "b.onnx")
-    names = [path.stem for path in sorted((npy / "val" / "imgs").iterdir())]
+    split = tmp_path / "val"
+    shutil.copytree(npy / "val", split)
+    manifest = split / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"stretch"', '"pad"'))
+    names = [path.stem for path in sorted((split / "imgs").iterdir())]
     boxes = write_detections(tmp_path / "boxes.json", names)
     for flags in ([], ["--boxes", boxes], ["--save_predictions"]):
-        theirs = score(npy, tmp_path / "theirs", "--model_checkpoint", run, *on_sam(sam_file), *flags)
-        ours = score(npy, tmp_path / "ours", "--model_checkpoint", tmp_path / "b.encoder.onnx", *flags)
-        assert ours.pop("model") != theirs.pop("model")
+        theirs = score(split, tmp_path / "theirs", "--model_checkpoint", box_run, *on_sam(sam_file), *flags)
+        ours = score(split, tmp_path / "ours", "--model_checkpoint", box[1], *flags)
         assert ours["mIoU"] == pytest.approx(theirs["mIoU"], abs=5e-5)
 
 
@@ -222,8 +243,8 @@ def on_sam(sam_file: Path) -> list[object]:
     return ["--sam_checkpoint", sam_file, "--model_type", "vit_tiny"]
 
 
-def score(npy: Path, output: Path, *flags: object) -> dict[str, Any]:
-    run_script(infer_bdd100k, "--val_npy_path", npy / "val", "--num_workers", 0, "--output_dir", output, *flags)
+def score(split: Path, output: Path, *flags: object) -> dict[str, Any]:
+    run_script(infer_bdd100k, "--val_npy_path", split, "--num_workers", 0, "--output_dir", output, *flags)
     return read_results(output)
 
 
@@ -231,8 +252,8 @@ def score(npy: Path, output: Path, *flags: object) -> dict[str, Any]:
 def test_infer_scores_as_the_checkpoint(
     flags: list[object], semantic: Path, semantic_run: Path, sam_file: Path, npy: Path, tmp_path: Path
 ) -> None:
-    theirs = score(npy, tmp_path / "theirs", "--model_checkpoint", semantic_run, *on_sam(sam_file), *flags)
-    ours = score(npy, tmp_path / "ours", "--model_checkpoint", semantic, *flags)
+    theirs = score(npy / "val", tmp_path / "theirs", "--model_checkpoint", semantic_run, *on_sam(sam_file), *flags)
+    ours = score(npy / "val", tmp_path / "ours", "--model_checkpoint", semantic, *flags)
     assert ours["mIoU"] == pytest.approx(theirs["mIoU"], abs=5e-5)
     for path in (tmp_path / "theirs").glob("predictions/*.png"):
         expected, actual = (np.asarray(Image.open(p)) for p in (path, tmp_path / "ours" / "predictions" / path.name))
@@ -240,15 +261,17 @@ def test_infer_scores_as_the_checkpoint(
 
 
 def test_infer_scores_a_file_without_logits_in_the_frame(
-    semantic_run: Path, semantic: Path, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
+    wide: Path, wide_run: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:
-    maps = exported(semantic_run, sam_file, tmp_path / "maps.onnx", "--image_layout", "nhwc")
-    assert score(npy, tmp_path / "a", "--model_checkpoint", maps)["mIoU"] == pytest.approx(
-        score(npy, tmp_path / "b", "--model_checkpoint", semantic)["mIoU"], abs=5e-5
-    )
+    labels = np.random.default_rng(0).integers(0, 19, (3, 4, 8), dtype=np.uint8).repeat(8, axis=1).repeat(8, axis=2)
+    images = random_pictures(3, "32x64")
+    split = write_split(tmp_path / "val", {f"{i}": (images[i], labels[i]) for i in range(3)})
+    theirs = score(split, tmp_path / "theirs", "--model_checkpoint", wide_run, *on_sam(sam_file))
+    ours = score(split, tmp_path / "ours", "--model_checkpoint", wide, "--batch_size", 2)
+    assert ours["mIoU"] == pytest.approx(theirs["mIoU"], abs=5e-5)
+    (tmp_path / "p.jpg").touch()
     for flags in (["--tta"], ["--images", tmp_path], ["--save_predictions"], ["--visualize"]):
-        (tmp_path / "p.jpg").touch()
-        assert "--logits" in error_of(infer_bdd100k, "--model_checkpoint", maps, "--val_npy_path", npy / "val", *flags)
+        assert "--logits" in error_of(infer_bdd100k, "--model_checkpoint", wide, "--val_npy_path", split, *flags)
 
 
 def test_infer_segments_pictures(

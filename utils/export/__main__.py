@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 from utils.runtime import cli
-from utils.runtime.choices import EXPORT_FORMATS, IMAGE_LAYOUTS, MODEL_TYPES
+from utils.runtime.choices import EXPORT_FORMATS, EXPORT_PRECISIONS, IMAGE_LAYOUTS, MODEL_TYPES
 
 
 def get_args_parser() -> cli.Parser:
@@ -34,7 +34,7 @@ def get_args_parser() -> cli.Parser:
     parser.begin_group("output")
     flag("format", choices=EXPORT_FORMATS, required=True, help="kind of file")
     flag("output", type=Path, required=True, metavar="PATH", help="file to write")
-    flag("precision", choices=("float32", "float16"), default="float32", help="of the model; float16 is for GPUs")
+    flag("precision", choices=EXPORT_PRECISIONS, default="float32", help="float16 is for GPUs, int8 for CPUs")
     switch("overwrite", help="replace an existing output")
 
     parser.begin_group("input and output of a semantic model")
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         image_layout=args.image_layout,
         image_dtype=args.image_dtype,
         logits=args.logits,
-        float16=args.precision == "float16",
+        precision=args.precision,
     )
     outputs = chosen.outputs(args.output, trained.info)
     notes = chosen.write(trained, outputs, options)

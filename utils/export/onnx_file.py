@@ -43,10 +43,9 @@ def outputs(output: Path, info: ModelInfo) -> list[Path]:
 
 def write(trained: Trained, paths: list[Path], options: Options) -> list[str]:
     """Write the model; returns notes for the user."""
-    precision = "float16" if options.float16 else "float32"
-    metadata = {"format_version": str(FORMAT_VERSION), "precision": precision, **trained.metadata()}
+    metadata = {"format_version": str(FORMAT_VERSION), "precision": options.precision, **trained.metadata()}
     if trained.info.prompt_mode == "semantic":
-        if options.float16:
+        if options.precision == "float16":
             trained.model.half()
         graph, example = semantic_graph(trained, options)
         metadata |= {"image_layout": options.image_layout, "image_dtype": options.image_dtype}
@@ -55,7 +54,7 @@ def write(trained: Trained, paths: list[Path], options: Options) -> list[str]:
         return []
     encoder, decoder = paths
     sam = trained.model.sam
-    if options.float16:
+    if options.precision == "float16":
         sam.image_encoder.half()  # nearly all of the model; boxes need float32
     height, width = sam.frame_size
     sides = {0: torch.export.Dim("height", min=1, max=height), 1: torch.export.Dim("width", min=1, max=width)}
@@ -98,6 +97,8 @@ def _export(
         )
     assert program is not None
     model = program.model
+    quantizes = metadata["precision"] == "int8"
+    linear = [str(node.name) for node in model.graph if quantizes and _is_linear_of_encoder(node)]
     for graph in (model.graph, *model.functions.values()):
         for node in graph:  # PyTorch notes the paths and lines of its source there
             node.metadata_props.clear()
@@ -109,10 +110,25 @@ def _export(
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
     model.producer_name, model.producer_version = "sam-bdd100k", metadata["version"]
-    _save(model, path)
+    _save(model, path, linear)
 
 
-def _save(model: Any, path: Path) -> None:
+def _is_linear_of_encoder(node: Any) -> bool:
+    """Whether it is a linear layer of an encoder block: nearly all of the weights and of the arithmetic."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    weight = node.inputs[1] if node.op_type == "MatMul" else None
+    # Tables of relative positions have four dimensions.
+    return (
+        weight is not None and weight.is_initializer() and len(weight.shape) == 2 and "image_encoder.blocks." in scopes
+    )
+
+
+def _save(model: Any, path: Path, quantized: list[str]) -> None:
+    """Check and write a model.
+
+    Args:
+        quantized: names of the linear layers that get weights of 8 bits, none for no quantization.
+    """
     import onnx
     import onnx_ir
 
@@ -122,9 +138,34 @@ def _save(model: Any, path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as folder:
             written = Path(folder) / path.name
             onnx_ir.save(model, written, external_data=weights)
+            if quantized:
+                _quantize(written, quantized)
+                weights = None  # what is left of the largest model is small enough
             onnx.checker.check_model(str(written), full_check=True)  # with shape inference
             if weights:
                 os.replace(written.with_name(weights), path.with_name(weights))
             os.replace(written, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _quantize(path: Path, nodes: list[str]) -> None:
+    """Replace the weights of linear layers by 8 bits; their inputs are quantized at run time."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    logging.getLogger().addFilter(_is_no_advice)
+    try:
+        quantize_dynamic(
+            path,
+            path,
+            nodes_to_quantize=nodes,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    finally:
+        logging.getLogger().removeFilter(_is_no_advice)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "pre-processing" not in record.getMessage()  # which would need optional packages

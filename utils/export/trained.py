@@ -18,12 +18,12 @@ from utils.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """How a model is exported; a box model has only `float16`."""
+    """How a model is exported; a box model has only `precision`."""
 
     image_layout: str  # of IMAGE_LAYOUTS
     image_dtype: str  # uint8 of 0..255, or float32 of [0, 1]
     logits: bool  # also return the logits
-    float16: bool  # weights and most of the arithmetic in half precision
+    precision: str  # of EXPORT_PRECISIONS; int8 is for ONNX alone
 
 
 @dataclass(frozen=True)

@@ -152,11 +152,6 @@ def load_onnx(
     """
     if missing := missing_packages("onnx", "onnxruntime"):
         raise UserError(f"{path}: needs {' and '.join(missing)}; run pip install {' '.join(missing)}")
-    import onnxruntime
-
-    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
-    if provider not in onnxruntime.get_available_providers():
-        raise UserError("--device cuda: onnxruntime has no CUDA provider; install onnxruntime-gpu, or use --device cpu")
     paths = parts_of(path)
     read = [_read(part, frame) for part in paths]
     infos = [info for _, _, info in read]
@@ -167,7 +162,7 @@ def load_onnx(
         )
     if infos[0] != infos[-1] or read[0][1].get("val_miou") != read[-1][1].get("val_miou"):
         raise UserError(f"{paths[0]} and {paths[1]}: are of two models; export both again")
-    sessions = [_session(part, content, device, provider) for part, (content, _, _) in zip(paths, read)]
+    sessions = [load_session(part, device, content) for part, (content, _, _) in zip(paths, read)]
     if len(paths) == 2:
         return OnnxBoxSegmenter(paths, sessions, device), infos[0]
     return OnnxSemanticSegmenter(path, sessions[0], read[0][1], device), infos[0]
@@ -308,17 +303,25 @@ def _dims(value: Any) -> list[int | str]:
     return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in value.type.tensor_type.shape.dim]
 
 
-def _session(path: Path, content: bytes | None, device: torch.device, provider: str) -> Any:
+def load_session(path: Path, device: torch.device, content: bytes | None = None) -> Any:
+    """An onnxruntime session on a device; `content` is the file's, if it has been read.
+
+    Raises:
+        UserError: onnxruntime cannot load the file, or does not support the device.
+    """
     import onnxruntime
 
+    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
+        raise UserError("--device cuda: onnxruntime has no CUDA provider; install onnxruntime-gpu, or use --device cpu")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4  # errors are raised, too
-    chosen: list[Any] = [provider]
+    providers: list[Any] = [provider]
     if device.type == "cuda":
-        chosen = [(provider, {"device_id": device.index or 0}), "CPUExecutionProvider"]
+        providers = [(provider, {"device_id": device.index or 0}), "CPUExecutionProvider"]
     try:
-        return onnxruntime.InferenceSession(str(path) if content is None else content, options, providers=chosen)
+        return onnxruntime.InferenceSession(path if content is None else content, options, providers=providers)
     except Exception as error:  # onnxruntime's own types, which it does not document
         _refuse(path, f"onnxruntime cannot load it ({_first_line(error)})")
 

@@ -9,6 +9,7 @@ PROMPT_MODES = ("box", "semantic")  # as in utils.model.segmenter.SEGMENTERS
 CACHE_DTYPES = ("float16", "float32")  # as in utils.cache.keys.DTYPES
 SCHEDULES = ("constant", "cosine", "step")
 EXPORT_FORMATS = ("onnx", "torch", "safetensors", "hf")  # as in utils.export.formats.FORMATS
+EXPORT_PRECISIONS = ("float32", "float16", "int8")
 IMAGE_LAYOUTS = ("nchw", "nhwc")
 AMP_DTYPES = ("auto", "fp16", "bf16")
 AMP_HELP = "type of mixed precision; auto is bf16 if the hardware has it, otherwise fp16 on a GPU and float32 on a CPU"
