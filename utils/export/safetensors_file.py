@@ -17,5 +17,6 @@ def outputs(output: Path, info: ModelInfo) -> list[Path]:
 
 def write(trained: Trained, paths: list[Path], options: Options) -> list[str]:
     """Write the decoder; returns notes for the user."""
+    assert trained.state is not None, "not loaded from a file"
     save_safetensors(paths[0], trained.state)
     return ["it holds the decoder alone; give it as --model_checkpoint, with the SAM file it was trained on"]

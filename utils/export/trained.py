@@ -31,10 +31,10 @@ class Trained:
     """A fine-tuned model on the CPU, in eval mode, and its origin."""
 
     model: Segmenter
-    state: Checkpoint  # the file that `model` was built from
     info: ModelInfo
     epoch: int | None
     miou: float | None  # of the run's validation; None without one
+    state: Checkpoint | None = None  # the file that the model was built from
 
     def metadata(self) -> dict[str, str]:
         """What a program needs to use the model, and where the model comes from."""
@@ -74,5 +74,5 @@ def load_trained(
     model, info = checkpoint.rebuild(state, model_checkpoint, sam_checkpoint, check_hash=check_hash)
     epoch, miou = state.get("epoch"), state.get("metrics", {}).get("val_miou")
     return Trained(
-        model.eval(), state, info, epoch if isinstance(epoch, int) else None, miou if isinstance(miou, float) else None
+        model.eval(), info, epoch if isinstance(epoch, int) else None, miou if isinstance(miou, float) else None, state
     )
