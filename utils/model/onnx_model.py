@@ -205,7 +205,7 @@ def _info(path: Path, metadata: dict[str, str]) -> ModelInfo:
         _refuse(path, "has no metadata of this project")
     if metadata["format_version"] != str(FORMAT_VERSION):
         raise UserError(
-            f"{path}: format {metadata['format_version']}, this version reads {FORMAT_VERSION}; export it again"
+            f"{path}: format {metadata['format_version'][:20]}, this version reads {FORMAT_VERSION}; export it again"
         )
     try:
         classes = json.loads(metadata["class_names"])
@@ -219,9 +219,11 @@ def _info(path: Path, metadata: dict[str, str]) -> ModelInfo:
         fields["image_size"] = int(fields["image_size"])
     info = ModelInfo(**fields)
     if not is_image_size(info.image_size) or info.resize_mode not in RESIZE_MODES:
-        _refuse(path, f"image size {info.image_size} with resize mode {info.resize_mode} is not supported")
+        _refuse(
+            path, f"image size {str(info.image_size)[:20]} with resize mode {info.resize_mode[:20]} is not supported"
+        )
     if info.prompt_mode not in SEGMENTERS:
-        _refuse(path, f"prompt mode {info.prompt_mode} is unknown to this version")
+        _refuse(path, f"prompt mode {info.prompt_mode[:20]} is unknown to this version")
     return info
 
 
@@ -273,7 +275,7 @@ def _check_interface(path: Path, graph: Any, info: ModelInfo, metadata: dict[str
     if info.prompt_mode == "semantic":
         layout, dtype = metadata.get("image_layout"), metadata.get("image_dtype")
         if layout not in IMAGE_LAYOUTS or dtype not in ("uint8", "float32"):
-            _refuse(path, f"takes pictures as {dtype} {layout}, which is not supported")
+            _refuse(path, f"takes pictures as {str(dtype)[:20]} {str(layout)[:20]}, which is not supported")
         picture = (3, height, width) if layout == "nchw" else (height, width, 3)
         inputs = {PICTURE: (uint8 if dtype == "uint8" else float32, (BATCH, *picture))}
         outputs = {
