@@ -31,6 +31,7 @@ from tests.helpers.scripts import read_results, run_script
 from utils.data.classes import CLASS_NAMES, CLASSES
 from utils.data.frame import ImageSize, frame_size
 from utils.export import __main__ as export
+from utils.export import onnx_file
 from utils.export.trained import load_trained
 from utils.model.checkpoint import BEST, ModelInfo, save_best
 from utils.model.prediction import predict
@@ -444,6 +445,24 @@ def test_export_writes_all_or_nothing(
     )
     assert semantic.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other_sam.pth"]
+
+
+def test_weights_in_a_second_file(
+    semantic_run: Path, semantic: Path, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    """As of models that a protobuf cannot hold."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_file, "MAX_WEIGHTS", 1_000_000)
+        large = exported(semantic_run, sam_file, tmp_path / "large.onnx", "--logits")
+    assert large.stat().st_size < 2_000_000 < (tmp_path / "large.onnx.data").stat().st_size
+    flags = ["--model_checkpoint", large, "--val_npy_path", npy / "val"]
+    ours = score(npy / "val", tmp_path / "out", "--model_checkpoint", large)
+    theirs = score(npy / "val", tmp_path / "out", "--model_checkpoint", semantic)
+    assert ours["mIoU"] == theirs["mIoU"]
+    os.truncate(tmp_path / "large.onnx.data", 1000)
+    assert "large.onnx" in error_of(infer_bdd100k, *flags)
+    (tmp_path / "large.onnx.data").unlink()
+    assert "put large.onnx.data beside it" in error_of(infer_bdd100k, *flags)
 
 
 # --- The example

@@ -83,6 +83,7 @@ class OnnxSemanticSegmenter(OnnxSegmenter):
         super().__init__(device)
         self.path, self.session, self.metadata = path, session, metadata
         self.has_logits = len(session.get_outputs()) == 2
+        self.size = frame_size(_info(path, metadata).image_size)
 
     def inputs(self, images: Tensor, features: Features | None = None) -> Features:
         """The pictures as the file takes them; it encodes them itself."""
@@ -98,6 +99,8 @@ class OnnxSemanticSegmenter(OnnxSegmenter):
         pictures = {PICTURE: np.ascontiguousarray(features[0].cpu().numpy())}
         name = "logits" if self.has_logits else "class_map"
         (output,) = self._run(self.session, self.path, [name], pictures)
+        if output.ndim != 3 + self.has_logits or output.shape[-2:] != self.size or len(output) != len(features[0]):
+            _refuse(self.path, f"its {name} has the shape {'x'.join(map(str, output.shape))}")
         if not self.has_logits:
             output = F.one_hot(output.long().clamp(max=NUM_CLASSES - 1), NUM_CLASSES).permute(0, 3, 1, 2).float()
         return (output,)
@@ -160,7 +163,7 @@ def load_onnx(
             f"{path}: a box model is named NAME.encoder.onnx and NAME.decoder.onnx, and a semantic one has neither "
             "ending; rename it"
         )
-    if infos[0] != infos[-1] or read[0][1].get("val_miou") != read[-1][1].get("val_miou"):
+    if read[0][1] != read[-1][1]:
         raise UserError(f"{paths[0]} and {paths[1]}: are of two models; export both again")
     sessions = [load_session(part, device, content) for part, (content, _, _) in zip(paths, read)]
     if len(paths) == 2:
