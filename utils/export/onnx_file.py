@@ -142,11 +142,19 @@ def _save(model: Any, path: Path, quantized: list[str]) -> None:
                 _quantize(written, quantized)
                 weights = None  # what is left of the largest model is small enough
             onnx.checker.check_model(str(written), full_check=True)  # with shape inference
+            for file in Path(folder).iterdir():
+                _flush(file)
             if weights:
                 os.replace(written.with_name(weights), path.with_name(weights))
             os.replace(written, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _flush(path: Path) -> None:
+    """Write a file to the disk before it replaces another."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _quantize(path: Path, nodes: list[str]) -> None:

@@ -83,6 +83,7 @@ class OnnxSemanticSegmenter(OnnxSegmenter):
         super().__init__(device)
         self.path, self.session, self.metadata = path, session, metadata
         self.has_logits = len(session.get_outputs()) == 2
+        self.size = frame_size(_info(path, metadata).image_size)
 
     def inputs(self, images: Tensor, features: Features | None = None) -> Features:
         """The pictures as the file takes them; it encodes them itself."""
@@ -98,6 +99,8 @@ class OnnxSemanticSegmenter(OnnxSegmenter):
         pictures = {PICTURE: np.ascontiguousarray(features[0].cpu().numpy())}
         name = "logits" if self.has_logits else "class_map"
         (output,) = self._run(self.session, self.path, [name], pictures)
+        if output.ndim != 3 + self.has_logits or output.shape[-2:] != self.size or len(output) != len(features[0]):
+            _refuse(self.path, f"its {name} has the shape {'x'.join(map(str, output.shape))}")
         if not self.has_logits:
             output = F.one_hot(output.long().clamp(max=NUM_CLASSES - 1), NUM_CLASSES).permute(0, 3, 1, 2).float()
         return (output,)
@@ -160,7 +163,7 @@ def load_onnx(
             f"{path}: a box model is named NAME.encoder.onnx and NAME.decoder.onnx, and a semantic one has neither "
             "ending; rename it"
         )
-    if infos[0] != infos[-1] or read[0][1].get("val_miou") != read[-1][1].get("val_miou"):
+    if read[0][1] != read[-1][1]:
         raise UserError(f"{paths[0]} and {paths[1]}: are of two models; export both again")
     sessions = [load_session(part, device, content) for part, (content, _, _) in zip(paths, read)]
     if len(paths) == 2:
@@ -205,7 +208,7 @@ def _info(path: Path, metadata: dict[str, str]) -> ModelInfo:
         _refuse(path, "has no metadata of this project")
     if metadata["format_version"] != str(FORMAT_VERSION):
         raise UserError(
-            f"{path}: format {metadata['format_version']}, this version reads {FORMAT_VERSION}; export it again"
+            f"{path}: format {metadata['format_version'][:20]}, this version reads {FORMAT_VERSION}; export it again"
         )
     try:
         classes = json.loads(metadata["class_names"])
@@ -219,9 +222,11 @@ def _info(path: Path, metadata: dict[str, str]) -> ModelInfo:
         fields["image_size"] = int(fields["image_size"])
     info = ModelInfo(**fields)
     if not is_image_size(info.image_size) or info.resize_mode not in RESIZE_MODES:
-        _refuse(path, f"image size {info.image_size} with resize mode {info.resize_mode} is not supported")
+        _refuse(
+            path, f"image size {str(info.image_size)[:20]} with resize mode {info.resize_mode[:20]} is not supported"
+        )
     if info.prompt_mode not in SEGMENTERS:
-        _refuse(path, f"prompt mode {info.prompt_mode} is unknown to this version")
+        _refuse(path, f"prompt mode {info.prompt_mode[:20]} is unknown to this version")
     return info
 
 
@@ -273,7 +278,7 @@ def _check_interface(path: Path, graph: Any, info: ModelInfo, metadata: dict[str
     if info.prompt_mode == "semantic":
         layout, dtype = metadata.get("image_layout"), metadata.get("image_dtype")
         if layout not in IMAGE_LAYOUTS or dtype not in ("uint8", "float32"):
-            _refuse(path, f"takes pictures as {dtype} {layout}, which is not supported")
+            _refuse(path, f"takes pictures as {str(dtype)[:20]} {str(layout)[:20]}, which is not supported")
         picture = (3, height, width) if layout == "nchw" else (height, width, 3)
         inputs = {PICTURE: (uint8 if dtype == "uint8" else float32, (BATCH, *picture))}
         outputs = {
