@@ -71,7 +71,7 @@ def get_args_parser() -> cli.Parser:
         "model_checkpoint",
         type=Path,
         metavar="PATH",
-        help="a run's folder, its best, or an .onnx file of utils.export (default: none, SAM itself)",
+        help="a run's folder, its best, or an .onnx or .safetensors file of utils.export (default: none, SAM itself)",
     )
     flag("sam_checkpoint", type=Path, default=sam, metavar="FILE", help="SAM file the model was trained on")
     flag("model_type", choices=MODEL_TYPES, default="vit_b", help="size of SAM")
