@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from collections.abc import Mapping
 from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -27,7 +28,15 @@ from typing import Any, Literal
 
 from utils.data.classes import CLASS_NAMES
 from utils.runtime import cli
-from utils.runtime.choices import AMP_DTYPES, AMP_HELP, CACHE_DTYPES, MAP_RULES, MODEL_TYPES, MapRule
+from utils.runtime.choices import (
+    AMP_DTYPES,
+    AMP_HELP,
+    CACHE_DTYPES,
+    MAP_RULES,
+    MODEL_TYPES,
+    PREDICTION_FORMATS,
+    MapRule,
+)
 
 NUM_PICTURES = 20  # of a bare --visualize
 
@@ -68,7 +77,12 @@ def get_args_parser() -> cli.Parser:
     flag("num_workers", type=cli.non_negative_int, default=2, metavar="N", help="loader processes")
 
     parser.begin_group("model")
-    flag("model_checkpoint", type=Path, metavar="PATH", help="a run's folder or its best (default: none, SAM itself)")
+    flag(
+        "model_checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="a run's folder, its best, or an .onnx or .safetensors file of utils.export (default: none, SAM itself)",
+    )
     flag("sam_checkpoint", type=Path, default=sam, metavar="FILE", help="SAM file the model was trained on")
     flag("model_type", choices=MODEL_TYPES, default="vit_b", help="size of SAM")
     switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
@@ -139,6 +153,12 @@ def get_args_parser() -> cli.Parser:
     )
     flag("classes", nargs="+", type=class_name, metavar="CLASS", help="paint only these over --images (default: all)")
     switch("save_predictions", help="write each image's train ids at its original size as PNG")
+    flag(
+        "predictions_format",
+        choices=PREDICTION_FORMATS,
+        default="png",
+        help="beside the PNGs of --save_predictions, a file that an annotation tool imports",
+    )
     # torch.distributed.launch passes it; the environment has the same value.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -158,6 +178,7 @@ from utils.data.detections import read_detections
 from utils.data.frame import ImageSize
 from utils.data.geometry import fitted_size, resize_image, unframe
 from utils.data.loaders import evaluation_loader, usable_workers
+from utils.evaluate import annotators
 from utils.evaluate.evaluate import predictions_and_labels
 from utils.evaluate.examples import Examples
 from utils.evaluate.gallery import LABEL_MAPS, ScoredImage, encode_labels, report_cards, save_label_maps
@@ -174,9 +195,10 @@ from utils.evaluate.media import (
 )
 from utils.evaluate.metrics import count_pixels, mean_iou
 from utils.evaluate.plots import OverlayStyle, save_comparison, save_labels
-from utils.evaluate.report import begin_pictures, begin_results, write_report
+from utils.evaluate.report import begin_pictures, begin_results, remove_exports, write_report
 from utils.model import checkpoint
 from utils.model.checkpoint import ModelInfo
+from utils.model.onnx_model import OnnxSemanticSegmenter, is_onnx, load_onnx
 from utils.model.prediction import Prediction, predict
 from utils.model.segmenter import Segmenter, build_model
 from utils.runtime import distributed
@@ -188,6 +210,8 @@ from utils.train.logger import CONFIG
 
 
 def main(args: cli.Flags) -> int:
+    if args.predictions_format != "png" and not args.save_predictions:
+        raise UserError(f"--predictions_format {args.predictions_format}: needs --save_predictions")
     precision = resolve_precision(
         args.device,
         local_rank=distributed.local_rank(),
@@ -210,6 +234,8 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     if {"opacity", "classes"} & args.given:
         raise UserError("--opacity and --classes are for --images; leave them out")
     source = NpyFolder(args.val_npy_path)
+    if args.predictions_format != "png":
+        annotators.require_exportable(source.pictures())
     masks = original_masks(args, source) if args.eval_size == "original" else None
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
     boxes = choose_boxes(args, info, [item.name for item in source.items])
@@ -220,7 +246,8 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     dataset = EvaluationDataset(source, boxes, tta=args.tta)
     loading = {"batch_size": args.batch_size, "num_workers": usable_workers(args.num_workers)}
     where = "off" if args.tta else args.cache_embeddings
-    use_caches({dataset: 1}, model, info, precision, where=where, dtype=args.cache_dtype, **loading)
+    if not is_onnx(args.model_checkpoint):
+        use_caches({dataset: 1}, model, info, precision, where=where, dtype=args.cache_dtype, **loading)
     loader = evaluation_loader(dataset, **loading, precision=precision)
     scored = []
     names = [item.name for item in source.items]
@@ -264,6 +291,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
         if args.report_images:
             save_label_maps(args.output_dir / LABEL_MAPS, scored)
         print_folders(args)
+    distributed.on_main(lambda: export(args, source.pictures()))
     return 0
 
 
@@ -327,6 +355,13 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     if wrong:
         raise UserError(f"--images {wrong}")
     source = find_source(args.images)
+    if args.predictions_format != "png":
+        if isinstance(source, Video):
+            raise UserError(
+                f"{source.path}: --predictions_format {args.predictions_format} needs pictures; extract the frames "
+                f"(ffmpeg -i {shlex.quote(str(source.path))} 'FOLDER/%06d.png') and give their folder as --images"
+            )
+        annotators.require_exportable(source.pictures)
     model, info = load_model(args, precision, frame=None)
     boxes = choose_boxes(args, info, list(source.pictures) if isinstance(source, ImageFolder) else None)
     rule = choose_map_rule(args, info, boxes)
@@ -350,8 +385,10 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
         begin_pictures(output, ".jpg", lambda name: is_of(source, name))
     if args.save_predictions:
         begin_pictures(args.output_dir / "predictions", ".png", lambda name: is_of(source, name))
+    remove_exports(args.output_dir)
 
     failures: list[UserError] = []
+    segmented: set[str] = set()
     prompted = False
     ahead = read_ahead(source, args.batch_size)
     frames = iter(progress_bar(ahead, "segmenting", total=source.count, unit="image"))
@@ -368,6 +405,7 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
                 write(name, image, labels)
                 if args.save_predictions:
                     save_labels(args.output_dir / "predictions" / f"{name}.png", labels)
+                    segmented.add(name)
         if boxes is not None and not prompted:
             raise UserError(
                 f"{args.boxes}: has no box for {args.images}; nothing was segmented (boxes are found by the picture's "
@@ -377,6 +415,8 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     if isinstance(source, Video) and not has_h264():
         print("The video is MPEG-4, which browsers and phones do not play; for H.264, pip install av")
     print_folders(args)
+    if isinstance(source, ImageFolder):
+        export(args, {name: path for name, path in source.pictures.items() if name in segmented})
     for failure in failures:
         print(printable(f"not segmented: {failure}"))
     for video in source.videos if isinstance(source, ImageFolder) else ():
@@ -421,33 +461,52 @@ def load_model(
     Args:
         frame: image size and resize mode of the data; None for pictures that can be resized to any.
     """
+    if is_onnx(args.model_checkpoint):
+        return load_onnx_model(args, precision, frame)
     # The small file first, so that errors do not wait for the large one.
     state = checkpoint.load_checkpoint(args.model_checkpoint) if args.model_checkpoint else None
-    if state and state["info"].model_type != args.model_type:
-        actual = state["info"].model_type
-        raise UserError(
-            f"{args.model_checkpoint}: a decoder for {actual}, not {args.model_type}; "
-            f"give --model_type {actual} and the SAM file it was trained on"
-        )
+    if state:
+        checkpoint.require_model_type(state, args.model_type, args.model_checkpoint)
     prompt_mode = state["info"].prompt_mode if state else "box"
     if args.tta and prompt_mode != "semantic":
         raise UserError(f"{args.model_checkpoint or 'plain SAM'}: takes boxes, but --tta needs a semantic checkpoint")
-    if state and frame is None:
-        frame = (state["info"].image_size, state["info"].resize_mode)
-    image_size, resize_mode = frame or (CONFIGS[args.model_type].image_size, "stretch")
-    model = build_model(
-        args.model_type,
-        args.sam_checkpoint,
-        image_size=image_size,
-        prompt_mode=prompt_mode,
-        check_hash=args.verify_checkpoint,
-        decoder=state["model"] if state else None,
-    )
-    here = ModelInfo(args.model_type, image_size, resize_mode, file_digest(args.sam_checkpoint), prompt_mode)
     if state:
-        state["info"].require_same(here, args.model_checkpoint)
-        checkpoint.load_decoder(model, state["model"], args.model_checkpoint)
-    return model.to(precision.device), here
+        model, info = checkpoint.rebuild(
+            state, args.model_checkpoint, args.sam_checkpoint, frame=frame, check_hash=args.verify_checkpoint
+        )
+    else:
+        image_size, resize_mode = frame or (CONFIGS[args.model_type].image_size, "stretch")
+        model = build_model(
+            args.model_type, args.sam_checkpoint, image_size=image_size, check_hash=args.verify_checkpoint
+        )
+        info = ModelInfo(args.model_type, image_size, resize_mode, file_digest(args.sam_checkpoint))
+    return model.to(precision.device), info
+
+
+def load_onnx_model(
+    args: argparse.Namespace, precision: Precision, frame: tuple[ImageSize, str] | None
+) -> tuple[Segmenter, ModelInfo]:
+    """Load a file of `utils.export`. It holds SAM, and its precision is its own."""
+    for flag in sorted(args.given & {"sam_checkpoint", "verify_checkpoint", "use_amp", "amp_dtype", "cache_dtype"}):
+        raise UserError(f"{args.model_checkpoint}: an ONNX model takes no --{flag}; leave it out")
+    if args.cache_embeddings not in ("auto", "off"):
+        raise UserError(f"{args.model_checkpoint}: an ONNX model reads no cache; leave out --cache_embeddings")
+    model, info = load_onnx(args.model_checkpoint, precision.device, frame)
+    if "model_type" in args.given and args.model_type != info.model_type:
+        raise UserError(f"{args.model_checkpoint}: is of {info.model_type}; leave out --model_type {args.model_type}")
+    needs_logits = {
+        "--tta": args.tta,
+        "--images": args.images is not None,
+        "--eval_size original": args.eval_size == "original",
+        "--save_predictions": args.save_predictions,
+        "--visualize": args.visualize,
+    }
+    if args.tta and info.prompt_mode != "semantic":
+        raise UserError(f"{args.model_checkpoint}: takes boxes, but --tta needs a semantic model")
+    if isinstance(model, OnnxSemanticSegmenter) and not model.has_logits and any(needs_logits.values()):
+        flag = next(flag for flag, wanted in needs_logits.items() if wanted)
+        raise UserError(f"{args.model_checkpoint}: {flag} needs logits; export the model again with --logits")
+    return model, info
 
 
 def choose_boxes(
@@ -522,6 +581,15 @@ def picture_folders(args: argparse.Namespace) -> dict[str, Path]:
 def print_folders(args: argparse.Namespace) -> None:
     for name, folder in picture_folders(args).items():
         print(f"{'Pictures' if name == 'visualizations' else 'Train ids'}: {folder}")
+
+
+def export(args: argparse.Namespace, pictures: Mapping[str, Path]) -> None:
+    """Write the saved predictions of these pictures for an annotation tool, if one was asked for."""
+    tool, folder = args.predictions_format, args.output_dir
+    if tool != "png" and pictures:
+        model = str(args.model_checkpoint or "SAM, not fine-tuned")
+        for line in annotators.export_predictions(tool, folder, folder / "predictions", pictures, model=model):
+            print(printable(line))
 
 
 def make_folders(args: argparse.Namespace) -> None:

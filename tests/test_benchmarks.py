@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, encoder, frames, gpu, inference, loading, preprocessing, public, semantic, training
+from benchmarks import (
+    common,
+    encoder,
+    export,
+    frames,
+    gpu,
+    inference,
+    loading,
+    preprocessing,
+    public,
+    semantic,
+    training,
+)
 from segment_anything import build_sam_vit_tiny
 from tests.helpers.scripts import TINY, lines_of
 from utils.data.bdd100k import find_split
@@ -34,6 +46,13 @@ def test_the_products_of_the_encoder() -> None:
     padding = 8 * (70**2 - 64**2) * 4 * 768**2 * 2e-9
     assert encoder.gflop(products) == pytest.approx(972 - padding, rel=0.01)
     assert (300, 196, 64, 196) in products  # 25 windows of 12 heads
+
+
+def test_export(capsys: pytest.CaptureFixture[str]) -> None:
+    float32, int8 = lines_of(capsys, export, *TINY)
+    assert float32["ratio"] == pytest.approx(float32["pytorch_s"] / float32["onnxruntime_s"], rel=1e-3)
+    assert float32["share_of_other_pixels"] <= 1e-3
+    assert int8["file_mb"] < 0.7 * float32["file_mb"]
 
 
 def test_inference(capsys: pytest.CaptureFixture[str]) -> None:

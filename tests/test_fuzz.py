@@ -24,6 +24,7 @@ KINDS = [
     "checkpoint",
     "SAM file",
     "cache entry",
+    "decoder",
 ]
 
 

@@ -17,6 +17,7 @@ ORDER = (
     ("utils.model", "utils.scenes"),
     ("utils.cache", "utils.evaluate"),
     ("utils.train",),
+    ("utils.export",),
     ("pre_bdd100k", "train_bdd100k", "infer_bdd100k", "utils.ckpt_convert", "utils.compare"),
     ("benchmarks", "tools"),
     ("tests",),

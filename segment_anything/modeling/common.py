@@ -33,10 +33,9 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether a graph for any number of prompts is being made: by torch.export, torch.onnx or torch.jit.trace."""
+    """Whether torch.export, or torch.onnx by it, is making a graph."""
     # Dynamo of PyTorch 2.11 tells that it is exporting while it compiles.
-    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    return exporting or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 class LayerNorm2d(nn.Module):

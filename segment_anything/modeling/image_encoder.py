@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segment_anything.modeling.common import ArgumentError, LayerNorm2d, MLPBlock, is_plain
+from segment_anything.modeling.common import ArgumentError, LayerNorm2d, MLPBlock, is_exporting, is_plain
 
 # Largest number of elements of the two largest tensors, the attention's bias and the MLP's hidden layer, which are
 # computed in pieces. On a CPU, 16 MB in float32: above 32 MB the C library maps new pages for each tensor, which takes
 # longer than the computation. On other devices, 0.5 GB in half precision.
 MAX_ELEMENTS = {"cpu": 2**22}
 MAX_ELEMENTS_ELSEWHERE = 2**28
+MAX_ELEMENTS_EXPORTED = 2**22  # of a head's scores in an exported graph
 
 WindowIndex = tuple[Tensor, Tensor]  # window_index and inverse_index: see `index_windows`
 
@@ -174,7 +175,7 @@ class Block(nn.Module):
     def forward_indexed(self, x: Tensor, indexes: dict[int, WindowIndex]) -> Tensor:
         """As `forward`, with the `index_windows` of each window size; a missing one is added."""
         x = x + self._attend(self.norm1(x), indexes)
-        if not self._is_tokenwise():
+        if not self._is_tokenwise() or is_exporting():  # the number of pieces depends on the batch
             return x + self.mlp(self.norm2(x))
         tokens = x.flatten(0, 2)
         pieces = tokens.chunk(-(-len(tokens) * self.mlp.lin1.out_features // _max_elements(x)))
@@ -268,6 +269,8 @@ class Attention(nn.Module):
         q, k, v = qkv
         if not self.use_rel_pos:
             return F.scaled_dot_product_attention(q[None], k[None], v[None], scale=self.scale)[0]
+        if is_exporting():
+            return exported_attention(q, k, v, self.rel_pos_h, self.rel_pos_w, self.scale, size)
         bias_h, bias_w = relative_position_bias(q, distance_table(self.rel_pos_h, self.rel_pos_w, size), size)
         return attention_in_pieces(q, k, v, bias_h, bias_w, self.scale)
 
@@ -303,6 +306,40 @@ def attention_in_pieces(q: Tensor, k: Tensor, v: Tensor, bias_h: Tensor, bias_w:
             bias = torch.add(by_row, by_column, out=out).flatten(3).flatten(1, 2)  # heads x queries x HW
             attended.append(_attention(some[:, i * w : (i + rows) * w], keys, values, bias, scale).flatten(0, 1))
     return torch.cat(attended).view_as(q)
+
+
+def exported_attention(
+    q: Tensor, k: Tensor, v: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, scale: float, size: tuple[int, int]
+) -> Tensor:
+    """Attention with relative positions for an exported graph, for any N: no strides, no pieces by N.
+
+    Args:
+        q, k, v, scale: as for `attention_in_pieces`.
+        rel_pos_h, rel_pos_w, size: as for `relative_position_bias`.
+
+    Returns:
+        N x HW x C.
+    """
+    h, w = size
+    # Tables by pairs of positions, as constants of the graph.
+    by_row, by_column = get_rel_pos(h, h, rel_pos_h), get_rel_pos(w, w, rel_pos_w)
+    queries = q.unflatten(1, size)
+    bias_h = queries @ by_row.transpose(1, 2).unsqueeze(0)  # N x H x W x H
+    bias_w = (queries.transpose(1, 2) @ by_column.transpose(1, 2).unsqueeze(0)).transpose(1, 2)  # N x H x W x W
+    rows = max(1, min(h, MAX_ELEMENTS_EXPORTED // (h * w * w)))
+    attended = []
+    for i in range(0, h, rows):
+        some, bias = (
+            q[:, i * w : (i + rows) * w],
+            bias_h[:, i : i + rows, :, :, None] + bias_w[:, i : i + rows, :, None],
+        )
+        if not torch.onnx.is_in_onnx_export():  # ONNX has no fused kernel
+            attended.append(_attention(some, k, v, bias.flatten(3).flatten(1, 2), scale))
+            continue
+        scores = (scale * some) @ k.transpose(1, 2)
+        scores = (scores.view(bias.shape) + bias).view(scores.shape)
+        attended.append(scores.softmax(dim=-1) @ v)
+    return torch.cat(attended, dim=1) if len(attended) > 1 else attended[0]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -359,7 +396,11 @@ def index_windows(size: tuple[int, int], window_size: int, device: torch.device)
     tokens = torch.arange(h * w, device=device).view(h, w)
     tokens = F.pad(tokens, (0, -w % window_size, 0, -h % window_size), value=h * w)
     window_index = tokens.unflatten(1, (-1, window_size)).unflatten(0, (-1, window_size)).transpose(1, 2).flatten()
-    return window_index, window_index.argsort()[: h * w]
+    # Not an argsort, which TensorRT has only for short lists.
+    y, x = torch.arange(h, device=device)[:, None], torch.arange(w, device=device)
+    windows = y // window_size * (-(-w // window_size)) + x // window_size
+    inverse_index = windows * window_size**2 + y % window_size * window_size + x % window_size
+    return window_index, inverse_index.flatten()
 
 
 def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:
@@ -434,7 +475,8 @@ def _resampled(table: Tensor, length: int) -> Tensor:
 
 def _fuses(x: Tensor) -> bool:
     """Whether attention on `x` can be one kernel: on a card with bf16, in half precision, without gradients."""
-    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    is_traced = torch.compiler.is_compiling() or is_exporting() or torch.jit.is_tracing()
+    if not x.is_cuda or torch.is_grad_enabled() or is_traced:
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     return dtype in (torch.float16, torch.bfloat16) and _has_triton(x.device)

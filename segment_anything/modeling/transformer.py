@@ -61,7 +61,7 @@ class TwoWayTransformer(nn.Module):
             The tokens, PG x N x C, and the image tokens, PG x HW x C, after attending to each other.
         """
         if not all(is_plain(layer, TwoWayAttentionBlock) for layer in self.layers):  # others do not support sharing
-            image_embedding = repeated(image_embedding, len(point_embedding))
+            image_embedding = repeated(image_embedding, point_embedding.shape[0])
         keys = image_embedding.flatten(2).transpose(1, 2).contiguous()  # P x HW x C
         image_pe = image_pe.flatten(2).transpose(1, 2)
         queries = point_embedding
@@ -110,7 +110,7 @@ class TwoWayAttentionBlock(nn.Module):
         queries = self.norm2(queries + attended)
         queries = self.norm3(queries + self.mlp(queries))
         attended = image_to_tokens(self.cross_attn_image_to_token, q=k, k=queries + query_pe, v=queries)
-        keys = self.norm4((keys.unsqueeze(1) + attended.unflatten(0, (len(keys), -1))).flatten(0, 1))  # PG x HW x C
+        keys = self.norm4((keys.unsqueeze(1) + attended.unflatten(0, (keys.shape[0], -1))).flatten(0, 1))  # PG x HW x C
         return queries, keys
 
 
@@ -153,6 +153,7 @@ class Attention(nn.Module):
             is_plain(self, Attention)
             and all(is_plain(layer, nn.Linear) and layer.bias is not None for layer in folded)
             and not is_exporting()
+            and not torch.jit.is_tracing()
             and few.shape[1] * self.num_heads <= 1.25 * self.internal_dim
         )
 
@@ -163,7 +164,8 @@ def tokens_to_image(attention: nn.Module, *, q: Tensor, k: Tensor, v: Tensor) ->
     There are P images with G prompts each. The result is that of `attention(q=q, k=k, v=v)`, with less work.
     """
     if not isinstance(attention, Attention) or not attention.spares_work(q, attention.k_proj, attention.v_proj):
-        return attention(q=q, k=repeated(k, len(q)), v=repeated(v, len(q)))
+        count = q.shape[0]  # not len(q), which would be a constant in an exported graph
+        return attention(q=q, k=repeated(k, count), v=repeated(v, count))
     heads = attention.num_heads
     scores = _scores(attention._separate_heads(attention.q_proj(q), heads), attention.k_proj, k)  # PG x heads x N x HW
     attended = scores.softmax(dim=3).view(len(k), -1, k.shape[1]) @ v  # P x (G heads N) x C
@@ -176,7 +178,7 @@ def tokens_to_image(attention: nn.Module, *, q: Tensor, k: Tensor, v: Tensor) ->
 def image_to_tokens(attention: nn.Module, *, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of many queries, P x HW x C, on few keys and values, PG x N x C -> PG x HW x C (see above)."""
     if not isinstance(attention, Attention) or not attention.spares_work(k, attention.q_proj, attention.out_proj):
-        return attention(q=repeated(q, len(k)), k=k, v=v)
+        return attention(q=repeated(q, k.shape[0]), k=k, v=v)
     heads = attention.num_heads
     scores = _scores(attention._separate_heads(attention.k_proj(k), heads), attention.q_proj, q)  # PG x heads x N x HW
     out_weight = attention.out_proj.weight.unflatten(1, (heads, -1))  # C x heads x c
@@ -205,4 +207,4 @@ def _scores(few: Tensor, projection: nn.Linear, many: Tensor) -> Tensor:
 
 def repeated(x: Tensor, count: int) -> Tensor:
     """P x ... -> PG x ... = `count` x ..., each entry G times in a row."""
-    return x if len(x) == count else x.repeat_interleave(count // len(x), dim=0)
+    return x if x.shape[0] == count else x.repeat_interleave(count // x.shape[0], dim=0)

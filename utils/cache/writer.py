@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -33,6 +32,7 @@ from utils.data.loaders import Loader, require_shared_memory, sample_bytes
 from utils.model.checkpoint import ModelInfo
 from utils.model.feature_pca import FIT_IMAGES, FeaturePCA
 from utils.model.segmenter import Features, Segmenter
+from utils.model.tensor_files import write_tensors
 from utils.runtime import distributed
 from utils.runtime.device import Precision
 from utils.runtime.errors import LostWorkerError, UserError
@@ -158,11 +158,6 @@ def _begin(root: Path, key: CacheKey, has_lock: bool) -> None:
         remove_temporaries(root)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    with atomic_write(path) as file:
-        file.write(save(tensors, {**metadata, "sha256": reader.checksum(tensors)}))
-
-
 @dataclass
 class CacheWriter:
     """Completes the splits of a cache, one after the other."""
@@ -256,7 +251,7 @@ class CacheWriter:
         started = time.monotonic()
         sample = folder / f".estimate.{os.getpid()}.tmp"
         parts = enumerate(stored * request.num_views)
-        _write_tensors(sample, {str(k): part.clone(memory_format=torch.contiguous_format) for k, part in parts}, {})
+        write_tensors(sample, {str(k): part.clone(memory_format=torch.contiguous_format) for k, part in parts}, {})
         sample.unlink()
         to_make = request.num_views * seconds_a_view + time.monotonic() - started
         return max(to_make, to_read / self.num_workers) if self.num_workers else to_make + to_read
@@ -289,7 +284,7 @@ class CacheWriter:
         with progress_bar(indexes, "fitting the PCA of encoder blocks", unit="image") as progress:
             pca = FeaturePCA.fit(map(features_of, progress))
         tensors = {"mean": pca.mean, "basis": pca.basis.contiguous()}
-        _write_tensors(self.root / reader.PCA_FILE, tensors, {"binding": self.key.digest})
+        write_tensors(self.root / reader.PCA_FILE, tensors, {"binding": self.key.digest})
 
     def _write(self, folder: Path, request: Request, pending: list[int]) -> Generator[Checked, None, None]:
         """Encode images and write their entries."""
@@ -316,7 +311,7 @@ class CacheWriter:
                     name = request.source.items[index].name
                     self._require_finite(name, tensors.values())
                     about = {key: values[i] for key, values in metadata.items()}
-                    _write_tensors(reader.entry_path(folder, name), tensors, {"binding": self.identity, **about})
+                    write_tensors(reader.entry_path(folder, name), tensors, {"binding": self.identity, **about})
                     progress.update()
                     yield Checked(index, "", about["image_sha256"])
 

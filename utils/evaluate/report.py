@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from utils.data.classes import CLASS_NAMES
+from utils.evaluate.annotators import FILES
 from utils.evaluate.gallery import LABEL_MAPS, Card
 from utils.evaluate.metrics import (
     ImageFigures,
@@ -33,6 +34,7 @@ _TTA = "test-time augmentation: the class probabilities of each image and of its
 
 IMAGE_SCORES = "image_scores.csv"
 PAGE = "report.html"
+_EXPORTS = [name for names in FILES.values() for name in names]
 _RESULTS = (
     "evaluation_results.txt",
     "evaluation_results.json",
@@ -40,6 +42,7 @@ _RESULTS = (
     "confusion_matrix.png",
     PAGE,
     LABEL_MAPS,
+    *_EXPORTS,
 )
 _PICTURES = ("visualizations", "predictions")
 _RECORD = ".pictures.json"  # the pictures that an evaluation wrote; the next one removes them
@@ -83,6 +86,11 @@ def begin_pictures(folder: Path, suffix: str, is_new: Callable[[str], bool]) -> 
     if _remove(old):
         distributed.say(printable(f"{folder}: replacing {len(old):,} pictures of an earlier run"))
     _tell_others(folder)
+
+
+def remove_exports(output_dir: Path) -> None:
+    """Remove an earlier run's files for annotation tools; raises as `begin_pictures`."""
+    _remove(output_dir / name for name in _EXPORTS)
 
 
 def _read_record(record: Path) -> list[tuple[str, str]]:

@@ -96,7 +96,7 @@ class SemanticDecoder(nn.Module):
         normed = [norm(feature) for norm, feature in zip(self.feature_norms, features)]
         stem = self.stem(torch.cat([image_embeddings, *normed], dim=1))  # B x C x H x W
         x = image_embeddings + self.no_mask_embedding + stem
-        tokens, image_tokens = self.transformer(x, image_pe, self.mask_tokens.expand(len(x), -1, -1))
+        tokens, image_tokens = self.transformer(x, image_pe, self.mask_tokens.expand(x.shape[0], -1, -1))
         weights = self.output_hypernetworks(tokens)  # B x num_classes x (C/8 + detail_channels + pixel_channels)
         size = (x.shape[2], x.shape[3])
         if self.detail_path is None:

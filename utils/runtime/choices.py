@@ -9,6 +9,9 @@ PROMPT_MODES = ("box", "semantic")  # as in utils.model.segmenter.SEGMENTERS
 CACHE_DTYPES = ("float16", "float32")  # as in utils.cache.keys.DTYPES
 CACHE_DEVICES = ("auto", "cuda", "cpu", "off")
 SCHEDULES = ("constant", "cosine", "step")
+EXPORT_FORMATS = ("onnx", "torch", "safetensors", "hf")  # as in utils.export.formats.FORMATS
+EXPORT_PRECISIONS = ("float32", "float16", "int8")
+IMAGE_LAYOUTS = ("nchw", "nhwc")
 AMP_DTYPES = ("auto", "fp16", "bf16")
 AMP_HELP = "type of mixed precision; auto is bf16 if the hardware has it, otherwise fp16 on a GPU and float32 on a CPU"
 # --augment, and the default number of views of an image in a cache. "flip" has only two.
@@ -21,3 +24,6 @@ MAP_RULES: dict[MapRule, str] = {
     "box_threshold": "the highest logit above 0 among the classes whose box holds the pixel",
     "threshold": "the highest logit above 0, inside or outside the box",
 }
+
+# --predictions_format: beside the PNGs of --save_predictions, files for an annotation tool.
+PREDICTION_FORMATS = ("png", "cvat", "labelstudio", "coco")  # as in utils.evaluate.annotators.WRITERS
