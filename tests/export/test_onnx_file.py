@@ -234,7 +234,7 @@ def test_infer_scores_boxes_as_the_checkpoint(
     for flags in ([], ["--boxes", boxes], ["--save_predictions"]):
         theirs = score(split, tmp_path / "theirs", "--model_checkpoint", box_run, *on_sam(sam_file), *flags)
         ours = score(split, tmp_path / "ours", "--model_checkpoint", box[1], *flags)
-        assert ours["mIoU"] == pytest.approx(theirs["mIoU"], abs=5e-5)
+        assert ours["miou"] == pytest.approx(theirs["miou"], abs=5e-5)
 
 
 # --- infer_bdd100k.py
@@ -255,7 +255,7 @@ def test_infer_scores_as_the_checkpoint(
 ) -> None:
     theirs = score(npy / "val", tmp_path / "theirs", "--model_checkpoint", semantic_run, *on_sam(sam_file), *flags)
     ours = score(npy / "val", tmp_path / "ours", "--model_checkpoint", semantic, *flags)
-    assert ours["mIoU"] == pytest.approx(theirs["mIoU"], abs=5e-5)
+    assert ours["miou"] == pytest.approx(theirs["miou"], abs=5e-5)
     for path in (tmp_path / "theirs").glob("predictions/*.png"):
         expected, actual = (np.asarray(Image.open(p)) for p in (path, tmp_path / "ours" / "predictions" / path.name))
         assert (expected != actual).mean() <= 1e-3
@@ -269,7 +269,7 @@ def test_infer_scores_a_file_without_logits_in_the_frame(
     split = write_split(tmp_path / "val", {f"{i}": (images[i], labels[i]) for i in range(3)})
     theirs = score(split, tmp_path / "theirs", "--model_checkpoint", wide_run, *on_sam(sam_file))
     ours = score(split, tmp_path / "ours", "--model_checkpoint", wide, "--batch_size", 2)
-    assert ours["mIoU"] == pytest.approx(theirs["mIoU"], abs=5e-5)
+    assert ours["miou"] == pytest.approx(theirs["miou"], abs=5e-5)
     (tmp_path / "p.jpg").touch()
     for flags in (["--tta"], ["--images", tmp_path], ["--save_predictions"], ["--visualize"]):
         assert "--logits" in error_of(infer_bdd100k, "--model_checkpoint", wide, "--val_npy_path", split, *flags)
@@ -458,7 +458,7 @@ def test_weights_in_a_second_file(
     flags = ["--model_checkpoint", large, "--val_npy_path", npy / "val"]
     ours = score(npy / "val", tmp_path / "out", "--model_checkpoint", large)
     theirs = score(npy / "val", tmp_path / "out", "--model_checkpoint", semantic)
-    assert ours["mIoU"] == theirs["mIoU"]
+    assert ours["miou"] == theirs["miou"]
     os.truncate(tmp_path / "large.onnx.data", 1000)
     assert "large.onnx" in error_of(infer_bdd100k, *flags)
     (tmp_path / "large.onnx.data").unlink()
