@@ -38,11 +38,12 @@ def main(model: str, picture: str, output: str) -> None:
     if about["image_dtype"] == "float32":
         batch = batch.astype(np.float32) / 255
     (class_map,) = session.run(["class_map"], {"images": batch})[0]  # H x W train ids
+    class_map = class_map[: size[1], : size[0]]  # without the padding
 
     for index, share in enumerate(np.bincount(class_map.ravel(), minlength=len(names)) / class_map.size):
         if share >= 0.001:
             print(f"{names[index]:<14} {share:6.1%}")
-    colored = Image.fromarray(class_map[: size[1], : size[0]]).resize(image.size, Image.Resampling.NEAREST)
+    colored = Image.fromarray(class_map).resize(image.size, Image.Resampling.NEAREST)
     colored.putpalette(np.array(colors, np.uint8).tobytes())
     colored.save(output)
 

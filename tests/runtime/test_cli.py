@@ -274,7 +274,16 @@ except SystemExit as end:
 
 
 @pytest.mark.parametrize(
-    "module", ["pre_bdd100k", "train_bdd100k", "infer_bdd100k", "utils.ckpt_convert", "utils.compare", "utils.scenes"]
+    "module",
+    [
+        "pre_bdd100k",
+        "train_bdd100k",
+        "infer_bdd100k",
+        "utils.ckpt_convert",
+        "utils.export",
+        "utils.compare",
+        "utils.scenes",
+    ],
 )
 @pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("--no_such_flag", 2)])
 def test_a_command_line_is_answered_before_what_takes_seconds_to_import(module: str, flag: str, status: int) -> None:

@@ -156,6 +156,9 @@ def load_onnx(
     if missing := missing_packages("onnx", "onnxruntime"):
         raise UserError(f"{path}: needs {' and '.join(missing)}; run pip install {' '.join(missing)}")
     paths = parts_of(path)
+    for part in paths:
+        if not is_file(part):
+            raise UserError(f"{part}: no such file; {EXPORTED}")
     read = [_read(part, frame) for part in paths]
     infos = [info for _, _, info in read]
     if len({info.prompt_mode == "box" for info in infos} | {len(paths) == 2}) > 1:
