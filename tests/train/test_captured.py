@@ -35,14 +35,16 @@ def no_card_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_CARD:
         return
 
-    def capture(self: CapturedSteps, function: Callable[[], Tensor | None], inputs: list[Tensor]) -> Any:
-        output = torch.zeros(2, len(inputs[0]), dtype=torch.bool) if inputs else torch.zeros(0)
+    def capture(self: CapturedSteps, function: Callable[[], Tensor | None]) -> tuple[Any, Tensor]:
+        output = torch.zeros(0, dtype=torch.bool)
 
         def replay() -> None:
-            if (result := function()) is not None:
-                output.copy_(result)
+            # A card cannot compile while it captures.
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                if (result := function()) is not None:
+                    output.resize_(result.shape).copy_(result)
 
-        return SimpleNamespace(graph=SimpleNamespace(replay=replay), inputs=inputs, output=output)
+        return SimpleNamespace(replay=replay), output
 
     monkeypatch.setattr(CapturedSteps, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None))

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from utils.runtime import distributed
 from utils.runtime.device import Precision
 from utils.runtime.errors import UserError
 from utils.train.optim import TrainState
-from utils.train.step import Outcome, diverged, losses_of, names_where, on_device, sample_flags, sums_of
+from utils.train.step import Outcome, diverged, losses_of, names_where, sample_flags, sums_of
 
 LAG = 8  # steps that the host may be ahead of the card
 TABLE = 1024  # learning rates on the card
@@ -82,9 +83,10 @@ class CapturedSteps:
 
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
-        self.adding: dict[tuple[object, ...], _Graph | None] = {}
-        self.updating: _Graph | None = None
-        self.warm = False
+        self.places: dict[tuple[object, ...], TrainingBatch] = {}  # by shape: where its graph reads
+        self.adding: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and the flags that it writes
+        self.updating: torch.cuda.CUDAGraph | None = None
+        self.is_warm = False
         self.names: list[str] = []
         self.flags: list[Tensor] = []
         self.pending: deque[_Pending] = deque()
@@ -92,18 +94,17 @@ class CapturedSteps:
     def add(self, batch: TrainingBatch, *, last: bool) -> None:
         leaves = _leaves(batch)
         shape = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
-        graph = self.adding.get(shape)
-        if graph is None and shape in self.adding:
-            static = self._copied(batch)
-            graph = self.adding[shape] = self._capture(lambda: self._add(static), _leaves(static))
-        if graph is None:
-            self.adding[shape] = None
-            flags = self._add(on_device(batch, self.precision))
+        if shape not in self.places:
+            self.places[shape] = self._copied(batch)
+            flags = self._add(self.places[shape])
         else:
-            for place, leaf in zip(graph.inputs, leaves):
+            for place, leaf in zip(_leaves(self.places[shape]), leaves):
                 place.copy_(leaf, non_blocking=True)
-            graph.graph.replay()
-            flags = graph.output.clone()
+            if shape not in self.adding:
+                self.adding[shape] = self._capture(partial(self._add, self.places[shape]))
+            graph, output = self.adding[shape]
+            graph.replay()
+            flags = output.clone()
         self.names += batch["name"]
         self.flags.append(flags)
 
@@ -111,14 +112,12 @@ class CapturedSteps:
         if self.until_refill == 0:
             self._refill()
         self.until_refill -= 1
-        if self.updating:
-            self.updating.graph.replay()
-        elif self.warm:
-            self.updating = self._capture(self._update, [])
-            self.updating.graph.replay()
+        if self.is_warm:
+            self.updating = self.updating or self._capture(self._update)[0]
+            self.updating.replay()
         else:
             self._update()
-            self.warm = True
+            self.is_warm = True
         report = torch.empty_like(self.report, device="cpu", pin_memory=self.report.is_cuda)
         report.copy_(self.report, non_blocking=True)
         done = torch.cuda.Event()
@@ -244,19 +243,13 @@ class CapturedSteps:
 
         return cast(TrainingBatch, {key: copied(value) for key, value in batch.items()})
 
-    def _capture(self, function: Callable[[], Tensor | None], inputs: list[Tensor]) -> _Graph:
+    def _capture(self, function: Callable[[], Tensor | None]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The kernels of a function as a graph, and the function's result, which each replay writes anew."""
         graph = torch.cuda.CUDAGraph()
         # Other threads, which pin batches, may use the card meanwhile.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             output = function()
-        return _Graph(graph, inputs, cast(Tensor, output))
-
-
-@dataclass(frozen=True)
-class _Graph:
-    graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]
-    output: Tensor
+        return graph, cast(Tensor, output)
 
 
 def _leaves(batch: TrainingBatch) -> list[Tensor]:
