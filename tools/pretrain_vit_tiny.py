@@ -22,7 +22,6 @@ too. The state is saved to `<output>.state` now and then, and the same command r
 from __future__ import annotations
 
 import argparse
-import pickle
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +39,7 @@ from tqdm import tqdm
 from segment_anything import build_sam_vit_tiny
 from segment_anything.build_sam import CONFIGS, fit_positions
 from segment_anything.modeling import Sam
+from segment_anything.utils.plain_load import load_plain
 from utils.data.boxes import jitter_boxes, mask_box
 from utils.data.classes import IGNORE_LABEL
 from utils.data.datasets import NpyFolder
@@ -49,7 +49,7 @@ from utils.model.losses import prompt_losses
 from utils.runtime import cli
 from utils.runtime.device import resolve_precision, telling_out_of_memory
 from utils.runtime.errors import UserError
-from utils.runtime.files import atomic_write, exists, make_folder, require_readable
+from utils.runtime.files import atomic_write, exists, make_folder
 from utils.runtime.process_pool import run_jobs, usable_cores
 from utils.scenes import draw_scene
 from utils.train.optim import TrainState, build_optimizer, build_scheduler
@@ -285,17 +285,16 @@ def save_state(
 def resume(path: Path, flags: dict[str, str], sam: Sam, training: TrainState) -> tuple[int, Tensor]:
     """Load the state of a stopped run. Returns the next step and the running mean of the loss."""
     advice = "resume with the flags of the stopped run, or delete the file to start anew"
-    require_readable(path)
     try:
-        state: dict[str, Any] = torch.load(path, map_location=sam.device, weights_only=True)
-        if state["flags"] != flags:
-            differs = next(name for name in flags if state["flags"].get(name) != flags[name])
-            raise UserError(f"{path}: was saved with --{differs} {state['flags'].get(differs)}; {advice}")
+        state: Any = load_plain(path)
+        for name, value in flags.items():
+            if (saved := state["flags"].get(name)) != value:
+                raise UserError(f"{path}: was saved with --{name} {saved}; {advice}")
         sam.load_state_dict(state["sam"])
         training.load_state_dict(state["training"])
-        return state["next_step"], state["recent"]
-    except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{path}: not the state of a stopped run ({type(error).__name__}); {advice}") from None
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not the state of a stopped run of this version; {advice}") from None
+    return state["next_step"], state["recent"].to(sam.device)
 
 
 if __name__ == "__main__":
