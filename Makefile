@@ -8,22 +8,22 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 SAM := assets/sam_vit_tiny_scenes.pth
-ON_TRAIN := -i demo/npy/train --val_npy_path demo/npy/val --val_every 4 -model_type vit_tiny -checkpoint $(SAM) \
-	-work_dir demo/work_dir -batch_size 4 --grad_acc_steps 1 -num_workers 1
-ON_VAL := --val_npy_path demo/npy/val --sam_checkpoint $(SAM) --model_type vit_tiny --batch_size 4
+ON_TRAIN := -i demo/npy/train --val_npy_path demo/npy/val --val_every 5 -model_type vit_tiny -checkpoint $(SAM) \
+	-work_dir demo/work_dir -batch_size 4 --grad_acc_steps 1 -num_workers 1 -use_amp
+ON_VAL := --val_npy_path demo/npy/val --sam_checkpoint $(SAM) --model_type vit_tiny --batch_size 4 --use_amp
 
 .PHONY: demo test test-fast lint clean
 
 demo: export OMP_WAIT_POLICY := passive  # by default idle threads spin, which takes the cores from other programs
 demo: $(VENV)/.installed
 	rm -rf demo
-	$(PY) -m utils.scenes --output_dir demo/bdd100k --train 120 --val 32 --seed 0 --num_workers 2
+	$(PY) -m utils.scenes --output_dir demo/bdd100k --train 128 --val 32 --seed 0 --num_workers 2
 	$(PY) pre_bdd100k.py --bdd100k_root demo/bdd100k --output_path demo/npy --image_size 288x512 --image_dtype uint8
 	$(PY) infer_bdd100k.py $(ON_VAL) --output_dir demo/before
-	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name box -num_epochs 4 -lr 5e-4 --lr_scheduler cosine --bbox_shift 5
+	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name box -num_epochs 5 -lr 2e-4 --lr_scheduler cosine --bbox_shift 5
 	$(PY) infer_bdd100k.py $(ON_VAL) --model_checkpoint demo/work_dir/box-*/medsam_model_best.pth \
 		--output_dir demo/after --visualize
-	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name semantic -num_epochs 12 --prompt_mode semantic
+	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name semantic -num_epochs 15 --prompt_mode semantic
 	$(PY) infer_bdd100k.py $(ON_VAL) --model_checkpoint demo/work_dir/semantic-*/medsam_model_best.pth \
 		--output_dir demo/semantic --visualize
 	$(PY) -m utils.compare demo/before demo/after demo/semantic

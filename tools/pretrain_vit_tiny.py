@@ -4,9 +4,9 @@ The weights in assets/ start from random ones and learn from drawn scenes with s
 were trained on one H200:
 
     python -m tools.pretrain_vit_tiny --output assets/sam_vit_tiny_scenes.pth --device cuda --use_amp \\
-        --num_scenes 8000 --num_steps 8000 --batch_size 64 --num_prompts 8 --lr 1e-3
+        --num_scenes 8000 --num_steps 2405 --batch_size 64 --num_prompts 8 --lr 1e-3
 
-Starting from those weights, on photographs, for `docs/RESULTS.md`:
+Starting from such weights, on photographs:
 
     python -m tools.pretrain_vit_tiny --data data/camvid_npy/train --init assets/sam_vit_tiny_scenes.pth \\
         --output work_dir/SAM/sam_vit_tiny_camvid.pth
