@@ -1,4 +1,4 @@
-# make demo       the whole pipeline on drawn scenes, about 3 minutes on 2 CPU cores
+# make demo       the whole pipeline on drawn scenes, a few minutes on 2 CPU cores
 # make test       lint, types, all tests
 # make test-fast  the tests that are not marked slow, about 70 seconds on 2 CPU cores
 # make lint       ruff, codespell, mypy
@@ -9,28 +9,29 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SAM := assets/sam_vit_tiny_scenes.pth
 ON_TRAIN := -i demo/npy/train --val_npy_path demo/npy/val --val_every 5 -model_type vit_tiny -checkpoint $(SAM) \
-	-work_dir demo/work_dir -batch_size 4 --grad_acc_steps 1 -num_workers 1
-ON_VAL := --val_npy_path demo/npy/val --sam_checkpoint $(SAM) --model_type vit_tiny --batch_size 4
+	-work_dir demo/work_dir -batch_size 4 --grad_acc_steps 1 -num_workers 1 -use_amp
+ON_VAL := --val_npy_path demo/npy/val --sam_checkpoint $(SAM) --model_type vit_tiny --batch_size 4 --use_amp
 
 # pip then shows each package that it downloads.
 SAY := echo "Installing into $(VENV): PyTorch and its CUDA libraries are gigabytes, which takes minutes"
 
 .PHONY: demo test test-fast lint clean
 
+demo: export OMP_WAIT_POLICY := passive  # by default idle threads spin, which takes the cores from other programs
 demo: $(VENV)/.installed
 	rm -rf demo
-	$(PY) -m utils.scenes --output_dir demo/bdd100k --train 64 --val 24 --seed 0
-	$(PY) pre_bdd100k.py --bdd100k_root demo/bdd100k --output_path demo/npy --image_size 256 --image_dtype uint8
+	$(PY) -m utils.scenes --output_dir demo/bdd100k --train 128 --val 32 --seed 0 --num_workers 2
+	$(PY) pre_bdd100k.py --bdd100k_root demo/bdd100k --output_path demo/npy --image_size 288x512 --image_dtype uint8
 	$(PY) infer_bdd100k.py $(ON_VAL) --output_dir demo/before
-	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name box -num_epochs 10 -lr 5e-4 --lr_scheduler cosine \
-		--bbox_shift 5
+	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name box -num_epochs 5 -lr 2e-4 --lr_scheduler cosine --bbox_shift 5
 	$(PY) infer_bdd100k.py $(ON_VAL) --model_checkpoint demo/work_dir/box-*/medsam_model_best.pth \
 		--output_dir demo/after --visualize
-	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name semantic -num_epochs 30 --prompt_mode semantic
+	$(PY) train_bdd100k.py $(ON_TRAIN) -task_name semantic -num_epochs 15 --prompt_mode semantic
 	$(PY) infer_bdd100k.py $(ON_VAL) --model_checkpoint demo/work_dir/semantic-*/medsam_model_best.pth \
 		--output_dir demo/semantic --visualize
 	$(PY) -m utils.compare demo/before demo/after demo/semantic
 	@echo "Pictures: demo/after/visualizations (boxes from the ground truth), demo/semantic/visualizations (no boxes)"
+	@echo "Reports:  demo/after/report.html, demo/semantic/report.html"
 
 test: $(VENV)/.tested lint
 	$(PY) -m pytest

@@ -210,10 +210,6 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
     if actual not in (None, model_type):
         raise CheckpointError(f"{source}: a checkpoint of {actual}, not of {model_type}; give model_type {actual}")
     expected = sam.state_dict()
-    global_blocks = [i for i, size in enumerate(sam.image_encoder.window_sizes) if not size]
-    depends_on_size = {"image_encoder.pos_embed"} | {
-        f"image_encoder.blocks.{i}.attn.rel_pos_{axis}" for i in global_blocks for axis in "hw"
-    }
     grid_size = sam.prompt_encoder.image_embedding_size
     if (
         actual
@@ -226,10 +222,7 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
         raise CheckpointError(
             f"{source}: its positions fit only the frame {height}x{width}; use the image size {height}x{width}"
         )
-    # A non-square frame has the top-left part of a square's positions.
-    side = None if grid_size[0] == grid_size[1] or not _square_side(state) else max(*grid_size, _square_side(state))
-    fitted = {key: _fit_positions(state[key], expected[key], side) for key in depends_on_size & state.keys()}
-    state = {**state, **fitted}
+    state = fit_positions(sam, state)
 
     missing = [key for key in expected if key not in state]
     foreign = [key for key in state if key not in expected]
@@ -242,6 +235,24 @@ def load_state_dict(sam: Sam, state: dict[str, Tensor], *, model_type: str, sour
                 + _fetch_hint(source, model_type)
             )
     sam.load_state_dict(state, strict=True)
+
+
+def fit_positions(sam: Sam, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with its tables of positions resampled to the model's frame. Gradients flow through it.
+
+    A non-square frame has the top-left part of a square's positions.
+    """
+    grid_size, square = sam.prompt_encoder.image_embedding_size, _square_side(state)
+    side = None if grid_size[0] == grid_size[1] or not square else max(*grid_size, square)
+    global_blocks = [i for i, size in enumerate(sam.image_encoder.window_sizes) if not size]
+    depends_on_size = {"image_encoder.pos_embed"} | {
+        f"image_encoder.blocks.{i}.attn.rel_pos_{axis}" for i in global_blocks for axis in "hw"
+    }
+    expected = sam.state_dict()
+    return {
+        key: _fit_positions(value, expected[key], side) if key in depends_on_size else value
+        for key, value in state.items()
+    }
 
 
 def check_file_hash(path: Path) -> None:

@@ -14,6 +14,7 @@ from utils.data.bdd100k import find_split
 from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
 from utils.runtime.cli import run
 from utils.runtime.errors import UserError
+from utils.scenes import light
 from utils.scenes.__main__ import main
 from utils.scenes.painter import Painter
 from utils.scenes.shapes import Pose
@@ -81,6 +82,50 @@ def test_a_box_shows_the_faces_that_look_at_the_camera() -> None:
     assert painter.solid(box, low, tall, grey).keys() == {"back", "left"}
     assert painter.solid(Pose(-10, 20), low, (1, 0.5, 1), grey).keys() == {"back", "right", "top"}
     assert painter.solid(Pose(10, 20, np.pi), low, tall, grey).keys() == {"front", "right"}
+
+
+def test_wires_are_seen_but_not_labelled() -> None:
+    painter = Painter(np.random.default_rng(0), 64, 96)
+    before = painter.pixels.copy()
+    painter.draw_line(np.array([(-3.0, 1.5, 9.0), (3.0, 1.5, 9.0)]), np.full(3, 200.0))
+    assert (painter.pixels[..., :3] != before[..., :3]).any() and not painter.instances.any()
+
+
+def test_wet_ground_mirrors_what_stands_above_it() -> None:
+    image = np.full((120, 160, 3), 60, np.float32)
+    image[20:50, 60:100] = (250, 0, 0)  # above the horizon at 60, mirrored at 70-100
+    wet = np.zeros((120, 160), bool)
+    wet[60:, 40:] = True
+    mirrored = light.mirror_in_the_road(np.random.default_rng(0), image, wet, horizon=60, rain=1.0)
+    np.testing.assert_array_equal(mirrored[~wet], image[~wet])
+    red = mirrored[60:, 40:, 0] - mirrored[60:, 40:, 1]
+    assert red[15:35, 25:55].min() > 10 and red[50:].max() < red[15:35, 25:55].min()
+
+
+def test_driving_blurs_the_edges_and_not_the_vanishing_point() -> None:
+    stripes = np.zeros((120, 160, 3), np.float32)
+    stripes[:, ::4] = stripes[:, 1::4] = 200
+    blurred = light.driving_blur(stripes, (80.0, 60.0), 0.05)
+    contrast = blurred[..., 0].reshape(120, 40, 4).std(axis=2)
+    assert contrast[60, 19:21].min() > 60 and contrast[:, 0].max() < 40
+    flat = np.full((120, 160, 3), 90, np.float32)
+    np.testing.assert_allclose(light.driving_blur(flat, (30.0, 60.0), 0.05), flat, rtol=1e-5)
+
+
+def test_rain_and_the_windscreen_add_light() -> None:
+    drizzle, downpour = (light.rain_streaks(np.random.default_rng(0), 120, 160, rain) for rain in (0.2, 1.0))
+    assert drizzle.min() == 0 and downpour.max() <= 1
+    assert 0 < (drizzle > 0).mean() < (downpour > 0).mean() < 0.5
+    image = np.full((120, 160, 3), 100, np.float32)
+    reflected = light.windscreen(np.random.default_rng(0), image)
+    assert reflected.shape == (120, 160, 1) and 0 <= reflected.min() < reflected.max() <= 20
+
+
+def test_it_rains_at_day_dusk_and_night() -> None:
+    lights = [light.random_light(np.random.default_rng(seed)) for seed in range(200)]
+    for night in (True, False):
+        rain = [one.rain > 0 for one in lights if one.night is night]
+        assert 0.05 < np.mean(rain) < 0.4
 
 
 def test_colour_alone_does_not_tell_the_class(drawn: list[scenes.Scene]) -> None:

@@ -72,16 +72,16 @@ def image() -> np.ndarray:
 @pytest.mark.parametrize(
     ("arguments", "at_least"),
     [
-        ({}, 15),
-        ({"points_per_batch": 7, "stability_score_offset": 0.5, "box_nms_thresh": 0.4}, 10),
+        ({}, 12),
+        ({"points_per_batch": 7, "stability_score_offset": 0.5, "box_nms_thresh": 0.4}, 8),
         ({"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}, 50),  # nothing is dropped, not even empty masks
-        ({"output_mode": "uncompressed_rle"}, 15),
-        ({"output_mode": "coco_rle"}, 15),
-        ({"crop_n_layers": 1, "crop_nms_thresh": 0.4, "crop_overlap_ratio": 0.2}, 15),
+        ({"output_mode": "uncompressed_rle"}, 12),
+        ({"output_mode": "coco_rle"}, 12),
+        ({"crop_n_layers": 1, "crop_nms_thresh": 0.4, "crop_overlap_ratio": 0.2}, 12),
         ({"crop_n_layers": 2, "crop_n_points_downscale_factor": 2}, 20),
         ({"points_per_side": None, "point_grids": GRIDS, "crop_n_layers": 1}, 8),
-        ({"min_mask_region_area": 20}, 15),
-        ({"min_mask_region_area": 300, "box_nms_thresh": 0.9}, 15),
+        ({"min_mask_region_area": 20}, 12),
+        ({"min_mask_region_area": 300, "box_nms_thresh": 0.9}, 12),
         ({"pred_iou_thresh": 99.0, "min_mask_region_area": 20}, 0),
     ],
     ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cv2
 import numpy as np
 
@@ -62,6 +64,14 @@ class Painter:
         for polygon, value in zip(fixed, rgbt.tolist()):
             cv2.fillPoly(self.pixels, [polygon], value, shift=4)
             cv2.fillPoly(self.instances, [polygon], len(self.classes) - 1, shift=4)
+
+    def draw_line(self, points: Array, color: Array) -> None:
+        """Draw a thin line (N, 3) into the image, not the labels, as what is too thin to be labelled."""
+        clearness = math.exp(-points[..., 2].mean() / self.light.visibility)
+        lit = np.clip(color * self.light.tint * clearness + self.light.haze * (1 - clearness), 0, 255)
+        corners = np.rint(np.clip(self.project(points), -2e4, 2e4) * 16).astype(np.int32)
+        width = max(1, self.instances.shape[1] // 900)
+        cv2.polylines(self.pixels, [corners], False, [*lit.tolist(), 0], width, cv2.LINE_AA, shift=4)
 
     def shade(self, points: Array, factor: float) -> None:
         """Darken the image, not the labels, within a polygon (N, 3)."""

@@ -103,6 +103,29 @@ def draw_pole(p: Painter, pose: Pose, height: float, reach: float = 0, lamp: boo
         p.fill(pose.world(rect(reach - 0.4, height + 0.05, reach + 0.4, height + 0.3)), light, glow=p.light.night)
 
 
+def draw_bollard(p: Painter, pose: Pose, height: float, color: Array) -> None:
+    """A short post at the kerb, with a reflector: labelled as a pole."""
+    p.begin("pole")
+    p.shadow(pose, 0.2, 0.1)
+    p.fill(pose.world(rect(-0.07, -0.02, 0.07, height)), color, 20)
+    p.fill(pose.world(rect(-0.07, height * 0.75, 0.07, height * 0.87)), jitter(p.rng, (215, 205, 195), 25))
+
+
+def draw_utility_pole(p: Painter, pose: Pose, height: float, span: float) -> None:
+    """A wooden pole with cross-arms and, to the next pole `span` metres on, wires: seen, not labelled."""
+    wire = np.full(3, 45.0)
+    for u, v in ((-0.9, height - 0.5), (0.9, height - 0.5), (-0.6, height - 1.3), (0.6, height - 1.3)):
+        ends = np.linspace(0, 1, 9)
+        sag = v - 1.2 * 4 * ends * (1 - ends)
+        p.draw_line(np.column_stack([np.full(9, pose.x + u), sag, pose.z + span * ends]), wire)
+    p.begin("pole")
+    color = jitter(p.rng, (95, 75, 58), 22)
+    p.shadow(pose, 0.25, 0.1)
+    p.fill(pose.world(rect(-0.13, -0.02, 0.13, height)), color, 90)
+    for wide, v in ((1.1, height - 0.6), (0.8, height - 1.4)):
+        p.fill(pose.world(rect(-wide, v, wide, v + 0.13)), color * 0.8, 60)
+
+
 def draw_traffic_light(p: Painter, pose: Pose, reach: float) -> None:
     """A post with a head of three lamps, and with an arm a second head above the road."""
     on = int(p.rng.integers(3))

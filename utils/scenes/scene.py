@@ -9,7 +9,7 @@ import numpy as np
 from utils.runtime.errors import UserError
 from utils.scenes.backdrop import draw_ground, draw_hood, draw_sky
 from utils.scenes.light import Rng, photograph
-from utils.scenes.painter import Painter
+from utils.scenes.painter import CLASS_ID, Painter
 from utils.scenes.shapes import Array
 from utils.scenes.street import Street, furnish
 
@@ -39,7 +39,8 @@ def draw_scene(rng: Rng, height: int = 720, width: int = 1280) -> Scene:
     if rng.random() < 0.4:
         draw_hood(p)
     mask = np.array(p.classes, np.uint8)[p.instances]
-    return Scene(photograph(rng, p.pixels, p.light), mask, p.instances)
+    wet = np.isin(mask, [CLASS_ID["road"], CLASS_ID["sidewalk"]])
+    return Scene(photograph(rng, p.pixels, p.light, wet, (p.center, p.horizon)), mask, p.instances)
 
 
 def check_size(height: int, width: int) -> None:

@@ -7,10 +7,11 @@ from functools import partial
 
 import numpy as np
 
-from utils.scenes.light import Rng, paint
+from utils.scenes.light import Rng, jitter, paint
 from utils.scenes.painter import Painter
 from utils.scenes.people import draw_person
 from utils.scenes.roadside import (
+    draw_bollard,
     draw_building,
     draw_clutter,
     draw_fence,
@@ -19,6 +20,7 @@ from utils.scenes.roadside import (
     draw_sign,
     draw_traffic_light,
     draw_tree,
+    draw_utility_pole,
     draw_wall,
 )
 from utils.scenes.shapes import Pose
@@ -112,7 +114,7 @@ def barriers(rng: Rng, street: Street, side: Side) -> Iterator[Thing]:
 
 
 def kerbside(rng: Rng, street: Street, side: Side) -> Iterator[Thing]:
-    """Trees on the verge; lamp posts, traffic lights, signs and clutter at the kerb."""
+    """Trees and utility poles on the verge; lamp posts, traffic lights, signs, bollards and clutter at the kerb."""
     kerb = side.edge + 0.5
     if rng.random() < 0.7:
         for z in np.arange(rng.uniform(5, 15), 100, rng.uniform(8, 20)):
@@ -124,7 +126,16 @@ def kerbside(rng: Rng, street: Street, side: Side) -> Iterator[Thing]:
         height, reach = rng.uniform(5, 9), -side.sign * rng.uniform(1.5, 2.5)
         for z in np.arange(rng.uniform(6, 25), 110, rng.uniform(18, 30)):
             yield kerb, z, partial(draw_pole, pose=Pose(side.sign * kerb, z), height=height, reach=reach, lamp=True)
-    for draw, chance in ((draw_traffic_light, 0.85 if street.crossing else 0.15), (draw_sign, 0.7)):
+    if not side.town and rng.random() < 0.35:
+        height, span, away = rng.uniform(7, 10), rng.uniform(22, 35), side.verge + 0.3
+        for z in np.arange(rng.uniform(6, 20), 110, span):
+            yield away, z, partial(draw_utility_pole, pose=Pose(side.sign * away, z), height=height, span=span)
+    if side.walk and rng.random() < 0.3:
+        height, color = rng.uniform(0.7, 1.1), jitter(rng, np.full(3, rng.uniform(40, 200)), 20)
+        for z in np.arange(rng.uniform(4, 10), rng.uniform(20, 50), rng.uniform(1.5, 4)):
+            if street.clear(z - 1, z + 1):
+                yield kerb, z, partial(draw_bollard, pose=Pose(side.sign * kerb, z), height=height, color=color)
+    for draw, chance in ((draw_traffic_light, 0.85 if street.crossing else 0.15), (draw_sign, 0.7), (draw_sign, 0.35)):
         if rng.random() < chance:
             at_crossing = street.crossing and draw is draw_traffic_light
             z = street.crossing[0] - 1 if street.crossing and at_crossing else rng.uniform(8, 40)
