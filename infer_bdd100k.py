@@ -20,12 +20,21 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from utils.runtime import cli
-from utils.runtime.choices import AMP_DTYPES, AMP_HELP, CACHE_DTYPES, MAP_RULES, MODEL_TYPES, MapRule
+from utils.runtime.choices import (
+    AMP_DTYPES,
+    AMP_HELP,
+    CACHE_DTYPES,
+    MAP_RULES,
+    MODEL_TYPES,
+    PREDICTION_FORMATS,
+    MapRule,
+)
 
 NUM_PICTURES = 20
 
@@ -62,7 +71,7 @@ def get_args_parser() -> cli.Parser:
         "model_checkpoint",
         type=Path,
         metavar="PATH",
-        help="a run's folder, its best, or an .onnx file of utils.export (default: none, SAM itself)",
+        help="a run's folder, its best, or an .onnx or .safetensors file of utils.export (default: none, SAM itself)",
     )
     flag("sam_checkpoint", type=Path, default=sam, metavar="FILE", help="SAM file the model was trained on")
     flag("model_type", choices=MODEL_TYPES, default="vit_b", help="size of SAM")
@@ -104,6 +113,12 @@ def get_args_parser() -> cli.Parser:
     flag("output_dir", type=Path, default=output, metavar="DIR", help="results; those of an earlier run are removed")
     switch("visualize", help=f"draw the first {NUM_PICTURES} images")
     switch("save_predictions", help="write each image's train ids at its original size as PNG")
+    flag(
+        "predictions_format",
+        choices=PREDICTION_FORMATS,
+        default="png",
+        help="beside the PNGs of --save_predictions, a file that an annotation tool imports",
+    )
     # torch.distributed.launch passes it; the environment has the same value.
     parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
@@ -124,11 +139,12 @@ from utils.data.detections import read_detections
 from utils.data.frame import ImageSize
 from utils.data.geometry import fitted_size, resize_image, unframe
 from utils.data.loaders import evaluation_loader, usable_workers
+from utils.evaluate import annotators
 from utils.evaluate.evaluate import predictions_and_labels
 from utils.evaluate.media import ImageFolder, OverlayFolder, OverlayVideo, Video, find_source, refuse_overwriting
 from utils.evaluate.metrics import ConfusionMatrix
 from utils.evaluate.plots import save_comparison, save_labels
-from utils.evaluate.report import begin_pictures, begin_results, write_report
+from utils.evaluate.report import begin_pictures, begin_results, remove_exports, write_report
 from utils.model import checkpoint
 from utils.model.checkpoint import ModelInfo
 from utils.model.onnx_model import OnnxSemanticSegmenter, is_onnx, load_onnx
@@ -141,6 +157,8 @@ from utils.runtime.files import make_folder
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.predictions_format != "png" and not args.save_predictions:
+        raise UserError(f"--predictions_format {args.predictions_format}: needs --save_predictions")
     precision = resolve_precision(
         args.device,
         local_rank=distributed.local_rank(),
@@ -161,6 +179,8 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     if args.tta and args.cache_embeddings not in ("auto", "off"):
         raise UserError("--tta reads no cache; leave out --cache_embeddings")
     source = NpyFolder(args.val_npy_path)
+    if args.predictions_format != "png":
+        annotators.require_exportable(source.pictures())
     masks = original_masks(args, source) if args.eval_size == "original" else None
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
     boxes = choose_boxes(args, info, [item.name for item in source.items])
@@ -210,6 +230,7 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
             tta=args.tta,
         )
         print_folders(args)
+    distributed.on_main(lambda: export(args, source.pictures()))
     return 0
 
 
@@ -233,6 +254,13 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     if wrong:
         raise UserError(f"--images {wrong}")
     source = find_source(args.images)
+    if args.predictions_format != "png":
+        if isinstance(source, Video):
+            raise UserError(
+                f"{source.path}: --predictions_format {args.predictions_format} needs pictures; extract the frames "
+                f"(ffmpeg -i {shlex.quote(str(source.path))} 'FOLDER/%06d.png') and give their folder as --images"
+            )
+        annotators.require_exportable(source.pictures)
     model, info = load_model(args, precision, frame=None)
     boxes = choose_boxes(args, info, list(source.pictures) if isinstance(source, ImageFolder) else None)
     rule = choose_map_rule(args, info, boxes)
@@ -251,8 +279,10 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
         begin_pictures(output, ".jpg", lambda name: is_of(source, name))
     if args.save_predictions:
         begin_pictures(args.output_dir / "predictions", ".png", lambda name: is_of(source, name))
+    remove_exports(args.output_dir)
 
     failures: list[UserError] = []
+    segmented: set[str] = set()
     prompted = False
     frames = iter(tqdm(source, total=source.count, desc="segmenting", unit="image"))
     with sink:
@@ -268,6 +298,7 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
                 sink.write(name, image, labels)
                 if args.save_predictions:
                     save_labels(args.output_dir / "predictions" / f"{name}.png", labels)
+                    segmented.add(name)
         if boxes is not None and not prompted:
             raise UserError(
                 f"{args.boxes}: has no box for {args.images}; nothing was segmented (boxes are found by the picture's "
@@ -275,6 +306,8 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
             )
     print(f"\nOverlays: {output}")
     print_folders(args)
+    if isinstance(source, ImageFolder):
+        export(args, {name: path for name, path in source.pictures.items() if name in segmented})
     for failure in failures:
         print(printable(f"not segmented: {failure}"))
     for video in source.videos if isinstance(source, ImageFolder) else ():
@@ -439,6 +472,15 @@ def picture_folders(args: argparse.Namespace) -> dict[str, Path]:
 def print_folders(args: argparse.Namespace) -> None:
     for name, folder in picture_folders(args).items():
         print(f"{'Pictures' if name == 'visualizations' else 'Train ids'}: {folder}")
+
+
+def export(args: argparse.Namespace, pictures: Mapping[str, Path]) -> None:
+    """Write the saved predictions of these pictures for an annotation tool, if one was asked for."""
+    tool, folder = args.predictions_format, args.output_dir
+    if tool != "png" and pictures:
+        model = str(args.model_checkpoint or "SAM, not fine-tuned")
+        for line in annotators.export_predictions(tool, folder, folder / "predictions", pictures, model=model):
+            print(printable(line))
 
 
 def make_folders(args: argparse.Namespace) -> None:

@@ -175,7 +175,7 @@ def read_state_dict(path: Path, model_type: str) -> dict[str, Tensor]:
             kind = f"truncated, or not a PyTorch checkpoint of plain tensors{fetch}"
         raise CheckpointError(f"{path}: {kind}") from error
     state = foreign.sam_state(payload)
-    kind = foreign.kind_of(_names(payload))
+    kind = foreign.kind_of(_names(payload)) or foreign.kind_of_file(path)  # a safetensors file has it in its metadata
     if kind == foreign.OURS:
         raise FineTunedError(f"{path}: not a SAM state dict, but {foreign.OURS}")
     if state is None or kind not in (None, foreign.SAM):

@@ -23,6 +23,7 @@ KINDS = [
     "checkpoint",
     "SAM file",
     "cache entry",
+    "decoder",
 ]
 
 

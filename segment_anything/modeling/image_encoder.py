@@ -315,8 +315,14 @@ def exported_attention(
     rows = max(1, min(h, MAX_ELEMENTS_EXPORTED // (h * w * w)))
     attended = []
     for i in range(0, h, rows):
-        scores = (scale * q[:, i * w : (i + rows) * w]) @ k.transpose(1, 2)
-        bias = bias_h[:, i : i + rows, :, :, None] + bias_w[:, i : i + rows, :, None]
+        some, bias = (
+            q[:, i * w : (i + rows) * w],
+            bias_h[:, i : i + rows, :, :, None] + bias_w[:, i : i + rows, :, None],
+        )
+        if not torch.onnx.is_in_onnx_export():  # ONNX has no fused kernel
+            attended.append(_attention(some, k, v, bias.flatten(3).flatten(1, 2), scale))
+            continue
+        scores = (scale * some) @ k.transpose(1, 2)
         scores = (scores.view(bias.shape) + bias).view(scores.shape)
         attended.append(scores.softmax(dim=-1) @ v)
     return torch.cat(attended, dim=1) if len(attended) > 1 else attended[0]

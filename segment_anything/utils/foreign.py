@@ -86,7 +86,7 @@ _FROM_HUGGING_FACE = tuple(
 
 def load(path: Path) -> Any:
     """Load a PyTorch or a safetensors file without running its code; raises as `load_plain`."""
-    if not _is_safetensors(path):
+    if not is_safetensors(path):
         return load_plain(path)
     try:
         return load_file(path)
@@ -140,10 +140,10 @@ def kind_of_file(path: Path) -> str | None:
 
 
 def _names_in(path: Path) -> list[str]:
-    if _is_safetensors(path):
+    if is_safetensors(path):
         with open(path, "rb") as file:
             header: Mapping[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return list(header)
+        return [*header, *header.get("__metadata__", {})]
     if is_archive(path):
         with zipfile.ZipFile(path) as archive:
             (member,) = (one for one in archive.infolist() if one.filename.endswith("/data.pkl"))
@@ -159,7 +159,8 @@ def _names_in(path: Path) -> list[str]:
     return names
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
+    """Whether it begins as a safetensors file does. Raises OSError if it is unreadable."""
     with open(path, "rb") as file:
         start = file.read(9)
     length = int.from_bytes(start[:8], "little")

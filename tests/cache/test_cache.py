@@ -31,13 +31,14 @@ from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.scripts import good_flags, read_results, run_script, training_flags
 from utils.cache import lock, writer
 from utils.cache.keys import CacheKey, Request
-from utils.cache.reader import EmbeddingCache, entry_path, read_tensors
+from utils.cache.reader import EmbeddingCache, entry_path
 from utils.cache.writer import prepare_caches
 from utils.data.augment import fixed_view
 from utils.data.datasets import EvaluationDataset, NpyFolder, SemanticDataset, collate_evaluation
 from utils.model import checkpoint
 from utils.model.checkpoint import Checkpoint, ModelInfo
 from utils.model.segmenter import Features, Segmenter, build_model
+from utils.model.tensor_files import read_tensors, write_tensors
 from utils.runtime.device import Precision
 from utils.runtime.errors import Interrupted, LostWorkerError, UnreadableError, UserError
 from utils.runtime.files import cannot_be_read
@@ -181,12 +182,12 @@ def test_an_entry_whose_views_are_nested_too_deeply_is_damaged(
     cache = prepare(split, segmenter, sam_file)
     path = entry_path(cache.folder, cache.entries[0][0])
     tensors, metadata = read_tensors(path) or ({}, {})
-    writer._write_tensors(path, tensors, {**metadata, "views_are": "[" * 100_000})
+    write_tensors(path, tensors, {**metadata, "views_are": "[" * 100_000})
     prepare(split, segmenter, sam_file)
     assert "1 of 7 entries are damaged\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("call", ["utils.cache.reader.safe_open", "os.stat"])
+@pytest.mark.parametrize("call", ["safe_open", "os.stat"])
 def test_what_the_system_says_of_an_entry_is_no_damage(
     split: Path,
     segmenter: Segmenter,
@@ -209,8 +210,9 @@ def test_what_the_system_says_of_an_entry_is_no_damage(
         return real(path, *arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(call, refuse)
-        patch.setattr("utils.cache.reader.require_readable", lambda path: open_refused(path))
+        for module in ("utils.cache.reader", "utils.model.tensor_files"):
+            patch.setattr(f"{module}.{call}" if call == "safe_open" else call, refuse)
+            patch.setattr(f"{module}.require_readable", lambda path: open_refused(path))
         with pytest.raises(UnreadableError, match=rf"{entry}: cannot be read \(Input/output error\)"):
             prepare(split, segmenter, sam_file, where=str(tmp_path / "cache"))
         if call != "os.stat":

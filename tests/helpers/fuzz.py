@@ -46,7 +46,7 @@ from utils.data.classes import CLASS_NAMES
 from utils.data.datasets import NpyFolder
 from utils.data.detections import read_detections
 from utils.data.manifest import Manifest, ManifestItem, Source
-from utils.model.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_latest
+from utils.model.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_latest, save_safetensors
 from utils.model.segmenter import BoxSegmenter
 from utils.runtime.device import Precision
 from utils.runtime.errors import UserError, printable
@@ -209,6 +209,23 @@ def _saved(payload: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(payload, buffer)
     return buffer.getvalue()
+
+
+def damaged_tensors(written: bytes) -> st.SearchStrategy[bytes]:
+    """A safetensors file with another header, or damaged."""
+    foreign = [
+        save({"0.0": torch.ones(16, 4, 4, dtype=kind)}, {"sha256": "0"}) for kind in (torch.bfloat16, torch.bool)
+    ]
+    length = struct.unpack("<Q", written[:8])[0]
+    header = json.loads(written[8 : 8 + length])
+    odd: list[Any] = [*NAMES, *NUMBERS, [], {}, [0, 2**63], "F8_E4M3", "BF16", "[" * 100_000, '{"a":[]}']
+    metadata = replaced(header["__metadata__"], odd).map(lambda other: {**header, "__metadata__": other})
+    edited = (
+        (replaced(header, odd) | metadata)
+        .map(_dumps)
+        .map(lambda header: struct.pack("<Q", len(header)) + header + written[8 + length :])
+    )
+    return damaged([written, *foreign]) | edited | anything(written[:8])
 
 
 # --- Readers
@@ -374,16 +391,18 @@ def _model_targets(folder: Path, split: Path, model: BoxSegmenter) -> dict[str, 
         entry.write_bytes(data)
         prepare()
 
-    written = entry.read_bytes()
-    kinds = (torch.bfloat16, torch.bool)
-    foreign = [save({"0.0": torch.ones(16, 4, 4, dtype=kind)}, {"sha256": "0"}) for kind in kinds]
-    length = struct.unpack("<Q", written[:8])[0]
-    headers = replaced(json.loads(written[8 : 8 + length]), [*NAMES, *NUMBERS, [], {}, [0, 2**63], "F8_E4M3", "BF16"])
-    edited = headers.map(_dumps).map(lambda header: struct.pack("<Q", len(header)) + header + written[8 + length :])
+    written, decoder = entry.read_bytes(), folder / "decoder.safetensors"
+    save_safetensors(decoder, load_checkpoint(path))
+
+    def read_decoder(data: bytes) -> None:
+        decoder.write_bytes(data)
+        load_decoder(model, load_checkpoint(decoder)["model"], decoder)
+
     return {
         "checkpoint": Target(damaged_checkpoint(payload), read_checkpoint),
         "SAM file": Target(damaged_checkpoint(model.sam.state_dict()), read_sam),
-        "cache entry": Target(damaged([written, *foreign]) | edited | anything(written[:8]), read_entry),
+        "cache entry": Target(damaged_tensors(written), read_entry),
+        "decoder": Target(damaged_tensors(decoder.read_bytes()), read_decoder),
     }
 
 

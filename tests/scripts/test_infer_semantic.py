@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,36 +20,24 @@ import torch
 from PIL import Image
 
 import infer_bdd100k
-from segment_anything.build_sam import file_digest
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.inputs import IMAGE_SIZE, pictures, write_detections, write_video
 from tests.helpers.scripts import good_flags, read_results, run_script
 from utils.model import checkpoint
-from utils.model.segmenter import build_model
 
 pytestmark = pytest.mark.slow
 
 SPLIT_NAMES = ["val-0000", "val-0001", "val-0002"]
 
 
-def make_checkpoint(path: Path, sam_file: Path, prompt_mode: str, resize_mode: str = "stretch") -> Path:
-    """Write a checkpoint as training would: a decoder of random weights that tells classes apart somehow."""
-    model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE, prompt_mode=prompt_mode)
-    torch.manual_seed(4)
-    for parameter in model.mask_decoder.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    info = checkpoint.ModelInfo("vit_tiny", IMAGE_SIZE, resize_mode, file_digest(sam_file), prompt_mode)
-    checkpoint.save_best(path, model, info, epoch=0, metrics={}, args={})
-    return path
-
-
 @pytest.fixture(scope="module")
 def semantic(sam_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("semantic") / checkpoint.BEST, sam_file, "semantic")
+    return write_checkpoint(tmp_path_factory.mktemp("semantic") / checkpoint.BEST, sam_file, "semantic")
 
 
 @pytest.fixture(scope="module")
 def boxed(sam_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("boxed") / checkpoint.BEST, sam_file, "box")
+    return write_checkpoint(tmp_path_factory.mktemp("boxed") / checkpoint.BEST, sam_file, "box")
 
 
 @pytest.fixture
@@ -165,6 +156,64 @@ def test_saved_predictions_never_replace_the_pictures(
     flags = ["--images", tmp_path / "mine" / "predictions", "--output_dir", tmp_path / "mine", "--save_predictions"]
     line = error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--model_checkpoint", semantic, *flags)
     assert "the input is there and would be replaced" in line
+
+
+def exported(archive: Path) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
+    """The file names and sizes in COCO's archive, and all of it."""
+    with zipfile.ZipFile(archive) as opened:
+        content = json.loads(opened.read("annotations/instances_default.json"))
+    return {image["file_name"]: (image["height"], image["width"]) for image in content["images"]}, content
+
+
+def test_pictures_for_annotators(
+    infer: Callable[..., int | None], semantic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = pictures(tmp_path / "in")
+    (tmp_path / "in" / "bad.jpg").write_bytes(b"damaged")
+    flags = ["--model_checkpoint", semantic, "--images", tmp_path / "in", "--save_predictions"]
+    assert infer(*flags, "--predictions_format", "coco", "--batch_size", 3) == 1
+    archive = tmp_path / "out" / "predictions_coco.zip"
+    assert f"For COCO's tools: {archive}" in capsys.readouterr().out
+    found, content = exported(archive)
+    assert found == {f"{name}.jpg": sizes[name] for name in sorted(sizes)}  # without the damaged one
+    pixels = sum(annotation["area"] for annotation in content["annotations"])
+    assert pixels == sum(height * width for height, width in sizes.values())  # every pixel has one class
+    assert content["info"]["description"] == f"predicted by {semantic}"
+    assert infer(*flags) == 1
+    assert not archive.exists()  # it would be of an earlier run
+
+
+def test_a_split_for_annotators(
+    infer: Callable[..., int | None], semantic: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not infer("--model_checkpoint", semantic, "--save_predictions", "--predictions_format", "labelstudio")
+    folder = scenes / "images" / "10k" / "val"
+    assert f"    add {folder} as local storage before importing\n" in capsys.readouterr().out
+    tasks = json.loads((tmp_path / "out" / "predictions_labelstudio.json").read_text())
+    assert [task["data"]["image"] for task in tasks] == [f"/data/local-files/?d=val/val_{i:06}.jpg" for i in range(3)]
+    assert not infer("--model_checkpoint", semantic)
+    assert not list((tmp_path / "out").glob("predictions_*"))
+
+
+def test_annotators_flags_that_do_not_fit(
+    semantic: Path, sam_file: Path, npy: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", semantic, "--predictions_format", "cvat"]
+    assert "--predictions_format cvat: needs --save_predictions" in error_of(infer_bdd100k, *flags)
+    clip = write_video(tmp_path / "clip.mp4")
+    line = error_of(infer_bdd100k, *flags, "--save_predictions", "--images", clip)
+    assert f"{clip}: --predictions_format cvat needs pictures; extract the frames (ffmpeg -i {clip} 'FOLDER" in line
+    pictures(tmp_path / "in")
+    (tmp_path / "in" / "tall.jpg").rename(tmp_path / "in" / "ta\tll.jpg")
+    line = error_of(infer_bdd100k, *flags, "--save_predictions", "--images", tmp_path / "in")
+    assert "annotation tools take no control characters in a path" in line
+    shutil.copytree(npy / "val", tmp_path / "old")
+    manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
+    del manifest["sources"]
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
+    line = error_of(infer_bdd100k, *flags, "--save_predictions", "--val_npy_path", tmp_path / "old")
+    assert "did not record the file of val_000000; run pre_bdd100k.py again with --overwrite" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_prompt_mode(
@@ -290,7 +339,7 @@ def test_two_processes_equal_one_exactly(
     infer: Callable[..., int | None], sam_file: Path, npy: Path, semantic: Path, tmp_path: Path
 ) -> None:
     # Three images in batches of two: the second process has one image fewer.
-    more = ["--visualize", "--save_predictions", "--batch_size", 2, "--tta"]
+    more = ["--visualize", "--save_predictions", "--predictions_format", "coco", "--batch_size", 2, "--tta"]
     infer("--model_checkpoint", semantic, *more)
     single = tmp_path / "out"
     flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", semantic, "--output_dir", tmp_path / "two"]
@@ -303,6 +352,7 @@ def test_two_processes_equal_one_exactly(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("评估结果") == 1  # only the first process speaks
     assert read_results(tmp_path / "two") == read_results(single)
+    assert exported(tmp_path / "two" / "predictions_coco.zip") == exported(single / "predictions_coco.zip")
     for folder in ("predictions", "visualizations"):
         files = {path.name: path.read_bytes() for path in (single / folder).iterdir()}
         assert len(files) == 3
@@ -328,7 +378,7 @@ def test_mirror_images_count_and_the_report_says_so(
 def test_mirrored_pictures_get_mirrored_maps(
     resize_mode: str, sam_file: Path, infer: Callable[..., int | None], tmp_path: Path
 ) -> None:
-    model = make_checkpoint(tmp_path / "model.pth", sam_file, "semantic", resize_mode)
+    model = write_checkpoint(tmp_path / "model.pth", sam_file, "semantic", resize_mode=resize_mode)
     rng = np.random.default_rng(0)
     for folder in ("in", "mirrored"):
         (tmp_path / folder).mkdir()

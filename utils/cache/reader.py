@@ -24,6 +24,7 @@ from utils.cache.keys import CacheKey, Request, image_digest
 from utils.cache.lock import LOCK, no_cache_there
 from utils.model.feature_pca import KEPT, FeaturePCA
 from utils.model.segmenter import Segmenter
+from utils.model.tensor_files import read_tensors
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
 from utils.runtime.files import exists, read_json, require_readable, status
@@ -94,28 +95,6 @@ def is_cache(root: Path, key: CacheKey) -> bool:
             "delete this one"
         )
     return True
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and values."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        digest.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
-        digest.update(tensors[key].numpy().data)
-    return digest.hexdigest()
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """The tensors and metadata of a file, None if it is damaged. Raises `UserError` if the system cannot read it."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if metadata.get("sha256") == checksum(tensors):
-            return tensors, metadata
-    except (OSError, SafetensorError, TypeError):  # the last of a dtype that NumPy lacks
-        require_readable(path)
-    return None
 
 
 def read_feature_pca(root: Path, key: CacheKey, segmenter: Segmenter) -> tuple[FeaturePCA | None, str]:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -33,6 +32,7 @@ from utils.data.loaders import Loader, require_shared_memory, sample_bytes
 from utils.model.checkpoint import ModelInfo
 from utils.model.feature_pca import FIT_IMAGES, FeaturePCA
 from utils.model.segmenter import Features, Segmenter
+from utils.model.tensor_files import write_tensors
 from utils.runtime import distributed
 from utils.runtime.device import Precision
 from utils.runtime.errors import LostWorkerError, UserError
@@ -157,11 +157,6 @@ def _begin(root: Path, key: CacheKey, has_lock: bool) -> None:
         remove_temporaries(root)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    with atomic_write(path) as file:
-        file.write(save(tensors, {**metadata, "sha256": reader.checksum(tensors)}))
-
-
 @dataclass
 class CacheWriter:
     """Completes the splits of a cache, one after the other."""
@@ -272,7 +267,7 @@ class CacheWriter:
         with tqdm(indexes, desc="fitting the PCA of encoder blocks", unit="image") as progress:
             pca = FeaturePCA.fit(map(features_of, progress))
         tensors = {"mean": pca.mean, "basis": pca.basis.contiguous()}
-        _write_tensors(self.root / reader.PCA_FILE, tensors, {"binding": self.key.digest})
+        write_tensors(self.root / reader.PCA_FILE, tensors, {"binding": self.key.digest})
 
     def _write(self, folder: Path, request: Request, pending: list[int]) -> Generator[Checked, None, None]:
         """Encode images and write their entries."""
@@ -294,7 +289,7 @@ class CacheWriter:
                     name = request.source.items[index].name
                     self._require_finite(name, tensors.values())
                     about = {key: values[i] for key, values in metadata.items()}
-                    _write_tensors(reader.entry_path(folder, name), tensors, {"binding": self.identity, **about})
+                    write_tensors(reader.entry_path(folder, name), tensors, {"binding": self.identity, **about})
                     progress.update()
                     yield Checked(index, "", about["image_sha256"])
 

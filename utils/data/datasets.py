@@ -89,11 +89,25 @@ class NpyFolder:
         self.image_size = manifest.image_size
         self.resize_mode = manifest.resize_mode
         self.items = manifest.items
+        self._sources = manifest.sources or {}
         self.frame_size = frame = frame_size(manifest.image_size)
         self._form = {"imgs": ((*frame, 3), manifest.image_dtype), "gts": (frame, "uint8")}
         for item in self.items:
             for kind, (shape, dtype) in self._form.items():
                 check_npy(self._path(kind, item.name), shape, dtype)
+
+    def pictures(self) -> dict[str, Path]:
+        """The file of each image by name, as preprocessing found it.
+
+        Raises:
+            UserError: an earlier version wrote the split and did not record the files.
+        """
+        if missing := next((item.name for item in self.items if not self._sources.get(item.name)), None):
+            raise UserError(
+                f"{self.folder}: was written by an earlier version, which did not record the file of {missing}; run "
+                "pre_bdd100k.py again with --overwrite"
+            )
+        return {item.name: Path(str(self._sources[item.name][0][0])) for item in self.items}
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The image and its labels, as `read_image` and `read_labels`."""

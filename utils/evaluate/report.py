@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from utils.evaluate.annotators import FILES
 from utils.evaluate.metrics import format_details, format_report, results_dict
 from utils.evaluate.plots import save_confusion_matrix
 from utils.runtime import distributed
@@ -18,7 +19,8 @@ from utils.runtime.files import atomic_write, is_folder, listed, read_json
 _SIZES = {"frame": "in the preprocessed frame", "original": "at the original size of the images"}
 _TTA = "test-time augmentation: the class probabilities of each image and of its mirror image are averaged\n"
 
-_RESULTS = ("evaluation_results.txt", "evaluation_results.json", "confusion_matrix.png")
+_EXPORTS = [name for names in FILES.values() for name in names]
+_RESULTS = ("evaluation_results.txt", "evaluation_results.json", "confusion_matrix.png", *_EXPORTS)
 _PICTURES = ("visualizations", "predictions")
 _RECORD = ".pictures.json"  # the pictures that an evaluation wrote; the next one removes them
 
@@ -61,6 +63,11 @@ def begin_pictures(folder: Path, suffix: str, is_new: Callable[[str], bool]) -> 
     if _remove(old):
         distributed.say(printable(f"{folder}: replacing {len(old):,} pictures of an earlier run"))
     _tell_others(folder)
+
+
+def remove_exports(output_dir: Path) -> None:
+    """Remove an earlier run's files for annotation tools; raises as `begin_pictures`."""
+    _remove(output_dir / name for name in _EXPORTS)
 
 
 def _read_record(record: Path) -> list[tuple[str, str]]:

@@ -3,8 +3,10 @@
     python -m utils.export --model_checkpoint work_dir/<run> \\
         --sam_checkpoint work_dir/SAM/sam_vit_b_01ec64.pth --format onnx --output bdd100k.onnx
 
-A semantic model becomes one file, from picture to class map. A box model becomes two, the image encoder and the mask
-decoder: <output>.encoder.onnx and <output>.decoder.onnx.
+onnx: a semantic model becomes one file, from picture to class map; a box model becomes an encoder and a decoder.
+torch: a program of torch.export, from picture to class map, of a semantic model.
+hf: a folder that transformers' SamModel loads, of a box model.
+safetensors: the decoder alone, which --model_checkpoint takes like medsam_model_best.pth.
 """
 
 from __future__ import annotations
@@ -45,9 +47,10 @@ def get_args_parser() -> cli.Parser:
 if __name__ == "__main__":
     get_args_parser().parse_args()  # --help and wrong flags are answered before slow imports
 
-from utils.export.formats import FORMATS
+from utils.export.formats import FORMATS, check_flags
 from utils.export.trained import Options, load_trained
 from utils.model import checkpoint
+from utils.model.checkpoint import ModelInfo
 from utils.runtime.errors import UserError, printable
 from utils.runtime.files import exists, is_folder, require_writable, status
 
@@ -59,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
         args.sam_checkpoint,
         model_type=args.model_type,
         check_hash=args.verify_checkpoint,
-        before_sam=lambda info: check_outputs(args, chosen.outputs(args.output, info)),
+        before_sam=lambda info: check(args, info),
     )
     options = Options(
         image_layout=args.image_layout,
@@ -75,8 +78,10 @@ def main(args: argparse.Namespace) -> None:
         print(printable(f"note: {note}"))
 
 
-def check_outputs(args: argparse.Namespace, outputs: list[Path]) -> None:
-    """Raise a `UserError` if an output would replace an input, or without --overwrite anything."""
+def check(args: argparse.Namespace, info: ModelInfo) -> None:
+    """Raise a `UserError` if a flag does not fit, or an output exists or is an input."""
+    outputs = FORMATS[args.format].outputs(args.output, info)
+    check_flags(args.format, info, args.given)
     for output in outputs:
         for source in (checkpoint.in_folder(args.model_checkpoint, checkpoint.BEST), args.sam_checkpoint):
             ours, theirs = status(output), status(source)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from utils.data.classes import CLASS_NAMES, CLASSES
 from utils.export.graph import BoxesToMasks, PictureToEmbedding, decoder_example, semantic_graph
 from utils.export.trained import Options, Trained
 from utils.model.checkpoint import ModelInfo
@@ -46,7 +43,7 @@ def outputs(output: Path, info: ModelInfo) -> list[Path]:
 
 def write(trained: Trained, paths: list[Path], options: Options) -> list[str]:
     """Write the model; returns notes for the user."""
-    metadata = _metadata(trained) | {"precision": options.precision}
+    metadata = {"format_version": str(FORMAT_VERSION), "precision": options.precision, **trained.metadata()}
     if trained.info.prompt_mode == "semantic":
         if options.precision == "float16":
             trained.model.half()
@@ -69,14 +66,6 @@ def write(trained: Trained, paths: list[Path], options: Options) -> list[str]:
     names = ["masks", "iou_predictions", "low_res_masks"]
     _export(BoxesToMasks(sam, trained.info.resize_mode), boxes, shapes, names, decoder, metadata)
     return []
-
-
-def _metadata(trained: Trained) -> dict[str, str]:
-    """What a program needs to use the model, and where the model comes from."""
-    colors = [list(c.color) for c in CLASSES]
-    classes = {"class_names": json.dumps(CLASS_NAMES), "class_colors": json.dumps(colors)}
-    info = {key: str(value) for key, value in asdict(trained.info).items()}
-    return {"format_version": str(FORMAT_VERSION)} | info | classes | trained.provenance()
 
 
 def _export(

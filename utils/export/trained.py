@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import utils
+from utils.data.classes import CLASS_NAMES, CLASSES
 from utils.model import checkpoint
-from utils.model.checkpoint import ModelInfo
+from utils.model.checkpoint import Checkpoint, ModelInfo
 from utils.model.segmenter import Segmenter
 from utils.runtime.choices import MODEL_TYPES
 from utils.runtime.errors import UserError
@@ -32,9 +34,15 @@ class Trained:
     info: ModelInfo
     epoch: int | None
     miou: float | None  # of the run's validation; None without one
+    state: Checkpoint | None = None  # the file that the model was built from
 
-    def provenance(self) -> dict[str, str]:
-        """What the model was made of, for an exported file's metadata."""
+    def metadata(self) -> dict[str, str]:
+        """What a program needs to use the model, and where the model comes from."""
+        colors = [list(c.color) for c in CLASSES]
+        classes = {"class_names": json.dumps(CLASS_NAMES), "class_colors": json.dumps(colors)}
+        return {key: str(value) for key, value in asdict(self.info).items()} | classes | self._provenance()
+
+    def _provenance(self) -> dict[str, str]:
         origin = {"version": utils.__version__, "epoch": self.epoch, "val_miou": self.miou}
         return {key: str(value) for key, value in origin.items() if value is not None}
 
@@ -66,5 +74,5 @@ def load_trained(
     model, info = checkpoint.rebuild(state, model_checkpoint, sam_checkpoint, check_hash=check_hash)
     epoch, miou = state.get("epoch"), state.get("metrics", {}).get("val_miou")
     return Trained(
-        model.eval(), info, epoch if isinstance(epoch, int) else None, miou if isinstance(miou, float) else None
+        model.eval(), info, epoch if isinstance(epoch, int) else None, miou if isinstance(miou, float) else None, state
     )

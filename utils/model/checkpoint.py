@@ -2,12 +2,15 @@
 
 `medsam_model_best.pth` holds the mask decoder alone (keys `mask_decoder.*`; 16 MB for vit_b, 39 MB in semantic mode).
 `medsam_model_latest.pth` adds the state of the run for `--resume`. Both hold plain tensors, numbers, strings, lists and
-dicts, and load with `weights_only=True`.
+dicts, and load with `weights_only=True`. `python -m utils.export --format safetensors` writes what a best file holds as
+safetensors.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,6 +27,7 @@ from utils.data.classes import CLASS_NAMES
 from utils.data.frame import ImageSize, is_image_size
 from utils.data.manifest import RESIZE_MODES
 from utils.model.segmenter import INFER_FLAGS, SEGMENTERS, CheckpointFlags, Segmenter, build_model
+from utils.model.tensor_files import read_tensors, write_tensors
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write, cannot_be_read, is_file, is_folder
 
@@ -59,6 +63,7 @@ _FIXES = {
     "sam_sha256": "give the SAM file it was trained on (these are SHA-256 sums)",
     "prompt_mode": "give that --prompt_mode",
 }
+_IN_JSON = ("format_version", "class_names", "epoch", "metrics", "args")  # the entries beside "info" and "model"
 Plain = dict[str, Any]  # flags or figures by name: numbers, strings and None; see `is_flat`
 
 
@@ -117,7 +122,7 @@ def load_checkpoint(path: Path, flags: CheckpointFlags = INFER_FLAGS) -> Checkpo
     if not is_file(path):
         raise UserError(f"{path}: no such checkpoint (train_bdd100k.py writes {BEST} and {LATEST})")
     try:
-        payload: Any = load_plain(path, strict=True)
+        payload: Any = _load_safetensors(path) if foreign.is_safetensors(path) else load_plain(path, strict=True)
     except OSError as error:
         raise cannot_be_read(path, error) from None
     except ValueError:
@@ -126,6 +131,32 @@ def load_checkpoint(path: Path, flags: CheckpointFlags = INFER_FLAGS) -> Checkpo
     if wrong:
         raise UserError(f"{path}: {wrong}")
     return payload | {"info": ModelInfo(**payload["info"])}
+
+
+def save_safetensors(path: Path, state: Checkpoint) -> None:
+    """Write the decoder of a checkpoint as safetensors, atomically. `load_checkpoint` reads the file like a best one.
+
+    The metadata holds the fields of "info" as they are and the other entries as JSON.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    info = {key: str(value) for key, value in asdict(state["info"]).items()}
+    others = {key: json.dumps(state.get(key)) for key in _IN_JSON}
+    write_tensors(path, {key: value.contiguous() for key, value in state["model"].items()}, {**info, **others})
+
+
+def _load_safetensors(path: Path) -> Any:
+    """The payload of a file of `save_safetensors`, not yet checked, or None if it is damaged or of another kind."""
+    tensors, metadata = read_tensors(path) or ({}, {})
+    info: dict[str, Any] = {field.name: metadata.get(field.name) for field in fields(ModelInfo)}
+    if re.fullmatch(r"\d{1,9}", info["image_size"] or "", re.ASCII):
+        info["image_size"] = int(info["image_size"])
+    try:
+        others = {key: json.loads(metadata[key]) for key in _IN_JSON}
+    except (KeyError, ValueError, RecursionError):
+        return None
+    return {**others, "info": info, "model": tensors}
 
 
 def _kind_of_other(path: Path, payload: object, flags: CheckpointFlags) -> str:

@@ -8,7 +8,7 @@ MODEL_TYPES = ("vit_h", "vit_l", "vit_b", "vit_tiny")  # as in segment_anything.
 PROMPT_MODES = ("box", "semantic")  # as in utils.model.segmenter.SEGMENTERS
 CACHE_DTYPES = ("float16", "float32")  # as in utils.cache.keys.DTYPES
 SCHEDULES = ("constant", "cosine", "step")
-EXPORT_FORMATS = ("onnx",)  # as in utils.export.formats
+EXPORT_FORMATS = ("onnx", "torch", "safetensors", "hf")  # as in utils.export.formats.FORMATS
 EXPORT_PRECISIONS = ("float32", "float16", "int8")
 IMAGE_LAYOUTS = ("nchw", "nhwc")
 AMP_DTYPES = ("auto", "fp16", "bf16")
@@ -23,3 +23,6 @@ MAP_RULES: dict[MapRule, str] = {
     "box_threshold": "the highest logit above 0 among the classes whose box holds the pixel",
     "threshold": "the highest logit above 0, inside or outside the box",
 }
+
+# --predictions_format: beside the PNGs of --save_predictions, files for an annotation tool.
+PREDICTION_FORMATS = ("png", "cvat", "labelstudio", "coco")  # as in utils.evaluate.annotators.WRITERS

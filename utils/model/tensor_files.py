@@ -1,0 +1,46 @@
+"""Safetensors files with a checksum: of cache entries, and of exported decoders."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from utils.runtime.files import atomic_write, require_readable
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write contiguous CPU tensors, metadata and the checksum that `read_tensors` compares, atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    content = save(dict(tensors), {**metadata, "sha256": _checksum(tensors)})
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """The tensors and metadata of a file, None if it is damaged. Raises `UserError` if the system cannot read it."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if metadata.get("sha256") == _checksum(tensors):
+            return tensors, metadata
+    except (OSError, SafetensorError, TypeError):  # the last of a dtype that NumPy lacks
+        require_readable(path)
+    return None
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
+        digest.update(tensors[key].numpy().data)
+    return digest.hexdigest()
