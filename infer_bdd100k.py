@@ -179,8 +179,8 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
     if args.tta and args.cache_embeddings not in ("auto", "off"):
         raise UserError("--tta reads no cache; leave out --cache_embeddings")
     source = NpyFolder(args.val_npy_path)
-    if args.predictions_format != "png":
-        annotators.require_exportable(source.pictures())
+    exported = source.pictures() if args.predictions_format != "png" else {}
+    annotators.require_exportable(exported)
     masks = original_masks(args, source) if args.eval_size == "original" else None
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
     boxes = choose_boxes(args, info, [item.name for item in source.items])
@@ -230,7 +230,7 @@ def evaluate_split(args: argparse.Namespace, precision: Precision) -> int:
             tta=args.tta,
         )
         print_folders(args)
-    distributed.on_main(lambda: export(args, source.pictures()))
+    distributed.on_main(lambda: export(args, exported))
     return 0
 
 
