@@ -234,8 +234,8 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     if {"opacity", "classes"} & args.given:
         raise UserError("--opacity and --classes are for --images; leave them out")
     source = NpyFolder(args.val_npy_path)
-    if args.predictions_format != "png":
-        annotators.require_exportable(source.pictures())
+    exported = source.pictures() if args.predictions_format != "png" else {}
+    annotators.require_exportable(exported)
     masks = original_masks(args, source) if args.eval_size == "original" else None
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
     boxes = choose_boxes(args, info, [item.name for item in source.items])
@@ -291,7 +291,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
         if args.report_images:
             save_label_maps(args.output_dir / LABEL_MAPS, scored)
         print_folders(args)
-    distributed.on_main(lambda: export(args, source.pictures()))
+    distributed.on_main(lambda: export(args, exported))
     return 0
 
 

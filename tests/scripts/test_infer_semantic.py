@@ -218,6 +218,7 @@ def test_annotators_flags_that_do_not_fit(
     line = error_of(infer_bdd100k, *flags, "--save_predictions", "--val_npy_path", tmp_path / "old")
     assert "did not record the file of val_000000; run pre_bdd100k.py again with --overwrite" in line
     assert not (tmp_path / "out").exists()
+    assert not run_script(infer_bdd100k, *flags[:-2], "--save_predictions", "--val_npy_path", tmp_path / "old")
 
 
 def test_an_unknown_prompt_mode(
