@@ -33,7 +33,7 @@ class _Pending:
     """A step whose outcome the host has not read yet."""
 
     where: str
-    report: Tensor  # pinned: the sums, the gradient's norm, the loss scale before the step
+    report: Tensor  # pinned: the sums, the gradient's norm; the loss scale before the step, and its age in steps
     done: torch.cuda.Event
     names: list[str]
     flags: list[Tensor]  # of each batch, as `sample_flags`
@@ -70,7 +70,7 @@ class CapturedSteps:
             parameter.grad = torch.zeros_like(parameter)
         self.gradients = [cast(Tensor, p.grad) for p in self.parameters]
         self.sums = torch.zeros(len(self.parts) + 1, dtype=torch.float64, device=device)
-        self.report = torch.zeros(len(self.parts) + 3, dtype=torch.float64, device=device)
+        self.report = torch.zeros(len(self.parts) + 4, dtype=torch.float64, device=device)
         self.has_diverged = torch.zeros((), dtype=torch.bool, device=device)
         self.one = torch.ones((), device=device)
         # The learning rate of each step that counts, from a first one on.
@@ -82,6 +82,7 @@ class CapturedSteps:
 
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
+        self.places: dict[tuple[object, ...], Tensor] = {}  # where graphs read their inputs
         self.adding: dict[tuple[object, ...], _Graph | None] = {}
         self.updating: _Graph | None = None
         self.warm = False
@@ -94,8 +95,8 @@ class CapturedSteps:
         shape = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
         graph = self.adding.get(shape)
         if graph is None and shape in self.adding:
-            static = self._copied(batch)
-            graph = self.adding[shape] = self._capture(lambda: self._add(static), _leaves(static))
+            placed = self._placed(batch)
+            graph = self.adding[shape] = self._capture(lambda: self._add(placed), _leaves(placed))
         if graph is None:
             self.adding[shape] = None
             flags = self._add(on_device(batch, self.precision))
@@ -131,7 +132,7 @@ class CapturedSteps:
         while len(self.pending) > (0 if all_of_them else LAG):
             step = self.pending.popleft()
             step.done.synchronize()
-            sums, norm, scale = step.report[:-2], step.report[-2], step.report[-1].item()
+            sums, (norm, scale, age) = step.report[:-3], step.report[-3:]
             overflow = not bool(norm.isfinite())
             if not bool(sums.isfinite().all()):
                 what, chosen = "the loss is not finite", ~torch.cat(step.flags, dim=1)[0]
@@ -141,8 +142,9 @@ class CapturedSteps:
                 yield Outcome(sums, skipped=overflow)
                 continue
             self.pending.clear()  # these were not taken
-            if self.state.scaler.is_enabled():
-                self.state.scaler.update(scale)
+            scaler = self.state.scaler
+            if scaler.is_enabled():  # they have lowered its scale
+                scaler.load_state_dict({**scaler.state_dict(), "scale": scale.item(), "_growth_tracker": int(age)})
             raise diverged(f"{step.where}: {what}", names_where(step.names, chosen))
 
     def _losses(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
@@ -163,9 +165,9 @@ class CapturedSteps:
         return flags
 
     def _compiled_losses(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        for key in ("class_ids", "boxes", "valid"):
-            if batch["valid"].ndim == 2:
-                torch._dynamo.mark_dynamic(batch[key], 1)
+        if batch["valid"].ndim == 2:
+            for prompts in (batch["class_ids"], batch["boxes"], batch["valid"]):
+                torch._dynamo.mark_dynamic(prompts, 1)
         if self.compiled:
             return self.compiled(batch)
         self.compiled = torch.compile(self._losses)
@@ -188,6 +190,7 @@ class CapturedSteps:
         self.lr.copy_(self.table.index_select(0, self.good_steps)[0])
         self.has_diverged |= ~self.sums.isfinite().all()
         scale = scaler.scale(self.one)
+        age = cast(Tensor, scaler._growth_tracker).clone() if scaler.is_enabled() else self.one
         factor = (1 / self.sums[-1].clamp(min=1)).float()
         torch._foreach_mul_(self.gradients, torch.where(self.has_diverged, float("nan"), factor))
         norm = torch.nn.utils.get_total_norm(self.gradients) / scale
@@ -201,7 +204,7 @@ class CapturedSteps:
             scaler.step(optimizer)
         scaler.update()
         self.good_steps += norm.isfinite()
-        self.report.copy_(torch.cat([self.sums, norm.double()[None], scale.double()[None]]))
+        self.report.copy_(torch.cat([self.sums, torch.stack([norm, scale, age]).double()]))
         self.sums.zero_()
         torch._foreach_zero_(self.gradients)
 
@@ -234,15 +237,20 @@ class CapturedSteps:
         self.good_steps -= first - self.table_first
         self.table_first, self.until_refill = first, TABLE - LAG
 
-    def _copied(self, batch: TrainingBatch) -> TrainingBatch:
-        """A batch whose tensors are where a graph will read them."""
+    def _placed(self, batch: TrainingBatch) -> TrainingBatch:
+        """A batch whose tensors are where graphs read them: one place for all tensors of a name and shape."""
 
-        def copied(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(self.precision.device, copy=True)
-            return [copied(part) for part in value] if isinstance(value, list | tuple) else value
+        def placed(name: str, value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return [placed(f"{name} {i}", part) for i, part in enumerate(value)]
+            if not isinstance(value, Tensor):
+                return value
+            kind = (name, value.shape, value.dtype)
+            if kind not in self.places:
+                self.places[kind] = torch.empty_like(value, device=self.precision.device)
+            return self.places[kind]
 
-        return cast(TrainingBatch, {key: copied(value) for key, value in batch.items()})
+        return cast(TrainingBatch, {key: placed(key, value) for key, value in batch.items()})
 
     def _capture(self, function: Callable[[], Tensor | None], inputs: list[Tensor]) -> _Graph:
         graph = torch.cuda.CUDAGraph()
