@@ -425,3 +425,14 @@ def test_a_launcher_under_slurm_is_one(launched_with: Callable[..., None], capsy
     launched_with(RANK="0", WORLD_SIZE="1", SLURM_NTASKS="2", **where)
     distributed.cleanup()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("name", "expected"), [("cpu", []), ("cuda:1", ["cuda:1"])])
+def test_a_card_is_the_one_for_all_that_names_none(
+    name: str, expected: list[str], launched_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    device = torch.device(name)
+    distributed.setup(requested=False, world_size=None, node_rank=None, init_method="env://", device=device)
+    assert chosen == expected
