@@ -68,9 +68,6 @@ PRESETS: dict[str | None, dict[str, Any]] = {
     "cpu": {"batch_size": 2, "grad_acc_steps": 8, "use_amp": True, "amp_dtype": "auto", "num_workers": 1},
 }
 
-# Batches of a run that save the minutes of compiling.
-COMPILED_FROM = 20_000
-
 # A decoder with new parts has more to learn than SAM's own.
 MODE_DEFAULTS: dict[str, dict[str, Any]] = {
     "box": {"lr": 5e-5, "lr_scheduler": "constant", "warmup_epochs": 0, "augment": "none"},
@@ -178,7 +175,7 @@ def get_args_parser() -> cli.Parser:
         choices=["auto", "eager", "captured", "compiled"],
         default="auto",
         help="how a step runs. eager: kernel by kernel; captured: as one CUDA graph; compiled: by torch.compile, then "
-        f"captured. auto: captured with one process on a GPU, compiled from {COMPILED_FROM:,} batches on, else eager",
+        "captured. auto: captured on a GPU without a launcher, else eager",
     )
 
     # 修改点 5: 分布式训练参数
@@ -293,6 +290,7 @@ def main(args: cli.Flags) -> None:
             make_deterministic()
         precision = resolve_precision(args.device, **ranks, use_amp=args.use_amp, amp_dtype=args.amp_dtype)
         require_possible(args.cache_device, args.cache_embeddings, precision.device)
+        require_step_mode(args, precision.device)
         train(args, precision, resume)
     distributed.cleanup()
 
@@ -327,7 +325,7 @@ def train(args: cli.Flags, precision: Precision, resume: ResumeState | None) -> 
     if model is not segmenter:
         settle_gradient_order(model, collate_training([dataset[FILLER]]), precision)
     run = Run(settings, segmenter, info, state, config, resume)
-    steps = build_steps(args, model, segmenter, state, precision, len(loader))
+    steps = build_steps(args, model, segmenter, state, precision)
     announce(args, precision, run, len(dataset), len(loader))
     distributed.on_main(partial(save_training_sheet, run.folder / "train_batch.jpg", dataset))
     samples = ValidationSamples(val_dataset) if val_dataset else None
@@ -469,32 +467,26 @@ def build_state(args: cli.Flags, segmenter: Segmenter, precision: Precision, num
 
 
 def build_steps(
-    args: cli.Flags, model: nn.Module, segmenter: Segmenter, state: TrainState, precision: Precision, num_batches: int
+    args: cli.Flags, model: nn.Module, segmenter: Segmenter, state: TrainState, precision: Precision
 ) -> Steps:
-    """The steps of `--step_mode`.
+    """The steps of `--step_mode`."""
+    if args.step_mode == "eager" or not can_capture(precision.device):
+        return EagerSteps(model, state, precision, args.clip_grad_norm)
+    compiled_batch = args.batch_size if args.step_mode == "compiled" else 0
+    return CapturedSteps(segmenter, state, precision, args.clip_grad_norm, compiled_batch=compiled_batch)
 
-    Raises:
-        UserError: this run cannot have them.
-    """
-    alone_on_card = precision.device.type == "cuda" and model is segmenter
-    if args.step_mode in ("captured", "compiled") and not alone_on_card:
-        raise UserError(f"--step_mode {args.step_mode} needs one process on a CUDA device; set it to auto")
+
+def can_capture(device: torch.device) -> bool:
+    """Whether steps can be CUDA graphs. DDP's, which a launcher's processes share, are not."""
+    return device.type == "cuda" and not distributed.is_shared()
+
+
+def require_step_mode(args: cli.Flags, device: torch.device) -> None:
+    """Check --step_mode before images are encoded; raises a `UserError`."""
+    if args.step_mode in ("captured", "compiled") and not can_capture(device):
+        raise UserError(f"--step_mode {args.step_mode} needs a CUDA device, and no launcher; set it to auto")
     if args.step_mode == "compiled" and args.deterministic:
         raise UserError("--deterministic: not with --step_mode compiled; set it to captured")
-    if args.step_mode == "eager" or not alone_on_card:
-        return EagerSteps(model, state, precision, args.clip_grad_norm)
-    # By the whole run, not by what is left of it: a resumed run goes on as it began.
-    worth_it = num_batches * args.num_epochs >= COMPILED_FROM and not args.deterministic
-    return CapturedSteps(
-        segmenter,
-        state,
-        precision,
-        args.clip_grad_norm,
-        compiled_batch=args.batch_size
-        if args.step_mode == "compiled" or (args.step_mode == "auto" and worth_it)
-        else 0,
-        requires_compiler=args.step_mode == "compiled",
-    )
 
 
 def announce(args: cli.Flags, precision: Precision, run: Run, num_images: int, num_batches: int) -> None:

@@ -127,7 +127,7 @@ def build_steps(args: argparse.Namespace, segmenter: Segmenter, precision: Preci
     if step_mode == "eager":
         return EagerSteps(segmenter, state, precision, clip_grad_norm=1.0)
     batch = args.batch_size if step_mode == "compiled" else 0
-    return CapturedSteps(segmenter, state, precision, 1.0, compiled_batch=batch, requires_compiler=True)
+    return CapturedSteps(segmenter, state, precision, 1.0, compiled_batch=batch)
 
 
 def training(args: argparse.Namespace, precision: Precision) -> None:

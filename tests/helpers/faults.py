@@ -34,7 +34,7 @@ import torch
 
 from segment_anything import build_sam_vit_tiny
 from tests.helpers.inputs import write_split
-from tests.helpers.scripts import quick_start
+from tests.helpers.scripts import ONE_THREAD
 from utils.model import checkpoint
 from utils.runtime.errors import UserError
 
@@ -131,7 +131,7 @@ class Job:
         """
         self.log = log
         log.touch()
-        self._process = _forks.Process(target=_be, args=(words, log, {**quick_start(), **environment}))
+        self._process = _forks.Process(target=_be, args=(words, log, {**ONE_THREAD, **environment}))
         self._process.start()
 
     @property

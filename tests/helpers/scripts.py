@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +21,7 @@ def run_script(script: ModuleType, *flags: object) -> int | None:
     return script.main(script.get_args_parser().parse_args([str(flag) for flag in flags]))
 
 
-def quick_start() -> dict[str, str]:
-    """Environment variables for a script in its own process: one thread, and tests/quick_start on its path."""
-    folders = [str(Path(__file__).parents[1] / "quick_start"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(folders)}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for a script in its own process
 
 
 def with_shared_memory_of(size: str, command: Sequence[object], **options: Any) -> subprocess.CompletedProcess[str]:

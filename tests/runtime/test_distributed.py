@@ -22,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import train_bdd100k
 from tests.helpers.faults import free_port, write_inputs
-from tests.helpers.scripts import log_of, quick_start
+from tests.helpers.scripts import ONE_THREAD, log_of
 from utils.model import checkpoint
 from utils.runtime import distributed
 from utils.runtime.errors import UserError
@@ -41,7 +41,7 @@ def launch(sam_file: Path, npy: Path) -> Launch:
         command = [sys.executable, "-m", launcher, f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
         data = ["-i", npy / "train", "-model_type", "vit_tiny", "-checkpoint", sam_file, "-work_dir", work_dir]
         words = [*command, REPOSITORY / "train_bdd100k.py", *data, "--device", "cpu", "-num_workers", 0, *flags]
-        environment = {**os.environ, **quick_start()}
+        environment = {**os.environ, **ONE_THREAD}
         done = subprocess.run(
             [str(word) for word in words], env=environment, capture_output=True, text=True, timeout=600
         )
@@ -127,7 +127,6 @@ def semantic_flags(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     """Flags of a semantic run on a non-square frame with cached views."""
     folder = tmp_path_factory.mktemp("frame")
     flags = ["-i", write_inputs(folder, width=96) / "train", "--cache_embeddings", folder / "cache"]
-    # No crops: they need torchvision, which `quick_start` hides.
     return [*flags, "--augment", "flip", "--prompt_mode", "semantic", "-batch_size", 1, "-num_epochs", 4, "-lr", "5e-5"]
 
 
@@ -168,7 +167,7 @@ def test_only_the_main_process_needs_the_run_and_its_flags_are_those_of_all(
 
     script = [sys.executable, REPOSITORY / "train_bdd100k.py", "--resume", Path("work") / folder.name, "-num_epochs", 2]
     words = [str(word) for word in (*script, "--grad_acc_steps", 2, "--device", "cpu")]
-    environment = {**os.environ, **quick_start(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, **ONE_THREAD, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(words, cwd=where, env=environment | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
         for rank, where in enumerate((ours, theirs))
@@ -425,3 +424,14 @@ def test_a_launcher_under_slurm_is_one(launched_with: Callable[..., None], capsy
     launched_with(RANK="0", WORLD_SIZE="1", SLURM_NTASKS="2", **where)
     distributed.cleanup()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("name", "expected"), [("cpu", []), ("cuda:1", ["cuda:1"])])
+def test_a_card_is_the_one_for_all_that_names_none(
+    name: str, expected: list[str], launched_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    device = torch.device(name)
+    distributed.setup(requested=False, world_size=None, node_rank=None, init_method="env://", device=device)
+    assert chosen == expected

@@ -558,6 +558,14 @@ BAD_FLAGS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
         lambda f: ["--cache_device", "cpu", "--cache_embeddings", "off"],
         r"--cache_device cpu: there is no cache with --cache_embeddings off; leave out one of the two",
     ),
+    "a graph on no card": (
+        lambda f: ["--step_mode", "captured"],
+        r"--step_mode captured needs a CUDA device, .* to auto",
+    ),
+    "compiled on no card": (
+        lambda f: ["--step_mode", "compiled"],
+        r"--step_mode compiled needs a CUDA device, .* auto",
+    ),
     "patience without validation": (lambda f: ["--patience", 3], r"--patience counts validations: give --val_npy_path"),
     "negative patience": (lambda f: ["--patience", -1], r"patience.* at least 0, got -1"),
     "resume a run that has stopped": (

@@ -42,6 +42,8 @@ def setup(
     Raises:
         UserError: the launcher is missing or contradicts the flags, or the processes do not meet.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where streams, events and pinned memory are that name no device
     if not _launched():
         if requested or (world_size or 1) > 1:
             raise UserError(f"distributed training needs a launcher: {_launch_by_tasks() or LAUNCH_HINT}")
@@ -65,8 +67,6 @@ def setup(
         raise UserError(f"--node_rank {node_rank}, but the launcher calls this node {actual_node}; make them agree")
     global _launcher
     _launcher = os.getppid() if actual > 1 else None  # the parent of a single process may be a shell, which may end
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         store, number, size = next(dist.rendezvous(init_method, own, actual))
@@ -201,6 +201,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_shared() -> bool:
+    """Whether a launcher's processes, or its only one, are a group: `wrap` gives DDP."""
+    return dist.is_initialized()
 
 
 def local_rank() -> int:

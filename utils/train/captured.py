@@ -34,7 +34,7 @@ class _Pending:
     """A step whose outcome the host has not read yet."""
 
     where: str
-    report: Tensor  # pinned: the sums, the gradient's norm, the loss scale before the step
+    report: Tensor  # pinned: the sums, the gradient's norm; the loss scale before the step, and its age in steps
     done: torch.cuda.Event
     names: list[str]
     flags: list[Tensor]  # of each batch, as `sample_flags`
@@ -51,19 +51,17 @@ class CapturedSteps:
         clip_grad_norm: float,
         *,
         compiled_batch: int = 0,
-        requires_compiler: bool = False,
     ) -> None:
         """Set up the steps.
 
         Args:
             compiled_batch: the size of the batches that `torch.compile` is worth it for; 0 for none. Others, as at an
                 epoch's end, are captured without it.
-            requires_compiler: raise a `UserError` if `torch.compile` fails, instead of going on without it.
         """
         self.model, self.state, self.precision = model, state, precision
         self.parts: tuple[str, ...] = model.LOSSES
         self.clip_grad_norm = clip_grad_norm or float("inf")
-        self.compiled_batch, self.requires_compiler = compiled_batch, requires_compiler
+        self.compiled_batch = compiled_batch
         self.compiled: Callable[[TrainingBatch], tuple[Tensor, Tensor]] | None = None
         device = precision.device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -71,7 +69,7 @@ class CapturedSteps:
             parameter.grad = torch.zeros_like(parameter)
         self.gradients = [cast(Tensor, p.grad) for p in self.parameters]
         self.sums = torch.zeros(len(self.parts) + 1, dtype=torch.float64, device=device)
-        self.report = torch.zeros(len(self.parts) + 3, dtype=torch.float64, device=device)
+        self.report = torch.zeros(len(self.parts) + 4, dtype=torch.float64, device=device)
         self.has_diverged = torch.zeros((), dtype=torch.bool, device=device)
         self.one = torch.ones((), device=device)
         # The learning rate of each step that counts, from a first one on.
@@ -83,28 +81,29 @@ class CapturedSteps:
 
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
-        self.places: dict[tuple[object, ...], TrainingBatch] = {}  # by shape: where its graph reads
+        self.places: dict[tuple[object, ...], Tensor] = {}  # where graphs read their inputs
+        self.warm: set[tuple[object, ...]] = set()  # shapes of which a batch has run without a graph
         self.adding: dict[tuple[object, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # and the flags that it writes
         self.updating: torch.cuda.CUDAGraph | None = None
-        self.is_warm = False
+        self.has_updated = False
         self.names: list[str] = []
         self.flags: list[Tensor] = []
         self.pending: deque[_Pending] = deque()
 
     def add(self, batch: TrainingBatch, *, last: bool) -> None:
-        leaves = _leaves(batch)
+        leaves, placed = _leaves(batch), self._placed(batch)
+        for place, leaf in zip(_leaves(placed), leaves):
+            place.copy_(leaf, non_blocking=True)
         shape = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
-        if shape not in self.places:
-            self.places[shape] = self._copied(batch)
-            flags = self._add(self.places[shape])
-        else:
-            for place, leaf in zip(_leaves(self.places[shape]), leaves):
-                place.copy_(leaf, non_blocking=True)
+        if shape in self.warm:
             if shape not in self.adding:
-                self.adding[shape] = self._capture(partial(self._add, self.places[shape]))
+                self.adding[shape] = self._capture(partial(self._add, placed))
             graph, output = self.adding[shape]
             graph.replay()
             flags = output.clone()
+        else:
+            self.warm.add(shape)
+            flags = self._add(placed)
         self.names += batch["name"]
         self.flags.append(flags)
 
@@ -112,12 +111,12 @@ class CapturedSteps:
         if self.until_refill == 0:
             self._refill()
         self.until_refill -= 1
-        if self.is_warm:
+        if self.has_updated:
             self.updating = self.updating or self._capture(self._update)[0]
             self.updating.replay()
         else:
             self._update()
-            self.is_warm = True
+            self.has_updated = True
         report = torch.empty_like(self.report, device="cpu", pin_memory=self.report.is_cuda)
         report.copy_(self.report, non_blocking=True)
         done = torch.cuda.Event()
@@ -130,7 +129,7 @@ class CapturedSteps:
         while len(self.pending) > (0 if all_of_them else LAG):
             step = self.pending.popleft()
             step.done.synchronize()
-            sums, norm, scale = step.report[:-2], step.report[-2], step.report[-1].item()
+            sums, (norm, scale, age) = step.report[:-3], step.report[-3:]
             overflow = not bool(norm.isfinite())
             if not bool(sums.isfinite().all()):
                 what, chosen = "the loss is not finite", ~torch.cat(step.flags, dim=1)[0]
@@ -140,8 +139,9 @@ class CapturedSteps:
                 yield Outcome(sums, skipped=overflow)
                 continue
             self.pending.clear()  # these were not taken
-            if self.state.scaler.is_enabled():
-                self.state.scaler.update(scale)
+            scaler = self.state.scaler
+            if scaler.is_enabled():  # they have lowered its scale
+                scaler.load_state_dict({**scaler.state_dict(), "scale": scale.item(), "_growth_tracker": int(age)})
             raise diverged(f"{step.where}: {what}", names_where(step.names, chosen))
 
     def _losses(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
@@ -162,9 +162,9 @@ class CapturedSteps:
         return flags
 
     def _compiled_losses(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
-        for key in ("class_ids", "boxes", "valid"):
-            if batch["valid"].ndim == 2:
-                torch._dynamo.mark_dynamic(batch[key], 1)
+        if batch["valid"].ndim == 2:
+            for prompts in (batch["class_ids"], batch["boxes"], batch["valid"]):
+                torch._dynamo.mark_dynamic(prompts, 1)
         if self.compiled:
             return self.compiled(batch)
         self.compiled = torch.compile(self._losses)
@@ -175,11 +175,7 @@ class CapturedSteps:
             raise
         except Exception as error:  # of Dynamo, Inductor, Triton or the C compiler
             reason = " ".join(str(error).split())[:200]
-            if self.requires_compiler:
-                raise UserError(f"--step_mode compiled: torch.compile fails here ({reason}); set captured") from None
-            distributed.say(f"torch.compile fails here ({reason}); continuing without it")
-            self.compiled_batch = 0
-            return self._losses(batch)
+            raise UserError(f"--step_mode compiled: torch.compile fails here ({reason}); set it to captured") from None
 
     def _update(self) -> None:
         """Step the optimizer as `EagerSteps`, but leave the weights alone once a loss or gradient is not finite."""
@@ -187,6 +183,7 @@ class CapturedSteps:
         self.lr.copy_(self.table.index_select(0, self.good_steps)[0])
         self.has_diverged |= ~self.sums.isfinite().all()
         scale = scaler.scale(self.one)
+        age = cast(Tensor, scaler._growth_tracker).clone() if scaler.is_enabled() else self.one
         factor = (1 / self.sums[-1].clamp(min=1)).float()
         torch._foreach_mul_(self.gradients, torch.where(self.has_diverged, float("nan"), factor))
         norm = torch.nn.utils.get_total_norm(self.gradients) / scale
@@ -200,7 +197,7 @@ class CapturedSteps:
             scaler.step(optimizer)
         scaler.update()
         self.good_steps += norm.isfinite()
-        self.report.copy_(torch.cat([self.sums, norm.double()[None], scale.double()[None]]))
+        self.report.copy_(torch.cat([self.sums, torch.stack([norm, scale, age]).double()]))
         self.sums.zero_()
         torch._foreach_zero_(self.gradients)
 
@@ -233,15 +230,20 @@ class CapturedSteps:
         self.good_steps -= first - self.table_first
         self.table_first, self.until_refill = first, TABLE - LAG
 
-    def _copied(self, batch: TrainingBatch) -> TrainingBatch:
-        """A batch whose tensors are where a graph will read them."""
+    def _placed(self, batch: TrainingBatch) -> TrainingBatch:
+        """A batch whose tensors are where graphs read them: one place for all tensors of a name and shape."""
 
-        def copied(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value.to(self.precision.device, copy=True)
-            return [copied(part) for part in value] if isinstance(value, list | tuple) else value
+        def placed(name: str, value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return [placed(f"{name} {i}", part) for i, part in enumerate(value)]
+            if not isinstance(value, Tensor):
+                return value
+            kind = (name, value.shape, value.dtype)
+            if kind not in self.places:
+                self.places[kind] = torch.empty_like(value, device=self.precision.device)
+            return self.places[kind]
 
-        return cast(TrainingBatch, {key: copied(value) for key, value in batch.items()})
+        return cast(TrainingBatch, {key: placed(key, value) for key, value in batch.items()})
 
     def _capture(self, function: Callable[[], Tensor | None]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The kernels of a function as a graph, and the function's result, which each replay writes anew."""

@@ -35,9 +35,9 @@ class Progress:
     skipped_steps: int = 0
     sums: Tensor | None = None  # as `Outcome.sums`, over `steps`; float64
     begun: float = field(default_factory=time.monotonic)
-    num_steps: int = 0  # of the epoch
-    title: str = "training"  # of the progress bar, and what stands at its end
-    note: str = ""
+    num_steps: int = 0  # of the whole epoch
+    title: str = "training"  # at the beginning of the progress bar
+    note: str = ""  # at its end
 
     @property
     def seconds(self) -> float:

@@ -81,9 +81,9 @@ class EagerSteps:
         return any_stop
 
     def outcomes(self, *, all_of_them: bool) -> Iterator[Outcome]:
-        if self.outcome:
-            yield self.outcome
-        self.outcome = None
+        outcome, self.outcome = self.outcome, None  # at once: what is done with it may fail
+        if outcome:
+            yield outcome
 
     def _step(self) -> bool:
         """Step the optimizer and clear the gradients; False if the scaler skipped the step because fp16 overflowed."""
