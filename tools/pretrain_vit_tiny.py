@@ -27,7 +27,6 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from segment_anything import build_sam_vit_tiny
 from segment_anything.build_sam import CONFIGS, load_state_dict, read_state_dict
@@ -42,6 +41,7 @@ from utils.runtime import cli
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write, make_folder
 from utils.runtime.process_pool import run_jobs, usable_cores
+from utils.runtime.progress import progress_bar
 from utils.scenes import draw_scene
 from utils.train.optim import build_optimizer, build_scheduler
 
@@ -167,16 +167,16 @@ def main(args: argparse.Namespace) -> None:
     if args.output.is_dir():
         raise UserError(f"{args.output}: is a folder; set --output to a file")
     if source:
-        scenes = [read(source, index) for index in tqdm(range(len(source.items)), desc="reading", unit="image")]
+        scenes = [read(source, index) for index in progress_bar(range(len(source.items)), "reading", unit="image")]
     else:
-        with tqdm(total=args.num_scenes, desc="drawing", unit="scene") as bar:
+        with progress_bar(total=args.num_scenes, desc="drawing", unit="scene") as bar:
             draw_some = partial(draw_all, image_size=image_size)
             scenes = run_jobs(draw_some, list(range(args.num_scenes)), usable_cores(), bar.update)
 
     optimizer = build_optimizer(sam, lr=args.lr, weight_decay=0.05)
     scheduler = build_scheduler(optimizer, "cosine", total_steps=args.num_steps, warmup_steps=args.num_steps // 20)
     started, recent = time.monotonic(), 0.0
-    progress = tqdm(range(args.num_steps), desc="training", unit="step")
+    progress = progress_bar(range(args.num_steps), "training", unit="step")
     for step in progress:
         chosen = rng.integers(len(scenes), size=args.batch_size)
         samples = [make_sample(scenes[i][0], scenes[i][1], args.num_prompts, rng) for i in chosen]
