@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from segment_anything import build_sam_vit_tiny
 from segment_anything.modeling import Sam
@@ -44,6 +43,7 @@ from utils.model.segmenter import BoxSegmenter, Features, Segmenter, SemanticSeg
 from utils.runtime import cli
 from utils.runtime.choices import AUGMENTATIONS
 from utils.runtime.errors import UserError
+from utils.runtime.progress import progress_bar
 from utils.train.optim import build_scheduler
 
 BBOX_SHIFT = 20  # of a frame of 1024 pixels
@@ -275,7 +275,7 @@ def load_split(source: NpyFolder, sam: Sam, blocks: list[int], num_views: int, u
 @torch.no_grad()
 def encode(images: Tensor, sam: Sam, blocks: list[int], use_amp: bool, desc: str) -> list[Tensor]:
     pieces = []
-    for some in tqdm(images.split(8), desc=desc, unit="batch", leave=False):
+    for some in progress_bar(images.split(8), desc, unit="batch", leave=False):
         with autocast(use_amp):
             embeddings, features = sam.image_encoder.forward_features(sam.preprocess(some.float()), blocks)
         pieces.append([feature.half() for feature in (embeddings, *features)])
@@ -327,7 +327,7 @@ def train(
     parameters = [p for group in groups for p in group["params"]]
     segmenter.train()
     mean = 0.0
-    progress = tqdm(range(epochs), desc=row.change, unit="epoch")
+    progress = progress_bar(range(epochs), row.change, unit="epoch")
     for _ in progress:
         losses = []
         for chosen in torch.from_numpy(rng.permutation(data.num_images)).split(batch_size):

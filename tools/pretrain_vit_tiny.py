@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm import tqdm
 
 from segment_anything import build_sam_vit_tiny
 from segment_anything.build_sam import CONFIGS, fit_positions
@@ -51,6 +50,7 @@ from utils.runtime.device import resolve_precision, telling_out_of_memory
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write, exists, make_folder
 from utils.runtime.process_pool import run_jobs, usable_cores
+from utils.runtime.progress import progress_bar
 from utils.scenes import draw_scene
 from utils.train.optim import TrainState, build_optimizer, build_scheduler
 
@@ -234,10 +234,10 @@ def main(args: argparse.Namespace) -> None:
     first, recent = resume(state_file, flags, sam, training) if exists(state_file) else (0, None)
 
     if source:
-        indices = tqdm(range(len(source.items)), desc="reading", unit="image")
+        indices = progress_bar(range(len(source.items)), "reading", unit="image")
         pictures = [read_picture(source, index) for index in indices]
     else:
-        with tqdm(total=args.num_scenes, desc="drawing", unit="scene") as bar:
+        with progress_bar(desc="drawing", total=args.num_scenes, unit="scene") as bar:
             draw = partial(draw_pictures, size=image_sizes[0])
             pictures = run_jobs(draw, list(range(args.num_scenes)), usable_cores(), bar.update)
 
@@ -246,7 +246,9 @@ def main(args: argparse.Namespace) -> None:
         samples = Samples(pictures, args.num_prompts, precision.device)
         # Of each frame, the structure alone: they compute with the weights of `sam`.
         models = [BoxLosses(build_sam_vit_tiny(image_size=frame)).to(precision.device).train() for frame in frames]
-        progress = tqdm(range(first, args.num_steps), desc="training", unit="step", initial=first, total=args.num_steps)
+        progress = progress_bar(
+            range(first, args.num_steps), desc="training", unit="step", initial=first, total=args.num_steps
+        )
         for step in progress:
             model, frame = models[step % len(frames)], frames[step % len(frames)]
             batch = samples.batch(args.batch_size, frame, np.random.default_rng((SEED, step)))

@@ -376,8 +376,7 @@ def relative_position_bias(q: Tensor, distances: Tensor, size: tuple[int, int]) 
     h, w = size
     # The affinity of each query to every distance. A query needs a window of these, with one entry for each key; it
     # moves one to the left from position to position, so that all windows are one strided view ("skewing": Huang et
-    # al.,
-    # 2018, arXiv 1809.04281).
+    # al., 2018, arXiv 1809.04281).
     affinity = F.linear(q, distances)  # N x HW x D
     n, _, d = affinity.shape
     bias_h = affinity.as_strided((n, h, w, h), (h * w * d, w * d - 1, d, 1), h - 1)

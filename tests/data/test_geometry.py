@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from utils.data.geometry import PAD_COLOR, fitted_size, pixels_in_box, resize_image, resize_mask, restore, unframe
+from utils.data.geometry import (
+    PAD_COLOR,
+    fitted_size,
+    pixels_in_box,
+    resize_image,
+    resize_mask,
+    restore,
+    to_bytes,
+    unframe,
+)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +181,12 @@ def test_there_and_back(mode, shape, size):
     assert np.array_equal(unframe(black, in_frame, shape[0], shape[1], mode)[1], mask)
     logits = torch.stack([(frame == label).float() for label in range(3)])
     assert torch.equal(restore(logits, shape[0], shape[1], mode).argmax(0), torch.from_numpy(mask).long())
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_an_image_to_show_has_no_value_that_is_none(dtype):
+    stored = np.array([0, 0.5, 1, 1.5, -1, np.nan, np.inf, -np.inf], dtype)
+    assert to_bytes(stored).tolist() == [0, 128, 255, 255, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])

@@ -7,7 +7,6 @@ import re
 
 import pytest
 
-from utils.runtime import progress
 from utils.runtime.progress import about, progress_bar
 
 
@@ -34,10 +33,8 @@ def test_a_bar_fits_the_terminal_and_eighty_columns(columns: int, monkeypatch: p
 
 def test_a_file_gets_seldom_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(progress._Lines, "_time", staticmethod(lambda: now[0]), raising=False)
     stderr = io.StringIO()
     monkeypatch.setattr("sys.stderr", stderr)
-    monkeypatch.setattr("time.time", lambda: now[0])
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     for _ in progress_bar(range(100), "encoding", unit="image", miniters=1):
         now[0] += 1

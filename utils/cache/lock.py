@@ -71,7 +71,7 @@ def in_rounds(work: Generator[Result, None, None]) -> list[Result]:
             for result in work:
                 results.append(result)
                 if distributed.launcher_has_ended():
-                    raise Interrupted("the launcher has ended; start the run again to resume encoding", signal.SIGTERM)
+                    raise Interrupted("the launcher has ended; start the run again", signal.SIGTERM)
                 if time.monotonic() - started > SECONDS_PER_ROUND:
                     outcome = False
                     break

@@ -21,7 +21,6 @@ from utils.data.augment import View, fixed_view
 from utils.data.datasets import (
     FILLER,
     PADDING,
-    BoxPromptDataset,
     Found,
     Sample,
     TrainingBatch,
@@ -119,14 +118,6 @@ class ResidentLoader:
             for key, examples in view_tensors(dataset.read_view(dataset.indices[0], 0, View())).items()
         }
         self._found: list[Found] = []  # of each row
-
-    @property
-    def max_prompts(self) -> int:
-        """The largest number of prompts of an image in a batch; 0 in a mode without prompts."""
-        if not isinstance(self.dataset, BoxPromptDataset):
-            return 0
-        count = max(1, *(len(class_ids) for class_ids, _ in self._found))
-        return min(count, self.dataset.classes_per_image or count)
 
     def __len__(self) -> int:
         return len(self.batch_sampler)

@@ -291,9 +291,8 @@ class CacheWriter:
         _make_folder(folder)  # the main process has done so, which other machines may not know yet
         num_images = max(1, self.batch_size // request.num_views)  # all views of an image are in one batch
         loader = Loader(_Pending(request, pending, folder), batch_size=num_images, num_workers=self.num_workers)
-        progress = progress_bar(
-            None, f"encoding {folder.name}", total=len(pending), unit="image", disable=not distributed.is_main()
-        )
+        is_quiet = not distributed.is_main()
+        progress = progress_bar(desc=f"encoding {folder.name}", total=len(pending), unit="image", disable=is_quiet)
         with progress:
             for images, indexes, metadata in loader:
                 views = images.shape[1]
@@ -310,10 +309,10 @@ class CacheWriter:
                     }
                     name = request.source.items[index].name
                     self._require_finite(name, tensors.values())
-                    about = {key: values[i] for key, values in metadata.items()}
-                    write_tensors(reader.entry_path(folder, name), tensors, {"binding": self.identity, **about})
+                    of_image = {key: values[i] for key, values in metadata.items()}
+                    write_tensors(reader.entry_path(folder, name), tensors, {"binding": self.identity, **of_image})
                     progress.update()
-                    yield Checked(index, "", about["image_sha256"])
+                    yield Checked(index, "", of_image["image_sha256"])
 
     def _require_finite(self, name: str, tensors: Iterable[Tensor]) -> None:
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
@@ -339,5 +338,5 @@ class _Pending(Dataset[tuple[Tensor, int, dict[str, str]]]):
         signature = self.request.signature(index, self.folder)  # before the image is read, to notice a later change
         image, name, size = source.read_image(index), source.items[index].name, source.fitted_size(index)
         views = torch.stack([fixed_view(name, number).image(image, size) for number in range(self.request.num_views)])
-        about = {"image_file": signature, "image_sha256": image_digest(image), "views_are": self.request.views(index)}
-        return views, index, about
+        views_are = self.request.views(index)
+        return views, index, {"image_file": signature, "image_sha256": image_digest(image), "views_are": views_are}

@@ -79,6 +79,13 @@ def resize_mask(mask: np.ndarray, image_size: ImageSize | Sequence[int], resize_
     return frame
 
 
+def to_bytes(image: np.ndarray) -> np.ndarray:
+    """A stored image as uint8, for display: floating point in [0, 1] is scaled; what is not finite becomes black."""
+    if image.dtype == np.uint8:
+        return image
+    return np.nan_to_num(image.astype(np.float32) * 255, posinf=0, neginf=0).round().clip(0, 255).astype(np.uint8)
+
+
 def unframe(
     image: np.ndarray, mask: np.ndarray, height: int, width: int, resize_mode: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -91,12 +98,10 @@ def unframe(
     Returns:
         (height, width, 3) uint8 and (height, width) uint8.
     """
-    if image.dtype != np.uint8:
-        image = (image.astype(np.float32) * 255).round().astype(np.uint8)
     rows, columns = fitted_size(height, width, mask.shape, resize_mode)
     size = (width, height)
     return (
-        cv2.resize(image[:rows, :columns], size, interpolation=cv2.INTER_LINEAR),
+        cv2.resize(to_bytes(image[:rows, :columns]), size, interpolation=cv2.INTER_LINEAR),
         cv2.resize(mask[:rows, :columns], size, interpolation=cv2.INTER_NEAREST_EXACT),
     )
 

@@ -19,7 +19,7 @@ from PIL import Image
 from utils.data.bdd100k import read_mask
 from utils.data.classes import CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES, PALETTE
 from utils.data.datasets import NpyFolder
-from utils.data.geometry import resize_image, resize_mask
+from utils.data.geometry import resize_image, resize_mask, to_bytes
 from utils.evaluate.metrics import mean_iou
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write, open_untrusted
@@ -183,11 +183,9 @@ def read_shown(source: NpyFolder, index: int, target: np.ndarray | None = None) 
     """
     rows, columns = source.fitted_size(index)
     image, size = source.read_image(index)[:rows, :columns], shown_size(source, index)
-    if image.dtype != np.uint8:
-        image = (image.astype(np.float32) * 255).round().astype(np.uint8)
     if target is None:
         target = source.read_labels(index)[:rows, :columns]
-    return resize_image(image, size, "stretch"), resize_mask(target, size, "stretch")
+    return resize_image(to_bytes(image), size, "stretch"), resize_mask(target, size, "stretch")
 
 
 def report_cards(

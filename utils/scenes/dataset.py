@@ -37,7 +37,7 @@ def write_dataset(
             strays = sorted(path.name for path in folder.glob("[!.]*") if path.name not in ours)
             if strays:
                 raise UserError(f"{folder}: holds {strays[0]}, not of this data set (give an empty --output_dir)")
-        with progress_bar(None, "scenes", total=len(jobs), unit="scene") as bar:
+        with progress_bar(total=len(jobs), desc="scenes", unit="scene") as bar:
             run_jobs(write, jobs, num_workers, bar.update)
     except OSError as error:
         raise UserError(f"{error.filename or root}: cannot write: {error.strerror}") from error

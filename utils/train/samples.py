@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from utils.data.datasets import EvaluationDataset, NpyFolder, TrainingDataset, collate_evaluation
+from utils.data.geometry import to_bytes
 from utils.evaluate.metrics import ConfusionMatrix, mean_iou
 from utils.evaluate.plots import colorize, draw_legend, legend_entries, overlay, text_width, write_text
 from utils.model.prediction import predict
@@ -112,14 +113,14 @@ def training_sheet(dataset: TrainingDataset) -> np.ndarray:
     rows, label_maps = [], []
     for index in varied_images(source, dataset.indices, NUM_SAMPLES):
         labels = source.read_labels(index)
-        stored = overlay(_bytes(source.read_image(index)), labels)
+        stored = overlay(to_bytes(source.read_image(index)), labels)
         row = {f"{printable(source.items[index].name)}, as stored": _picture(source, index, stored)}
         label_maps.append(labels)
         for epoch in range(3):
             drawn.set_epoch(epoch)
             sample = drawn[dataset.indices.index(index)]
             labels = sample["labels"].numpy()
-            view = overlay(_bytes(sample["image"].numpy()), labels)
+            view = overlay(to_bytes(sample["image"].numpy()), labels)
             for box in sample.get("boxes", ()):
                 left, top, right, bottom = box.round().int().tolist()
                 cv2.rectangle(view, (left, top), (right, bottom), _BOX_COLOR, max(1, round(view.shape[1] / WIDTH)))
@@ -152,13 +153,6 @@ class Picture:
         return cls(pixels.shape[0], pixels.shape[1], file.getvalue())
 
 
-def _bytes(image: np.ndarray) -> np.ndarray:
-    """An image of any stored type as uint8; what is not finite, of which training tells, is black."""
-    if image.dtype == np.uint8:
-        return image
-    return np.nan_to_num(image.astype(np.float32) * 255, posinf=0, neginf=0).round().clip(0, 255).astype(np.uint8)
-
-
 def _picture(source: NpyFolder, index: int, frame: np.ndarray) -> np.ndarray:
     """A frame without its padding, in the shape of the original: H x W (x 3) -> h x w (x 3) uint8, see `WIDTH`."""
     item = source.items[index]
@@ -168,7 +162,7 @@ def _picture(source: NpyFolder, index: int, frame: np.ndarray) -> np.ndarray:
     picture = frame[:height, :width]
     if picture.ndim == 2:
         return cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST)
-    return cv2.resize(_bytes(picture), size, interpolation=cv2.INTER_AREA if width > WIDTH else cv2.INTER_LINEAR)
+    return cv2.resize(to_bytes(picture), size, interpolation=cv2.INTER_AREA if width > WIDTH else cv2.INTER_LINEAR)
 
 
 def _sheet(rows: Sequence[dict[str, np.ndarray]], *label_maps: np.ndarray) -> np.ndarray:
