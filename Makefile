@@ -43,7 +43,7 @@ lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/codespell
-	$(VENV)/bin/mypy segment_anything utils tools benchmarks tests *.py
+	$(VENV)/bin/mypy segment_anything utils tools benchmarks examples tests *.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
