@@ -42,7 +42,7 @@ from utils.runtime import cli
 from utils.runtime.device import Precision, resolve_precision, telling_out_of_memory
 from utils.runtime.errors import UserError
 from utils.train.captured import CapturedSteps
-from utils.train.loop import Batches, Progress, train_one_epoch
+from utils.train.loop import Progress, train_one_epoch
 from utils.train.optim import TrainState, build_optimizer, build_scheduler
 from utils.train.step import EagerSteps, Steps
 
@@ -209,8 +209,7 @@ def full_epoch(args: argparse.Namespace, precision: Precision) -> None:
     loader = ResidentLoader(dataset, sampler, precision.device, places)
     load_s = common.measure({"": lambda: list(loader.load())}, 1)[""]
     steps = build_steps(args, segmenter, precision, "compiled" if args.compile else "captured")
-    batches: Batches = loader
-    epoch = partial(run_epoch, steps, batches)
+    epoch = partial(run_epoch, steps, loader)
     epoch()
     epoch_s = seconds({"": epoch}, 1)[""]
     common.report(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import train_bdd100k
 from segment_anything import build_sam_vit_tiny
 from tests.helpers.oracles import relative_error
+from tests.helpers.scripts import run_script, training_flags
 from utils.data.datasets import TrainingBatch
+from utils.model import checkpoint
 from utils.model.segmenter import SEGMENTERS, Segmenter
 from utils.runtime.device import Precision
 from utils.runtime.errors import DivergedError, NotSavedError, UserError
@@ -313,3 +317,45 @@ def test_where_the_compiler_fails_one_line_says_so(monkeypatch: pytest.MonkeyPat
     steps = steps_of("captured", segmenter, compiled_batch=2)
     with pytest.raises(UserError, match=r"torch\.compile fails here \(no C compiler found\); set it to captured"):
         train_one_epoch(steps, [random_batch(segmenter, 0, prompts=3)], grad_acc_steps=1, progress=Progress(0))
+
+
+@pytest.mark.parametrize(
+    ("flags", "compiled_batch"),
+    [
+        ([], 0),
+        (["--step_mode", "captured"], 0),
+        (["--step_mode", "compiled", "-batch_size", "2"], 2),
+        (["--step_mode", "eager"], None),
+    ],
+)
+def test_which_steps_a_run_takes(flags: list[str], compiled_batch: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = train_bdd100k.get_args_parser().parse_args(["-i", "train", *flags])
+    train_bdd100k.apply_defaults(args, {})
+    segmenter = segmenter_of("box")
+    monkeypatch.setattr(train_bdd100k, "can_capture", lambda device: True)
+    steps = train_bdd100k.build_steps(args, segmenter, segmenter, state_of(segmenter), FP32)
+    assert getattr(steps, "compiled_batch", None) == compiled_batch
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_that_of_eager_steps_resumed_or_not(
+    npy: Path, sam_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_bdd100k, "can_capture", lambda device: True)
+    flags = ["--val_npy_path", npy / "val", "-batch_size", 2, "--grad_acc_steps", 1, "-lr", "1e-3"]
+    flags += ["--device", DEVICE.type]
+    runs = {}
+    for mode, starts in {"eager": [3], "captured": [3], "resumed": [1, 3]}.items():
+        more = ["--step_mode", "captured" if mode == "resumed" else mode, "--save_every_steps", 2, "--resume", "auto"]
+        for epochs in starts:
+            common = training_flags(npy / "train", sam_file, tmp_path / mode)
+            run_script(train_bdd100k, *common, *flags, *more, "-num_epochs", epochs)
+        (folder,) = (tmp_path / mode).iterdir()
+        saved = checkpoint.load_checkpoint(folder / checkpoint.LATEST)
+        losses = [record["train_loss"] for record in saved["run_state"]["history"]]
+        runs[mode] = losses, torch.cat([weight.flatten() for weight in saved["model"].values()])
+    assert len(runs["captured"][0]) == 3
+    assert runs["captured"][0] == pytest.approx(runs["eager"][0], rel=1e-4)
+    assert relative_error(runs["captured"][1], runs["eager"][1]) < 1e-4
+    assert HAS_CARD or runs["resumed"][0] == runs["captured"][0]  # a card's kernels may add up in another order
+    assert relative_error(runs["resumed"][1], runs["captured"][1]) <= (1e-4 if HAS_CARD else 0)

@@ -70,7 +70,7 @@ class EagerSteps:
 
     def add(self, batch: TrainingBatch, *, last: bool) -> None:
         with distributed.sync_gradients(self.model, enabled=last):
-            forward_backward(self.model, batch, self.sums, self.state.scaler, self.precision)
+            _forward_backward(self.model, batch, self.sums, self.state.scaler, self.precision)
 
     def update(self, where: str, *, stop: bool) -> bool:
         sums, self.sums = self.sums, _StepSums(self.parts, self.precision.device)
@@ -121,11 +121,11 @@ def settle_gradient_order(model: nn.Module, batch: TrainingBatch, precision: Pre
     """
     model.train()
     nothing = _StepSums(distributed.unwrap(model).LOSSES, precision.device)  # type: ignore[arg-type]
-    forward_backward(model, batch, nothing, precision.grad_scaler(), precision)
+    _forward_backward(model, batch, nothing, precision.grad_scaler(), precision)
     model.zero_grad(set_to_none=True)
 
 
-def forward_backward(
+def _forward_backward(
     model: nn.Module, batch: TrainingBatch, sums: _StepSums, scaler: torch.amp.GradScaler, precision: Precision
 ) -> None:
     """Add the gradient of a batch's summed loss, and the losses to `sums`."""
