@@ -25,8 +25,9 @@ _DPI = 100
 
 _COLOR_MAP = PALETTE[:, None]  # the shape that OpenCV takes
 _LINE_COLOR = (235, 235, 235)  # RGB; far from every class's colour
-_PAPER, _INK, _FAINT, _STRIPE = (255, 255, 255), (20, 20, 20), (110, 110, 110), (175, 175, 175)
-_WRONG = (232, 64, 24)  # RGB of wrong pixels in an error map
+_PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
+HATCH = _PAPER, (175, 175, 175)  # RGB between the stripes and of a stripe: no class looks like that, unlike black
+WRONG = (232, 64, 24)  # RGB of wrong pixels; far from every class's colour
 _NARROWEST, _LONGEST = 480, 2048  # pixels of a comparison's panel; other pictures are enlarged or shrunk
 _MARGIN = 12
 _FONT = "uni"  # of OpenCV: also Chinese, on any machine
@@ -42,12 +43,15 @@ def colorize(labels: np.ndarray) -> np.ndarray:
 
 
 def _hatch(pixels: np.ndarray, where: np.ndarray) -> None:
-    """Draw grey diagonal lines on white where the mask is set: no class looks like that, unlike black."""
+    """Draw grey diagonal stripes on white where the mask is set."""
     if where.any():
-        period = max(8, max(where.shape) // 80)
-        diagonals = np.add.outer(np.arange(where.shape[0]), np.arange(where.shape[1])) % period
-        stripes = np.array([_PAPER, _STRIPE], dtype=np.uint8)[(diagonals < period // 4).astype(np.uint8)]
-        pixels[where] = stripes[where]
+        pixels[where] = np.array(HATCH, dtype=np.uint8)[stripes(where.shape)[where].astype(np.uint8)]
+
+
+def stripes(shape: tuple[int, ...]) -> np.ndarray:
+    """Which pixels of an (H, W) picture are on a diagonal stripe, bool. Large pictures, viewed shrunk, have wide ones."""
+    period = max(8, max(shape) // 80)
+    return np.add.outer(np.arange(shape[0]), np.arange(shape[1])) % period < period // 4
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.ndarray:
@@ -186,7 +190,7 @@ def error_map(image: np.ndarray, target: np.ndarray, prediction: np.ndarray) -> 
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     shown = cv2.addWeighted(grey, 0.6, np.full_like(grey, 255), 0.15, 0)
     labelled = target < NUM_CLASSES
-    shown[labelled & (target != prediction)] = _WRONG
+    shown[labelled & (target != prediction)] = WRONG
     _hatch(shown, ~labelled)
     return shown
 
