@@ -49,8 +49,8 @@ def _hatch(pixels: np.ndarray, where: np.ndarray) -> None:
 
 
 def stripes(shape: tuple[int, ...]) -> np.ndarray:
-    """Which pixels of an (H, W) picture are on a diagonal stripe, bool. Large pictures, viewed shrunk, have wide ones."""
-    period = max(8, max(shape) // 80)
+    """Which pixels of an (H, W) picture are on a diagonal stripe, bool."""
+    period = max(8, max(shape) // 80)  # large pictures are viewed shrunk
     return np.add.outer(np.arange(shape[0]), np.arange(shape[1])) % period < period // 4
 
 
