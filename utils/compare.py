@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 
 from utils.runtime import cli
 from utils.runtime.errors import UserError, printable
-from utils.runtime.files import is_folder, read_json
+from utils.runtime.files import is_folder, make_folder, read_json
 
 
 def get_args_parser() -> cli.Parser:
@@ -128,6 +128,7 @@ def main(args: argparse.Namespace) -> None:
     if args.html:
         from utils.evaluate.comparison import write_comparison  # takes seconds, as it imports PyTorch
 
+        make_folder(args.html.parent, "--html")
         missing = write_comparison(args.html, read, names)
         print(f"\nPage: {printable(str(args.html))}{f' ({missing})' if missing else ''}")
 

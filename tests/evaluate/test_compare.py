@@ -131,12 +131,13 @@ def test_the_images_that_changed_most_are_chosen() -> None:
 
 def test_a_page_of_foreign_class_names_has_ours(tmp_path: Path) -> None:
     folders = [with_images(tmp_path / name, [0.5]) for name in ("a", "b")]
+    target = tmp_path / "new" / "folder" / "page.html"
     path = folders[0] / "evaluation_results.json"
     results = json.loads(path.read_text())
     results["per_class"][0]["name"] = "$x_{<b>"  # matplotlib would parse it, and HTML too
     path.write_text(json.dumps(results))
-    compare.main(compare.get_args_parser().parse_args([*map(str, folders), "--html", str(tmp_path / "page.html")]))
-    page = (tmp_path / "page.html").read_text()
+    compare.main(compare.get_args_parser().parse_args([*map(str, folders), "--html", str(target)]))
+    page = target.read_text()
     assert "x_{" not in page and ">road</text>" in page
 
 
