@@ -98,13 +98,14 @@ def draw_examples(folder: Path, examples: Examples, source: NpyFolder, masks: Ma
         image, target = unframe(*source.read(example.index), item.height, item.width, source.resize_mode)
         if masks:
             target = read_mask(masks[item.name], item.height, item.width)
+        figures = f"mIoU {example.miou:.3f}, rank {example.rank:,} of {len(source.items):,} (1 = worst)"
         save_comparison(
             folder / f"{item.name}.png",
             image,
             target,
             prediction,
             title=item.name,
-            figures=f"mIoU {example.miou:.3f}, rank {example.rank:,} of {len(source.items):,} (1 = worst)",
+            figures="no labelled pixel" if math.isnan(example.miou) else figures,
         )
 
 
