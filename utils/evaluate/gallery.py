@@ -77,7 +77,7 @@ def choose_images(mious: Sequence[float], counts: np.ndarray, number: int) -> di
     """
     number = min(number, len(mious))
     by_miou = [int(index) for index in np.argsort(mious, kind="stable") if not math.isnan(mious[index])]
-    chosen = dict.fromkeys(by_miou[: math.ceil(number / 3)], "among the lowest mIoU")
+    chosen = dict.fromkeys(by_miou[: math.ceil(number / 3)], "low mIoU")
 
     wrong = wrong_pixels(counts)
     classes = np.flatnonzero(counts.sum(axis=(0, 2)))
@@ -86,11 +86,11 @@ def choose_images(mious: Sequence[float], counts: np.ndarray, number: int) -> di
         for class_id, order in worst_of.items():
             index = int(order[rank])
             if len(chosen) < math.ceil(2 * number / 3) and wrong[index, class_id]:
-                chosen.setdefault(index, f"among the most wrong pixels of {CLASS_NAMES[class_id]}")
+                chosen.setdefault(index, f"many wrong pixels of {CLASS_NAMES[class_id]}")
 
     rest = [index for index in range(len(mious)) if index not in chosen]
     for position in np.linspace(0, len(rest) - 1, number - len(chosen)).round().astype(int):
-        chosen[rest[position]] = "evenly spread sample"
+        chosen[rest[position]] = "even sample"
     return chosen
 
 
