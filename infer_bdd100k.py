@@ -262,7 +262,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     progress = progress_bar(indexes, "evaluating", unit="image", disable=not distributed.is_main())
     for index, (prediction, labels) in zip(progress, predictions_and_labels(model, loader, precision, rule)):
         item = source.items[index]
-        original = cache(partial(original_size, prediction, item.height, item.width, info))
+        original = cache(partial(original_size, prediction, item.height, item.width, info))  # at most once, if needed
         if masks:
             label_map = torch.from_numpy(original())
             labels = torch.from_numpy(read_mask(masks[item.name], item.height, item.width).copy())
