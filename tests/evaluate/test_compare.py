@@ -69,8 +69,23 @@ def test_any_number_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str
     semantic = write(tmp_path / "x" / "a", {**copied, "boxes": "none"})
     run(one, two, semantic)
     printed = words(capsys.readouterr().out)
-    assert printed[0][3:] == [str(one), str(two), str(semantic)]  # two are named "a"
+    assert printed[0][3:] == [f"{tmp_path.name}/a", f"{tmp_path.name}/b", "x/a"]  # two are named "a"
     assert printed[2:] == [["mIoU", "0.5000", "0.5000", "0.5000"], ["boxes:", "oracle,", "oracle,", "none"]]
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        ("demo/before demo/after", "before after"),
+        ("work_dir/box/eval-val work_dir/semantic/eval-val", "box/eval-val semantic/eval-val"),
+        ("/w/a/eval-val /v/a/eval-val b", "w/a/eval-val v/a/eval-val b"),
+        ("a x/a", "a x/a"),
+        ("/a a", "/a a"),
+        (". a", ". a"),
+    ],
+)
+def test_names_are_as_long_as_they_must_be(folders: str, names: str) -> None:
+    assert compare.short_names([Path(folder) for folder in folders.split()]) == names.split()
 
 
 def test_results_of_different_map_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
