@@ -191,7 +191,7 @@ from utils.evaluate.media import (
     refuse_overwriting,
     write_behind,
 )
-from utils.evaluate.metrics import count_pixels, mean_iou
+from utils.evaluate.metrics import count_pixels
 from utils.evaluate.plots import OverlayStyle, save_labels
 from utils.evaluate.report import begin_pictures, begin_results, remove_exports, write_report
 from utils.model import checkpoint
@@ -273,7 +273,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
         scored.append(ScoredImage(index, counts, shown))
         if args.save_predictions:
             save_labels(args.output_dir / "predictions" / f"{item.name}.png", original())
-        if args.visualize and examples.add(index, mean_iou(torch.from_numpy(counts))):
+        if args.visualize and examples.add(index, scored[-1].miou):
             examples.keep(index, original())
     scored = sorted(chain(*distributed.all_gather(scored)), key=lambda image: image.index)
     distributed.on_main(lambda: save_results(args, source, scored, masks, boxes=boxes, rule=rule))

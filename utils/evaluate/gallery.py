@@ -46,6 +46,11 @@ class ScoredImage:
     counts: np.ndarray  # (19, 20) int64
     prediction: bytes  # PNG of ids; b"" if no image is shown
 
+    @property
+    def miou(self) -> float:
+        """The mean over the classes in the image's ground truth; `nan` if nothing is labelled."""
+        return mean_iou(torch.from_numpy(self.counts))
+
 
 @dataclass(frozen=True)
 class Card:
@@ -197,9 +202,8 @@ def report_cards(
         masks: the original masks by name, to show instead of those of the frame.
     """
     counts = np.stack([image.counts for image in images])
-    mious = [mean_iou(torch.from_numpy(image.counts)) for image in images]
     cards = []
-    for index, reason in choose_images(mious, counts, number).items():
+    for index, reason in choose_images([image.miou for image in images], counts, number).items():
         item = source.items[index]
         original = read_mask(masks[item.name], item.height, item.width) if masks else None
         photo, target = read_shown(source, index, original)
