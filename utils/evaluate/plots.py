@@ -30,6 +30,7 @@ HATCH = _PAPER, (175, 175, 175)  # RGB between the stripes and of a stripe: no c
 WRONG = (232, 64, 24)  # RGB of wrong pixels; far from every class's colour
 _NARROWEST, _LONGEST = 480, 2048  # pixels of a comparison's panel; other pictures are enlarged or shrunk
 _MARGIN = 12
+Legend = list[tuple[str, tuple[int, int, int] | None]]  # names and colours; None is hatching
 _FONT = "uni"  # of OpenCV: also Chinese, on any machine
 
 
@@ -109,23 +110,23 @@ class OverlayStyle:
         labels = cv2.LUT(labels, table)
         drawn = overlay(image, labels, self.opacity)
         named = np.array(self.class_ids, dtype=np.uint8) if self.fixed_legend else labels
-        painted = [(name, color) for name, color in legend_entries(named) if color]
+        painted: Legend = [(name, color) for name, color in legend_entries(named) if color]
         legend = draw_legend(painted, image.shape[1], max(13, max(image.shape) // 70))
         return np.concatenate([drawn, legend]) if legend.shape[1] == image.shape[1] else drawn
 
 
-def legend_entries(*label_maps: np.ndarray) -> list[tuple[str, tuple[int, int, int] | None]]:
+def legend_entries(*label_maps: np.ndarray) -> Legend:
     """Name and colour of each class in any of the maps, by id; then None, for hatching, if a pixel is no class."""
     occurs = np.zeros(256, dtype=bool)
     for labels in label_maps:
         occurs |= count_labels(labels) > 0
-    entries: list[tuple[str, tuple[int, int, int] | None]] = [(c.name, c.color) for c in CLASSES if occurs[c.id]]
+    entries: Legend = [(c.name, c.color) for c in CLASSES if occurs[c.id]]
     if occurs[NUM_CLASSES:].any():
         entries.append(("unlabelled / no class", None))
     return entries
 
 
-def draw_legend(entries: Sequence[tuple[str, tuple[int, int, int] | None]], width: int, size: int) -> np.ndarray:
+def draw_legend(entries: Legend, width: int, size: int) -> np.ndarray:
     """Patches and names in rows, (h, width, 3) uint8 RGB; wider if the longest name needs it.
 
     Args:
