@@ -18,7 +18,6 @@ Several GPUs share an evaluation: torchrun --nproc_per_node=4 infer_bdd100k.py .
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 from collections.abc import Mapping
 from functools import cache, partial
@@ -125,8 +124,8 @@ def get_args_parser() -> cli.Parser:
         type=Path,
         default=output,
         metavar="DIR",
-        help="results; those of an earlier run are removed (default: <run>/eval-<split> for the checkpoint of a run, "
-        "otherwise %(default)s)",
+        help="results; those of an earlier run are removed (default: <run>/eval-<split> where a run's checkpoint is "
+        "scored, otherwise %(default)s)",
     )
     flag(
         "report_images",
@@ -172,15 +171,14 @@ import torch
 
 from segment_anything.build_sam import CONFIGS, file_digest
 from utils.cache.writer import use_caches
-from utils.data.bdd100k import check_first_masks, find_split, match_key, read_mask, read_size
-from utils.data.datasets import BoxesByName, EvaluationBatch, EvaluationDataset, NpyFolder, detected_prompts
+from utils.data.bdd100k import match_key, read_mask
+from utils.data.datasets import BoxesByName, EvaluationDataset, NpyFolder, collate_pictures
 from utils.data.detections import read_detections
 from utils.data.frame import ImageSize
-from utils.data.geometry import fitted_size, resize_image, unframe
 from utils.data.loaders import evaluation_loader, usable_workers
 from utils.evaluate import annotators
 from utils.evaluate.evaluate import predictions_and_labels
-from utils.evaluate.examples import Examples
+from utils.evaluate.examples import Examples, draw_examples
 from utils.evaluate.gallery import LABEL_MAPS, ScoredImage, encode_labels, report_cards, save_label_maps
 from utils.evaluate.media import (
     ImageFolder,
@@ -193,8 +191,8 @@ from utils.evaluate.media import (
     refuse_overwriting,
     write_behind,
 )
-from utils.evaluate.metrics import count_pixels, mean_iou
-from utils.evaluate.plots import OverlayStyle, save_comparison, save_labels
+from utils.evaluate.metrics import count_pixels
+from utils.evaluate.plots import OverlayStyle, save_labels
 from utils.evaluate.report import begin_pictures, begin_results, remove_exports, write_report
 from utils.model import checkpoint
 from utils.model.checkpoint import ModelInfo
@@ -203,7 +201,7 @@ from utils.model.prediction import Prediction, predict
 from utils.model.segmenter import Segmenter, build_model
 from utils.runtime import distributed
 from utils.runtime.device import Precision, resolve_precision, telling_out_of_memory
-from utils.runtime.errors import UserError, printable, warn
+from utils.runtime.errors import UserError, printable
 from utils.runtime.files import exists, is_folder, make_folder
 from utils.runtime.progress import progress_bar
 from utils.train.logger import CONFIG
@@ -234,11 +232,18 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     if {"opacity", "classes"} & args.given:
         raise UserError("--opacity and --classes are for --images; leave them out")
     source = NpyFolder(args.val_npy_path)
-    exported = source.pictures() if args.predictions_format != "png" else {}
-    annotators.require_exportable(exported)
-    masks = original_masks(args, source) if args.eval_size == "original" else None
+    pictures = source.pictures() if args.predictions_format != "png" else {}  # for annotation tools
+    annotators.require_exportable(pictures)
+    masks = None
+    if args.eval_size == "original":
+        if not args.bdd100k_root:
+            raise UserError(
+                "--eval_size original needs the original masks; give the unpacked BDD100K as --bdd100k_root"
+            )
+        masks = source.original_masks(args.bdd100k_root)
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
-    boxes = choose_boxes(args, info, [item.name for item in source.items])
+    names = [item.name for item in source.items]
+    boxes = choose_boxes(args, info, names)
     rule = choose_map_rule(args, info, boxes)
     args.output_dir = choose_output_dir(args)
     make_folders(args)
@@ -249,19 +254,15 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     if not is_onnx(args.model_checkpoint):
         use_caches({dataset: 1}, model, info, precision, where=where, dtype=args.cache_dtype, **loading)
     loader = evaluation_loader(dataset, **loading, precision=precision)
-    scored = []
-    names = [item.name for item in source.items]
+    # Which images are drawn is known at the end.
+    distributed.on_main(lambda: begin_results(args.output_dir, dict.fromkeys(picture_folders(args), names)))
     examples = Examples(len(names), NUM_PICTURES if args.visualize is True else args.visualize)
-    pictures = {
-        "visualizations": names if args.visualize else [],  # which of them is known at the end
-        "predictions": names if args.save_predictions else [],
-    }
-    distributed.on_main(lambda: begin_results(args.output_dir, pictures))
+    scored = []
     indexes = [index for batch in loader.batch_sampler for index in batch]  # type: ignore[union-attr]
     progress = progress_bar(indexes, "evaluating", unit="image", disable=not distributed.is_main())
     for index, (prediction, labels) in zip(progress, predictions_and_labels(model, loader, precision, rule)):
         item = source.items[index]
-        original = cache(partial(original_size, prediction, item.height, item.width, info))
+        original = cache(partial(original_size, prediction, item.height, item.width, info))  # at most once, if needed
         if masks:
             label_map = torch.from_numpy(original())
             labels = torch.from_numpy(read_mask(masks[item.name], item.height, item.width).copy())
@@ -272,27 +273,38 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
         scored.append(ScoredImage(index, counts, shown))
         if args.save_predictions:
             save_labels(args.output_dir / "predictions" / f"{item.name}.png", original())
-        if args.visualize and examples.add(index, mean_iou(torch.from_numpy(counts))):
+        if args.visualize and examples.add(index, scored[-1].miou):
             examples.keep(index, original())
-    draw_examples(args, source, masks, examples)
     scored = sorted(chain(*distributed.all_gather(scored)), key=lambda image: image.index)
-    if distributed.is_main():
-        write_report(
-            args.output_dir,
-            {names[image.index]: torch.from_numpy(image.counts) for image in scored},
-            model=str(args.model_checkpoint or f"{args.sam_checkpoint}, not fine-tuned"),
-            data=str(args.val_npy_path),
-            box_source="none" if boxes is None else "oracle" if boxes == "oracle" else str(args.boxes),
-            eval_size=args.eval_size,
-            map_rule=rule,
-            tta=args.tta,
-            cards=lambda: report_cards(source, scored, args.report_images, masks),
-        )
-        if args.report_images:
-            save_label_maps(args.output_dir / LABEL_MAPS, scored)
-        print_folders(args)
-    distributed.on_main(lambda: export(args, exported))
+    distributed.on_main(lambda: save_results(args, source, scored, masks, boxes=boxes, rule=rule))
+    draw_examples(args.output_dir / "visualizations", examples, source, masks)  # each process those that it has scored
+    distributed.on_main(lambda: finish(args, pictures))
     return 0
+
+
+def save_results(
+    args: argparse.Namespace,
+    source: NpyFolder,
+    scored: list[ScoredImage],
+    masks: dict[str, Path] | None,
+    *,
+    boxes: BoxesByName | Literal["oracle"] | None,
+    rule: MapRule,
+) -> None:
+    """Print and write the figures, then the page, which may fail where an image cannot be read again."""
+    write_report(
+        args.output_dir,
+        {source.items[image.index].name: torch.from_numpy(image.counts) for image in scored},
+        model=str(args.model_checkpoint or f"{args.sam_checkpoint}, not fine-tuned"),
+        data=str(args.val_npy_path),
+        box_source="none" if boxes is None else "oracle" if boxes == "oracle" else str(args.boxes),
+        eval_size=args.eval_size,
+        map_rule=rule,
+        tta=args.tta,
+        cards=lambda: report_cards(source, scored, args.report_images, masks),
+    )
+    if args.report_images:
+        save_label_maps(args.output_dir / LABEL_MAPS, scored)
 
 
 def choose_output_dir(args: cli.Flags) -> Path:
@@ -311,30 +323,6 @@ def choose_output_dir(args: cli.Flags) -> Path:
     return run / "-".join(["eval", args.val_npy_path.resolve().name, *filter(None, kinds)])
 
 
-def draw_examples(
-    args: argparse.Namespace, source: NpyFolder, masks: dict[str, Path] | None, examples: Examples
-) -> None:
-    """Draw the chosen images; each process draws those that it has scored."""
-    chosen = examples.choose()
-    is_quiet = not chosen or not distributed.is_main()
-    for example in progress_bar(chosen, "drawing", unit="image", disable=is_quiet):
-        prediction = examples.take(example.index)
-        if prediction is None:
-            continue
-        item = source.items[example.index]
-        image, target = unframe(*source.read(example.index), item.height, item.width, source.resize_mode)
-        if masks:
-            target = read_mask(masks[item.name], item.height, item.width)
-        save_comparison(
-            args.output_dir / "visualizations" / f"{item.name}.png",
-            image,
-            target,
-            prediction,
-            title=item.name,
-            figures=f"mIoU {example.miou:.3f}, rank {example.rank:,} of {len(source.items):,} (1 = worst)",
-        )
-
-
 def original_size(prediction: Prediction, height: int, width: int, info: ModelInfo) -> np.ndarray:
     return (
         prediction.original_label_map(height, width, image_size=info.image_size, resize_mode=info.resize_mode)
@@ -343,27 +331,29 @@ def original_size(prediction: Prediction, height: int, width: int, info: ModelIn
     )
 
 
-def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
+def segment_pictures(args: cli.Flags, precision: Precision) -> int:
     """Write overlays of the user's own pictures or video; returns 1 if a part of it could not be read."""
     wrong = None
     if distributed.world_size() > 1:
         wrong = "runs in one process; start it without a launcher"
-    elif args.visualize or args.eval_size != "frame" or args.bdd100k_root:
-        wrong = "draws overlays without a score; leave out --visualize, --eval_size and --bdd100k_root"
+    elif args.visualize or args.eval_size != "frame" or args.bdd100k_root or "report_images" in args.given:
+        wrong = "draws overlays without a score; leave out --visualize, --report_images, --eval_size and --bdd100k_root"
     elif args.cache_embeddings not in ("auto", "off"):
         wrong = "reads no cache; leave out --cache_embeddings"
     if wrong:
         raise UserError(f"--images {wrong}")
     source = find_source(args.images)
+    files = source.pictures if isinstance(source, ImageFolder) else {}
     if args.predictions_format != "png":
         if isinstance(source, Video):
             raise UserError(
                 f"{source.path}: --predictions_format {args.predictions_format} needs pictures; extract the frames "
                 f"(ffmpeg -i {shlex.quote(str(source.path))} 'FOLDER/%06d.png') and give their folder as --images"
             )
-        annotators.require_exportable(source.pictures)
+        annotators.require_exportable(files)
     model, info = load_model(args, precision, frame=None)
-    boxes = choose_boxes(args, info, list(source.pictures) if isinstance(source, ImageFolder) else None)
+    boxes = choose_boxes(args, info, list(files) or None)
+    assert boxes != "oracle", "--images has no ground truth"
     rule = choose_map_rule(args, info, boxes)
     style = OverlayStyle(
         args.opacity,
@@ -382,9 +372,9 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
         refuse_overwriting(source, args.output_dir / "predictions")
     make_folders(args)
     if isinstance(source, ImageFolder):
-        begin_pictures(output, ".jpg", lambda name: is_of(source, name))
+        begin_pictures(output, ".jpg", source.holds)
     if args.save_predictions:
-        begin_pictures(args.output_dir / "predictions", ".png", lambda name: is_of(source, name))
+        begin_pictures(args.output_dir / "predictions", ".png", source.holds)
     remove_exports(args.output_dir)
 
     failures: list[UserError] = []
@@ -398,7 +388,7 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
             pictures = [(name, image) for name, image in group if not isinstance(image, UserError)]
             if not pictures:
                 continue
-            batch = collate_pictures(pictures, boxes, info, tta=args.tta)
+            batch = collate_pictures(pictures, boxes, info.image_size, info.resize_mode, tta=args.tta)
             prompted = prompted or any(map(len, batch.get("boxes", [])))
             for (name, image), prediction in zip(pictures, predict(model, batch, precision, rule)):
                 labels = original_size(prediction, image.shape[0], image.shape[1], info)
@@ -414,43 +404,10 @@ def segment_pictures(args: argparse.Namespace, precision: Precision) -> int:
     print(f"\nOverlays: {output}")
     if isinstance(source, Video) and not has_h264():
         print("The video is MPEG-4, which browsers and phones do not play; for H.264, pip install av")
-    print_folders(args)
-    if isinstance(source, ImageFolder):
-        export(args, {name: path for name, path in source.pictures.items() if name in segmented})
-    for failure in failures:
+    finish(args, {name: path for name, path in files.items() if name in segmented})
+    for failure in [*failures, *source.skipped]:
         print(printable(f"not segmented: {failure}"))
-    for video in source.videos if isinstance(source, ImageFolder) else ():
-        print(printable(f"not segmented: {video}: a video; give it alone as --images"))
-    for picture in source.foreign if isinstance(source, ImageFolder) else ():
-        print(printable(f"not segmented: {picture}: its format is not supported; convert it to JPEG or PNG"))
     return 1 if failures else 0
-
-
-def is_of(source: ImageFolder | Video, name: str) -> bool:
-    """Whether a picture or frame of the source may have that name."""
-    if isinstance(source, ImageFolder):
-        return name in source.pictures
-    return bool(re.fullmatch(re.escape(source.path.stem) + r"_\d{6,}", name))
-
-
-def collate_pictures(
-    pictures: list[tuple[str, np.ndarray]], boxes: BoxesByName | Literal["oracle"] | None, info: ModelInfo, *, tta: bool
-) -> EvaluationBatch:
-    """A batch for `predict` of pictures of any sizes."""
-    frames = [resize_image(image, info.image_size, info.resize_mode) for _, image in pictures]
-    batch: EvaluationBatch = {"image": torch.from_numpy(np.stack(frames))}
-    if boxes is not None:
-        assert boxes != "oracle", "--images has no ground truth"
-        prompts = [
-            detected_prompts(boxes, name, image.shape[0], image.shape[1], info.image_size, info.resize_mode)
-            for name, image in pictures
-        ]
-        batch["class_ids"] = [prompt["class_ids"] for prompt in prompts]
-        batch["boxes"] = [prompt["boxes"] for prompt in prompts]
-    if tta:
-        sizes = [image.shape[:2] for _, image in pictures]
-        batch["mirror_width"] = [fitted_size(h, w, info.image_size, info.resize_mode)[1] for h, w in sizes]
-    return batch
 
 
 def load_model(
@@ -551,40 +508,15 @@ def choose_map_rule(
     return args.map_rule or ("argmax" if boxes == "oracle" else "box_threshold")
 
 
-def original_masks(args: argparse.Namespace, source: NpyFolder) -> dict[str, Path]:
-    """The original masks of the split by name, with the sizes that the manifest records."""
-    if not args.bdd100k_root:
-        raise UserError("--eval_size original needs the original masks; give the unpacked BDD100K as --bdd100k_root")
-    split = find_split(args.bdd100k_root, source.folder.resolve().name)
-    for note in split.notes:
-        distributed.say(printable(note))
-    if (doubt := check_first_masks(split)) and distributed.is_main():
-        warn(doubt)
-    found = {match_key(item.name): item.mask for item in split.items if item.mask}
-    masks = {}
-    for item in source.items:
-        mask = found.get(match_key(item.name))
-        if mask is None or read_size(mask) != (item.height, item.width):
-            wrong = (
-                f"{mask}: is not {item.width}x{item.height}" if mask else f"{args.bdd100k_root}: lacks {item.name}.png"
-            )
-            raise UserError(f"{wrong}; give the folder from which {source.folder} was written")
-        masks[item.name] = mask
-    return masks
-
-
 def picture_folders(args: argparse.Namespace) -> dict[str, Path]:
     wanted = {"visualizations": args.visualize and args.images is None, "predictions": args.save_predictions}
     return {name: args.output_dir / name for name, wants in wanted.items() if wants}
 
 
-def print_folders(args: argparse.Namespace) -> None:
+def finish(args: argparse.Namespace, pictures: Mapping[str, Path]) -> None:
+    """Name the folders of pictures, and write the predictions of `pictures` for an annotation tool if one is given."""
     for name, folder in picture_folders(args).items():
         print(f"{'Pictures' if name == 'visualizations' else 'Train ids'}: {folder}")
-
-
-def export(args: argparse.Namespace, pictures: Mapping[str, Path]) -> None:
-    """Write the saved predictions of these pictures for an annotation tool, if one was asked for."""
     tool, folder = args.predictions_format, args.output_dir
     if tool != "png" and pictures:
         model = str(args.model_checkpoint or "SAM, not fine-tuned")

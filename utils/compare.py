@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 from utils.runtime import cli
 from utils.runtime.errors import UserError, printable
-from utils.runtime.files import is_folder, read_json
+from utils.runtime.files import is_folder, make_folder, read_json
 
 
 def get_args_parser() -> cli.Parser:
@@ -107,6 +107,16 @@ def _shared(values: list[str]) -> str:
     return values[0] if len(set(values)) == 1 else ", ".join(values)
 
 
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The ends of the paths, as long as they must be to differ: a/eval-val and b/eval-val."""
+    deepest = max(len(folder.parts) for folder in folders)
+    for depth in range(1, deepest):
+        names = [str(Path(*folder.parts[-depth:])) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
 def main(args: argparse.Namespace) -> None:
     if args.html and is_folder(args.html):
         raise UserError(f"--html {args.html}: is a folder; give the folders first, then --html")
@@ -121,13 +131,12 @@ def main(args: argparse.Namespace) -> None:
             if sizes[0] != sizes[1]:
                 raise UserError(f"{first} has --eval_size {sizes[0]} and {other} {sizes[1]}; evaluate both alike")
             raise UserError(f"{first} and {other} were measured on different data; evaluate both on the same split")
-    names = [folder.name for folder in read]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in read]
+    names = short_names(list(read))
     print(format_comparison(dict(zip(names, read.values()))))
     if args.html:
         from utils.evaluate.comparison import write_comparison  # takes seconds, as it imports PyTorch
 
+        make_folder(args.html.parent, "--html")
         missing = write_comparison(args.html, read, names)
         print(f"\nPage: {printable(str(args.html))}{f' ({missing})' if missing else ''}")
 

@@ -109,7 +109,7 @@ def test_cvat_masks_are_cut_to_their_extent_and_begin_with_background(
 
 
 def decode_rle_pack(data: list[int]) -> np.ndarray:
-    """Decode @thi.ng/rle-pack, as Label Studio does in the browser."""
+    """Decode the format of the npm package rle-pack, as Label Studio does in the browser."""
     bits = "".join(f"{byte:08b}" for byte in data)
     at = 0
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from tests.helpers.inputs import write_split
 from utils import compare
 from utils.data.classes import NUM_CLASSES
 from utils.evaluate.comparison import choose_changed
@@ -67,8 +69,23 @@ def test_any_number_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str
     semantic = write(tmp_path / "x" / "a", {**copied, "boxes": "none"})
     run(one, two, semantic)
     printed = words(capsys.readouterr().out)
-    assert printed[0][3:] == [str(one), str(two), str(semantic)]  # two are named "a"
+    assert printed[0][3:] == [f"{tmp_path.name}/a", f"{tmp_path.name}/b", "x/a"]  # two are named "a"
     assert printed[2:] == [["mIoU", "0.5000", "0.5000", "0.5000"], ["boxes:", "oracle,", "oracle,", "none"]]
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        ("demo/before demo/after", "before after"),
+        ("work_dir/box/eval-val work_dir/semantic/eval-val", "box/eval-val semantic/eval-val"),
+        ("/w/a/eval-val /v/a/eval-val b", "w/a/eval-val v/a/eval-val b"),
+        ("a x/a", "a x/a"),
+        ("/a a", "/a a"),
+        (". a", ". a"),
+    ],
+)
+def test_names_are_as_long_as_they_must_be(folders: str, names: str) -> None:
+    assert compare.short_names([Path(folder) for folder in folders.split()]) == names.split()
 
 
 def test_results_of_different_map_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +142,27 @@ def test_the_images_that_changed_most_are_chosen() -> None:
     rows = [Row(f"{i}", [change], {5: poles[i]} if i in poles else {}) for i, change in enumerate(changes)]
     assert choose_changed(rows, 3) == {2: "mIoU changed most", 5: "mIoU changed most", 0: "pole changed most"}
     assert set(choose_changed(rows, 40)) == {0, 1, 2, 3, 5}  # an image that did not change is not shown
+
+
+def test_a_page_of_foreign_class_names_has_ours(tmp_path: Path) -> None:
+    folders = [with_images(tmp_path / name, [0.5]) for name in ("a", "b")]
+    target = tmp_path / "new" / "folder" / "page.html"
+    path = folders[0] / "evaluation_results.json"
+    results = json.loads(path.read_text())
+    results["per_class"][0]["name"] = "$x_{<b>"  # matplotlib would parse it, and HTML too
+    path.write_text(json.dumps(results))
+    compare.main(compare.get_args_parser().parse_args([*map(str, folders), "--html", str(target)]))
+    page = target.read_text()
+    assert "x_{" not in page and ">road</text>" in page
+
+
+def test_pictures_that_the_evaluation_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = np.zeros((8, 8), np.uint8)
+    data = write_split(tmp_path / "val", {"image-0": (np.zeros((8, 8, 3), np.uint8), labels)})
+    folders = [with_images(tmp_path / name, [miou], data=str(data)) for name, miou in (("a", 0.5), ("b", 0.25))]
+    compare.main(compare.get_args_parser().parse_args([*map(str, folders), "--html", str(tmp_path / "page.html")]))
+    advice = "label_maps.zip: no such file; evaluate again, without --report_images 0"
+    assert advice in capsys.readouterr().out and advice in (tmp_path / "page.html").read_text()
 
 
 def html_error(error_of: Callable[..., str], *folders: Path) -> str:

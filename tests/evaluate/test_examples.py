@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
+from tests.helpers.inputs import write_split
+from utils.data.datasets import NpyFolder
 from utils.evaluate import examples as module
-from utils.evaluate.examples import Examples
+from utils.evaluate.examples import Examples, draw_examples
 
 
 def labels(index: int) -> np.ndarray:
@@ -63,3 +67,24 @@ def test_processes_choose_what_one_would(monkeypatch: pytest.MonkeyPatch) -> Non
     for example in expected:
         having = [rank for rank, process in enumerate(processes) if process.take(example.index) is not None]
         assert having == [example.index % 3]
+
+
+def test_pictures_name_the_image_and_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    source = NpyFolder(write_split(tmp_path / "val", {"a": (pixels, labels(255)), "b": (pixels, labels(3))}))
+    examples = run({0: math.nan, 1: 0.25}, 2, 2)
+    (tmp_path / "masks").mkdir()
+    masks = {name: tmp_path / "masks" / f"{name}.png" for name in ("a", "b")}
+    for value, path in zip((255, 7), masks.values()):
+        cv2.imwrite(str(path), labels(value))
+    drawn: dict[str, tuple[int, int, str, str]] = {}
+
+    def save(path: Path, image: np.ndarray, target: np.ndarray, prediction: np.ndarray, **texts: str) -> None:
+        drawn[path.name] = int(target[0, 0]), int(prediction[0, 0]), texts["title"], texts["figures"]
+
+    monkeypatch.setattr(module, "save_comparison", save)
+    draw_examples(tmp_path, examples, source, masks)
+    assert drawn == {
+        "b.png": (7, 1, "b", "mIoU 0.250, rank 1 of 2 (1 = worst)"),
+        "a.png": (255, 0, "a", "no labelled pixel"),
+    }

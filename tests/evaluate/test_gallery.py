@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import zipfile
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from utils.evaluate.gallery import (
     save_label_maps,
     shown_size,
 )
+from utils.evaluate.plots import HATCH, WRONG
 from utils.runtime.errors import UserError
 
 ROAD, POLE, SKY = 0, 5, 10
@@ -62,16 +64,20 @@ def test_the_worst_images_those_worst_for_a_class_and_a_sample_are_chosen() -> N
     chosen = choose_images(mious, counts_of(*wrong), 9)
     assert list(chosen)[:3] == [40, 0, 1]  # a third
     assert {
-        70: "among the most wrong pixels of pole",
-        60: "among the most wrong pixels of road",
+        70: "many wrong pixels of pole",
+        60: "many wrong pixels of road",
     }.items() <= chosen.items()
     assert len(chosen) == 9
-    sample = [index for index, reason in chosen.items() if reason == "evenly spread sample"]
+    sample = [index for index, reason in chosen.items() if reason == "even sample"]
     assert len(sample) == 3 and sample[0] < 10 and sample[-1] == count - 1 and 30 < sample[1] < 60
 
 
 def test_images_that_nobody_labelled_are_chosen_last() -> None:
-    assert list(choose_images([float("nan"), 0.5], counts_of({}, {ROAD: 0}), 1)) == [1]
+    assert choose_images([math.nan, 0.5], counts_of({}, {ROAD: 0}), 1) == {1: "low mIoU"}
+    mious, counts = [math.nan, math.nan, 0.5, math.nan], counts_of({}, {}, {ROAD: 0}, {})
+    reasons = choose_images(mious, counts, 4)
+    assert reasons.keys() == {0, 1, 2, 3}
+    assert [index for index, reason in reasons.items() if reason == "low mIoU"] == [2]
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 8, 100])
@@ -89,10 +95,10 @@ def test_layers_mark_errors_changes_and_what_has_no_class() -> None:
         0, "", photo, [class_layer(after), error_layer(target, before), change_layer(target, before, after)]
     )
     classes, errors, changes = map(painted, card.layers)
-    red, blue = [230, 30, 70, 255], [20, 120, 240, 255]
+    red, blue = [*WRONG, 255], [20, 120, 240, 255]
     assert np.array_equal(classes[0, :3], [[*PALETTE[i], 255] for i in (ROAD, ROAD, SKY)])
     hatch = {tuple(color) for color in classes[:, 3, :3].tolist()}
-    assert len(hatch) == 2 and not hatch & {tuple(color) for color in PALETTE[:NUM_CLASSES].tolist()}
+    assert hatch == set(HATCH) and not hatch & {tuple(color) for color in PALETTE[:NUM_CLASSES].tolist()}
     assert (errors[:, [1, 3]] == red).all() and not errors[:, [0, 2], 3].any()
     assert (changes[:, 1] == blue).all() and (changes[:, 2] == red).all()
     assert not changes[:, [0, 3], 3].any()  # as it was: right, and wrong in another way

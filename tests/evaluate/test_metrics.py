@@ -138,7 +138,7 @@ def test_parts_sum_to_the_whole() -> None:
     first.update(prediction[0], target[0])
     second.update(prediction[1:3], target[1:3])
     second.update(prediction[3], target[3])
-    first.merge(second)
+    first.matrix += second.matrix
     assert torch.equal(first.matrix, whole)
     assert torch.equal(count(prediction.flip(0), target.flip(0)), whole)
 

@@ -241,7 +241,7 @@ def test_images_are_filtered_by_class_and_name_and_sorted(
     path, counts = counts_of_report
     page = open_page(path)
     shown = shown_names(page)
-    assert len(shown) == 8 and page.inner_text("#status") == "8 of 8 shown images"
+    assert len(shown) == 8 and page.inner_text("#status") == "8 of 8 images shown"
 
     def expected(key: Callable[[np.ndarray], float], of: Callable[[int], bool] = lambda index: True) -> list[str]:
         order = sorted(filter(of, range(len(counts))), key=lambda index: key(counts[index]))
@@ -268,11 +268,11 @@ def test_images_are_filtered_by_class_and_name_and_sorted(
         if name in readable
     ]
     assert len(poles) == page.locator("#cards .card:not([hidden])").count() < 8
-    assert page.inner_text("#status") == f"{len(poles)} of 8 shown images with pole"
+    assert page.inner_text("#status") == f"{len(poles)} of 8 images shown: those with pole"
     assert "IoU of pole" in page.locator("#cards .card:not([hidden]) .value").first.inner_text()
     assert page.locator("#scores tbody tr").count() == 5  # of all ten images
     page.select_option("#class", "car")
-    assert shown_names(page) == [] and page.inner_text("#status") == "0 of 8 shown images with car"
+    assert shown_names(page) == [] and page.inner_text("#status") == "0 of 8 images shown: those with car"
 
     page.select_option("#class", "")
     page.fill("#search", "SCRIPT")

@@ -50,9 +50,9 @@ def test_colorize_is_the_palette_and_hatches_no_class() -> None:
         colors = colorize(labels)
         hatched = colors[20:60, 30:80].reshape(-1, 3)
         # Light, of two greys that no class has, each row and column with both; road around it.
-        assert {tuple(color) for color in hatched.tolist()} == {plots._PAPER, plots._STRIPE}
-        assert not {plots._PAPER, plots._STRIPE} & {c.color for c in CLASSES}
-        stripes = where(colors[20:60, 30:80], plots._STRIPE)
+        assert {tuple(color) for color in hatched.tolist()} == set(plots.HATCH)
+        assert not set(plots.HATCH) & {c.color for c in CLASSES}
+        stripes = where(colors[20:60, 30:80], plots.HATCH[1])
         assert stripes.any(axis=0).all() and stripes.any(axis=1).all() and 0.1 < stripes.mean() < 0.5
         assert where(colors, CLASSES[0].color).sum() == 64 * 96 - 40 * 50
 
@@ -209,9 +209,9 @@ def test_comparison_names_the_classes_of_both_maps(tmp_path: Path) -> None:
     pixels = read(tmp_path / "a.png")
     legend = pixels[-30:]
     assert [c.id for c in CLASSES if where(legend, c.color).sum() > 50] == [0, 13]
-    with_stripes = where(legend, plots._STRIPE).sum()
+    with_stripes = where(legend, plots.HATCH[1]).sum()
     save_comparison(tmp_path / "a.png", image(300, 500), prediction, prediction, "name")
-    assert with_stripes > where(read(tmp_path / "a.png")[-30:], plots._STRIPE).sum() + 50
+    assert with_stripes > where(read(tmp_path / "a.png")[-30:], plots.HATCH[1]).sum() + 50
 
 
 def test_errors_are_red_on_grey_and_what_is_not_labelled_is_hatched() -> None:
@@ -219,11 +219,11 @@ def test_errors_are_red_on_grey_and_what_is_not_labelled_is_hatched() -> None:
     target, prediction = (np.zeros((20, 40), dtype=np.uint8) for _ in range(2))
     target[:, :10], prediction[:, 5:20], prediction[10:, 20:30] = 255, 13, 255
     shown = error_map(picture, target, prediction)
-    wrong = where(shown, plots._WRONG)
+    wrong = where(shown, plots.WRONG)
     assert wrong[:, 10:20].all() and wrong[10:, 20:30].all() and wrong.sum() == 300
-    assert (where(shown, plots._PAPER) | where(shown, plots._STRIPE))[:, :10].all()
+    assert (where(shown, plots.HATCH[0]) | where(shown, plots.HATCH[1]))[:, :10].all()
     grey = shown[:, 30:]
-    assert (grey == grey[0, 0, 0]).all() and plots._STRIPE[0] > grey[0, 0, 0] > 0
+    assert (grey == grey[0, 0, 0]).all() and plots.HATCH[1][0] > grey[0, 0, 0] > 0
 
 
 @pytest.mark.parametrize(

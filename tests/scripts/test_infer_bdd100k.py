@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tests.helpers.inputs import IMAGE_SIZE, write_split
 from tests.helpers.scripts import good_flags, read_results, run_script
 from utils.data.classes import CLASS_NAMES, NUM_CLASSES
 from utils.data.datasets import NpyFolder
-from utils.evaluate import evaluate
+from utils.evaluate import evaluate, examples
 from utils.model import checkpoint
 from utils.model.segmenter import BoxSegmenter, build_model
 from utils.runtime.errors import UserError
@@ -289,7 +290,7 @@ def test_a_second_evaluation_leaves_nothing_of_the_first(
     assert [path.name for path in (out / "visualizations").iterdir()] == ["mine.png"]
 
 
-def test_a_failure_midway_leaves_no_earlier_result(
+def test_a_failure_while_drawing_costs_no_figures_and_leaves_none_of_an_earlier_evaluation(
     infer: Callable[..., dict[str, Any]],
     sam_file: Path,
     npy: Path,
@@ -297,8 +298,9 @@ def test_a_failure_midway_leaves_no_earlier_result(
     error_of: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    names = sorted(path.stem for path in (npy / "val" / "imgs").iterdir())
     infer("--visualize")
-    drawn = infer_bdd100k.save_comparison
+    drawn = examples.save_comparison
     paths: list[Path] = []
 
     def fail(path: Path, *arrays: np.ndarray, **texts: str) -> None:
@@ -307,10 +309,14 @@ def test_a_failure_midway_leaves_no_earlier_result(
         paths.append(path)
         drawn(path, *arrays, **texts)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(infer_bdd100k, "save_comparison", fail)
-    assert "cannot be written" in error_of(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--visualize")
-    left = sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert left == [".pictures.json", paths[0].name]
+    monkeypatch.setattr(examples, "save_comparison", fail)
+    flags = [*good_flags(sam_file, npy, tmp_path), "--map_rule", "threshold", "--visualize"]
+    assert "cannot be written" in error_of(infer_bdd100k, *flags)
+    assert read_results(tmp_path / "out")["map_rule"] == "threshold"
+    assert "threshold" in (tmp_path / "out" / "report.html").read_text()
+    assert list((tmp_path / "out" / "visualizations").iterdir()) == paths
+    with zipfile.ZipFile(tmp_path / "out" / "label_maps.zip") as archive:
+        assert len(archive.namelist()) == len(names)
 
 
 def test_what_is_refused_costs_no_earlier_result(
@@ -333,7 +339,7 @@ def test_visualize_draws_images_spread_over_the_split_and_the_worst(
         assert title == path.stem
         drawn[title] = target, prediction, figures
 
-    monkeypatch.setattr(infer_bdd100k, "save_comparison", save)
+    monkeypatch.setattr(examples, "save_comparison", save)
     rng = np.random.default_rng(3)
     samples = {}
     for i in range(22):

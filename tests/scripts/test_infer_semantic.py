@@ -496,6 +496,11 @@ BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
         lambda f: ["--images", f, "--eval_size", "original"],
         "--images draws overlays without a score",
     ),
+    "a report of one's own pictures": (
+        "semantic",
+        lambda f: ["--images", f, "--report_images", 60],
+        "leave out --visualize, --report_images, --eval_size",
+    ),
     "how overlays look, for a split": (
         "semantic",
         lambda f: ["--opacity", "0.3"],

@@ -12,7 +12,8 @@ import pytest
 from tests.helpers.inputs import write_split
 from tests.helpers.training import CPU
 from utils.data.classes import CLASSES, IGNORE_LABEL
-from utils.data.datasets import EvaluationDataset, NpyFolder, training_dataset
+from utils.data.datasets import EvaluationDataset, NpyFolder, SemanticDataset, training_dataset
+from utils.evaluate.plots import Legend
 from utils.model.segmenter import build_model
 from utils.train import samples
 from utils.train.samples import ValidationSample, ValidationSamples, mosaic, training_sheet, varied_images
@@ -74,3 +75,19 @@ def test_the_training_sheet_shows_views_as_training_draws_them(mode: str, has_bo
     assert (picture == samples._BOX_COLOR).all(axis=2).any() == has_boxes
     assert dataset.epoch == 7 and not dataset.has_images  # the loader's own is untouched
     assert (training_sheet(dataset) == picture).all()
+
+
+def test_legends_name_hatching_only_where_it_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    legends: list[list[str]] = []
+
+    def draw(entries: Legend, width: int, size: int) -> np.ndarray:
+        legends.append([name for name, _ in entries])
+        return np.zeros((1, width, 3), np.uint8)
+
+    monkeypatch.setattr(samples, "draw_legend", draw)
+    source = split(tmp_path / "a", [0, 13, 255])
+    dataset = SemanticDataset(source, seed=1, augment="none", num_views=1)
+    dataset.use(SimpleNamespace(read=lambda index, view: ()), takes_pixels=False)
+    training_sheet(dataset)
+    mosaic([ValidationSample("a", *source.read(0), source.read_labels(0), 0.5)])
+    assert legends == [["road", "car"], ["road", "car", "unlabelled / no class"]]

@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from utils.data.augment import View, draw_view, fixed_view
-from utils.data.bdd100k import match_key
+from utils.data.bdd100k import check_first_masks, find_split, match_key, read_size
 from utils.data.boxes import class_boxes, jitter_boxes, to_frame
 from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
 from utils.data.frame import ImageSize, frame_size
-from utils.data.geometry import fitted_size
+from utils.data.geometry import fitted_size, resize_image
 from utils.data.manifest import read_manifest
+from utils.runtime import distributed
 from utils.runtime.choices import AUGMENTATIONS
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, printable, warn
 from utils.runtime.files import check_npy, load_npy
 
 PADDING = {"class_ids": IGNORE_LABEL, "boxes": 0, "valid": False}  # of the prompts of a batch
@@ -109,6 +110,27 @@ class NpyFolder:
                 "pre_bdd100k.py again with --overwrite"
             )
         return {item.name: Path(str(self._sources[item.name][0][0])) for item in self.items}
+
+    def original_masks(self, root: Path) -> dict[str, Path]:
+        """The original mask of each image by name, found in the unpacked BDD100K `root`.
+
+        Raises:
+            UserError: one is missing, or has another size than preprocessing recorded.
+        """
+        split = find_split(root, self.folder.resolve().name)
+        for note in split.notes:
+            distributed.say(printable(note))
+        if (doubt := check_first_masks(split)) and distributed.is_main():
+            warn(doubt)
+        found = {match_key(item.name): item.mask for item in split.items if item.mask}
+        masks = {}
+        for item in self.items:
+            mask = found.get(match_key(item.name))
+            if mask is None or read_size(mask) != (item.height, item.width):
+                wrong = f"{mask}: is not {item.width}x{item.height}" if mask else f"{root}: lacks {item.name}.png"
+                raise UserError(f"{wrong}; give the folder from which {self.folder} was written")
+            masks[item.name] = mask
+        return masks
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The image and its labels, as `read_image` and `read_labels`."""
@@ -398,6 +420,36 @@ def collate_evaluation(samples: Sequence[Any]) -> EvaluationBatch:
     if "features" in batch:
         batch["features"] = [torch.stack(feature) for feature in zip(*batch["features"])]
     return batch | {key: torch.stack(batch[key]) for key in ("image", "labels") if key in batch}
+
+
+def collate_pictures(
+    pictures: Sequence[tuple[str, np.ndarray]],
+    detected: BoxesByName | None,
+    image_size: ImageSize,
+    resize_mode: str,
+    *,
+    tta: bool = False,
+) -> EvaluationBatch:
+    """A batch of pictures of any sizes, in the frame.
+
+    Args:
+        pictures: names and (H, W, 3) RGB uint8.
+        detected: boxes to prompt with; None without boxes.
+        tta: whether mirror images are predicted, too.
+    """
+    frames = [resize_image(image, image_size, resize_mode) for _, image in pictures]
+    batch: EvaluationBatch = {"image": torch.from_numpy(np.stack(frames))}
+    if detected is not None:
+        prompts = [
+            detected_prompts(detected, name, image.shape[0], image.shape[1], image_size, resize_mode)
+            for name, image in pictures
+        ]
+        batch["class_ids"] = [prompt["class_ids"] for prompt in prompts]
+        batch["boxes"] = [prompt["boxes"] for prompt in prompts]
+    if tta:
+        sizes = [image.shape[:2] for _, image in pictures]
+        batch["mirror_width"] = [fitted_size(h, w, image_size, resize_mode)[1] for h, w in sizes]
+    return batch
 
 
 # 修改点 11: 分布式采样器，每张图每轮恰好出现一次，不用重复样本补齐

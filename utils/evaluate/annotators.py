@@ -213,9 +213,9 @@ def _run_lengths(pixels: np.ndarray) -> np.ndarray:
 def _label_studio_rle(pixels: np.ndarray) -> np.ndarray:
     """Encode N bool as Label Studio does RGBA pixels of 0 or 255: (bytes,) uint8.
 
-    The format is that of @thi.ng/rle-pack. The head: the number of values in 32 bits, then all less 1 the bits of a
-    value in 5, and four sizes of run lengths in 4 each. Each run: a 1, the index of its size in 2, the length less 1,
-    and the value.
+    The format is that of the npm package rle-pack. The head: the number of values in 32 bits, then all less 1 the bits
+    of a value in 5, and four sizes of run lengths in 4 each. Each run: a 1, the index of its size in 2, the length less
+    1, and the value.
     """
     bits = np.array([4, 8, 12, 16])
     longest = 1 << bits[-1]

@@ -1,15 +1,22 @@
-"""Which images of a split are drawn: some are spread evenly over it, the others are the worst."""
+"""The images of a split that are drawn: some are spread evenly over it, the others are the worst."""
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
 
+from utils.data.bdd100k import read_mask
+from utils.data.datasets import NpyFolder
+from utils.data.geometry import unframe
+from utils.evaluate.plots import save_comparison
 from utils.runtime import distributed
+from utils.runtime.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,33 @@ class Examples:
         """The prediction of an image that this process has, (H, W) uint8."""
         png = self._maps.pop(index, None)
         return None if png is None else cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
+
+
+def draw_examples(folder: Path, examples: Examples, source: NpyFolder, masks: Mapping[str, Path] | None = None) -> None:
+    """Draw the chosen images as `<folder>/<name>.png`; each process draws those that it has scored.
+
+    Args:
+        masks: the original masks by name, to draw instead of those of the frame.
+    """
+    chosen = examples.choose()
+    is_quiet = not chosen or not distributed.is_main()
+    for example in progress_bar(chosen, "drawing", unit="image", disable=is_quiet):
+        prediction = examples.take(example.index)
+        if prediction is None:
+            continue
+        item = source.items[example.index]
+        image, target = unframe(*source.read(example.index), item.height, item.width, source.resize_mode)
+        if masks:
+            target = read_mask(masks[item.name], item.height, item.width)
+        figures = f"mIoU {example.miou:.3f}, rank {example.rank:,} of {len(source.items):,} (1 = worst)"
+        save_comparison(
+            folder / f"{item.name}.png",
+            image,
+            target,
+            prediction,
+            title=item.name,
+            figures="no labelled pixel" if math.isnan(example.miou) else figures,
+        )
 
 
 def _order(miou: float) -> float:

@@ -21,6 +21,7 @@ from utils.data.classes import CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES, PALETTE
 from utils.data.datasets import NpyFolder
 from utils.data.geometry import resize_image, resize_mask, to_bytes
 from utils.evaluate.metrics import mean_iou
+from utils.evaluate.plots import HATCH, WRONG, stripes
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write, open_untrusted
 
@@ -31,8 +32,9 @@ _MAP_BYTES = 1 << 20  # the most that a label map may take in the archive
 _PHOTO_QUALITY = 80
 
 # Indexes of a layer's palette after those of the classes.
-_DARK, _LIGHT, _CLEAR, _WRONG, _FIXED = range(NUM_CLASSES, NUM_CLASSES + 5)
-_COLORS = bytes(PALETTE[:NUM_CLASSES].ravel()) + bytes((45, 45, 45, 205, 205, 205, 0, 0, 0, 230, 30, 70, 20, 120, 240))
+_PAPER, _STRIPE, _CLEAR, _WRONG, _FIXED = range(NUM_CLASSES, NUM_CLASSES + 5)
+FIXED = (20, 120, 240)  # RGB of pixels that became right
+_COLORS = bytes([*PALETTE[:NUM_CLASSES].ravel(), *HATCH[0], *HATCH[1], 0, 0, 0, *WRONG, *FIXED])
 _OPACITIES = bytes([255] * (NUM_CLASSES + 2) + [0, 255, 255])
 
 
@@ -43,6 +45,11 @@ class ScoredImage:
     index: int  # in the split
     counts: np.ndarray  # (19, 20) int64
     prediction: bytes  # PNG of ids; b"" if no image is shown
+
+    @property
+    def miou(self) -> float:
+        """The mean over the classes in the image's ground truth; `nan` if nothing is labelled."""
+        return mean_iou(torch.from_numpy(self.counts))
 
 
 @dataclass(frozen=True)
@@ -67,15 +74,15 @@ def choose_images(mious: Sequence[float], counts: np.ndarray, number: int) -> di
     """Choose images to show: a third has the lowest mIoU, a third the most wrong pixels of a class, the rest is spread.
 
     Args:
-        mious: of each image; `nan` if nothing is labelled.
+        mious: of each image; `nan` if nothing is labelled, which is not low.
         counts: confusion matrices, (N, 19, 20).
 
     Returns:
         The reason for each chosen image, by its index.
     """
     number = min(number, len(mious))
-    by_miou = [int(index) for index in np.argsort(mious, kind="stable")]  # nan last
-    chosen = dict.fromkeys(by_miou[: math.ceil(number / 3)], "among the lowest mIoU")
+    by_miou = [int(index) for index in np.argsort(mious, kind="stable") if not math.isnan(mious[index])]
+    chosen = dict.fromkeys(by_miou[: math.ceil(number / 3)], "low mIoU")
 
     wrong = wrong_pixels(counts)
     classes = np.flatnonzero(counts.sum(axis=(0, 2)))
@@ -84,11 +91,11 @@ def choose_images(mious: Sequence[float], counts: np.ndarray, number: int) -> di
         for class_id, order in worst_of.items():
             index = int(order[rank])
             if len(chosen) < math.ceil(2 * number / 3) and wrong[index, class_id]:
-                chosen.setdefault(index, f"among the most wrong pixels of {CLASS_NAMES[class_id]}")
+                chosen.setdefault(index, f"many wrong pixels of {CLASS_NAMES[class_id]}")
 
     rest = [index for index in range(len(mious)) if index not in chosen]
     for position in np.linspace(0, len(rest) - 1, number - len(chosen)).round().astype(int):
-        chosen[rest[position]] = "evenly spread sample"
+        chosen[rest[position]] = "even sample"
     return chosen
 
 
@@ -137,7 +144,7 @@ def read_label_maps(path: Path, indexes: Iterable[int]) -> dict[int, np.ndarray]
         UnreadableError: the system does not let us read it.
     """
     maps = {}
-    with open_untrusted(path) as file:
+    with open_untrusted(path, fix="evaluate again, without --report_images 0") as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 for index in indexes:
@@ -152,7 +159,7 @@ def read_label_maps(path: Path, indexes: Iterable[int]) -> dict[int, np.ndarray]
 
 def class_layer(labels: np.ndarray) -> np.ndarray:
     """A layer in the colours of the classes; what is not labelled, or of no class, is hatched."""
-    return np.where(labels < NUM_CLASSES, labels, np.where(_stripes(labels.shape), _LIGHT, _DARK))
+    return np.where(labels < NUM_CLASSES, labels, np.where(stripes(labels.shape), _STRIPE, _PAPER))
 
 
 def error_layer(target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -167,12 +174,7 @@ def change_layer(target: np.ndarray, before: np.ndarray, after: np.ndarray) -> n
 
 
 def _mark(target: np.ndarray, marks: np.ndarray) -> np.ndarray:
-    return np.where(target == IGNORE_LABEL, np.where(_stripes(target.shape), _LIGHT, _CLEAR), marks)
-
-
-def _stripes(shape: tuple[int, ...]) -> np.ndarray:
-    rows, columns = np.ogrid[: shape[0], : shape[1]]
-    return (rows + columns) % 8 < 3
+    return np.where(target == IGNORE_LABEL, np.where(stripes(target.shape), _STRIPE, _CLEAR), marks)
 
 
 def read_shown(source: NpyFolder, index: int, target: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -198,9 +200,8 @@ def report_cards(
         masks: the original masks by name, to show instead of those of the frame.
     """
     counts = np.stack([image.counts for image in images])
-    mious = [mean_iou(torch.from_numpy(image.counts)) for image in images]
     cards = []
-    for index, reason in choose_images(mious, counts, number).items():
+    for index, reason in choose_images([image.miou for image in images], counts, number).items():
         item = source.items[index]
         original = read_mask(masks[item.name], item.height, item.width) if masks else None
         photo, target = read_shown(source, index, original)

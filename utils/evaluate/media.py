@@ -19,6 +19,7 @@ import errno
 import glob
 import math
 import os
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -65,6 +66,18 @@ class ImageFolder:
     def count(self) -> int:
         return len(self.pictures)
 
+    @property
+    def skipped(self) -> list[str]:
+        """What is not read, with the reason."""
+        return [
+            *(f"{video}: a video; give it alone as --images" for video in self.videos),
+            *(f"{path}: its format is not supported; convert it to JPEG or PNG" for path in self.foreign),
+        ]
+
+    def holds(self, name: str) -> bool:
+        """Whether a picture has that name."""
+        return name in self.pictures
+
     def __iter__(self) -> Iterator[Frame]:
         for name, path in self.pictures.items():
             try:
@@ -81,6 +94,11 @@ class Video:
     count: int | None  # number of frames by the header, perhaps wrong; None if it has none
     fps: float
     size: tuple[int, int]  # (H, W) of the first frame
+    skipped: Sequence[str] = ()  # as in `ImageFolder`
+
+    def holds(self, name: str) -> bool:
+        """Whether a frame may have that name."""
+        return bool(re.fullmatch(re.escape(self.path.stem) + r"_\d{6,}", name))
 
     def __iter__(self) -> Iterator[Frame]:
         """Every frame in order. A frame that cannot be read ends the video with a last `UserError`.

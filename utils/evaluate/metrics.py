@@ -38,10 +38,6 @@ class ConfusionMatrix:
         """Count one or more label maps; arguments and errors are those of `count_pixels`."""
         self.matrix += count_pixels(prediction, target).to(self.matrix.device)
 
-    def merge(self, other: ConfusionMatrix) -> None:
-        """Add another's counts to this one's."""
-        self.matrix += other.matrix.to(self.matrix.device)
-
 
 def count_pixels(prediction: Tensor, target: Tensor) -> Tensor:
     """Count the pixels of one or more label maps: (19, 20) int64, as `ConfusionMatrix.matrix`.

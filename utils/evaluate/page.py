@@ -30,8 +30,9 @@ from matplotlib.ticker import MaxNLocator
 
 import utils
 from utils.data.classes import CLASS_NAMES, CLASSES, NUM_CLASSES
-from utils.evaluate.gallery import Card, wrong_pixels
+from utils.evaluate.gallery import FIXED, Card, wrong_pixels
 from utils.evaluate.metrics import Figures, ImageFigures
+from utils.evaluate.plots import HATCH, WRONG
 from utils.runtime.errors import printable
 from utils.runtime.files import atomic_write
 
@@ -169,7 +170,7 @@ def _class_chart(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> 
     axes.hlines(heights, ious.min(axis=0), ious.max(axis=0), color=_INK, alpha=0.3, linewidth=1.5)
     for name, values, color in zip(names, ious, _colors(len(names))):
         entries.append((axes.scatter(values, heights, s=42, color=color, zorder=3), name))
-    axes.set_yticks(heights, [results[0]["per_class"][class_id]["name"] for class_id in present])
+    axes.set_yticks(heights, [CLASS_NAMES[class_id] for class_id in present])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("IoU")
@@ -274,7 +275,9 @@ def _write(path: Path, template: str, **values: Any) -> None:
         lstrip_blocks=True,
     )
     environment.filters.update(printable=printable, decimal=_decimal, percent=_percent, shade=_shade)
-    style = environment.get_template("page.css").render(classes=CLASSES, shades=_SHADES)
+    style = environment.get_template("page.css").render(
+        classes=CLASSES, wrong=WRONG, fixed=FIXED, hatch=HATCH, shades=_SHADES
+    )
     script = environment.get_template("page.js").render()
     html = environment.get_template(template).render(
         **values,

@@ -25,10 +25,12 @@ _DPI = 100
 
 _COLOR_MAP = PALETTE[:, None]  # the shape that OpenCV takes
 _LINE_COLOR = (235, 235, 235)  # RGB; far from every class's colour
-_PAPER, _INK, _FAINT, _STRIPE = (255, 255, 255), (20, 20, 20), (110, 110, 110), (175, 175, 175)
-_WRONG = (232, 64, 24)  # RGB of wrong pixels in an error map
+_PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
+HATCH = _PAPER, (175, 175, 175)  # RGB between the stripes and of a stripe: no class looks like that, unlike black
+WRONG = (232, 64, 24)  # RGB of wrong pixels; far from every class's colour
 _NARROWEST, _LONGEST = 480, 2048  # pixels of a comparison's panel; other pictures are enlarged or shrunk
 _MARGIN = 12
+Legend = list[tuple[str, tuple[int, int, int] | None]]  # names and colours; None is hatching
 _FONT = "uni"  # of OpenCV: also Chinese, on any machine
 
 
@@ -42,12 +44,15 @@ def colorize(labels: np.ndarray) -> np.ndarray:
 
 
 def _hatch(pixels: np.ndarray, where: np.ndarray) -> None:
-    """Draw grey diagonal lines on white where the mask is set: no class looks like that, unlike black."""
+    """Draw grey diagonal stripes on white where the mask is set."""
     if where.any():
-        period = max(8, max(where.shape) // 80)
-        diagonals = np.add.outer(np.arange(where.shape[0]), np.arange(where.shape[1])) % period
-        stripes = np.array([_PAPER, _STRIPE], dtype=np.uint8)[(diagonals < period // 4).astype(np.uint8)]
-        pixels[where] = stripes[where]
+        pixels[where] = np.array(HATCH, dtype=np.uint8)[stripes(where.shape)[where].astype(np.uint8)]
+
+
+def stripes(shape: tuple[int, ...]) -> np.ndarray:
+    """Which pixels of an (H, W) picture are on a diagonal stripe, bool."""
+    period = max(8, max(shape) // 80)  # large pictures are viewed shrunk
+    return np.add.outer(np.arange(shape[0]), np.arange(shape[1])) % period < period // 4
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.ndarray:
@@ -105,23 +110,23 @@ class OverlayStyle:
         labels = cv2.LUT(labels, table)
         drawn = overlay(image, labels, self.opacity)
         named = np.array(self.class_ids, dtype=np.uint8) if self.fixed_legend else labels
-        painted = [(name, color) for name, color in legend_entries(named) if color]
+        painted: Legend = [(name, color) for name, color in legend_entries(named) if color]
         legend = draw_legend(painted, image.shape[1], max(13, max(image.shape) // 70))
         return np.concatenate([drawn, legend]) if legend.shape[1] == image.shape[1] else drawn
 
 
-def legend_entries(*label_maps: np.ndarray) -> list[tuple[str, tuple[int, int, int] | None]]:
+def legend_entries(*label_maps: np.ndarray) -> Legend:
     """Name and colour of each class in any of the maps, by id; then None, for hatching, if a pixel is no class."""
     occurs = np.zeros(256, dtype=bool)
     for labels in label_maps:
         occurs |= count_labels(labels) > 0
-    entries: list[tuple[str, tuple[int, int, int] | None]] = [(c.name, c.color) for c in CLASSES if occurs[c.id]]
+    entries: Legend = [(c.name, c.color) for c in CLASSES if occurs[c.id]]
     if occurs[NUM_CLASSES:].any():
         entries.append(("unlabelled / no class", None))
     return entries
 
 
-def draw_legend(entries: Sequence[tuple[str, tuple[int, int, int] | None]], width: int, size: int) -> np.ndarray:
+def draw_legend(entries: Legend, width: int, size: int) -> np.ndarray:
     """Patches and names in rows, (h, width, 3) uint8 RGB; wider if the longest name needs it.
 
     Args:
@@ -186,7 +191,7 @@ def error_map(image: np.ndarray, target: np.ndarray, prediction: np.ndarray) -> 
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     shown = cv2.addWeighted(grey, 0.6, np.full_like(grey, 255), 0.15, 0)
     labelled = target < NUM_CLASSES
-    shown[labelled & (target != prediction)] = _WRONG
+    shown[labelled & (target != prediction)] = WRONG
     _hatch(shown, ~labelled)
     return shown
 

@@ -186,8 +186,7 @@ def write_report(
         rows=report_rows(images, every.numpy()),
         cards=cards(),
     )
-    written = [*outputs, "confusion_matrix.png", PAGE]
-    print(f"Results: {', '.join(str(output_dir / name) for name in written)}")
+    print(f"Results: {output_dir}\nReport: {output_dir / PAGE}")
 
 
 def format_image_scores(images: Sequence[ImageFigures]) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 from utils.data.datasets import EvaluationDataset, NpyFolder, TrainingDataset, collate_evaluation
 from utils.data.geometry import to_bytes
 from utils.evaluate.metrics import ConfusionMatrix, mean_iou
-from utils.evaluate.plots import colorize, draw_legend, legend_entries, overlay, text_width, write_text
+from utils.evaluate.plots import Legend, colorize, draw_legend, legend_entries, overlay, text_width, write_text
 from utils.model.prediction import predict
 from utils.model.segmenter import Segmenter
 from utils.runtime.device import Precision
@@ -96,7 +96,9 @@ def mosaic(samples: Sequence[ValidationSample]) -> np.ndarray:
         }
         for sample in samples
     ]
-    return _sheet(rows, *(labels for sample in samples for labels in (sample.target, sample.prediction)))
+    return _sheet(
+        rows, legend_entries(*(labels for sample in samples for labels in (sample.target, sample.prediction)))
+    )
 
 
 def training_sheet(dataset: TrainingDataset) -> np.ndarray:
@@ -127,7 +129,10 @@ def training_sheet(dataset: TrainingDataset) -> np.ndarray:
             row[f"epoch {epoch + 1}"] = _picture(source, index, view)
             label_maps.append(labels)
         rows.append(row)
-    return _sheet(rows, *label_maps)
+    painted: Legend = [
+        (name, color) for name, color in legend_entries(*label_maps) if color
+    ]  # an overlay has no hatching
+    return _sheet(rows, painted)
 
 
 def save_training_sheet(path: Path, dataset: TrainingDataset) -> None:
@@ -165,8 +170,8 @@ def _picture(source: NpyFolder, index: int, frame: np.ndarray) -> np.ndarray:
     return cv2.resize(to_bytes(picture), size, interpolation=cv2.INTER_AREA if width > WIDTH else cv2.INTER_LINEAR)
 
 
-def _sheet(rows: Sequence[dict[str, np.ndarray]], *label_maps: np.ndarray) -> np.ndarray:
-    """Rows of titled pictures, above a legend of the classes in the label maps."""
+def _sheet(rows: Sequence[dict[str, np.ndarray]], legend: Legend) -> np.ndarray:
+    """Rows of titled pictures, above a legend."""
     width = max(map(len, rows)) * (WIDTH + GAP) + GAP
     heights = [TEXT + max(len(picture) for picture in row.values()) + GAP for row in rows]
     sheet = np.full((sum(heights), width, 3), 255, dtype=np.uint8)
@@ -177,7 +182,7 @@ def _sheet(rows: Sequence[dict[str, np.ndarray]], *label_maps: np.ndarray) -> np
             write_text(sheet, _fitting(title), left, top + TEXT - 6, FONT)
             sheet[top + TEXT :, left:][: picture.shape[0], : picture.shape[1]] = picture
         top += height
-    return np.concatenate([sheet, draw_legend(legend_entries(*label_maps), width, FONT)])
+    return np.concatenate([sheet, draw_legend(legend, width, FONT)])
 
 
 def _fitting(text: str) -> str:

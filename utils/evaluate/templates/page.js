@@ -84,7 +84,8 @@ function update() {
   }
   for (const index of hidden) cards.get(index).hidden = true;
   const having = className === null ? "" : ` with ${className}`;
-  byId("status").textContent = cards.size === 0 ? "" : `${shown.length} of ${cards.size} shown images${having}`;
+  const which = className === null ? "" : `: those with ${className}`;
+  byId("status").textContent = cards.size === 0 ? "" : `${shown.length} of ${cards.size} images shown${which}`;
 
   byId("value-title").textContent = title;
   const rows = images.slice(0, LISTED).map(({ row, index }) => {
