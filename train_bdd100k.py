@@ -151,8 +151,7 @@ def get_args_parser() -> cli.Parser:
     flag("seed", type=cli.seed, default=2024, help="seed of everything random")
     switch(
         "deterministic",
-        help="CUDA kernels that repeat their results bit for bit; most are slower. Not tested on a GPU; the CPU needs "
-        "none of it",
+        help="CUDA kernels that repeat their results bit for bit; most are slower. The CPU needs none of it",
     )
 
     # 修改点 4: 混合精度训练和梯度累积的参数
