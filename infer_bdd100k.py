@@ -51,6 +51,8 @@ def class_name(text: str) -> str:
 class _OnePath(argparse.Action):
     """Takes one path; several are a pattern that the shell has expanded."""
 
+    shows_one = True
+
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         if len(values) > 1:
             paths = [Path(value) for value in values]

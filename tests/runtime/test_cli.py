@@ -456,3 +456,20 @@ def test_other_errors_of_the_system_are_bugs(error: OSError) -> None:
 
     with pytest.raises(OSError, match=r"no path|ours to look for"):
         cli.run(fail)
+
+
+def test_a_reader_that_ends_is_no_success() -> None:
+    code = "from utils.runtime import cli\ncli.run(lambda: [print('x' * 70000, flush=True) for _ in range(9)] and 0)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == "stopped: the program that read the output has ended\n"
+    assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_a_module_is_named_by_its_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "utils.compare", "--no_such"], capture_output=True, text=True)
+    assert (
+        done.stderr.splitlines()[-1].startswith("python -m utils.compare: error:")
+        or "python -m utils.compare" in done.stderr
+    )

@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, usage: str | None = None) -> None:
         # No abbreviations: `-i` and `-init_method` would compete.
-        super().__init__(usage=usage, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+        super().__init__(_module_command(), usage, description, allow_abbrev=False, formatter_class=_HelpFormatter)
         self._group: Any = self
 
     def begin_group(self, title: str, description: str | None = None) -> None:
@@ -123,6 +123,17 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
             return super()._format_action_invocation(action)
         values = "" if action.nargs == 0 else self._format_args(action, action.dest.upper())
         return f"{', '.join(names)} {values}".rstrip()
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        """An action that takes several values only to explain what is wrong with them `shows_one`."""
+        return str(action.metavar) if hasattr(action, "shows_one") else super()._format_args(action, default_metavar)
+
+
+def _module_command() -> str | None:
+    """What runs this program if that is `python -m`, which argparse names by the file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = spec.name.removesuffix(".__main__") if spec else ""
+    return f"python -m {name}" if name.startswith(("utils.", "tools.", "benchmarks.")) else None
 
 
 def boolean(text: str) -> bool:
@@ -202,7 +213,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         status = 1
     except BrokenPipeError:  # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        print("stopped: the program that read the output has ended", file=sys.stderr)
+        status = 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None or error.errno not in _REFUSALS:
             raise
