@@ -35,7 +35,7 @@ demo: $(VENV)/.installed
 	@echo "Reports:  demo/after/report.html, demo/semantic/report.html"
 
 test: $(VENV)/.tested lint
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 test-fast: $(VENV)/.tested
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow"

@@ -10,13 +10,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-import pre_bdd100k
 import train_bdd100k
 from segment_anything import build_sam_vit_tiny
-from tests.helpers.inputs import IMAGE_SIZE
+from tests.helpers.inputs import IMAGE_SIZE, draw_scenes, preprocess
 from tests.helpers.scripts import run_script, training_flags
 from utils.runtime import cli
-from utils.scenes import write_dataset
 
 
 @pytest.fixture(scope="session")
@@ -31,20 +29,13 @@ def sam_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn scenes in BDD100K's layout: 7 for training, 3 for validation."""
-    root = tmp_path_factory.mktemp("scenes")
-    write_dataset(root, {"train": 7, "val": 3}, seed=0, height=144, width=256)
-    return root
+    return draw_scenes(tmp_path_factory.mktemp("scenes"), seed=0)
 
 
 @pytest.fixture(scope="session")
 def npy(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`scenes` preprocessed to uint8 at IMAGE_SIZE, in the folders "train" and "val"."""
-    output = tmp_path_factory.mktemp("npy")
-    arguments = ["--bdd100k_root", scenes, "--output_path", output, "--image_size", IMAGE_SIZE]
-    parser = pre_bdd100k.get_args_parser()
-    options = [*arguments, "--image_dtype", "uint8", "--num_workers", 1]
-    assert not pre_bdd100k.main(parser.parse_args([str(option) for option in options]))
-    return output
+    return preprocess(scenes, tmp_path_factory.mktemp("npy"))
 
 
 @pytest.fixture

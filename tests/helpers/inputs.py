@@ -10,9 +10,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
+import pre_bdd100k
 from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
 from utils.data.frame import image_size_of
 from utils.data.manifest import Manifest, ManifestItem
+from utils.scenes import write_dataset
 
 IMAGE_SIZE = 64
 
@@ -58,3 +60,18 @@ def write_detections(path: Path, names: list[str], category: str = "car") -> Pat
     frames = [{"name": f"{name}.jpg", "labels": [{"category": category, "box2d": box}] * 2} for name in names]
     path.write_text(json.dumps(frames))
     return path
+
+
+def draw_scenes(root: Path, *, seed: int) -> Path:
+    """Draw scenes in BDD100K's layout: 7 for training, 3 for validation."""
+    write_dataset(root, {"train": 7, "val": 3}, seed=seed, height=144, width=256)
+    return root
+
+
+def preprocess(scenes: Path, output: Path) -> Path:
+    """Preprocess scenes to uint8 at IMAGE_SIZE, into the folders "train" and "val" of `output`."""
+    arguments = ["--bdd100k_root", scenes, "--output_path", output, "--image_size", IMAGE_SIZE]
+    options = [*arguments, "--image_dtype", "uint8", "--num_workers", 1]
+    parser = pre_bdd100k.get_args_parser()
+    assert not pre_bdd100k.main(parser.parse_args([str(option) for option in options]))
+    return output

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -209,6 +210,7 @@ def test_what_is_logged_within_an_epoch_is_dropped_from_where_a_resumed_run_begi
     for step in (10, 20, 30):
         first.log_step(step, {"loss": step / 10})
     first.close()
+    time.sleep(1.1)  # the names of TensorBoard's files have the second, by which they are ordered
     resumed = RunLogger(tmp_path, history=[], config={}, resumed=True, tensorboard=True, wandb=False, steps=20)
     resumed.log_step(30, {"loss": 7})
     resumed.close()
