@@ -1,6 +1,6 @@
-# make demo       the whole pipeline on drawn scenes, a few minutes on 2 CPU cores
+# make demo       the whole pipeline on drawn scenes, about 4.5 minutes on 2 free CPU cores
 # make test       lint, types, all tests
-# make test-fast  the tests that are not marked slow, about 70 seconds on 2 CPU cores
+# make test-fast  the tests that are not marked slow, about 2 minutes on 2 CPU cores
 # make lint       ruff, codespell, mypy
 # Each target first installs what it needs into .venv.
 
