@@ -47,41 +47,60 @@ _KINDS = (
         SAM,
     ),
 )
+# Positions of Hugging Face's `SamModel`, under two names.
+SHARED_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
+SHARED_POSITIONS_AGAIN = "shared_image_embedding.positional_embedding"
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which trainers store a state dict
 _PREFIXES = ("module.", "_orig_mod.")  # of DDP and of torch.compile
 
-# Hugging Face's SamModel -> SAM; applied one after another.
-_FROM_HUGGING_FACE = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (
-            r"^(shared_image_embedding|prompt_encoder\.shared_embedding)\.positional_embedding$",
-            "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
-        ),
-        (r"^prompt_encoder\.point_embed\.", "prompt_encoder.point_embeddings."),
-        (r"^prompt_encoder\.mask_embed\.conv1\.", "prompt_encoder.mask_downscaling.0."),
-        (r"^prompt_encoder\.mask_embed\.layer_norm1\.", "prompt_encoder.mask_downscaling.1."),
-        (r"^prompt_encoder\.mask_embed\.conv2\.", "prompt_encoder.mask_downscaling.3."),
-        (r"^prompt_encoder\.mask_embed\.layer_norm2\.", "prompt_encoder.mask_downscaling.4."),
-        (r"^prompt_encoder\.mask_embed\.conv3\.", "prompt_encoder.mask_downscaling.6."),
-        (r"^vision_encoder\.patch_embed\.projection\.", "image_encoder.patch_embed.proj."),
-        (r"^vision_encoder\.neck\.conv1\.", "image_encoder.neck.0."),
-        (r"^vision_encoder\.neck\.layer_norm1\.", "image_encoder.neck.1."),
-        (r"^vision_encoder\.neck\.conv2\.", "image_encoder.neck.2."),
-        (r"^vision_encoder\.neck\.layer_norm2\.", "image_encoder.neck.3."),
-        (r"^vision_encoder\.layers\.", "image_encoder.blocks."),
-        (r"^vision_encoder\.", "image_encoder."),
-        (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
-        (r"\.layer_norm(\d)\.", r".norm\1."),
-        (r"^mask_decoder\.upscale_conv1\.", "mask_decoder.output_upscaling.0."),
-        (r"^mask_decoder\.upscale_layer_norm\.", "mask_decoder.output_upscaling.1."),
-        (r"^mask_decoder\.upscale_conv2\.", "mask_decoder.output_upscaling.3."),
-        # Its MLPs number only the middle one of three layers.
-        (r"(_mlps\.\d|iou_prediction_head)\.layers\.0\.", r"\1.layers.1."),
-        (r"(_mlps\.\d|iou_prediction_head)\.proj_in\.", r"\1.layers.0."),
-        (r"(_mlps\.\d|iou_prediction_head)\.proj_out\.", r"\1.layers.2."),
-    )
+# Parts of names in SAM and in Hugging Face's `SamModel`. With a dot first they stand anywhere, else they begin a name.
+# They are replaced one after another. The general ones come last.
+_HUGGING_FACE_PARTS = (
+    ("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", SHARED_POSITIONS),
+    ("prompt_encoder.point_embeddings.", "prompt_encoder.point_embed."),
+    ("prompt_encoder.mask_downscaling.0.", "prompt_encoder.mask_embed.conv1."),
+    ("prompt_encoder.mask_downscaling.1.", "prompt_encoder.mask_embed.layer_norm1."),
+    ("prompt_encoder.mask_downscaling.3.", "prompt_encoder.mask_embed.conv2."),
+    ("prompt_encoder.mask_downscaling.4.", "prompt_encoder.mask_embed.layer_norm2."),
+    ("prompt_encoder.mask_downscaling.6.", "prompt_encoder.mask_embed.conv3."),
+    ("mask_decoder.output_upscaling.0.", "mask_decoder.upscale_conv1."),
+    ("mask_decoder.output_upscaling.1.", "mask_decoder.upscale_layer_norm."),
+    ("mask_decoder.output_upscaling.3.", "mask_decoder.upscale_conv2."),
+    ("image_encoder.patch_embed.proj.", "vision_encoder.patch_embed.projection."),
+    ("image_encoder.neck.0.", "vision_encoder.neck.conv1."),
+    ("image_encoder.neck.1.", "vision_encoder.neck.layer_norm1."),
+    ("image_encoder.neck.2.", "vision_encoder.neck.conv2."),
+    ("image_encoder.neck.3.", "vision_encoder.neck.layer_norm2."),
+    ("image_encoder.blocks.", "vision_encoder.layers."),
+    ("image_encoder.", "vision_encoder."),
+    (".norm_final_attn.", ".layer_norm_final_attn."),
+    *((f".norm{i}.", f".layer_norm{i}.") for i in range(1, 5)),
 )
+# The three layers of each MLP of the mask decoder: only the middle one has a number there.
+_MLP_LAYER = re.compile(r"((?:_mlps\.\d|iou_prediction_head)\.)(layers\.\d|proj_in|proj_out)(?=\.)")
+_MLP_LAYERS = {"layers.0": "proj_in", "layers.1": "layers.0", "layers.2": "proj_out"}
+
+
+def hugging_face_name(key: str) -> str:
+    """The name in `SamModel` of a tensor of SAM."""
+    return _renamed(key, _HUGGING_FACE_PARTS, _MLP_LAYERS)
+
+
+def _from_hugging_face(key: str) -> str:
+    """The name in SAM of a tensor of `SamModel`, which has SHARED_POSITIONS a second time."""
+    key = SHARED_POSITIONS if key == SHARED_POSITIONS_AGAIN else key
+    return _renamed(
+        key, [(theirs, ours) for ours, theirs in _HUGGING_FACE_PARTS], {b: a for a, b in _MLP_LAYERS.items()}
+    )
+
+
+def _renamed(key: str, parts: Iterable[tuple[str, str]], layers: Mapping[str, str]) -> str:
+    for old, new in parts:
+        if old.startswith("."):
+            key = key.replace(old, new)
+        elif key.startswith(old):
+            key = new + key[len(old) :]
+    return _MLP_LAYER.sub(lambda match: match[1] + layers.get(match[2], match[2]), key)
 
 
 def load(path: Path) -> Any:
@@ -117,12 +136,6 @@ def sam_state(payload: Any) -> dict[str, Tensor] | None:
     if any(key.startswith("vision_encoder.") for key in state) and kind_of(state) == SAM:
         state = {_from_hugging_face(key): value for key, value in state.items()}
     return state
-
-
-def _from_hugging_face(key: str) -> str:
-    for pattern, replacement in _FROM_HUGGING_FACE:
-        key = pattern.sub(replacement, key)
-    return key
 
 
 def kind_of(names: Iterable[str]) -> str | None:

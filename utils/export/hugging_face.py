@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,46 +11,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from segment_anything.build_sam import CONFIGS, PATCH_SIZE
+from segment_anything.utils.foreign import SHARED_POSITIONS, SHARED_POSITIONS_AGAIN, hugging_face_name
 from utils.export.trained import Options, Trained
 from utils.model.checkpoint import ModelInfo
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write, make_folder
 
 FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
-
-# SAM -> Hugging Face's SamModel; applied one after another.
-_NAMES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (
-            r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",
-            "prompt_encoder.shared_embedding.positional_embedding",
-        ),
-        (r"^prompt_encoder\.point_embeddings\.", "prompt_encoder.point_embed."),
-        (r"^prompt_encoder\.mask_downscaling\.0\.", "prompt_encoder.mask_embed.conv1."),
-        (r"^prompt_encoder\.mask_downscaling\.1\.", "prompt_encoder.mask_embed.layer_norm1."),
-        (r"^prompt_encoder\.mask_downscaling\.3\.", "prompt_encoder.mask_embed.conv2."),
-        (r"^prompt_encoder\.mask_downscaling\.4\.", "prompt_encoder.mask_embed.layer_norm2."),
-        (r"^prompt_encoder\.mask_downscaling\.6\.", "prompt_encoder.mask_embed.conv3."),
-        (r"^image_encoder\.patch_embed\.proj\.", "vision_encoder.patch_embed.projection."),
-        (r"^image_encoder\.neck\.0\.", "vision_encoder.neck.conv1."),
-        (r"^image_encoder\.neck\.1\.", "vision_encoder.neck.layer_norm1."),
-        (r"^image_encoder\.neck\.2\.", "vision_encoder.neck.conv2."),
-        (r"^image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
-        (r"^image_encoder\.blocks\.", "vision_encoder.layers."),
-        (r"^image_encoder\.", "vision_encoder."),
-        (r"\.norm_final_attn\.", ".layer_norm_final_attn."),
-        (r"\.norm(\d)\.", r".layer_norm\1."),
-        (r"^mask_decoder\.output_upscaling\.0\.", "mask_decoder.upscale_conv1."),
-        (r"^mask_decoder\.output_upscaling\.1\.", "mask_decoder.upscale_layer_norm."),
-        (r"^mask_decoder\.output_upscaling\.3\.", "mask_decoder.upscale_conv2."),
-        # Of three layers, only the middle one has a number there.
-        (r"(_mlps\.\d|iou_prediction_head)\.layers\.0\.", r"\1.proj_in."),
-        (r"(_mlps\.\d|iou_prediction_head)\.layers\.2\.", r"\1.proj_out."),
-        (r"(_mlps\.\d|iou_prediction_head)\.layers\.1\.", r"\1.layers.0."),
-    )
-)
-_SHARED = "prompt_encoder.shared_embedding.positional_embedding"  # has a second name
 
 
 def outputs(output: Path, info: ModelInfo) -> list[Path]:
@@ -81,13 +47,8 @@ def write(trained: Trained, paths: list[Path], options: Options) -> list[str]:
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A SAM state dict with the names of `SamModel`."""
-    renamed = {}
-    for key, value in state.items():
-        for pattern, replacement in _NAMES:
-            key = pattern.sub(replacement, key)
-        renamed[key] = value.contiguous()
-    renamed["shared_image_embedding.positional_embedding"] = renamed[_SHARED].clone()
-    return renamed
+    theirs = {hugging_face_name(key): value.contiguous() for key, value in state.items()}
+    return {**theirs, SHARED_POSITIONS_AGAIN: theirs[SHARED_POSITIONS].clone()}
 
 
 def model_config(trained: Trained) -> dict[str, Any]:
