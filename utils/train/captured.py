@@ -23,7 +23,7 @@ from utils.runtime import distributed
 from utils.runtime.device import Precision
 from utils.runtime.errors import UserError
 from utils.train.optim import TrainState
-from utils.train.step import Outcome, diverged, losses_of, names_where, sample_flags, sums_of
+from utils.train.step import Outcome, counted, diverged, losses_of, names_where, sample_flags, sums_of
 
 LAG = 8  # steps that the host may be ahead of the card
 TABLE = 1024  # learning rates on the card
@@ -146,7 +146,6 @@ class CapturedSteps:
 
     def _losses(self, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
         losses = losses_of(self.model, batch, self.precision)
-        losses = {part: losses[part] for part in self.parts}
         return sums_of(losses, batch["valid"]), sample_flags(losses, batch["valid"])
 
     def _add(self, batch: TrainingBatch) -> Tensor:
@@ -156,7 +155,7 @@ class CapturedSteps:
         # With a single prompt, the program for any number of them would be compiled anew.
         is_compiled = len(valid) == self.compiled_batch and valid.shape[1:] != (1,)
         parts, flags = self._compiled_losses(tensors) if is_compiled else self._losses(tensors)
-        self.sums += torch.cat([parts.detach(), valid.sum()[None]]).double()
+        self.sums += counted(parts, valid)
         gradients = torch.autograd.grad(self.state.scaler.scale(parts.sum()), self.parameters)
         torch._foreach_add_(self.gradients, gradients)
         return flags

@@ -133,14 +133,14 @@ def train_one_epoch(
         note_outcomes(all_of_them=True)  # the weights have these steps, and are saved
         raise
     return {
-        **_means(parts, totals),
+        **mean_losses(parts, totals),
         "lr": float(scheduler.get_last_lr()[0]),
         "optimizer_steps": progress.steps - progress.skipped_steps,
         "skipped_steps": progress.skipped_steps,
     }
 
 
-def _means(parts: tuple[str, ...], totals: Tensor) -> dict[str, float]:
+def mean_losses(parts: tuple[str, ...], totals: Tensor) -> dict[str, float]:
     """The mean of each part and of the loss, from `Outcome.sums`."""
     *sums, samples = totals.tolist()
     means = {part: value / max(samples, 1) for part, value in zip(parts, sums)}

@@ -24,7 +24,7 @@ from utils.runtime.files import exists, free_room, remove_temporaries, require_w
 from utils.runtime.progress import about
 from utils.runtime.signals import StopSignals
 from utils.train.logger import Config, Record, RunLogger
-from utils.train.loop import Progress
+from utils.train.loop import Progress, mean_losses
 from utils.train.optim import TrainState
 from utils.train.resume import ResumeState, RunState, plateau
 from utils.train.samples import ValidationSample
@@ -178,10 +178,10 @@ class Run:
             Interrupted: `stop` was requested; the state is saved.
         """
         if self.logger:
-            progress.note = (
-                f"loss {sum(_means(progress.sums)):.4f}, run {tqdm.format_interval(self._seconds_left())} left"
-            )
-            self._log_steps(progress)
+            assert progress.sums is not None, "a step was taken"
+            loss = mean_losses(self.model.LOSSES, progress.sums)["loss"]
+            progress.note = f"loss {loss:.4f}, run {tqdm.format_interval(self._seconds_left())} left"
+            self._log_steps(progress, progress.sums)
         if stop or self.save_due(progress.steps):
             self._save_latest()
         if stop:
@@ -190,18 +190,16 @@ class Run:
                 message = f"another process was asked to stop, or its launcher has ended; {message}"
             raise self.stop.interrupt(message)
 
-    def _log_steps(self, progress: Progress) -> None:
+    def _log_steps(self, progress: Progress, sums: Tensor) -> None:
         """Log the mean losses of the last `STEPS_A_POINT` steps. The sums are on the host: no GPU is waited for."""
         assert self.logger is not None, "the main process has one"
         if not self.logger.takes_steps or (progress.steps % STEPS_A_POINT and progress.steps != progress.num_steps):
             return
-        assert progress.sums is not None, "a step was taken"
-        new = progress.sums if self._logged_sums is None else progress.sums - self._logged_sums
-        means = _means(new)
-        figures = {"loss": sum(means), **dict(zip(self.model.LOSSES, means))}
+        new = sums if self._logged_sums is None else sums - self._logged_sums
+        figures = mean_losses(self.model.LOSSES, new)
         lr = float(self.state.scheduler.get_last_lr()[0])
         self.logger.log_step(self._steps_of_epochs() + progress.steps, {**figures, "lr": lr})
-        self._logged_sums = progress.sums
+        self._logged_sums = sums
 
     def _steps_of_epochs(self) -> int:
         """Optimizer steps in the finished epochs."""
@@ -383,12 +381,6 @@ class Run:
         larger = " and ".join(flag for flag, reached in limits.items() if reached)
         print(f"To train longer, add a larger {larger} to: {self._resume_command}")
         print(f"Log and curve: {self.folder / 'log.jsonl'}, {self.folder / 'loss_curve.png'}")
-
-
-def _means(sums: Tensor | None) -> list[float]:
-    """The mean of each part of the loss, from `Progress.sums`."""
-    *parts, samples = [0.0] if sums is None else sums.tolist()
-    return [part / max(samples, 1) for part in parts]
 
 
 def _new_folder(work_dir: Path, task_name: str) -> Path:

@@ -129,30 +129,32 @@ def _forward_backward(
     model: nn.Module, batch: TrainingBatch, sums: _StepSums, scaler: torch.amp.GradScaler, precision: Precision
 ) -> None:
     """Add the gradient of a batch's summed loss, and the losses to `sums`."""
-    batch = on_device(batch, precision)
+    # Features stay where they are: `features_of` moves them.
+    moved = {key: precision.to_device(v) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    batch = cast(TrainingBatch, moved)
     losses = losses_of(model, batch, precision)
     loss_sum = sums.add(losses, batch["valid"], batch["name"])
     scaler.scale(loss_sum).backward()
 
 
-def on_device(batch: TrainingBatch, precision: Precision) -> TrainingBatch:
-    """The batch with its tensors on the device. Features stay where they are: `features_of` moves them."""
-    moved = {key: precision.to_device(v) if isinstance(v, Tensor) else v for key, v in batch.items()}
-    return cast(TrainingBatch, moved)
-
-
 def losses_of(model: nn.Module, batch: TrainingBatch, precision: Precision) -> dict[str, Tensor]:
-    """The parts of the loss, each of the shape of the batch's "valid" (B, or B x Q)."""
+    """The parts of the loss in the order of `LOSSES`, each of the shape of the batch's "valid" (B, or B x Q)."""
     segmenter: Segmenter = distributed.unwrap(model)  # type: ignore[assignment]
     with precision.autocast():
         features = features_of(segmenter, batch, precision)
         outputs = model(features, *(batch[key] for key in segmenter.PROMPTS))
-    return segmenter.losses(outputs, batch)
+    losses = segmenter.losses(outputs, batch)
+    return {part: losses[part] for part in segmenter.LOSSES}
 
 
 def sums_of(losses: dict[str, Tensor], valid: Tensor) -> Tensor:
     """The sum of each part over the valid samples."""
     return torch.stack([(loss * valid).sum() for loss in losses.values()])
+
+
+def counted(parts: Tensor, valid: Tensor) -> Tensor:
+    """What a batch adds to a step's sums: those of `sums_of`, and the number of samples, float64."""
+    return torch.cat([parts.detach(), valid.sum()[None]]).double()
 
 
 def sample_flags(losses: dict[str, Tensor], valid: Tensor) -> Tensor:
@@ -165,7 +167,6 @@ class _StepSums:
     """Sums of the losses over the valid samples of one optimizer step, and their number, over all processes."""
 
     def __init__(self, parts: tuple[str, ...], device: torch.device) -> None:
-        self.parts = parts
         self.sums = torch.zeros(len(parts) + 1, dtype=torch.float64, device=device)  # and the number of samples
         self.names: list[str] = []
         self.flags: list[Tensor] = []
@@ -175,8 +176,8 @@ class _StepSums:
 
         It is no mean: the number of samples is known only when all processes and batches of the step have counted.
         """
-        parts = sums_of({part: losses[part] for part in self.parts}, valid)
-        self.sums += torch.cat([parts.detach(), valid.sum()[None]]).double()
+        parts = sums_of(losses, valid)
+        self.sums += counted(parts, valid)
         self.flags.append(sample_flags(losses, valid))
         self.names += names
         return parts.sum()
