@@ -37,7 +37,7 @@ def save_loss_curve(path: Path, history: History, parts: Sequence[str] = (), bes
         parts: names of the loss's parts.
         best: the best model's epoch.
     """
-    has_miou, has_lr = (any(_is_number(record.get(key)) for record in history) for key in ("val_miou", "lr"))
+    has_miou, has_lr = (any(is_number(record.get(key)) for record in history) for key in ("val_miou", "lr"))
     heights = [3.0, *[2.2] * has_miou, *[1.2] * has_lr]
     figure = Figure(figsize=(9.6, sum(heights) * 1.15), dpi=_DPI, layout="constrained")
     panels = iter(figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0])
@@ -57,7 +57,7 @@ def save_loss_curve(path: Path, history: History, parts: Sequence[str] = (), bes
         axes.axvline(best + 1, color=BEST_COLOR, linewidth=1, linestyle="--")
         figure.suptitle(
             f"Best model: epoch {best + 1}"
-            + (f", validation mIoU {score:.4f}" if _is_number(score) else f", loss {history[best]['train_loss']:.4f}"),
+            + (f", validation mIoU {score:.4f}" if is_number(score) else f", loss {history[best]['train_loss']:.4f}"),
             color=BEST_COLOR,
         )
     if has_lr:
@@ -91,7 +91,7 @@ def save_class_curves(path: Path, history: History, key: str, best: int | None =
     shown = history[best] if best is not None else validated[-1]
     for axes, name in zip(grid.flat, CLASS_NAMES):
         iou = shown.get(f"{key}{name}")
-        missing = not _is_number(iou)
+        missing = not is_number(iou)
         axes.set_title(
             f"{name}: not in this split" if missing else f"{name}  {iou:.3f}",
             fontsize=10,
@@ -158,7 +158,7 @@ def _percent(share: float) -> str:
 
 def _plot(axes: Axes, history: History, key: str, color: str, *, width: float = 1.8, label: str | None = None) -> None:
     """Plot a figure over the epochs that have it, with markers if there are few points."""
-    points = [(record["epoch"] + 1, record[key]) for record in history if _is_number(record.get(key))]
+    points = [(record["epoch"] + 1, record[key]) for record in history if is_number(record.get(key))]
     x, y = zip(*points) if points else ((), ())
     marker = "o" if len(points) <= 40 else None
     axes.plot(x, y, color=color, linewidth=width, marker=marker, markersize=2 * width, label=label)
@@ -171,7 +171,8 @@ def _number_epochs(axes: Axes, history: History, most_ticks: int = 10) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(most_ticks, integer=True, min_n_ticks=1))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a figure can be drawn: it is there, and finite."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 

@@ -26,7 +26,7 @@ import torch
 
 import utils
 from utils.data.classes import CLASS_NAMES, IGNORE_LABEL
-from utils.evaluate.charts import save_class_curves, save_loss_curve
+from utils.evaluate.charts import is_number, save_class_curves, save_loss_curve
 from utils.runtime import distributed
 from utils.runtime.errors import UserError, printable
 from utils.runtime.files import atomic_write, is_file, make_folder
@@ -180,7 +180,7 @@ class RunLogger:
             make_folder(self.folder / SAMPLES, "-work_dir")
             with atomic_write(self.folder / SAMPLES / _picture_name(epoch)) as file:
                 file.write(picture.jpeg)
-        scalars = {_tag(key): value for key, value in record.items() if _is_number(value) and key != "epoch"}
+        scalars = {_tag(key): value for key, value in record.items() if is_number(value) and key != "epoch"}
         with self._dispensable():
             if self._writer:
                 for tag, value in scalars.items():
@@ -268,12 +268,8 @@ def _table(history: Sequence[Record]) -> str:
     writer = csv.DictWriter(text, columns or ["epoch"], lineterminator="\n")
     writer.writeheader()
     for record in history:
-        writer.writerow({key: value for key, value in record.items() if _is_number(value)})
+        writer.writerow({key: value for key, value in record.items() if is_number(value)})
     return text.getvalue()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _picture_name(epoch: int) -> str:
