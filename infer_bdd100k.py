@@ -25,7 +25,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from utils.data.classes import CLASS_NAMES
 from utils.runtime import cli
 from utils.runtime.choices import (
     AMP_DTYPES,
@@ -38,14 +37,6 @@ from utils.runtime.choices import (
 )
 
 NUM_PICTURES = 20  # of a bare --visualize
-
-
-def class_name(text: str) -> str:
-    """Parse the name of a class; `traffic_light` may stand for `traffic light`."""
-    name = text.lower().replace("_", " ")
-    if name not in CLASS_NAMES:
-        raise argparse.ArgumentTypeError(f"no class {text!r}; the classes are {', '.join(CLASS_NAMES)}")
-    return name
 
 
 class _OnePath(argparse.Action):
@@ -95,6 +86,9 @@ def get_args_parser() -> cli.Parser:
         "map_rule",
         choices=list(MAP_RULES),
         help=f"class of a pixel. {rules} (default: argmax; with --boxes, box_threshold)",
+    )
+    switch(
+        "match_classes", help="score data of other classes on those that the model names too; the others are ignored"
     )
     switch("tta", help="average with the mirror image; semantic checkpoints only, twice the time, reads no cache")
     flag(
@@ -152,7 +146,13 @@ def get_args_parser() -> cli.Parser:
         metavar="X",
         help="of the colours over --images, 0 to 1",
     )
-    flag("classes", nargs="+", type=class_name, metavar="CLASS", help="paint only these over --images (default: all)")
+    flag(
+        "classes",
+        nargs="+",
+        action=cli.JoinedNames,
+        metavar="CLASS",
+        help="paint only these over --images (default: all)",
+    )
     switch("save_predictions", help="write each image's train ids at its original size as PNG")
     flag(
         "predictions_format",
@@ -174,6 +174,7 @@ import torch
 from segment_anything.build_sam import CONFIGS, file_digest
 from utils.cache.writer import use_caches
 from utils.data.bdd100k import match_key, read_mask
+from utils.data.classes import BDD100K, ClassTable
 from utils.data.datasets import BoxesByName, EvaluationDataset, NpyFolder, collate_pictures
 from utils.data.detections import read_detections
 from utils.data.frame import ImageSize
@@ -243,7 +244,8 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
                 "--eval_size original needs the original masks; give the unpacked BDD100K as --bdd100k_root"
             )
         masks = source.original_masks(args.bdd100k_root)
-    model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
+    model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode), classes=source.classes)
+    source.use_classes(model.classes, match=args.match_classes)
     names = [item.name for item in source.items]
     boxes = choose_boxes(args, info, names)
     rule = choose_map_rule(args, info, boxes)
@@ -267,7 +269,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
         original = cache(partial(original_size, prediction, item.height, item.width, info))  # at most once, if needed
         if masks:
             label_map = torch.from_numpy(original())
-            labels = torch.from_numpy(read_mask(masks[item.name], item.height, item.width).copy())
+            labels = torch.from_numpy(source.relabel(read_mask(masks[item.name], item.height, item.width)).copy())
         else:
             label_map = prediction.label_map(info.image_size)
         counts = count_pixels(label_map, labels).cpu().numpy()
@@ -340,6 +342,8 @@ def segment_pictures(args: cli.Flags, precision: Precision) -> int:
         wrong = "runs in one process; start it without a launcher"
     elif args.visualize or args.eval_size != "frame" or args.bdd100k_root or "report_images" in args.given:
         wrong = "draws overlays without a score; leave out --visualize, --report_images, --eval_size and --bdd100k_root"
+    elif args.match_classes:
+        wrong = "draws overlays without a score; leave out --match_classes"
     elif args.cache_embeddings not in ("auto", "off"):
         wrong = "reads no cache; leave out --cache_embeddings"
     if wrong:
@@ -357,9 +361,12 @@ def segment_pictures(args: cli.Flags, precision: Precision) -> int:
     boxes = choose_boxes(args, info, list(files) or None)
     assert boxes != "oracle", "--images has no ground truth"
     rule = choose_map_rule(args, info, boxes)
+    painted = [*range(len(model.classes))]
+    if args.classes:
+        painted = sorted({model.classes.id_of(name) for name in args.classes.split(",")})
     style = OverlayStyle(
         args.opacity,
-        class_ids=sorted({CLASS_NAMES.index(name) for name in args.classes or CLASS_NAMES}),
+        class_ids=painted,
         fixed_legend=isinstance(source, Video),
     )
     sink: OverlayFolder | OverlayVideo
@@ -413,12 +420,16 @@ def segment_pictures(args: cli.Flags, precision: Precision) -> int:
 
 
 def load_model(
-    args: argparse.Namespace, precision: Precision, frame: tuple[ImageSize, str] | None
+    args: argparse.Namespace,
+    precision: Precision,
+    frame: tuple[ImageSize, str] | None,
+    classes: ClassTable = BDD100K,
 ) -> tuple[Segmenter, ModelInfo]:
     """Load SAM and the fine-tuned decoder, if one is given, and check that they and the data belong together.
 
     Args:
         frame: image size and resize mode of the data; None for pictures that can be resized to any.
+        classes: of SAM itself; a fine-tuned decoder has its own.
     """
     if is_onnx(args.model_checkpoint):
         return load_onnx_model(args, precision, frame)
@@ -436,7 +447,11 @@ def load_model(
     else:
         image_size, resize_mode = frame or (CONFIGS[args.model_type].image_size, "stretch")
         model = build_model(
-            args.model_type, args.sam_checkpoint, image_size=image_size, check_hash=args.verify_checkpoint
+            args.model_type,
+            args.sam_checkpoint,
+            image_size=image_size,
+            check_hash=args.verify_checkpoint,
+            classes=classes,
         )
         info = ModelInfo(args.model_type, image_size, resize_mode, file_digest(args.sam_checkpoint))
     return model.to(precision.device), info
