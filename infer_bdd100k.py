@@ -25,7 +25,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from utils.data.classes import CLASS_NAMES
+from utils.data.classes import BDD100K, CLASS_NAMES
 from utils.runtime import cli
 from utils.runtime.choices import (
     AMP_DTYPES,
@@ -270,7 +270,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
             labels = torch.from_numpy(read_mask(masks[item.name], item.height, item.width).copy())
         else:
             label_map = prediction.label_map(info.image_size)
-        counts = count_pixels(label_map, labels).cpu().numpy()
+        counts = count_pixels(label_map, labels, len(BDD100K)).cpu().numpy()
         shown = encode_labels(label_map.cpu().numpy(), source, index) if args.report_images else b""
         scored.append(ScoredImage(index, counts, shown))
         if args.save_predictions:
@@ -297,6 +297,7 @@ def save_results(
     write_report(
         args.output_dir,
         {source.items[image.index].name: torch.from_numpy(image.counts) for image in scored},
+        classes=BDD100K,
         model=str(args.model_checkpoint or f"{args.sam_checkpoint}, not fine-tuned"),
         data=str(args.val_npy_path),
         box_source="none" if boxes is None else "oracle" if boxes == "oracle" else str(args.boxes),

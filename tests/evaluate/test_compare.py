@@ -14,7 +14,7 @@ import torch
 
 from tests.helpers.inputs import write_split
 from utils import compare
-from utils.data.classes import NUM_CLASSES
+from utils.data.classes import BDD100K, NUM_CLASSES
 from utils.evaluate.comparison import choose_changed
 from utils.evaluate.metrics import results_dict
 from utils.evaluate.page import Row
@@ -99,7 +99,7 @@ def test_results_of_different_map_rules(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_what_the_metric_gives_where_nothing_is_labelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    nothing = results_dict(torch.zeros(NUM_CLASSES, NUM_CLASSES + 1, dtype=torch.int64))
+    nothing = results_dict(torch.zeros(NUM_CLASSES, NUM_CLASSES + 1, dtype=torch.int64), BDD100K)
     folders = [write(tmp_path / name, nothing) for name in ("before", "after")]
     run(*folders)
     assert words(capsys.readouterr().out)[1:] == [["mIoU", "nan", "nan"], ["boxes:", "oracle"]]
@@ -113,7 +113,7 @@ def with_images(folder: Path, mious: list[float | None], **changes: Any) -> Path
         {"name": f"image-{i}", "miou": miou, "pixel_accuracy": miou, "iou": {} if miou is None else {"road": miou}}
         for i, miou in enumerate(mious)
     ]
-    return write(folder, {**results_dict(matrix), "data": "nowhere", "images": images, **changes})
+    return write(folder, {**results_dict(matrix, BDD100K), "data": "nowhere", "images": images, **changes})
 
 
 def test_a_page_with_the_changes_of_each_image(

@@ -21,6 +21,7 @@ import torch
 from tests.helpers.inputs import write_split
 from tests.helpers.scripts import run_script
 from utils import compare
+from utils.data.classes import BDD100K
 from utils.data.datasets import NpyFolder
 from utils.evaluate.gallery import LABEL_MAPS, ScoredImage, encode_labels, report_cards, save_label_maps
 from utils.evaluate.metrics import count_pixels
@@ -89,13 +90,14 @@ def evaluate(folder: Path, data: Path, seed: int, names: list[str] | None = None
         prediction = target.copy()
         wrong = rng.random(target.shape) < 0.05 * (1 + index)
         prediction[wrong] = ROAD
-        counts = count_pixels(torch.from_numpy(prediction), torch.from_numpy(target)).numpy()
+        counts = count_pixels(torch.from_numpy(prediction), torch.from_numpy(target), 19).numpy()
         scored.append(ScoredImage(index, counts, encode_labels(prediction, source, index)))
     folder.mkdir(exist_ok=True)
     names = names or [item.name for item in source.items]
     write_report(
         folder,
         {name: torch.from_numpy(image.counts) for name, image in zip(names, scored)},
+        classes=BDD100K,
         model="<b>model</b>",
         data=str(data),
         box_source="oracle",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from utils.data.classes import BDD100K
 from utils.evaluate.report import begin_pictures, begin_results, write_report
 from utils.runtime.choices import MapRule
 from utils.runtime.errors import UserError
@@ -119,6 +120,7 @@ def test_says_what_was_measured_on_what(
     write_report(
         tmp_path,
         {"a": matrix},
+        classes=BDD100K,
         model="m.pth",
         data="val",
         box_source=box_source,

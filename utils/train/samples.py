@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from utils.data.classes import BDD100K
 from utils.data.datasets import EvaluationDataset, NpyFolder, TrainingDataset, collate_evaluation
 from utils.data.geometry import to_bytes
 from utils.evaluate.metrics import ConfusionMatrix, mean_iou
@@ -60,7 +61,7 @@ class ValidationSamples:
         (prediction,) = predict(model, collate_evaluation([stored]), precision)
         labels = stored["labels"]
         predicted = prediction.label_map(labels.shape).cpu()
-        confusion = ConfusionMatrix()
+        confusion = ConfusionMatrix(len(BDD100K))
         confusion.update(predicted, labels)
         views = source.read_image(index), labels.numpy(), predicted.numpy()
         image, target, shown = (_picture(source, index, view) for view in views)
