@@ -279,7 +279,8 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
             examples.keep(index, original())
     scored = sorted(chain(*distributed.all_gather(scored)), key=lambda image: image.index)
     distributed.on_main(lambda: save_results(args, source, scored, masks, boxes=boxes, rule=rule))
-    draw_examples(args.output_dir / "visualizations", examples, source, masks)  # each process those that it has scored
+    # Each process draws those that it has scored.
+    draw_examples(args.output_dir / "visualizations", examples, source, BDD100K, masks)
     distributed.on_main(lambda: finish(args, pictures))
     return 0
 
@@ -304,7 +305,7 @@ def save_results(
         eval_size=args.eval_size,
         map_rule=rule,
         tta=args.tta,
-        cards=lambda: report_cards(source, scored, args.report_images, masks),
+        cards=lambda: report_cards(source, scored, args.report_images, BDD100K, masks),
     )
     if args.report_images:
         save_label_maps(args.output_dir / LABEL_MAPS, scored)
@@ -359,6 +360,7 @@ def segment_pictures(args: cli.Flags, precision: Precision) -> int:
     assert boxes != "oracle", "--images has no ground truth"
     rule = choose_map_rule(args, info, boxes)
     style = OverlayStyle(
+        BDD100K,
         args.opacity,
         class_ids=sorted({CLASS_NAMES.index(name) for name in args.classes or CLASS_NAMES}),
         fixed_legend=isinstance(source, Video),
@@ -523,7 +525,7 @@ def finish(args: argparse.Namespace, pictures: Mapping[str, Path]) -> None:
     tool, folder = args.predictions_format, args.output_dir
     if tool != "png" and pictures:
         model = str(args.model_checkpoint or "SAM, not fine-tuned")
-        for line in annotators.export_predictions(tool, folder, folder / "predictions", pictures, model=model):
+        for line in annotators.export_predictions(tool, folder, folder / "predictions", pictures, BDD100K, model=model):
             print(printable(line))
 
 

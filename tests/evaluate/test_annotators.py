@@ -16,7 +16,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from utils.data.classes import CLASS_NAMES
+from utils.data.classes import BDD100K, CLASS_NAMES
 from utils.evaluate import annotators
 from utils.evaluate.annotators import FILES, WRITERS, export_predictions, require_exportable
 from utils.evaluate.plots import save_labels
@@ -44,7 +44,7 @@ def export(maps: dict[str, np.ndarray], tmp_path: Path) -> Callable[[str], str]:
         save_labels(tmp_path / "predictions" / f"{name}.png", labels)
     pictures = {name: tmp_path / path for name, path in zip(maps, PATHS)}
     return lambda tool: "\n".join(
-        export_predictions(tool, tmp_path, tmp_path / "predictions", pictures, model='run "1" <&>')
+        export_predictions(tool, tmp_path, tmp_path / "predictions", pictures, BDD100K, model='run "1" <&>')
     )
 
 
@@ -196,7 +196,7 @@ def test_one_picture_lies_in_its_own_folder(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "drive").mkdir()
     monkeypatch.chdir(tmp_path / "drive")
     save_labels(tmp_path / "drive" / "a.png", SMALL)
-    export_predictions("labelstudio", tmp_path, tmp_path / "drive", {"a": Path("a.jpg")}, model="")
+    export_predictions("labelstudio", tmp_path, tmp_path / "drive", {"a": Path("a.jpg")}, BDD100K, model="")
     (task,) = json.loads((tmp_path / "predictions_labelstudio.json").read_text())
     assert task["data"]["image"] == "/data/local-files/?d=drive/a.jpg"
 
@@ -208,7 +208,7 @@ def test_a_missing_prediction_leaves_no_new_file_and_the_old(tool: str, tmp_path
     old = tmp_path / FILES[tool][0]
     old.write_text("old")
     with pytest.raises(UserError, match=r"b\.png: no such file"):
-        export_predictions(tool, tmp_path, tmp_path, pictures, model="")
+        export_predictions(tool, tmp_path, tmp_path, pictures, BDD100K, model="")
     assert old.read_text() == "old" and {path.name for path in tmp_path.iterdir()} == {"a.png", old.name}
 
 

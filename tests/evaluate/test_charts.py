@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from utils.data.classes import CLASS_NAMES, CLASSES
+from utils.data.classes import BDD100K, CLASS_NAMES, CLASSES
 from utils.evaluate import charts
 
 
@@ -69,7 +69,7 @@ def test_a_class_without_pixels_has_no_curve(tmp_path: Path) -> None:
         records = history()
         for record in records:
             record |= {f"iou/{name}": 0.5 if name in with_iou else math.nan for name in CLASS_NAMES}
-        charts.save_class_curves(tmp_path / "a.png", records, "iou/", best=3)
+        charts.save_class_curves(tmp_path / "a.png", records, "iou/", CLASS_NAMES, best=3)
         return int(where(read(tmp_path / "a.png"), charts.MIOU_COLOR).sum())
 
     assert drawn() == 0
@@ -80,7 +80,9 @@ def test_a_class_without_pixels_has_no_curve(tmp_path: Path) -> None:
 def test_bars_of_labels_have_their_classes_colours_and_lengths(tmp_path: Path) -> None:
     pixels = [0] * len(CLASSES)
     pixels[0], pixels[13], pixels[18] = 999_000, 990, 10
-    charts.save_label_distribution(tmp_path / "a.png", "train", pixels, [10 * bool(n) for n in pixels], total=20)
+    charts.save_label_distribution(
+        tmp_path / "a.png", "train", pixels, [10 * bool(n) for n in pixels], total=20, classes=BDD100K
+    )
     picture = read(tmp_path / "a.png")
     half = picture.shape[1] // 2
 
@@ -93,7 +95,9 @@ def test_bars_of_labels_have_their_classes_colours_and_lengths(tmp_path: Path) -
     assert abs((road - car) - 3 * (car - bicycle) / 2) < 0.1 * road  # three decades apart, and two
     assert length(CLASSES[0].color, right) == length(CLASSES[18].color, right)
     assert length(CLASSES[16].color, left) == 0
-    charts.save_label_distribution(tmp_path / "b.png", "train", [0] * 19, [0] * 19, total=3)  # nothing labelled
+    charts.save_label_distribution(
+        tmp_path / "b.png", "train", [0] * 19, [0] * 19, total=3, classes=BDD100K
+    )  # nothing labelled
 
 
 def test_pyplot_is_never_imported(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def evaluate(folder: Path, data: Path, seed: int, names: list[str] | None = None
         box_source="oracle",
         eval_size="frame",
         map_rule="argmax",
-        cards=lambda: report_cards(source, scored, 8),
+        cards=lambda: report_cards(source, scored, 8, BDD100K),
     )
     save_label_maps(folder / LABEL_MAPS, scored)
     return [image.counts for image in scored]

@@ -336,8 +336,8 @@ def count_labels(mask: np.ndarray) -> np.ndarray:
     return cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel().astype(np.int64)
 
 
-def read_mask(path: Path, height: int, width: int) -> np.ndarray:
-    """Read a mask of train ids as (height, width) uint8 with values 0-18 and 255.
+def read_mask(path: Path, height: int, width: int, num_classes: int = NUM_CLASSES) -> np.ndarray:
+    """Read a mask of train ids as (height, width) uint8 with the ids of the classes and 255.
 
     Raises:
         UserError: the file is missing, damaged, or of another size.
@@ -355,11 +355,11 @@ def read_mask(path: Path, height: int, width: int) -> np.ndarray:
         image.load()  # as in read_image
         mask = np.asarray(image)
     present = np.flatnonzero(count_labels(mask))
-    foreign = [int(label) for label in present if label >= NUM_CLASSES and label != IGNORE_LABEL]
+    foreign = [int(label) for label in present if label >= num_classes and label != IGNORE_LABEL]
     if foreign:
         shown = ", ".join(map(str, foreign[:10])) + (f" and {len(foreign) - 10} more" if len(foreign) > 10 else "")
         hint = f"{_LABEL_ID_HINT}; or {_TRAIN_ID_HINT}" if present[-1] <= _MAX_LABEL_ID else _TRAIN_ID_HINT
-        raise LabelError(f"{path}: holds labels {shown}, allowed are 0-{NUM_CLASSES - 1} and {IGNORE_LABEL} ({hint})")
+        raise LabelError(f"{path}: holds labels {shown}, allowed are 0-{num_classes - 1} and {IGNORE_LABEL} ({hint})")
     return mask
 
 

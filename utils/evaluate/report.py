@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.data.classes import ClassTable
+from utils.data.classes import BDD100K, ClassTable
 from utils.evaluate.annotators import FILES
 from utils.evaluate.gallery import LABEL_MAPS, Card
 from utils.evaluate.metrics import (
@@ -169,7 +169,8 @@ def write_report(
     report = format_report(matrix, classes)
     text = f"{report}\n\n{details}\nmap rule: {rule}\n{_TTA if tta else ''}scored {_SIZES[eval_size]}\n"
     origin = {"model": model, "data": data, "boxes": box_source, "map_rule": map_rule, "eval_size": eval_size}
-    results = json.dumps({**origin, "tta": tta, **figures, "images": images}, indent=1, ensure_ascii=False)
+    table = {} if classes == BDD100K else {"classes": classes.to_plain()}
+    results = json.dumps({**origin, "tta": tta, **table, **figures, "images": images}, indent=1, ensure_ascii=False)
     print(f"\n{text}")
     outputs = {
         "evaluation_results.txt": text,
@@ -179,14 +180,15 @@ def write_report(
     for name, content in outputs.items():
         with atomic_write(output_dir / name) as file:
             file.write(content.encode(errors="backslashreplace"))  # a path need not be valid text
-    save_confusion_matrix(output_dir / "confusion_matrix.png", matrix.numpy())
+    save_confusion_matrix(output_dir / "confusion_matrix.png", matrix.numpy(), classes)
     write_report_page(
         output_dir / PAGE,
+        classes=classes,
         facts={"Model": model, "Data": data, "Boxes": box_source, "Scored": _SIZES[eval_size], "Map rule": rule},
         notes=[describe_boxes(box_source), *([_TTA.strip()] if tta else [])],
         figures=figures,
         images=images,
-        rows=report_rows(images, every.numpy()),
+        rows=report_rows(images, every.numpy(), classes),
         cards=cards(),
     )
     print(f"Results: {output_dir}\nReport: {output_dir / PAGE}")

@@ -16,8 +16,9 @@ def pad(text: str, width: int) -> str:
     return text + " " * (width - display_width(text))
 
 
-def class_column(names: Sequence[str]) -> list[str]:
-    """Id and name of each class, in 24 places, or more if a name or the number of classes needs them."""
-    digits = max(2, len(str(len(names) - 1)))
+def class_column(names: Sequence[str], ids: Sequence[int] | None = None) -> list[str]:
+    """Id and name of each class, in 24 places, or more if a name or an id needs them. Ids count from 0 by default."""
+    ids = range(len(names)) if ids is None else ids
+    digits = max(2, *(len(str(i)) for i in ids))
     width = max(20, *map(display_width, names))
-    return [f"{i:{digits}d}. {pad(name, width)}" for i, name in enumerate(names)]
+    return [f"{i:{digits}d}. {pad(name, width)}" for i, name in zip(ids, names)]
