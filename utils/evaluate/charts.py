@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from utils.data.classes import ClassTable
-from utils.evaluate.lettering import letter, letter_ticks, placeholder, save_figure, shown_names
+from utils.evaluate.lettering import letter, letter_ticks, placeholder, save_figure, short_names
 
 _DPI = 100
 LOSS_COLOR, MIOU_COLOR, BEST_COLOR = "#1f4e8c", "#d1660f", "#2a7f3e"
@@ -96,7 +96,10 @@ def save_class_curves(
     if best is not None and history[best] not in validated:  # of an older version
         best = None
     shown = history[best] if best is not None else validated[-1]
-    for axes, name, called in zip(grid.flat, class_names, shown_names(class_names)):
+    # Before the curves: each curve would set the limits of all charts anew.
+    grid[0, 0].set_ylim(0, 1)
+    _number_epochs(grid[0, 0], history, most_ticks=4)
+    for axes, name, called in zip(grid.flat, class_names, short_names(class_names)):
         iou = shown.get(f"{key}{name}")
         missing = not is_number(iou)
         title = f"{called}: not in this split" if missing else f"{called}  {iou:.3f}"
@@ -105,16 +108,14 @@ def save_class_curves(
         _plot(axes, validated, f"{key}{name}", MIOU_COLOR)
         if best is not None:
             axes.axvline(best + 1, color=BEST_COLOR, linewidth=1, linestyle="--")
-        axes.set_ylim(0, 1)
     for axes in grid.flat[number:]:
         axes.set_axis_off()
     for axes in grid[-1]:
         axes.set_xlabel("epoch")
     for axes in grid.flat[number - columns : number]:  # the lowest of each column
         axes.tick_params(labelbottom=True)
-    _number_epochs(grid[0, 0], history, most_ticks=4)
     which = f"the best epoch, {best + 1}, is dashed" if best is not None else f"after epoch {shown['epoch'] + 1}"
-    figure.suptitle(f"Validation IoU of each class; {which}")
+    figure.suptitle(f"Validation IoU of each class; {which}", y=1 - 0.168 / height)
     save_figure(figure, path)
 
 
@@ -142,7 +143,8 @@ def save_label_distribution(
         (left, shares, "Share of the labelled pixels (logarithmic)"),
         (right, [count / max(1, total) for count in images], "Share of the images in which the class occurs"),
     ):
-        drawn = axes.barh(range(len(classes)), [max(value, floor) for value in values], color=colors)
+        lengths = [max(value, floor) for value in values] if axes is left else values
+        drawn = axes.barh(range(len(classes)), lengths, color=colors)
         for bar, c in zip(drawn, classes):
             if min(c.color) > 225:  # hardly visible on white
                 bar.set_edgecolor("0.6")
@@ -157,7 +159,7 @@ def save_label_distribution(
     right.set_xlim(0, 1.15)
     for axes, ticks in ((left, 10.0 ** np.arange(round(math.log10(floor)), 1)), (right, np.linspace(0, 1, 5))):
         axes.set_xticks(ticks, [_percent(tick) for tick in ticks], fontsize=9)
-    letter_ticks(left.yaxis, range(len(classes)), shown_names(classes.names))
+    letter_ticks(left.yaxis, range(len(classes)), short_names(classes.names))
     left.invert_yaxis()
     figure.suptitle(f"Labels of {split}: {total:,} images, {sum(pixels):,} labelled pixels")
     save_figure(figure, path)

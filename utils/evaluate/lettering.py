@@ -42,13 +42,15 @@ def write_text(canvas: np.ndarray, text: str, x: int, y: int, size: int, color: 
 
 
 def shown_names(names: Sequence[str]) -> list[str]:
-    """What pictures call the classes: the name, cut if it is very long, or "class 7" if no font has all of it."""
-    return [name if all(map(_is_drawn, name)) else f"class {i}" for i, name in enumerate(shortened(names))]
+    """What pictures call the classes: by their names, or "class 7" if OpenCV's font lacks a character of it."""
+    return [name if all(map(_is_drawn, name)) else f"class {i}" for i, name in enumerate(names)]
 
 
-def shortened(names: Sequence[str]) -> list[str]:
-    """The names, cut if they are very long."""
-    return [name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in names]
+def short_names(names: Sequence[str]) -> list[str]:
+    """What charts call the classes: as `shown_names`, but long names lose their middle, or all if they are alike then."""
+    half = _LONGEST // 2
+    short = [name if len(name) <= _LONGEST else f"{name[: half - 1]}…{name[-half:]}" for name in shown_names(names)]
+    return [name if short.count(name) == 1 else f"class {i}" for i, name in enumerate(short)]
 
 
 @cache

@@ -31,7 +31,7 @@ from matplotlib.ticker import MaxNLocator
 import utils
 from utils.data.classes import ClassTable
 from utils.evaluate.gallery import FIXED, Card, wrong_pixels
-from utils.evaluate.lettering import shortened
+from utils.evaluate.lettering import short_names
 from utils.evaluate.metrics import Figures, ImageFigures
 from utils.evaluate.plots import HATCH, WRONG
 from utils.runtime.errors import printable
@@ -169,7 +169,8 @@ def _class_chart(names: Sequence[str], results: Sequence[Mapping[str, Any]], cla
     """The IoU of each class of the ground truth, a dot for each evaluation."""
     present = [entry["id"] for entry in results[0]["per_class"] if entry["iou"] is not None]
     figure = Figure(figsize=(7.2, 0.9 + 0.27 * len(present)))
-    labels = shortened([class_names[class_id] for class_id in present])
+    shown = short_names(class_names)
+    labels = [shown[class_id] for class_id in present]
     left = max(0.16, 0.012 * max(map(display_width, labels), default=0))
     axes = figure.add_axes((left, 0.5 / figure.get_figheight(), 0.98 - left, 1 - 0.9 / figure.get_figheight()))
     ious = np.array([[each["per_class"][class_id]["iou"] for class_id in present] for each in results])

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from utils.data.bdd100k import count_labels
 from utils.data.classes import IGNORE_LABEL, ClassTable
-from utils.evaluate.lettering import letter_ticks, save_figure, shown_names, text_width, write_text
+from utils.evaluate.lettering import letter_ticks, save_figure, short_names, shown_names, text_width, write_text
 from utils.runtime.files import atomic_write
 
 _DPI = 100
@@ -271,11 +271,11 @@ def save_confusion_matrix(path: Path, matrix: np.ndarray, classes: ClassTable) -
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
 
-    names = shown_names(classes.names)
+    names = short_names(classes.names)
     shrink = min(1.0, max(0.5, 29 / number))  # of a cell
     letters = 10 if shrink == 1 else 8
     # Pixels: of the cells, and of the room around them.
-    cells = max(400.0, 932.2 / 20 * (number + 1) * shrink), max(300.0, 810 / 19 * number * shrink)
+    cells = max(400.0, 932.2 * (number + 1) * shrink / 20), max(300.0, 810.0 * number * shrink / 19)
     longest = max(text_width(name, 13) for name in names)
     left, bottom, right, top = max(141.6, longest + 50.0), max(130.0, 0.75 * longest + 50), 106.2, 60.0
     width, height = left + cells[0] + right, bottom + cells[1] + top
