@@ -47,7 +47,7 @@ def shown_names(names: Sequence[str]) -> list[str]:
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """What charts call the classes: as `shown_names`, but long names lose their middle, or all if they are alike then."""
+    """What charts call the classes: as `shown_names`, but long names lose their middle, or all if then alike."""
     half = _LONGEST // 2
     short = [name if len(name) <= _LONGEST else f"{name[: half - 1]}…{name[-half:]}" for name in shown_names(names)]
     return [name if short.count(name) == 1 else f"class {i}" for i, name in enumerate(short)]
