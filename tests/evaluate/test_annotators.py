@@ -16,6 +16,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from tests.helpers.tables import table_of
 from utils.data.classes import BDD100K, CLASS_NAMES
 from utils.evaluate import annotators
 from utils.evaluate.annotators import FILES, WRITERS, export_predictions, require_exportable
@@ -217,3 +218,25 @@ def test_a_path_that_no_tool_takes(name: str, tmp_path: Path) -> None:
     require_exportable({"b": tmp_path / "街　景.jpg"})
     with pytest.raises(UserError, match="no control characters in a path; rename the picture"):
         require_exportable({"b": tmp_path / "b.jpg", "a": tmp_path / name})
+
+
+@pytest.mark.parametrize("tool", WRITERS)
+def test_other_classes_have_their_names_in_each_file(tool: str, tmp_path: Path) -> None:
+    classes = table_of("道路", "<a&b>", *(f"class {i}" for i in range(148)))
+    save_labels(tmp_path / "a.png", np.array([[0, 1, 149, 255]], dtype=np.uint8))
+    export_predictions(tool, tmp_path, tmp_path, {"a": tmp_path / "a.jpg"}, classes, model="")
+    if tool == "labelstudio":
+        interface = ElementTree.fromstring((tmp_path / FILES[tool][1]).read_bytes())
+        assert [label.get("value") for label in interface.iter("Label")] == list(classes.names)
+        (task,) = json.loads((tmp_path / FILES[tool][0]).read_text())
+        named = [region["value"]["brushlabels"][0] for region in task["predictions"][0]["result"]]
+    else:
+        with zipfile.ZipFile(tmp_path / FILES[tool][0]) as archive:
+            if tool == "cvat":
+                root = ElementTree.fromstring(archive.read("annotations.xml"))
+                named = [mask.get("label") for mask in root.iter("mask")]
+            else:
+                content = json.loads(archive.read("annotations/instances_default.json"))
+                names = {category["id"]: category["name"] for category in content["categories"]}
+                named = [names[annotation["category_id"]] for annotation in content["annotations"]]
+    assert named == ["道路", "<a&b>", "class 147"]

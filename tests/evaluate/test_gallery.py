@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.helpers.inputs import write_split
-from utils.data.classes import BDD100K, NUM_CLASSES, PALETTE
+from tests.helpers.tables import MANY, ONE
+from utils.data.classes import BDD100K, NUM_CLASSES, PALETTE, ClassTable
 from utils.data.datasets import NpyFolder
 from utils.data.manifest import Manifest, ManifestItem
 from utils.evaluate import gallery
@@ -182,3 +183,17 @@ def test_damaged_or_hostile_archives_are_told_in_one_line(case: str, tmp_path: P
         archive_of(path, b"\xff\xd8\xff")
     with pytest.raises(UserError, match=r"maps\.zip: (damaged, or not of .*evaluate again|no such file)"):
         gallery.read_label_maps(path, [0])
+
+
+@pytest.mark.parametrize("classes", [ONE, MANY], ids=len)
+def test_layers_of_any_number_of_classes_have_five_colours_more(classes: ClassTable) -> None:
+    labels = np.array([[0, len(classes) - 1, len(classes), 255]], np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+    layers = [class_layer(labels, len(classes)), error_layer(labels, np.zeros_like(labels))]
+    card = make_card(0, "", np.zeros((16, 64, 3), np.uint8), layers, classes)
+    image = Image.open(io.BytesIO(base64.b64decode(card.layers[0].partition(",")[2])))
+    assert image.mode == "P" and len(image.getpalette() or ()) == 3 * (len(classes) + 5)
+    shown, errors = map(painted, card.layers)
+    assert (shown[:, :16] == [*classes.classes[0].color, 255]).all()
+    assert (shown[:, 16:32] == [*classes.classes[-1].color, 255]).all()
+    assert {tuple(color) for color in shown[:, 32:, :3].reshape(-1, 3).tolist()} == set(HATCH)
+    assert not errors[:, :16, 3].any() and (errors[:, 32:48] == [*WRONG, 255]).all()

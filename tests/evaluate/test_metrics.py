@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from utils.data.classes import BDD100K, CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES, ClassTable, SemanticClass
+from tests.helpers.tables import table_of
+from utils.data.classes import BDD100K, CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES
 from utils.evaluate.metrics import (
     ConfusionMatrix,
     count_pixels,
@@ -321,10 +322,6 @@ def test_results_are_strict_json() -> None:
     empty = json.loads(json.dumps(results_dict(ConfusionMatrix(NUM_CLASSES).matrix, BDD100K), allow_nan=False))
     assert empty["miou"] is None
     assert empty["pixel_accuracy"] is None
-
-
-def table_of(*names: str) -> ClassTable:
-    return ClassTable(tuple(SemanticClass(i, name, (i, 0, 255 - i)) for i, name in enumerate(names)))
 
 
 def test_one_class() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.classes import BDD100K, CLASSES
+from tests.helpers.tables import MANY, ONE, THREE, table_of
+from utils.data.classes import BDD100K, CLASSES, ClassTable
 from utils.evaluate import plots
 from utils.evaluate.plots import (
     OverlayStyle,
@@ -311,3 +312,63 @@ def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     save_confusion_matrix(path, matrix, BDD100K)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_other_tables_have_their_own_colors_and_names() -> None:
+    labels = np.array([[0, 1, 2, 3, 255]], dtype=np.uint8).repeat(40, axis=0).repeat(40, axis=1)
+    colors = colorize(labels, THREE)
+    for c in THREE:
+        assert (colors[:, 40 * c.id : 40 * c.id + 40] == c.color).all()
+    assert {tuple(color) for color in colors[:, 120:].reshape(-1, 3).tolist()} == set(plots.HATCH)
+    shown = overlay(image(40, 200), labels, THREE, opacity=1)
+    assert (shown[:, 45:75] == THREE.classes[1].color).all() and where(shown[:, 125:], GREY).all()
+    assert legend_entries(THREE, labels[:, 40:80]) == [("机动车", THREE.classes[1].color)]
+    assert legend_entries(table_of("ไทย", "a"), labels[:, :40]) == [("class 0", (0, 0, 211))]
+
+
+def test_a_legend_of_150_classes_names_those_that_occur_in_rows() -> None:
+    def legend(ids: range, **options: bool) -> np.ndarray:
+        labels = np.resize(np.array(ids, dtype=np.uint8), (720, 1280))
+        drawn = OverlayStyle(MANY, opacity=1, **options).draw(image(720, 1280), labels)
+        assert drawn.shape[1] == 1280
+        return drawn[720:]
+
+    def named(strip: np.ndarray) -> list[int]:
+        return [c.id for c in MANY if where(strip, c.color).sum() > 50]
+
+    few, every = legend(range(20, 25)), legend(range(150))
+    assert named(few) == list(range(20, 25)) and named(every) == list(range(150))
+    assert len(few) < 50 < 8 * len(few) < len(every) < 720
+    assert (legend(range(20, 25), fixed_legend=True) == every).all()
+
+
+@pytest.mark.parametrize("classes", [ONE, THREE], ids=len)
+@pytest.mark.filterwarnings("error")
+def test_confusion_matrix_of_few_classes_in_chinese(classes: ClassTable, tmp_path: Path) -> None:
+    number = len(classes)
+    matrix = np.eye(number, number + 1, dtype=np.int64)
+    save_confusion_matrix(tmp_path / "a.png", matrix, classes)
+    pixels = read(tmp_path / "a.png")
+    left, top, bottom = 141, 60, len(pixels) - 130
+    for row in range(number):
+        y = top + round((row + 0.5) * (bottom - top) / number)
+        assert (pixels[y - 12 : y + 12, left - 45 : left - 4] < 128).any()
+    save_confusion_matrix(tmp_path / "b.png", matrix, table_of(*(f"路{name}" for name in classes.names)))
+    changed = np.nonzero((pixels != read(tmp_path / "b.png")).any(axis=2))
+    assert changed[1].min() < left - 30 and changed[0].max() > bottom + 5
+
+
+def test_confusion_matrix_of_150_classes_is_large_enough_for_its_numbers(tmp_path: Path) -> None:
+    matrix = np.zeros((150, 151), dtype=np.int64)
+    matrix[range(150), range(150)] = 9
+    matrix[7, 149] = 1
+    save_confusion_matrix(tmp_path / "a.png", matrix, MANY)
+    pixels = read(tmp_path / "a.png")
+    height, width = pixels.shape[:2]
+    assert 3000 < width < 5000 and 3000 < height < 5000
+    # The lone cell is as wide as its number, which is drawn in it.
+    right, top = width - 107, 60
+    cell = (932.2 / 40, 810 / 38)
+    x, y = round(right - 1.5 * cell[0]), round(top + 7.5 * cell[1])
+    shown = (pixels[y - 10 : y + 11, x - 14 : x + 15] < 110).all(axis=2)
+    assert shown.any() and not shown[:, [0, -1]].any() and not shown[[0, -1]].any()

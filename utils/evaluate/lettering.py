@@ -28,7 +28,7 @@ INK = (20, 20, 20)
 _FONT = "uni"  # of OpenCV: also Chinese, on any machine
 _SCALE = 0.92  # of OpenCV's font to that of matplotlib
 _DIGIT = 0.636  # the width of a digit in matplotlib's font, in ems
-_LONGEST = 24  # characters of a name in a chart
+_LONGEST = 22  # characters of a name in a chart
 
 
 def text_width(text: str, size: int) -> int:

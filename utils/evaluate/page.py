@@ -182,6 +182,7 @@ def _class_chart(names: Sequence[str], results: Sequence[Mapping[str, Any]], cla
     axes.set_yticks(heights, labels)
     for text in axes.get_yticklabels():
         text.set_parse_math(False)
+    axes.margins(y=max(0.05, 0.6 / max(1, len(present) - 1)))  # room for the outermost dots
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("IoU")
@@ -285,9 +286,10 @@ def _write(path: Path, template: str, *, classes: ClassTable, **values: Any) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["ascii"] = str.isascii
     environment.filters.update(printable=printable, decimal=_decimal, percent=_percent, shade=_shade)
     style = environment.get_template("page.css").render(
-        classes=classes, wrong=WRONG, fixed=FIXED, hatch=HATCH, shades=_SHADES
+        classes=classes, class_names=classes.names, wrong=WRONG, fixed=FIXED, hatch=HATCH, shades=_SHADES
     )
     script = environment.get_template("page.js").render()
     html = environment.get_template(template).render(
