@@ -215,7 +215,7 @@ def test_pages_of_other_classes_filter_by_them(
         legend = page.locator("details.legend li").all_inner_texts()
         assert legend[: len(classes)] == list(classes.names) and "not labelled" in legend[len(classes)]
         for c in (classes.classes[0], classes.classes[POLE], classes.classes[-1]):
-            assert style(page, f".legend .c{c.id}", "background-color") == f"rgb{c.color}"
+            assert style(page, f".legend .c{c.id}", "backgroundColor") == f"rgb{c.color}"
         every = len(shown_names(page))
         page.locator("#class").select_option(label=pole)
         assert 0 < len(shown_names(page)) < every
