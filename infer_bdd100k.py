@@ -272,7 +272,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
             labels = torch.from_numpy(source.relabel(read_mask(masks[item.name], item.height, item.width)).copy())
         else:
             label_map = prediction.label_map(info.image_size)
-        counts = count_pixels(label_map, labels).cpu().numpy()
+        counts = count_pixels(label_map, labels, len(BDD100K)).cpu().numpy()
         shown = encode_labels(label_map.cpu().numpy(), source, index) if args.report_images else b""
         scored.append(ScoredImage(index, counts, shown))
         if args.save_predictions:
@@ -281,7 +281,8 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
             examples.keep(index, original())
     scored = sorted(chain(*distributed.all_gather(scored)), key=lambda image: image.index)
     distributed.on_main(lambda: save_results(args, source, scored, masks, boxes=boxes, rule=rule))
-    draw_examples(args.output_dir / "visualizations", examples, source, masks)  # each process those that it has scored
+    # Each process draws those that it has scored.
+    draw_examples(args.output_dir / "visualizations", examples, source, BDD100K, masks)
     distributed.on_main(lambda: finish(args, pictures))
     return 0
 
@@ -299,13 +300,14 @@ def save_results(
     write_report(
         args.output_dir,
         {source.items[image.index].name: torch.from_numpy(image.counts) for image in scored},
+        classes=BDD100K,
         model=str(args.model_checkpoint or f"{args.sam_checkpoint}, not fine-tuned"),
         data=str(args.val_npy_path),
         box_source="none" if boxes is None else "oracle" if boxes == "oracle" else str(args.boxes),
         eval_size=args.eval_size,
         map_rule=rule,
         tta=args.tta,
-        cards=lambda: report_cards(source, scored, args.report_images, masks),
+        cards=lambda: report_cards(source, scored, args.report_images, BDD100K, masks),
     )
     if args.report_images:
         save_label_maps(args.output_dir / LABEL_MAPS, scored)
@@ -365,6 +367,7 @@ def segment_pictures(args: cli.Flags, precision: Precision) -> int:
     if args.classes:
         painted = sorted({model.classes.id_of(name) for name in args.classes.split(",")})
     style = OverlayStyle(
+        BDD100K,
         args.opacity,
         class_ids=painted,
         fixed_legend=isinstance(source, Video),
@@ -537,7 +540,7 @@ def finish(args: argparse.Namespace, pictures: Mapping[str, Path]) -> None:
     tool, folder = args.predictions_format, args.output_dir
     if tool != "png" and pictures:
         model = str(args.model_checkpoint or "SAM, not fine-tuned")
-        for line in annotators.export_predictions(tool, folder, folder / "predictions", pictures, model=model):
+        for line in annotators.export_predictions(tool, folder, folder / "predictions", pictures, BDD100K, model=model):
             print(printable(line))
 
 

@@ -39,7 +39,7 @@ from utils.data.bdd100k import (
     read_item,
     read_size,
 )
-from utils.data.classes import CLASSES, IGNORE_LABEL, NUM_CLASSES
+from utils.data.classes import BDD100K, CLASSES, IGNORE_LABEL, NUM_CLASSES
 from utils.data.frame import ImageSize, frame_size, image_size
 from utils.data.geometry import resize_image, resize_mask
 from utils.data.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, Source, read_manifest, source_of
@@ -386,7 +386,7 @@ def report(folder: Path, split: Split, manifest: Manifest, kept: int) -> None:
     from utils.evaluate.charts import save_label_distribution  # matplotlib, which worker processes need not import
 
     pixels_of, images_of = ([sum(map(f, counts)) for counts in of_classes] for f in (int, bool))
-    save_label_distribution(folder / DISTRIBUTION[1], folder.name, pixels_of, images_of, len(manifest.items))
+    save_label_distribution(folder / DISTRIBUTION[1], folder.name, pixels_of, images_of, len(manifest.items), BDD100K)
     if not has_labels(manifest):
         warn(f"{folder}: all pixels of all masks are {IGNORE_LABEL} (not labelled); this split is of no use")
 

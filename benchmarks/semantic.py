@@ -369,7 +369,7 @@ def score(segmenter: Segmenter, data: Split, use_amp: bool) -> tuple[Tensor, Ten
     with `--tta`.
     """
     segmenter.eval()
-    confusion, second = ConfusionMatrix(), ConfusionMatrix()
+    confusion, second = ConfusionMatrix(NUM_CLASSES), ConfusionMatrix(NUM_CLASSES)
 
     def masks_of(index: int, *prompts: Tensor) -> Tensor:
         features = data.batch(torch.tensor([index]), segmenter)

@@ -336,8 +336,8 @@ def count_labels(mask: np.ndarray) -> np.ndarray:
     return cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel().astype(np.int64)
 
 
-def read_mask(path: Path, height: int, width: int) -> np.ndarray:
-    """Read a mask of train ids as (height, width) uint8 with values 0-18 and 255.
+def read_mask(path: Path, height: int, width: int, num_classes: int = NUM_CLASSES) -> np.ndarray:
+    """Read a mask of train ids as (height, width) uint8 with the ids of the classes and 255.
 
     Raises:
         UserError: the file is missing, damaged, or of another size.

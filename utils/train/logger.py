@@ -174,7 +174,7 @@ class RunLogger:
         save_loss_curve(self.folder / "loss_curve.png", self.history, self.parts, best)
         epoch = int(record["epoch"])
         if any(key.startswith(CLASS_IOU) for key in record):
-            save_class_curves(self.folder / "class_iou.png", self.history, CLASS_IOU, best)
+            save_class_curves(self.folder / "class_iou.png", self.history, CLASS_IOU, CLASS_NAMES, best)
         picture = Picture.of(mosaic(samples)) if samples else None
         if picture:
             make_folder(self.folder / SAMPLES, "-work_dir")

@@ -12,10 +12,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from utils.data.classes import BDD100K
 from utils.data.datasets import EvaluationDataset, NpyFolder, TrainingDataset, collate_evaluation
 from utils.data.geometry import to_bytes
+from utils.evaluate.lettering import text_width, write_text
 from utils.evaluate.metrics import ConfusionMatrix, mean_iou
-from utils.evaluate.plots import Legend, colorize, draw_legend, legend_entries, overlay, text_width, write_text
+from utils.evaluate.plots import Legend, colorize, draw_legend, legend_entries, overlay
 from utils.model.prediction import predict
 from utils.model.segmenter import Segmenter
 from utils.runtime.device import Precision
@@ -60,7 +62,7 @@ class ValidationSamples:
         (prediction,) = predict(model, collate_evaluation([stored]), precision)
         labels = stored["labels"]
         predicted = prediction.label_map(labels.shape).cpu()
-        confusion = ConfusionMatrix()
+        confusion = ConfusionMatrix(len(BDD100K))
         confusion.update(predicted, labels)
         views = source.read_image(index), labels.numpy(), predicted.numpy()
         image, target, shown = (_picture(source, index, view) for view in views)
@@ -91,13 +93,13 @@ def mosaic(samples: Sequence[ValidationSample]) -> np.ndarray:
     rows = [
         {
             printable(sample.name): sample.image,
-            "ground truth": colorize(sample.target),
-            f"prediction, mIoU {sample.miou:.3f}": colorize(sample.prediction),
+            "ground truth": colorize(sample.target, BDD100K),
+            f"prediction, mIoU {sample.miou:.3f}": colorize(sample.prediction, BDD100K),
         }
         for sample in samples
     ]
     return _sheet(
-        rows, legend_entries(*(labels for sample in samples for labels in (sample.target, sample.prediction)))
+        rows, legend_entries(BDD100K, *(labels for sample in samples for labels in (sample.target, sample.prediction)))
     )
 
 
@@ -115,14 +117,14 @@ def training_sheet(dataset: TrainingDataset) -> np.ndarray:
     rows, label_maps = [], []
     for index in varied_images(source, dataset.indices, NUM_SAMPLES):
         labels = source.read_labels(index)
-        stored = overlay(to_bytes(source.read_image(index)), labels)
+        stored = overlay(to_bytes(source.read_image(index)), labels, BDD100K)
         row = {f"{printable(source.items[index].name)}, as stored": _picture(source, index, stored)}
         label_maps.append(labels)
         for epoch in range(3):
             drawn.set_epoch(epoch)
             sample = drawn[dataset.indices.index(index)]
             labels = sample["labels"].numpy()
-            view = overlay(to_bytes(sample["image"].numpy()), labels)
+            view = overlay(to_bytes(sample["image"].numpy()), labels, BDD100K)
             for box in sample.get("boxes", ()):
                 left, top, right, bottom = box.round().int().tolist()
                 cv2.rectangle(view, (left, top), (right, bottom), _BOX_COLOR, max(1, round(view.shape[1] / WIDTH)))
@@ -130,7 +132,7 @@ def training_sheet(dataset: TrainingDataset) -> np.ndarray:
             label_maps.append(labels)
         rows.append(row)
     painted: Legend = [
-        (name, color) for name, color in legend_entries(*label_maps) if color
+        (name, color) for name, color in legend_entries(BDD100K, *label_maps) if color
     ]  # an overlay has no hatching
     return _sheet(rows, painted)
 
