@@ -173,7 +173,7 @@ import torch
 
 from segment_anything.build_sam import CONFIGS, file_digest
 from utils.cache.writer import use_caches
-from utils.data.bdd100k import match_key, read_mask
+from utils.data.bdd100k import match_key
 from utils.data.datasets import BoxesByName, EvaluationDataset, NpyFolder, collate_pictures
 from utils.data.detections import read_detections
 from utils.data.frame import ImageSize
@@ -267,7 +267,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
         original = cache(partial(original_size, prediction, item.height, item.width, info))  # at most once, if needed
         if masks:
             label_map = torch.from_numpy(original())
-            labels = torch.from_numpy(read_mask(masks[item.name], item.height, item.width).copy())
+            labels = torch.from_numpy(source.read_original_mask(masks[item.name], item.height, item.width).copy())
         else:
             label_map = prediction.label_map(info.image_size)
         counts = count_pixels(label_map, labels).cpu().numpy()

@@ -12,8 +12,8 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
-from utils.data.bdd100k import IMAGE_SUFFIXES
 from utils.data.classes import BDD100K, IGNORE_LABEL, MAX_CLASSES, ClassTable, SemanticClass, is_class_name, is_color
+from utils.data.image_files import IMAGE_SUFFIXES
 from utils.runtime.errors import UserError
 from utils.runtime.files import is_file, open_untrusted
 
@@ -24,7 +24,7 @@ DEFAULT = "bdd100k"
 MAX_BYTES = 1 << 20  # of a description
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # the formats that keep every value
 _MAX_DEPTH = 8  # a description nests five levels
-_PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,8})")  # YAML also reads 010 as 8, and 1:30 as 90
 
 
@@ -383,7 +383,7 @@ class _Reader:
             self._fail(
                 fields["masks"], f"masks {masks!r} must end in one of {', '.join(MASK_SUFFIXES)}; {lossy}use PNG"
             )
-        known = _PLACEHOLDER.findall(images)
+        known = PLACEHOLDER.findall(images)
         self._require_known(fields["masks"], "masks", masks, known)
         name = self._text(fields["name"], "the name") if "name" in fields else "{stem}"
         if "name" in fields:
@@ -426,7 +426,7 @@ class _Reader:
         return pattern
 
     def _check_braces(self, node: yaml.Node, what: str, pattern: str, needed: Iterable[str]) -> None:
-        if set("{}") & set(_PLACEHOLDER.sub("", pattern)):
+        if set("{}") & set(PLACEHOLDER.sub("", pattern)):
             self._fail(
                 node, f"{what} {pattern!r} has a brace that is not a placeholder such as {{stem}}; pair the braces"
             )
@@ -437,7 +437,7 @@ class _Reader:
                 self._fail(node, f"{what} {pattern!r} lacks {{{name}}}; add it")
 
     def _require_known(self, node: yaml.Node, what: str, pattern: str, known: Sequence[str]) -> None:
-        for name in _PLACEHOLDER.findall(pattern):
+        for name in PLACEHOLDER.findall(pattern):
             if name not in known:
                 self._fail(node, f"{what} {pattern!r} has {{{name}}}, which images lack; images have {_braced(known)}")
 

@@ -7,19 +7,31 @@ count from 1.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import MaxNLocator
 
-from utils.data.classes import CLASS_NAMES, CLASSES, NUM_CLASSES
+from utils.data.classes import BDD100K, CLASS_NAMES, NUM_CLASSES, ClassTable
 from utils.runtime.files import atomic_write
 
 _DPI = 100
+# Fonts with Chinese, which Matplotlib's own lacks; used where installed.
+_WIDE_FONTS = {
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "WenQuanYi Micro Hei",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "SimHei",
+}
 LOSS_COLOR, MIOU_COLOR, BEST_COLOR = "#1f4e8c", "#d1660f", "#2a7f3e"
 _PART_COLORS = ("#7fa7d6", "#c28bc9", "#79b791", "#b8a15a")
 
@@ -113,19 +125,26 @@ def save_class_curves(path: Path, history: History, key: str, best: int | None =
     _save(figure, path)
 
 
-def save_label_distribution(path: Path, split: str, pixels: Sequence[int], images: Sequence[int], total: int) -> None:
+def save_label_distribution(
+    path: Path,
+    split: str,
+    pixels: Sequence[int],
+    images: Sequence[int],
+    total: int,
+    classes: ClassTable = BDD100K,
+) -> None:
     """Write two bar charts: the share of each class in the labelled pixels, and of the images in which it occurs.
 
     Args:
         path: where to write.
         split: its name, for the title.
-        pixels: labelled pixels of each class, (19,).
-        images: images with a pixel of each class, (19,).
+        pixels: labelled pixels of each class.
+        images: images with a pixel of each class.
         total: labelled images.
     """
-    figure = Figure(figsize=(10, 6.4), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(10, max(6.4, 1 + 0.25 * len(classes))), dpi=_DPI, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    colors = [np.divide(c.color, 255).tolist() for c in CLASSES]
+    colors = [np.divide(c.color, 255).tolist() for c in classes]
     shares = [count / max(1, sum(pixels)) for count in pixels]
     least = min((share for share in shares if share), default=1.0)
     # From the decade below the rarest class, so that it has a bar.
@@ -134,7 +153,7 @@ def save_label_distribution(path: Path, split: str, pixels: Sequence[int], image
         (left, shares, "Share of the labelled pixels (logarithmic)"),
         (right, [count / max(1, total) for count in images], "Share of the images in which the class occurs"),
     ):
-        drawn = axes.barh(CLASS_NAMES, [max(value, floor) for value in values], color=colors)
+        drawn = axes.barh(classes.names, [max(value, floor) for value in values], color=colors)
         axes.bar_label(drawn, [_percent(value) if value else "none" for value in values], padding=3, fontsize=9)
         axes.set_title(title, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
@@ -147,6 +166,8 @@ def save_label_distribution(path: Path, split: str, pixels: Sequence[int], image
     for axes, ticks in ((left, 10.0 ** np.arange(round(math.log10(floor)), 1)), (right, np.linspace(0, 1, 5))):
         axes.set_xticks(ticks, [_percent(tick) for tick in ticks], fontsize=9)
     left.invert_yaxis()
+    fonts = [*matplotlib.rcParams["font.family"], *sorted({*get_font_names()} & _WIDE_FONTS)]
+    left.tick_params(axis="y", labelfontfamily=fonts)
     figure.suptitle(f"Labels of {split}: {total:,} images, {sum(pixels):,} labelled pixels")
     _save(figure, path)
 
@@ -177,6 +198,7 @@ def is_number(value: Any) -> bool:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with atomic_write(path) as file:
+    with atomic_write(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a class's name, without a font for it
         # Level 1 takes half the time, and files are only 4 % larger.
         figure.savefig(file, format="png", dpi=_DPI, pil_kwargs={"compress_level": 1})

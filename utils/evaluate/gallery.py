@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.data.bdd100k import read_mask
 from utils.data.classes import CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES, PALETTE
 from utils.data.datasets import NpyFolder
 from utils.data.geometry import resize_image, resize_mask, to_bytes
@@ -203,7 +202,7 @@ def report_cards(
     cards = []
     for index, reason in choose_images([image.miou for image in images], counts, number).items():
         item = source.items[index]
-        original = read_mask(masks[item.name], item.height, item.width) if masks else None
+        original = source.read_original_mask(masks[item.name], item.height, item.width) if masks else None
         photo, target = read_shown(source, index, original)
         prediction = decode_labels(images[index].prediction)
         layers = [class_layer(target), class_layer(prediction), error_layer(target, prediction)]
