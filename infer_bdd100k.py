@@ -173,7 +173,7 @@ import torch
 
 from segment_anything.build_sam import CONFIGS, file_digest
 from utils.cache.writer import use_caches
-from utils.data.bdd100k import match_key, read_mask
+from utils.data.bdd100k import match_key
 from utils.data.classes import BDD100K, ClassTable
 from utils.data.datasets import BoxesByName, EvaluationDataset, NpyFolder, collate_pictures
 from utils.data.detections import read_detections
@@ -247,7 +247,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode), classes=source.classes)
     source.use_classes(model.classes, match=args.match_classes)
     names = [item.name for item in source.items]
-    boxes = choose_boxes(args, info, names)
+    boxes = choose_boxes(args, info, model.classes, names)
     rule = choose_map_rule(args, info, boxes)
     args.output_dir = choose_output_dir(args)
     make_folders(args)
@@ -269,10 +269,10 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
         original = cache(partial(original_size, prediction, item.height, item.width, info))  # at most once, if needed
         if masks:
             label_map = torch.from_numpy(original())
-            labels = torch.from_numpy(source.relabel(read_mask(masks[item.name], item.height, item.width)).copy())
+            labels = torch.from_numpy(source.read_original_mask(masks[item.name], item.height, item.width).copy())
         else:
             label_map = prediction.label_map(info.image_size)
-        counts = count_pixels(label_map, labels, len(BDD100K)).cpu().numpy()
+        counts = count_pixels(label_map, labels, len(model.classes)).cpu().numpy()
         shown = encode_labels(label_map.cpu().numpy(), source, index) if args.report_images else b""
         scored.append(ScoredImage(index, counts, shown))
         if args.save_predictions:
@@ -282,8 +282,8 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     scored = sorted(chain(*distributed.all_gather(scored)), key=lambda image: image.index)
     distributed.on_main(lambda: save_results(args, source, scored, masks, boxes=boxes, rule=rule))
     # Each process draws those that it has scored.
-    draw_examples(args.output_dir / "visualizations", examples, source, BDD100K, masks)
-    distributed.on_main(lambda: finish(args, pictures))
+    draw_examples(args.output_dir / "visualizations", examples, source, model.classes, masks)
+    distributed.on_main(lambda: finish(args, model.classes, pictures))
     return 0
 
 
@@ -300,14 +300,14 @@ def save_results(
     write_report(
         args.output_dir,
         {source.items[image.index].name: torch.from_numpy(image.counts) for image in scored},
-        classes=BDD100K,
+        classes=source.classes,
         model=str(args.model_checkpoint or f"{args.sam_checkpoint}, not fine-tuned"),
         data=str(args.val_npy_path),
         box_source="none" if boxes is None else "oracle" if boxes == "oracle" else str(args.boxes),
         eval_size=args.eval_size,
         map_rule=rule,
         tta=args.tta,
-        cards=lambda: report_cards(source, scored, args.report_images, BDD100K, masks),
+        cards=lambda: report_cards(source, scored, args.report_images, source.classes, masks),
     )
     if args.report_images:
         save_label_maps(args.output_dir / LABEL_MAPS, scored)
@@ -360,14 +360,14 @@ def segment_pictures(args: cli.Flags, precision: Precision) -> int:
             )
         annotators.require_exportable(files)
     model, info = load_model(args, precision, frame=None)
-    boxes = choose_boxes(args, info, list(files) or None)
+    boxes = choose_boxes(args, info, model.classes, list(files) or None)
     assert boxes != "oracle", "--images has no ground truth"
     rule = choose_map_rule(args, info, boxes)
     painted = [*range(len(model.classes))]
     if args.classes:
         painted = sorted({model.classes.id_of(name) for name in args.classes.split(",")})
     style = OverlayStyle(
-        BDD100K,
+        model.classes,
         args.opacity,
         class_ids=painted,
         fixed_legend=isinstance(source, Video),
@@ -416,7 +416,7 @@ def segment_pictures(args: cli.Flags, precision: Precision) -> int:
     print(f"\nOverlays: {output}")
     if isinstance(source, Video) and not has_h264():
         print("The video is MPEG-4, which browsers and phones do not play; for H.264, pip install av")
-    finish(args, {name: path for name, path in files.items() if name in segmented})
+    finish(args, model.classes, {name: path for name, path in files.items() if name in segmented})
     for failure in [*failures, *source.skipped]:
         print(printable(f"not segmented: {failure}"))
     return 1 if failures else 0
@@ -487,7 +487,7 @@ def load_onnx_model(
 
 
 def choose_boxes(
-    args: argparse.Namespace, info: ModelInfo, names: list[str] | None
+    args: argparse.Namespace, info: ModelInfo, classes: ClassTable, names: list[str] | None
 ) -> BoxesByName | Literal["oracle"] | None:
     """The boxes to prompt with: detected ones, "oracle" for the ground truth's, or None in semantic mode.
 
@@ -533,14 +533,14 @@ def picture_folders(args: argparse.Namespace) -> dict[str, Path]:
     return {name: args.output_dir / name for name, wants in wanted.items() if wants}
 
 
-def finish(args: argparse.Namespace, pictures: Mapping[str, Path]) -> None:
+def finish(args: argparse.Namespace, classes: ClassTable, pictures: Mapping[str, Path]) -> None:
     """Name the folders of pictures, and write the predictions of `pictures` for an annotation tool if one is given."""
     for name, folder in picture_folders(args).items():
         print(f"{'Pictures' if name == 'visualizations' else 'Train ids'}: {folder}")
     tool, folder = args.predictions_format, args.output_dir
     if tool != "png" and pictures:
         model = str(args.model_checkpoint or "SAM, not fine-tuned")
-        for line in annotators.export_predictions(tool, folder, folder / "predictions", pictures, BDD100K, model=model):
+        for line in annotators.export_predictions(tool, folder, folder / "predictions", pictures, classes, model=model):
             print(printable(line))
 
 

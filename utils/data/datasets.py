@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from utils.data.augment import View, draw_view, fixed_view
-from utils.data.bdd100k import check_first_masks, find_split, match_key, read_size
+from utils.data.bdd100k import check_first_masks, match_key, read_mask, read_size
 from utils.data.boxes import class_boxes, jitter_boxes, to_frame
 from utils.data.classes import IGNORE_LABEL, ClassTable
+from utils.data.finding import find_split
 from utils.data.frame import ImageSize, frame_size
 from utils.data.geometry import fitted_size, resize_image
 from utils.data.manifest import ManifestItem, read_manifest
@@ -95,6 +96,7 @@ class NpyFolder:
         self.classes = self._file_classes = manifest.classes
         self._new_ids: np.ndarray | None = None  # of the files' labels; None if they stay
         self._sources = manifest.sources or {}
+        self._manifest = manifest
         self.frame_size = frame = frame_size(manifest.image_size)
         self._form = {"imgs": ((*frame, 3), manifest.image_dtype), "gts": (frame, "uint8")}
         for item in self.items:
@@ -136,12 +138,13 @@ class NpyFolder:
         return {item.name: Path(str(self._sources[item.name][0][0])) for item in self.items}
 
     def original_masks(self, root: Path) -> dict[str, Path]:
-        """The original mask of each image by name, found in the unpacked BDD100K `root`.
+        """The original mask of each image by name, found in the unpacked data set `root`.
 
         Raises:
             UserError: one is missing, or has another size than preprocessing recorded.
         """
-        split = find_split(root, self.folder.resolve().name)
+        split = find_split(root, self.folder.resolve().name, self._manifest.description)
+        self._mask_labels = split.labels
         for note in split.notes:
             distributed.say(printable(note))
         if (doubt := check_first_masks(split)) and distributed.is_main():
@@ -155,6 +158,10 @@ class NpyFolder:
                 raise UserError(f"{wrong}; give the folder from which {self.folder} was written")
             masks[item.name] = mask
         return masks
+
+    def read_original_mask(self, path: Path, height: int, width: int) -> np.ndarray:
+        """Read a mask of `original_masks`, (height, width) uint8 ids of `classes`; raises as `read_mask`."""
+        return self.relabel(read_mask(path, height, width, self._mask_labels))
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The image and its labels, as `read_image` and `read_labels`."""

@@ -6,11 +6,13 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from utils.data.bdd100k import MAX_PIXELS
 from utils.data.classes import BDD100K, ClassTable
+from utils.data.description import DEFAULT, Description, load_description, read_plain_description
 from utils.data.frame import ImageSize, frame_size, is_image_size
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write, exists, is_folder, read_json
@@ -56,15 +58,19 @@ class Manifest:
     # The source files of each image's arrays by name: image and mask. While `complete` is False, also of arrays not yet
     # written. None in a manifest of an older version.
     sources: dict[str, list[Source]] | None = None
+    dataset: dict[str, Any] | None = None  # `Description.to_plain`; None for BDD100K
+
+    @cached_property
+    def description(self) -> Description:
+        return load_description(DEFAULT) if self.dataset is None else read_plain_description(self.dataset)
 
     @property
     def classes(self) -> ClassTable:
-        """The table of the labels' classes."""
-        return BDD100K
+        return BDD100K if self.dataset is None else self.description.classes
 
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json`, atomically."""
-        fields = {key: value for key, value in asdict(self).items() if key != "sources" or value is not None}
+        fields = {key: value for key, value in asdict(self).items() if value is not None}
         with atomic_write(folder / "manifest.json") as file:
             file.write(json.dumps(fields, indent=1).encode())
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from utils.data.bdd100k import read_mask, read_size
 from utils.data.classes import ClassTable
+from utils.data.description import train_ids
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write
 
@@ -70,9 +71,8 @@ def export_predictions(
     def labelled() -> Iterator[Labelled]:
         for name, path in paths.items():
             prediction = predictions / f"{name}.png"
-            yield Labelled(
-                path.relative_to(root).as_posix(), read_mask(prediction, *read_size(prediction), len(classes))
-            )
+            labels = read_mask(prediction, *read_size(prediction), train_ids(classes))
+            yield Labelled(path.relative_to(root).as_posix(), labels)
 
     return WRITERS[tool](output_dir, root, labelled(), classes, model)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.data.bdd100k import read_mask
 from utils.data.classes import ClassTable
 from utils.data.datasets import NpyFolder
 from utils.data.geometry import unframe
@@ -101,7 +100,7 @@ def draw_examples(
         item = source.items[example.index]
         image, target = unframe(*source.read(example.index), item.height, item.width, source.resize_mode)
         if masks:
-            target = read_mask(masks[item.name], item.height, item.width)
+            target = source.read_original_mask(masks[item.name], item.height, item.width)
         figures = f"mIoU {example.miou:.3f}, rank {example.rank:,} of {len(source.items):,} (1 = worst)"
         save_comparison(
             folder / f"{item.name}.png",

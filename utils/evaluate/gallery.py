@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.data.bdd100k import read_mask
 from utils.data.classes import IGNORE_LABEL, MAX_CLASSES, ClassTable
 from utils.data.datasets import NpyFolder
 from utils.data.geometry import resize_image, resize_mask, to_bytes
@@ -214,7 +213,7 @@ def report_cards(
     chosen = choose_images([image.miou for image in images], counts, number, classes.names)
     for index, reason in chosen.items():
         item = source.items[index]
-        original = read_mask(masks[item.name], item.height, item.width) if masks else None
+        original = source.read_original_mask(masks[item.name], item.height, item.width) if masks else None
         photo, target = read_shown(source, index, original)
         prediction = decode_labels(images[index].prediction)
         layers = [class_layer(labels, len(classes)) for labels in (target, prediction)]

@@ -26,8 +26,8 @@ from segment_anything.utils.plain_load import load_plain
 from utils.data.classes import BDD100K, ClassTable, read_class_table
 from utils.data.frame import ImageSize, is_image_size
 from utils.data.manifest import RESIZE_MODES
-from utils.model.semantic_decoder import of_classes
 from utils.model.segmenter import INFER_FLAGS, SEGMENTERS, CheckpointFlags, Segmenter, build_model
+from utils.model.semantic_decoder import of_classes
 from utils.model.tensor_files import read_tensors, write_tensors
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write, cannot_be_read, is_file, is_folder

@@ -183,8 +183,8 @@ class SemanticSegmenter(Segmenter):
         """Decode all classes.
 
         Returns:
-            A tuple of low_res_masks alone: B x classes x H/2 x W/2 logits of an H x W frame, or H/4 x W/4 if the decoder
-            takes no pixels.
+            A tuple of low_res_masks alone: B x classes x H/2 x W/2 logits of an H x W frame, or H/4 x W/4 if the
+            decoder takes no pixels.
         """
         image_embeddings, *others = features
         maps, pixels = (others[:-1], others[-1]) if self.takes_pixels else (others, None)
