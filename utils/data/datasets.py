@@ -18,6 +18,7 @@ from utils.data.augment import View, draw_view, fixed_view
 from utils.data.bdd100k import check_first_masks, match_key, read_mask, read_size
 from utils.data.boxes import class_boxes, jitter_boxes, to_frame
 from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.description import Labels
 from utils.data.finding import find_split
 from utils.data.frame import ImageSize, frame_size
 from utils.data.geometry import fitted_size, resize_image
@@ -94,6 +95,7 @@ class NpyFolder:
         self.items = manifest.items
         self._sources = manifest.sources or {}
         self._manifest = manifest
+        self._mask_labels: Labels | None = None  # of `original_masks`
         self.frame_size = frame = frame_size(manifest.image_size)
         self._form = {"imgs": ((*frame, 3), manifest.image_dtype), "gts": (frame, "uint8")}
         for item in self.items:
