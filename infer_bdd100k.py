@@ -245,7 +245,11 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
             )
         masks = source.original_masks(args.bdd100k_root)
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode), classes=source.classes)
+    data_classes = source.classes
     source.use_classes(model.classes, match=args.match_classes)
+    if args.match_classes:
+        common = [c.name for c in data_classes if model.classes.find(c) is not None]
+        distributed.say(printable(f"classes that are scored: {', '.join(common)}; pixels of all others are ignored"))
     names = [item.name for item in source.items]
     boxes = choose_boxes(args, info, model.classes, names)
     rule = choose_map_rule(args, info, boxes)
