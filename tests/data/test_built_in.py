@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ CAMVID = {
 }
 
 
-def save(path: Path, values: object, *, palette: bool = False) -> None:
+def save(path: Path, values: Any, *, palette: bool = False) -> None:
     """Write a picture of one row of values, bytes or colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.asarray([values], np.uint8))
