@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image
 
-from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.classes import BDD100K, IGNORE_LABEL
 from utils.data.description import Labels
 from utils.data.image_files import ABSURD_SIZE, DAMAGED, FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, read_picture_file
 from utils.runtime.errors import UserError
@@ -364,11 +364,11 @@ def read_mask(path: Path, height: int, width: int, labels: Labels | None = None)
             return _class_ids(path, image, labels)
         mask = np.asarray(image)
     present = np.flatnonzero(count_labels(mask))
-    foreign = [int(label) for label in present if label >= NUM_CLASSES and label != IGNORE_LABEL]
+    foreign = [int(label) for label in present if label >= len(BDD100K) and label != IGNORE_LABEL]
     if foreign:
         shown = ", ".join(map(str, foreign[:10])) + (f" and {len(foreign) - 10} more" if len(foreign) > 10 else "")
         hint = f"{_LABEL_ID_HINT}; or {_TRAIN_ID_HINT}" if present[-1] <= _MAX_LABEL_ID else _TRAIN_ID_HINT
-        raise LabelError(f"{path}: holds labels {shown}, allowed are 0-{NUM_CLASSES - 1} and {IGNORE_LABEL} ({hint})")
+        raise LabelError(f"{path}: holds labels {shown}, allowed are 0-{len(BDD100K) - 1} and {IGNORE_LABEL} ({hint})")
     return mask
 
 

@@ -44,6 +44,11 @@ class Labels:
         return {"kind": self.kind, "values": values, "ignore": sorted(self.ignored), "unlisted": self.unlisted}
 
 
+def train_ids(classes: ClassTable) -> Labels:
+    """The labels of masks that hold the classes' own ids, and 255."""
+    return Labels("ids", {c.id: c.id for c in classes}, frozenset({IGNORE_LABEL}), "error")
+
+
 @dataclass(frozen=True)
 class Layout:
     """Patterns of the images and their masks below the root.

@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from utils.data.classes import ClassTable
 from utils.data.datasets import NpyFolder
 from utils.data.geometry import unframe
 from utils.evaluate.plots import save_comparison
@@ -81,10 +82,13 @@ class Examples:
         return None if png is None else cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
 
 
-def draw_examples(folder: Path, examples: Examples, source: NpyFolder, masks: Mapping[str, Path] | None = None) -> None:
+def draw_examples(
+    folder: Path, examples: Examples, source: NpyFolder, classes: ClassTable, masks: Mapping[str, Path] | None = None
+) -> None:
     """Draw the chosen images as `<folder>/<name>.png`; each process draws those that it has scored.
 
     Args:
+        classes: those of the labels and predictions.
         masks: the original masks by name, to draw instead of those of the frame.
     """
     chosen = examples.choose()
@@ -103,6 +107,7 @@ def draw_examples(folder: Path, examples: Examples, source: NpyFolder, masks: Ma
             image,
             target,
             prediction,
+            classes,
             title=item.name,
             figures="no labelled pixel" if math.isnan(example.miou) else figures,
         )
