@@ -416,7 +416,9 @@ def has_labels(manifest: Manifest) -> bool:
 def next_command(output: Path, manifests: dict[str, Manifest]) -> str | None:
     """The command that trains on the written data; None if no split is usable."""
     usable = [name for name, manifest in manifests.items() if has_labels(manifest)]
-    train = next((name for name in ("train", *usable) if name in usable and name not in ("val", "test")), None)
+    train = next(
+        (name for name in ("train", *usable) if name in usable and name not in ("val", "validation", "test")), None
+    )
     if train is None:
         return None
     task = "BDD100K" if manifests[train].dataset is None else manifests[train].description.name
@@ -429,8 +431,8 @@ def next_command(output: Path, manifests: dict[str, Manifest]) -> str | None:
         f"{model} -work_dir ./work_dir",
         "-batch_size 4 -num_epochs 100 -lr 5e-5 -use_amp --grad_acc_steps 4",
     ]
-    if "val" in usable:
-        lines.append(f"--val_npy_path {shlex.quote(str(output / 'val'))}")
+    if val := next((name for name in ("val", "validation") if name in usable), None):
+        lines.append(f"--val_npy_path {shlex.quote(str(output / val))}")
     return " \\\n        ".join(lines)
 
 

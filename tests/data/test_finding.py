@@ -164,6 +164,8 @@ def test_nothing_to_find(tmp_path):
     with pytest.raises(UserError, match="not a plain folder name"):
         find_split(tmp_path, "../x", described(CITIES))
     lay_out(tmp_path, "img/train/a/x_left.jpg", "gt/train/a/y_ids.png")
+    with pytest.raises(UserError, match=r"no images of split 'val' of streets .*; its splits are train$"):
+        find_split(tmp_path, "val", described(CITIES))
     with pytest.raises(UserError, match=r"gt/train: holds 1 masks, such as y_ids\.png, but none belongs to any image"):
         find_split(tmp_path, "train", described(CITIES))
 

@@ -57,7 +57,11 @@ def _in_layout(root: Path, split: str, layout: Layout) -> tuple[list[_Found], li
         return [], []
     of_split = layout.splits[split] if layout.splits else ("*",)
     images, masks = (
-        [f for f in _search(root, pattern, split) if any(fnmatchcase(f.values["stem"], each) for each in of_split)]
+        [
+            f
+            for f in _search(root, pattern.replace("{split}", split))
+            if any(fnmatchcase(f.values["stem"], each) for each in of_split)
+        ]
         for pattern in (layout.images, layout.masks)
     )
     are_masks = {found.path for found in masks}  # both may be in one folder
@@ -112,10 +116,11 @@ def _nothing(root: Path, split: str, description: Description) -> str:
         known = dict.fromkeys(name for layout in description.layouts for name in layout.splits or ())
         return f"split {split!r}: {description.name} has no such split; its splits are {', '.join(known)}"
     patterns = dict.fromkeys(layout.images.replace("{split}", split) for layout in layouts)
-    return (
-        f"{root}: no images of split {split!r} of {description.name} (searched {' or '.join(patterns)}); give the "
-        "folder that holds these as --root"
-    )
+    fix = "give the folder that holds these as --root"
+    found = [file for pattern in dict.fromkeys(layout.images for layout in layouts) for file in _search(root, pattern)]
+    if splits := sorted({file.values["split"] for file in found if "split" in file.values}):
+        fix = f"its splits are {', '.join(splits[:10])}"
+    return f"{root}: no images of split {split!r} of {description.name} (searched {' or '.join(patterns)}); {fix}"
 
 
 def _fixed_part(root: Path, pattern: str, split: str) -> Path:
@@ -125,9 +130,9 @@ def _fixed_part(root: Path, pattern: str, split: str) -> Path:
     return root.joinpath(*folders[:fixed])
 
 
-def _search(root: Path, pattern: str, split: str) -> list[_Found]:
+def _search(root: Path, pattern: str) -> list[_Found]:
     """All files that match a pattern, hidden ones left out, sorted by path."""
-    return list(_below(root, pattern.replace("{split}", split).split("/"), {}))
+    return list(_below(root, pattern.split("/"), {}))
 
 
 def _below(folder: Path, parts: list[str], values: dict[str, str]) -> Iterator[_Found]:
