@@ -509,7 +509,7 @@ def choose_boxes(
                 "from; give --boxes FILE, or the checkpoint of a run with --prompt_mode semantic"
             )
         return "oracle"
-    detections = read_detections(args.boxes)
+    detections = read_detections(args.boxes, classes)
     if names is not None:
         found = sum(match_key(name) in detections.boxes for name in names)
         if not found:

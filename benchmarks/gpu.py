@@ -33,7 +33,7 @@ from segment_anything import sam_model_registry
 from utils.cache.resident import ResidentLoader
 from utils.data.augment import View
 from utils.data.boxes import class_boxes
-from utils.data.classes import NUM_CLASSES
+from utils.data.classes import BDD100K
 from utils.data.datasets import BoxPromptDataset, Found, Sample, TrainingSampler
 from utils.data.frame import ImageSize, frame_size, image_size
 from utils.model.feature_pca import FeaturePCA
@@ -56,7 +56,7 @@ def get_args_parser() -> cli.Parser:
     parser.add_flag("batch_size", type=cli.positive_int, default=4, help="images a step")
     parser.add_flag("amp_dtype", choices=("fp16", "bf16"), default="fp16", help="what autocast computes in")
     parser.add_flag("prompt_mode", choices=list(SEGMENTERS), default="box", help="as of train_bdd100k.py")
-    parser.add_flag("classes", type=cli.number(int, 1, maximum=NUM_CLASSES), default=11, help="of an image (box mode)")
+    parser.add_flag("classes", type=cli.number(int, 1, maximum=len(BDD100K)), default=11, help="of an image (box mode)")
     parser.add_flag("memory_gb", type=cli.positive_float, default=11, help="of the card, to stay within")
     parser.add_switch("compile", help="measure compiled steps and the compiled public encoder too, minutes more")
     parser.add_flag("epoch_images", type=cli.positive_int, help="train an epoch of so many images (box mode)")
@@ -185,7 +185,7 @@ class SyntheticDataset(BoxPromptDataset):
         self.embeddings = torch.randn(64, channels, height // 16, width // 16).half()
         stripes = [np.linspace(0, k, width, endpoint=False).astype(np.uint8) for k in range(6, 15)]
         self.labels = [torch.from_numpy(np.tile(stripe, (height, 1))) for stripe in stripes]
-        self.boxes = [class_boxes(labels.numpy(), NUM_CLASSES) for labels in self.labels]
+        self.boxes = [class_boxes(labels.numpy(), len(BDD100K)) for labels in self.labels]
 
     def num_prompts(self) -> list[int]:
         return [len(self.boxes[i % len(self.boxes)][0]) for i in self.indices]

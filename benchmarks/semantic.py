@@ -32,7 +32,7 @@ from segment_anything.modeling import Sam
 from segment_anything.modeling.common import upscaled_masks
 from utils.data.augment import fixed_view
 from utils.data.boxes import class_boxes, jitter_boxes
-from utils.data.classes import NUM_CLASSES
+from utils.data.classes import BDD100K
 from utils.data.datasets import NpyFolder, Sample, TrainingBatch, box_prompts, collate_training
 from utils.data.frame import image_size_of
 from utils.evaluate.metrics import ConfusionMatrix, iou_per_class, mean_iou
@@ -57,7 +57,7 @@ class LinearProbe(SemanticSegmenter):
     def __init__(self, sam: Sam) -> None:
         dim = sam.prompt_encoder.embed_dim
         super().__init__(sam, feature_blocks=[], pixel_channels=0)
-        sam.mask_decoder = nn.Conv2d(dim, NUM_CLASSES, kernel_size=1)  # type: ignore[assignment]
+        sam.mask_decoder = nn.Conv2d(dim, len(BDD100K), kernel_size=1)  # type: ignore[assignment]
 
     def forward(self, features: Features) -> tuple[Tensor]:
         probe: Any = self.mask_decoder
@@ -160,7 +160,7 @@ def alike(sam: Sam) -> SemanticSegmenter:
     token = sam.mask_decoder.mask_tokens.weight.detach()[:1].clone()
     segmenter = SemanticSegmenter(sam)
     decoder: Any = segmenter.mask_decoder
-    decoder.mask_tokens.data.copy_(token.expand(NUM_CLASSES, -1))
+    decoder.mask_tokens.data.copy_(token.expand(len(BDD100K), -1))
     return segmenter
 
 
@@ -302,7 +302,7 @@ def random_boxes(labels: Tensor, classes: int | None, rng: np.random.Generator) 
     """Jittered boxes of the classes of each image, as `BoxPromptDataset` and `collate_training` make them."""
     samples: list[Sample] = []
     for label in labels.numpy():
-        class_ids, boxes = class_boxes(label, NUM_CLASSES)
+        class_ids, boxes = class_boxes(label, len(BDD100K))
         chosen = rng.permutation(len(class_ids))[:classes]
         shift = BBOX_SHIFT * max(label.shape) // 1024
         boxes = jitter_boxes(boxes[chosen], image_size_of(label.shape), shift, rng).astype(np.float32)
@@ -369,7 +369,7 @@ def score(segmenter: Segmenter, data: Split, use_amp: bool) -> tuple[Tensor, Ten
     with `--tta`.
     """
     segmenter.eval()
-    confusion, second = ConfusionMatrix(NUM_CLASSES), ConfusionMatrix(NUM_CLASSES)
+    confusion, second = ConfusionMatrix(len(BDD100K)), ConfusionMatrix(len(BDD100K))
 
     def masks_of(index: int, *prompts: Tensor) -> Tensor:
         features = data.batch(torch.tensor([index]), segmenter)
@@ -379,7 +379,7 @@ def score(segmenter: Segmenter, data: Split, use_amp: bool) -> tuple[Tensor, Ten
     for i, label in enumerate(data.labels[: data.num_images]):
         height, width = label.shape
         if segmenter.PROMPTS:
-            class_ids, boxes = (torch.from_numpy(array) for array in class_boxes(label.numpy(), NUM_CLASSES))
+            class_ids, boxes = (torch.from_numpy(array) for array in class_boxes(label.numpy(), len(BDD100K)))
             masks = masks_of(i, boxes.float()[None])
             predictions = [
                 Prediction(masks, class_ids, boxes),
@@ -388,7 +388,7 @@ def score(segmenter: Segmenter, data: Split, use_amp: bool) -> tuple[Tensor, Ten
         else:
             masks, of_mirrored = masks_of(i), masks_of(data.num_images + i)
             both = (masks, average_mirrored(masks, of_mirrored, width, (height, width)))
-            predictions = [Prediction(each, torch.arange(NUM_CLASSES)) for each in both]
+            predictions = [Prediction(each, torch.arange(len(BDD100K))) for each in both]
         for matrix, prediction in zip((confusion, second), predictions):
             matrix.update(prediction.label_map(label.shape), label)
     return confusion.matrix, second.matrix

@@ -29,7 +29,7 @@ from benchmarks import common
 from segment_anything.modeling import Sam
 from utils.cache.keys import CacheKey, Request
 from utils.cache.writer import prepare_caches
-from utils.data.classes import NUM_CLASSES
+from utils.data.classes import BDD100K
 from utils.data.datasets import BoxPromptDataset, NpyFolder, TrainingDataset, TrainingSampler, collate_training
 from utils.data.frame import ImageSize, frame_size
 from utils.data.manifest import Manifest, ManifestItem
@@ -93,7 +93,7 @@ def write_split(folder: Path, count: int, image_size: ImageSize) -> NpyFolder:
         np.save(folder / "gts" / f"{i}.npy", labels)
         # Nothing is written to it, so it takes no disk.
         np.lib.format.open_memmap(folder / "imgs" / f"{i}.npy", "w+", np.float32, (height, width, 3))
-        counts = np.bincount(labels.ravel(), minlength=NUM_CLASSES).tolist()
+        counts = np.bincount(labels.ravel(), minlength=len(BDD100K)).tolist()
         items.append(ManifestItem(str(i), height, width, counts, 0))
     Manifest(image_size, "float32", "stretch", labelled=True, complete=True, items=items).write(folder)
     return NpyFolder(folder)

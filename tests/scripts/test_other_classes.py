@@ -17,6 +17,7 @@ from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.scripts import good_flags, log_of, read_results, run_script, training_flags
 from utils.data.classes import BDD100K
 from utils.data.datasets import NpyFolder
+from utils.export import __main__ as export
 from utils.model import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -169,3 +170,25 @@ def test_init_decoder_copies_classes_by_name(
         assert torch.allclose(state[key], expected, atol=1e-6), key
     said = error_of(train_bdd100k, *training_flags(three / "train", sam_file, tmp_path / "c"), "--init_decoder", source)
     assert "was trained with prompt mode semantic, not box" in said and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("prompt_mode", ["box", "semantic"])
+def test_exported_files_need_no_table_of_their_own(
+    prompt_mode: str, three: Path, sam_file: Path, tmp_path: Path
+) -> None:
+    run = train_three(three, sam_file, tmp_path / "runs", "--prompt_mode", prompt_mode, "-num_epochs", 1)
+    flags = good_flags(sam_file, three, tmp_path)
+    run_script(infer_bdd100k, *flags, "--model_checkpoint", run)
+    expected = read_results(tmp_path / "out")
+    for kind, suffix in (("onnx", ".onnx"), ("safetensors", ".safetensors")):
+        output = tmp_path / f"model{suffix}"
+        given = ["--model_checkpoint", run, "--sam_checkpoint", sam_file, "--format", kind, "--output", output]
+        assert not run_script(export, *given, *(["--logits"] if (kind, prompt_mode) == ("onnx", "semantic") else []))
+        sam = ["--sam_checkpoint", sam_file] if kind == "safetensors" else []
+        if kind == "onnx" and prompt_mode == "box":
+            output = tmp_path / "model.decoder.onnx"
+        more = ["--val_npy_path", three / "val", "--model_type", "vit_tiny", "--output_dir", tmp_path / kind]
+        assert not run_script(infer_bdd100k, *more, *sam, "--model_checkpoint", output, "--device", "cpu")
+        found = read_results(tmp_path / kind)
+        assert [c["name"] for c in found["per_class"]] == list(NAMES)
+        assert found["miou"] == pytest.approx(expected["miou"], abs=1e-4)

@@ -40,7 +40,7 @@ def get_args_parser() -> cli.Parser:
     parser.begin_group("input and output of a semantic model")
     flag("image_layout", choices=IMAGE_LAYOUTS, default="nchw", help="N x 3 x H x W or N x H x W x 3")
     flag("image_dtype", choices=("uint8", "float32"), default="uint8", help="of 0..255, or of [0, 1]")
-    switch("logits", help="also return the logits of each class, N x 19 x H x W float32")
+    switch("logits", help="also return the logits of each class, N x classes x H x W float32")
     return parser
 
 

@@ -7,12 +7,12 @@ import math
 import cv2
 import numpy as np
 
-from utils.data.classes import CLASS_NAMES, IGNORE_LABEL
+from utils.data.classes import BDD100K, IGNORE_LABEL
 from utils.scenes.light import Rng, random_light
 from utils.scenes.shapes import Array, Corner, Faces, Pose, rect
 
 VOID = "void"  # what is drawn but not labelled
-CLASS_ID = {VOID: IGNORE_LABEL} | {name: i for i, name in enumerate(CLASS_NAMES)}
+CLASS_ID = {VOID: IGNORE_LABEL} | {name: i for i, name in enumerate(BDD100K.names)}
 
 # A box's corners are numbered round its bottom, then its top: back left, back right, front right, front left.
 FACE_NAMES = ("back", "right", "front", "left", "top")
