@@ -171,7 +171,7 @@ BAD = {
     "name with a folder": (("png\n", "png\n  name: '{split}/{stem}'\n"), 12, "must be a file's name"),
     "name without stem": (("png\n", "png\n  name: '{split}'\n"), 12, "lacks {stem}"),
     "split that leads out": (("png\n", "png\n  splits: {../x: [a]}\n"), 12, "must be a plain folder name"),
-    "split without patterns": (("png\n", "png\n  splits: {train: []}\n"), 12, "split 'train' has no pattern"),
+    "split without patterns": (("png\n", "png\n  splits: {train: []}\n"), 12, "split 'train' needs printable patterns"),
     "unknown layout": ((f"\n  images: {IMAGES}\n  masks: {MASKS}", " kitti"), 9, "layout 'kitti' is unknown"),
     "empty layout": ((f"\n  images: {IMAGES}\n  masks: {MASKS}", " []"), 9, "layout is empty"),
     "a key twice": (("labels:", "name: b\nlabels:"), 5, "'name' is given twice in the description"),
