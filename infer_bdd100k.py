@@ -276,7 +276,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
             labels = torch.from_numpy(source.read_original_mask(masks[item.name], item.height, item.width).copy())
         else:
             label_map = prediction.label_map(info.image_size)
-        counts = count_pixels(label_map, labels, len(model.classes)).cpu().numpy()
+        counts = count_pixels(label_map, labels, len(model.classes)).int().cpu().numpy()  # kept for every image
         shown = encode_labels(label_map.cpu().numpy(), source, index) if args.report_images else b""
         scored.append(ScoredImage(index, counts, shown))
         if args.save_predictions:

@@ -392,11 +392,11 @@ def report(folder: Path, split: Split, manifest: Manifest, kept: int) -> None:
     rows.append((IGNORE_LABEL, "not labelled", [item.ignored for item in manifest.items]))
     total = sum(sum(counts) for _, _, counts in rows)
     table = [["id", "class", "pixels", "percent", "images"]]
-    width = max(14, *(display_width(name) + 1 for _, name, _ in rows))
-    print(f" id  {pad('class', width)}{'pixels':>18}{'%':>9}{'images':>10}")
+    wide = max(14, *(display_width(name) + 1 for _, name, _ in rows))
+    print(f" id  {'class':<{wide}}{'pixels':>18}{'%':>9}{'images':>10}")
     for label, name, counts in rows:
         pixels, images = sum(counts), sum(map(bool, counts))
-        print(f"{label:>3}  {pad(name, width)}{pixels:>18,}{100 * pixels / total:>9.3f}{images:>10,}")
+        print(f"{label:>3}  {pad(name, wide)}{pixels:>18,}{100 * pixels / total:>9.3f}{images:>10,}")
         table.append([str(label), name, str(pixels), f"{100 * pixels / total:.6f}", str(images)])
     with atomic_write(folder / DISTRIBUTION[0]) as file:
         file.write("".join(f"{','.join(row)}\n" for row in table).encode())

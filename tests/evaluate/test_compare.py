@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -11,13 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.helpers.inputs import write_split
 from utils import compare
 from utils.data.classes import BDD100K, NUM_CLASSES, ClassTable, SemanticClass
+from utils.data.datasets import NpyFolder
 from utils.evaluate.comparison import choose_changed
+from utils.evaluate.gallery import LABEL_MAPS, ScoredImage, encode_labels, save_label_maps
 from utils.evaluate.metrics import results_dict
 from utils.evaluate.page import Row
+from utils.evaluate.plots import HATCH
 from utils.runtime.text import display_width
 
 
@@ -275,3 +281,25 @@ def test_a_foreign_file(content: bytes, tmp_path: Path, error_of: Callable[..., 
     path.write_bytes(content)
     line = error_of(compare, good, path.parent)
     assert re.fullmatch(rf"error: {path}: not (JSON \(.*\); give an --output_dir|a result) of infer_bdd100k\.py", line)
+
+
+def test_pictures_have_the_classes_of_the_evaluations(tmp_path: Path) -> None:
+    """The data have road as 0 and car as 13; the evaluated model has car as 0, and no road."""
+    cars = BDD100K.select(["car", "sky"], other=False)
+    labels = np.zeros((16, 16), np.uint8)
+    labels[:, 8:] = 13
+    data = write_split(tmp_path / "val", {"image-0": (np.zeros((16, 16, 3), np.uint8), labels)})
+    matrix = torch.zeros(2, 3, dtype=torch.int64)
+    matrix[0, 0] = 128
+    for name, miou in (("a", 0.5), ("b", 0.25)):
+        images = [{"name": "image-0", "miou": miou, "iou": {"car": miou}}]
+        results = {**results_dict(matrix, cars), "classes": cars.to_plain(), "data": str(data), "images": images}
+        folder = write(tmp_path / name, results)
+        prediction = encode_labels(np.zeros((16, 16), np.uint8), NpyFolder(data), 0)
+        save_label_maps(folder / LABEL_MAPS, [ScoredImage(0, matrix.numpy(), prediction)])
+    page = tmp_path / "page.html"
+    compare.main(compare.get_args_parser().parse_args([str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(page)]))
+    (truth,) = re.findall(r'data-layer="0" src="data:image/png;base64,([^"]*)"', page.read_text())
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(truth))).convert("RGB"))
+    assert (shown[:, 8:] == (0, 0, 142)).all()  # car
+    assert {tuple(color) for color in shown[:, :8].reshape(-1, 3).tolist()} == set(HATCH)

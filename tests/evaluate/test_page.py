@@ -114,6 +114,10 @@ def evaluate(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "val", BDD100K)
+
+
+def write_data(folder: Path, classes: ClassTable) -> Path:
     """Ten images of 48 x 64 with road and sky; every second one has a pole, none has a car."""
     rng = np.random.default_rng(0)
     items = {}
@@ -124,7 +128,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if index % 2:
             labels[:40, 30:34] = POLE
         items[f"image-{index}"] = (rng.integers(0, 256, (48, 64, 3), dtype=np.uint8), labels)
-    return write_split(tmp_path_factory.mktemp("data") / "val", items)
+    return write_split(folder, items, classes)
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +205,9 @@ def test_the_data_in_the_page_cannot_end_its_script(report: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [table_of("道路", *(f"类别{i}" for i in range(1, 11))), MANY], ids=len)
 def test_pages_of_other_classes_filter_by_them(
-    classes: ClassTable, open_page: Callable[..., Any], data: Path, tmp_path: Path
+    classes: ClassTable, open_page: Callable[..., Any], tmp_path: Path
 ) -> None:
+    data = write_data(tmp_path / "val", classes)
     folders = [tmp_path / name for name in ("a", "b")]
     for seed, folder in enumerate(folders):
         evaluate(folder, data, seed, classes=classes)

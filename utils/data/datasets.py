@@ -119,10 +119,11 @@ class NpyFolder:
             new_ids = classes.ids_of(self._file_classes, match=match)
         except UserError as error:
             raise UserError(f"{self.folder}: {error}") from None
-        self.classes = classes
-        is_same = (new_ids[: len(self._file_classes)] == np.arange(len(self._file_classes))).all()
-        self._new_ids = None if is_same else new_ids
-        self.items = self._items if is_same else [_relabelled(item, new_ids, len(classes)) for item in self._items]
+        self.classes, self.items, self._new_ids = classes, self._items, None
+        if (new_ids[: len(self._file_classes)] == np.arange(len(self._file_classes))).all():
+            return
+        self.items = [_relabelled(item, new_ids, len(classes)) for item in self._items]
+        self._new_ids = new_ids
         if not any(any(item.pixels) for item in self.items):
             raise UserError(f"{self.folder}: no labelled pixel of the classes {', '.join(classes.names)}")
 

@@ -157,7 +157,7 @@ def save_label_distribution(
     left.set_xlim(floor, 8)  # room for the numbers
     left.minorticks_off()
     right.set_xlim(0, 1.15)
-    decades = range(0, round(math.log10(floor)) - 1, -1 if floor > 1e-9 else -2)  # more texts would overlap
+    decades = range(0, round(math.log10(floor)) - 1, -1 if floor > 5e-8 else -3)  # more texts would overlap
     for axes, ticks in ((left, [10.0**decade for decade in reversed(decades)]), (right, np.linspace(0, 1, 5).tolist())):
         axes.set_xticks(ticks, [_percent(tick) for tick in ticks], fontsize=9)
     letter_ticks(left.yaxis, range(len(classes)), short_names(classes.names))

@@ -145,6 +145,7 @@ def _cards(
     """Chosen images with ground truth, each prediction, and the changes from the first to each other one as layers."""
     data = next(iter(evaluations.values())).get("data")
     source = NpyFolder(Path(str(data)))
+    source.use_classes(classes, match=True)
     position = {item.name: index for index, item in enumerate(source.items)}
     if unknown := [names[index] for index in chosen if names[index] not in position]:
         raise UserError(f"{data}: lacks the image {unknown[0]}; it was preprocessed again since the evaluation")

@@ -42,7 +42,7 @@ class ScoredImage:
     """An image's confusion matrix and its prediction at the size of the report."""
 
     index: int  # in the split
-    counts: np.ndarray  # (N, N + 1) int64
+    counts: np.ndarray  # (N, N + 1) integers
     prediction: bytes  # PNG of ids; b"" if no image is shown
 
     @property

@@ -150,7 +150,7 @@ def write_report(
     """Print the result, and write it as text, JSON, CSV, a picture of the confusion matrix, and a page.
 
     Args:
-        counts: the confusion matrix of each image by its name, (N, N + 1) int64 on the CPU.
+        counts: the confusion matrix of each image by its name, (N, N + 1) integers on the CPU.
         classes: the N classes.
         box_source: see `format_details`.
         eval_size: "frame" or "original".
