@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,14 @@ def test_a_description(tmp_path):
     assert (car.color, car.group, car.aliases) == ((0, 0, 142), "vehicle", ("auto",))
     assert found.labels == Labels("ids", {7: 0, 26: 1, 27: 1}, frozenset({0, 255}), "error")
     assert found.layouts == (Layout("images/{split}/{folders}/{stem}.*", "masks/{split}/{folders}/{stem}.png"),)
+
+
+@pytest.mark.parametrize("manual", ["docs/datasets.md", "docs/zh/datasets.md"])
+def test_the_manuals_example(manual, tmp_path):
+    text = (Path(__file__).parents[2] / manual).read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert load_description(write(tmp_path, example)).classes.names == ("road", "car")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == built_in_names()
 
 
 def test_names_in_chinese_and_a_byte_order_mark(tmp_path):
