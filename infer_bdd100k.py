@@ -65,7 +65,7 @@ def get_args_parser() -> cli.Parser:
     data = Path("data/bdd100k_npy/val")
     flag("val_npy_path", type=Path, default=data, metavar="DIR", help="split written by pre_bdd100k.py")
     flag("images", nargs="+", action=_OnePath, metavar="PATH", help="your own pictures or video; replaces the split")
-    flag("bdd100k_root", type=Path, metavar="DIR", help="the unpacked BDD100K, for --eval_size original")
+    flag("bdd100k_root", "root", type=Path, metavar="DIR", help="the unpacked data set, for --eval_size original")
     flag("num_workers", type=cli.non_negative_int, default=2, metavar="N", help="loader processes")
 
     parser.begin_group("model")

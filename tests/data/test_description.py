@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,14 @@ def test_a_description(tmp_path):
     assert (car.color, car.group, car.aliases) == ((0, 0, 142), "vehicle", ("auto",))
     assert found.labels == Labels("ids", {7: 0, 26: 1, 27: 1}, frozenset({0, 255}), "error")
     assert found.layouts == (Layout("images/{split}/{folders}/{stem}.*", "masks/{split}/{folders}/{stem}.png"),)
+
+
+@pytest.mark.parametrize("manual", ["docs/datasets.md", "docs/zh/datasets.md"])
+def test_the_manuals_example(manual, tmp_path):
+    text = (Path(__file__).parents[2] / manual).read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert load_description(write(tmp_path, example)).classes.names == ("road", "car")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == built_in_names()
 
 
 def test_names_in_chinese_and_a_byte_order_mark(tmp_path):
@@ -171,7 +180,7 @@ BAD = {
     "name with a folder": (("png\n", "png\n  name: '{split}/{stem}'\n"), 12, "must be a file's name"),
     "name without stem": (("png\n", "png\n  name: '{split}'\n"), 12, "lacks {stem}"),
     "split that leads out": (("png\n", "png\n  splits: {../x: [a]}\n"), 12, "must be a plain folder name"),
-    "split without patterns": (("png\n", "png\n  splits: {train: []}\n"), 12, "split 'train' has no pattern"),
+    "split without patterns": (("png\n", "png\n  splits: {train: []}\n"), 12, "split 'train' needs printable patterns"),
     "unknown layout": ((f"\n  images: {IMAGES}\n  masks: {MASKS}", " kitti"), 9, "layout 'kitti' is unknown"),
     "empty layout": ((f"\n  images: {IMAGES}\n  masks: {MASKS}", " []"), 9, "layout is empty"),
     "a key twice": (("labels:", "name: b\nlabels:"), 5, "'name' is given twice in the description"),

@@ -219,7 +219,7 @@ def test_a_table_of_classes_that_is_damaged(best: Path) -> None:
     two = {"classes": whole["classes"][:2]}
     twice = {"classes": [whole["classes"][0]] * 19}
     grey = {"classes": [{**c, "color": [1, 2]} for c in whole["classes"]]}
-    tables: list[Any] = [two, twice, grey, {}, [], {"classes": "road"}, {**whole, "selected_from": [1]}]
+    tables: list[object] = [two, twice, grey, {}, [], {"classes": "road"}, {**whole, "selected_from": [1]}]
     for table in tables:
         with pytest.raises(UserError, match=f"{best}: its table of classes is damaged; give a file that"):
             load_checkpoint(rewrite(best, classes=table))

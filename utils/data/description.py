@@ -119,7 +119,10 @@ def read_plain_description(plain: Any) -> Description:
         ValueError: it is not a description.
     """
     try:
-        return _Reader("", json.dumps(plain, ensure_ascii=False), is_built_in=True).description()
+        text = json.dumps(plain, ensure_ascii=False)
+        if len(text) > MAX_BYTES:
+            raise UserError("above 1 MiB")
+        return _Reader("", text, is_built_in=True).description()
     except (UserError, TypeError, RecursionError) as error:
         raise ValueError(f"not a description of a data set {error}") from None
 
@@ -402,12 +405,12 @@ class _Reader:
     def _splits(self, node: yaml.Node) -> dict[str, tuple[str, ...]]:
         splits = {}
         for name, (key, patterns) in self._entries(node, "splits").items():
-            if PurePosixPath(name).name != name or name == "..":
+            if PurePosixPath(name).name != name or name == ".." or not name.isprintable():
                 self._fail(key, f"split {name!r} must be a plain folder name, such as train")
             nodes = self._list(patterns, f"the patterns of split {name!r}")
             splits[name] = tuple(self._text(each, f"a pattern of split {name!r}") for each in nodes)
-            if not splits[name]:
-                self._fail(patterns, f"split {name!r} has no pattern; list some, such as [0001_*]")
+            if not (splits[name] and all(pattern.isprintable() for pattern in splits[name])):
+                self._fail(patterns, f"split {name!r} needs printable patterns of stems, such as [0001_*]")
         if not splits:
             self._fail(node, "splits is empty; give at least one split, or remove it")
         return splits
