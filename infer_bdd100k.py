@@ -25,7 +25,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from utils.data.classes import CLASS_NAMES
+from utils.data.classes import BDD100K, CLASS_NAMES
 from utils.runtime import cli
 from utils.runtime.choices import (
     AMP_DTYPES,
@@ -487,7 +487,7 @@ def choose_boxes(
                 "from; give --boxes FILE, or the checkpoint of a run with --prompt_mode semantic"
             )
         return "oracle"
-    detections = read_detections(args.boxes)
+    detections = read_detections(args.boxes, BDD100K)
     if names is not None:
         found = sum(match_key(name) in detections.boxes for name in names)
         if not found:

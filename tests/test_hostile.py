@@ -37,6 +37,7 @@ from tests.helpers.oracles import TENSOR, Payload, torch_archive
 from tests.helpers.scripts import run_script
 from utils import ckpt_convert
 from utils.data.bdd100k import read_image, read_size
+from utils.data.classes import BDD100K
 from utils.data.datasets import NpyFolder
 from utils.data.detections import read_detections
 from utils.data.frame import MAX_IMAGE_SIZE
@@ -508,7 +509,7 @@ def test_boxes_as_deep_as_can_just_be_read(depth: int, tmp_path: Path) -> None:
     box = "[" * depth + "]" * depth
     path.write_text(f'[{{"name": "a.jpg", "labels": [{{"category": "car", "box2d": {box}}}]}}]')
     with pytest.raises(UserError, match=r"boxes\.json: (not JSON|image 'a\.jpg', label 0 \(car\): box2d)"):
-        read_detections(path)
+        read_detections(path, BDD100K)
 
 
 def test_a_manifest_that_is_no_file(split: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils.data.classes import CLASS_NAMES
+from utils.data.classes import BDD100K, CLASS_NAMES, ClassTable, SemanticClass
 from utils.data.datasets import detected_prompts
 from utils.data.detections import Detections, read_detections
 from utils.runtime.errors import UserError
@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
 
 def read(path: Path, content: Any) -> Detections:
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return read_detections(path)
+    return read_detections(path, BDD100K)
 
 
 def error(path: Path, content: Any) -> str:
@@ -237,17 +237,17 @@ def test_box_without_a_category(path: Path, category: Any) -> None:
 
 def test_file_that_cannot_be_read(path: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"det_val\.json: no such file"):
-        read_detections(path)
+        read_detections(path, BDD100K)
     with pytest.raises(UserError, match="not a regular file"):
-        read_detections(tmp_path)
+        read_detections(tmp_path, BDD100K)
     path.write_bytes(b"\xff\xd8\xff\xe0 a JPEG \x00\x9d")
     with pytest.raises(UserError, match="not JSON"):
-        read_detections(path)
+        read_detections(path, BDD100K)
 
 
 def test_byte_order_mark_is_no_harm(path: Path) -> None:
     path.write_text(json.dumps([frame(label())]), encoding="utf-8-sig")
-    assert len(read_detections(path).boxes) == 1
+    assert len(read_detections(path, BDD100K).boxes) == 1
 
 
 def test_names_match_in_either_unicode_form(tmp_path: Path) -> None:
@@ -256,5 +256,25 @@ def test_names_match_in_either_unicode_form(tmp_path: Path) -> None:
     path = tmp_path / "det.json"
     for written, asked in ((composed, decomposed), (decomposed, composed)):
         path.write_text(json.dumps([{"name": f"{written}.jpg", "labels": [box]}]))
-        found = detected_prompts(read_detections(path).boxes, asked, 8, 8, 8, "stretch")
+        found = detected_prompts(read_detections(path, BDD100K).boxes, asked, 8, 8, 8, "stretch")
         assert found["class_ids"].tolist() == [13]
+
+
+def test_categories_are_names_and_aliases_of_the_table(path: Path) -> None:
+    classes = ClassTable(
+        (SemanticClass(0, "Lane Marking", (1, 2, 3), aliases=("Line",)), SemanticClass(1, "bike", (4, 5, 6)))
+    )
+    labels = [label(category=c) for c in ("lane marking", "LINE", "Bike", "car")]
+    path.write_text(json.dumps([frame(*labels)]))
+    detections = read_detections(path, classes)
+    assert detections.boxes["a"][0].tolist() == [0, 0, 1]
+    assert detections.left_out == {"car": 1}
+    path.write_text(json.dumps([frame(label(category="car"))]))
+    with pytest.raises(UserError, match="rename them to: Lane Marking, bike, Line$"):
+        read_detections(path, classes)
+
+
+def test_known_categories_of_bdd100k_are_listed_names_first(path: Path) -> None:
+    path.write_text(json.dumps([frame(label(category="ufo"))]))
+    with pytest.raises(UserError, match="motorcycle, bicycle, pedestrian, bike, motor$"):
+        read_detections(path, BDD100K)

@@ -43,7 +43,7 @@ from utils.cache.writer import prepare_caches
 from utils.compare import format_comparison, read_results
 from utils.data.bdd100k import read_image, read_mask, read_size
 from utils.data.boxes import class_boxes
-from utils.data.classes import CLASS_NAMES
+from utils.data.classes import BDD100K, CLASS_NAMES
 from utils.data.datasets import NpyFolder
 from utils.data.detections import read_detections
 from utils.data.manifest import Manifest, ManifestItem, Source
@@ -328,7 +328,7 @@ def _data_targets(folder: Path, split: Path) -> dict[str, Target]:
 
     def read_boxes(data: bytes) -> None:
         (folder / "boxes.json").write_bytes(data)
-        read_detections(folder / "boxes.json")
+        read_detections(folder / "boxes.json", BDD100K)
 
     def read_evaluation(data: bytes) -> None:
         (folder / "evaluation_results.json").write_bytes(data)

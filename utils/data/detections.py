@@ -17,14 +17,9 @@ from typing import Any
 import numpy as np
 
 from utils.data.bdd100k import IMAGE_SUFFIXES, match_key
-from utils.data.classes import CLASS_NAMES
+from utils.data.classes import ClassTable
 from utils.runtime.errors import UserError
 from utils.runtime.files import read_json
-
-# Names of det_20 and of BDD100K's first release that differ from those of the 19 classes.
-_SYNONYMS = {"pedestrian": "person", "bike": "bicycle", "motor": "motorcycle"}
-_CLASS_IDS = {name: class_id for class_id, name in enumerate(CLASS_NAMES)}
-_CLASS_IDS |= {synonym: _CLASS_IDS[name] for synonym, name in _SYNONYMS.items()}
 
 _FORMAT_HINT = "give the JSON of a split in Scalabel's format, such as det_20's det_val.json"
 
@@ -39,8 +34,8 @@ class Detections:
     left_out: dict[str, int]  # by category in lower case
 
 
-def read_detections(path: Path) -> Detections:
-    """Read a detection file. Categories match in any case; labels without a box are skipped.
+def read_detections(path: Path, classes: ClassTable) -> Detections:
+    """Read a detection file. Categories match names and aliases in any case; labels without a box are skipped.
 
     Raises:
         UserError: the file cannot be read, has another format, an image twice or an invalid box, or has labels but no
@@ -66,8 +61,8 @@ def read_detections(path: Path) -> Detections:
                 continue
             category = label.get("category")
             if not isinstance(category, str):
-                raise UserError(f"{where} has a box2d but no category; use one of: {_known()}")
-            class_id = _CLASS_IDS.get(category.lower())
+                raise UserError(f"{where} has a box2d but no category; use one of: {_known(classes)}")
+            class_id = classes.ids_by_name.get(category.lower())
             if class_id is None:
                 left_out[category.lower()] += 1
                 continue
@@ -77,13 +72,14 @@ def read_detections(path: Path) -> Detections:
     if labelled and not any(len(class_ids) for class_ids, _ in boxes.values()):
         unknown = ", ".join(map(repr, sorted(left_out)[:10]))
         more = f" and {len(left_out) - 10} more" if len(left_out) > 10 else ""
-        reason = f"no category of its boxes is known, only {unknown}{more}; rename them to: {_known()}"
+        reason = f"no category of its boxes is known, only {unknown}{more}; rename them to: {_known(classes)}"
         raise UserError(f"{path}: {reason if left_out else f'no label has a box2d; {_FORMAT_HINT}'}")
     return Detections(boxes, dict(sorted(left_out.items())))
 
 
-def _known() -> str:
-    return ", ".join(_CLASS_IDS)
+def _known(classes: ClassTable) -> str:
+    aliases = sorted((c.group, alias) for c in classes for alias in c.aliases)
+    return ", ".join(dict.fromkeys((*classes.names, *(alias for _, alias in aliases))))
 
 
 def _read_frames(path: Path) -> list[Any]:
