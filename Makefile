@@ -1,4 +1,5 @@
 # make demo       the whole pipeline on drawn scenes, about 4.5 minutes on 2 free CPU cores
+# make camvid     CamVid as it is published, from CAMVID=<its folder>: the figures of docs/RESULTS.md
 # make test       lint, types, all tests
 # make test-fast  the tests that are not marked slow, about 2 minutes on 2 CPU cores
 # make lint       ruff, codespell, mypy
@@ -12,10 +13,14 @@ ON_TRAIN := -i demo/npy/train --val_npy_path demo/npy/val -model_type vit_tiny -
 	-work_dir demo/work_dir -batch_size 4 --grad_acc_steps 1 -num_workers 1 -use_amp
 ON_VAL := --val_npy_path demo/npy/val --sam_checkpoint $(SAM) --model_type vit_tiny --batch_size 4 --use_amp
 
+ON_CAMVID_TRAIN := -i camvid/npy/train --val_npy_path camvid/npy/val -model_type vit_tiny -checkpoint $(SAM) \
+	-work_dir camvid/work_dir -batch_size 8 --grad_acc_steps 1 -num_workers 0
+ON_CAMVID := --val_npy_path camvid/npy/val --sam_checkpoint $(SAM) --model_type vit_tiny --num_workers 0
+
 # pip then shows each package that it downloads.
 SAY := echo "Installing into $(VENV): PyTorch and its CUDA libraries are gigabytes, which takes minutes"
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo camvid test test-fast lint clean
 
 demo: export OMP_WAIT_POLICY := passive  # by default idle threads spin, which takes the cores from other programs
 demo: $(VENV)/.installed
@@ -33,6 +38,20 @@ demo: $(VENV)/.installed
 	@echo "The built-in weights know boxes of these scenes, so box mode gains nothing here: docs/RESULTS.md"
 	@echo "Pictures: demo/after/visualizations (boxes from the ground truth), demo/semantic/visualizations (no boxes)"
 	@echo "Reports:  demo/after/report.html, demo/semantic/report.html"
+
+# CAMVID is the folder of its 11-class edition, or of its colour masks: docs/datasets.md
+camvid: $(VENV)/.installed
+	$(PY) pre_bdd100k.py --dataset camvid --root $(CAMVID) --output_path camvid/npy --image_size 256 --image_dtype uint8
+	$(PY) infer_bdd100k.py $(ON_CAMVID) --output_dir camvid/sam
+	$(PY) train_bdd100k.py $(ON_CAMVID_TRAIN) -task_name box -num_epochs 4 -lr 1e-3 --lr_scheduler cosine \
+		--warmup_epochs 0.5 --bbox_shift 5 --val_every 100 --seed 0
+	$(PY) infer_bdd100k.py $(ON_CAMVID) --model_checkpoint camvid/work_dir/box-*/medsam_model_best.pth \
+		--output_dir camvid/box
+	$(PY) train_bdd100k.py $(ON_CAMVID_TRAIN) -task_name semantic -num_epochs 20 --prompt_mode semantic -use_amp \
+		--val_every 5 --seed 0
+	$(PY) infer_bdd100k.py $(ON_CAMVID) --model_checkpoint camvid/work_dir/semantic-*/medsam_model_best.pth \
+		--output_dir camvid/semantic
+	$(PY) -m utils.compare camvid/sam camvid/box camvid/semantic
 
 test: $(VENV)/.tested lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2

@@ -25,7 +25,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from utils.data.classes import BDD100K, CLASS_NAMES
 from utils.runtime import cli
 from utils.runtime.choices import (
     AMP_DTYPES,
@@ -38,14 +37,6 @@ from utils.runtime.choices import (
 )
 
 NUM_PICTURES = 20  # of a bare --visualize
-
-
-def class_name(text: str) -> str:
-    """Parse the name of a class; `traffic_light` may stand for `traffic light`."""
-    name = text.lower().replace("_", " ")
-    if name not in CLASS_NAMES:
-        raise argparse.ArgumentTypeError(f"no class {text!r}; the classes are {', '.join(CLASS_NAMES)}")
-    return name
 
 
 class _OnePath(argparse.Action):
@@ -95,6 +86,9 @@ def get_args_parser() -> cli.Parser:
         "map_rule",
         choices=list(MAP_RULES),
         help=f"class of a pixel. {rules} (default: argmax; with --boxes, box_threshold)",
+    )
+    switch(
+        "match_classes", help="score data of other classes on those that the model names too; the others are ignored"
     )
     switch("tta", help="average with the mirror image; semantic checkpoints only, twice the time, reads no cache")
     flag(
@@ -152,7 +146,13 @@ def get_args_parser() -> cli.Parser:
         metavar="X",
         help="of the colours over --images, 0 to 1",
     )
-    flag("classes", nargs="+", type=class_name, metavar="CLASS", help="paint only these over --images (default: all)")
+    flag(
+        "classes",
+        nargs="+",
+        action=cli.JoinedNames,
+        metavar="CLASS",
+        help="paint only these over --images (default: all)",
+    )
     switch("save_predictions", help="write each image's train ids at its original size as PNG")
     flag(
         "predictions_format",
@@ -173,7 +173,8 @@ import torch
 
 from segment_anything.build_sam import CONFIGS, file_digest
 from utils.cache.writer import use_caches
-from utils.data.bdd100k import match_key, read_mask
+from utils.data.bdd100k import match_key
+from utils.data.classes import BDD100K, ClassTable
 from utils.data.datasets import BoxesByName, EvaluationDataset, NpyFolder, collate_pictures
 from utils.data.detections import read_detections
 from utils.data.frame import ImageSize
@@ -243,9 +244,14 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
                 "--eval_size original needs the original masks; give the unpacked BDD100K as --bdd100k_root"
             )
         masks = source.original_masks(args.bdd100k_root)
-    model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode))
+    model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode), classes=source.classes)
+    data_classes = source.classes
+    source.use_classes(model.classes, match=args.match_classes)
+    if args.match_classes:
+        common = [c.name for c in data_classes if model.classes.find(c) is not None]
+        distributed.say(printable(f"classes that are scored: {', '.join(common)}; pixels of all others are ignored"))
     names = [item.name for item in source.items]
-    boxes = choose_boxes(args, info, names)
+    boxes = choose_boxes(args, info, model.classes, names)
     rule = choose_map_rule(args, info, boxes)
     args.output_dir = choose_output_dir(args)
     make_folders(args)
@@ -267,10 +273,10 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
         original = cache(partial(original_size, prediction, item.height, item.width, info))  # at most once, if needed
         if masks:
             label_map = torch.from_numpy(original())
-            labels = torch.from_numpy(read_mask(masks[item.name], item.height, item.width).copy())
+            labels = torch.from_numpy(source.read_original_mask(masks[item.name], item.height, item.width).copy())
         else:
             label_map = prediction.label_map(info.image_size)
-        counts = count_pixels(label_map, labels).cpu().numpy()
+        counts = count_pixels(label_map, labels, len(model.classes)).int().cpu().numpy()  # kept for every image
         shown = encode_labels(label_map.cpu().numpy(), source, index) if args.report_images else b""
         scored.append(ScoredImage(index, counts, shown))
         if args.save_predictions:
@@ -279,8 +285,9 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
             examples.keep(index, original())
     scored = sorted(chain(*distributed.all_gather(scored)), key=lambda image: image.index)
     distributed.on_main(lambda: save_results(args, source, scored, masks, boxes=boxes, rule=rule))
-    draw_examples(args.output_dir / "visualizations", examples, source, masks)  # each process those that it has scored
-    distributed.on_main(lambda: finish(args, pictures))
+    # Each process draws those that it has scored.
+    draw_examples(args.output_dir / "visualizations", examples, source, model.classes, masks)
+    distributed.on_main(lambda: finish(args, model.classes, pictures))
     return 0
 
 
@@ -297,13 +304,14 @@ def save_results(
     write_report(
         args.output_dir,
         {source.items[image.index].name: torch.from_numpy(image.counts) for image in scored},
+        classes=source.classes,
         model=str(args.model_checkpoint or f"{args.sam_checkpoint}, not fine-tuned"),
         data=str(args.val_npy_path),
         box_source="none" if boxes is None else "oracle" if boxes == "oracle" else str(args.boxes),
         eval_size=args.eval_size,
         map_rule=rule,
         tta=args.tta,
-        cards=lambda: report_cards(source, scored, args.report_images, masks),
+        cards=lambda: report_cards(source, scored, args.report_images, source.classes, masks),
     )
     if args.report_images:
         save_label_maps(args.output_dir / LABEL_MAPS, scored)
@@ -340,6 +348,8 @@ def segment_pictures(args: cli.Flags, precision: Precision) -> int:
         wrong = "runs in one process; start it without a launcher"
     elif args.visualize or args.eval_size != "frame" or args.bdd100k_root or "report_images" in args.given:
         wrong = "draws overlays without a score; leave out --visualize, --report_images, --eval_size and --bdd100k_root"
+    elif args.match_classes:
+        wrong = "draws overlays without a score; leave out --match_classes"
     elif args.cache_embeddings not in ("auto", "off"):
         wrong = "reads no cache; leave out --cache_embeddings"
     if wrong:
@@ -354,12 +364,16 @@ def segment_pictures(args: cli.Flags, precision: Precision) -> int:
             )
         annotators.require_exportable(files)
     model, info = load_model(args, precision, frame=None)
-    boxes = choose_boxes(args, info, list(files) or None)
+    boxes = choose_boxes(args, info, model.classes, list(files) or None)
     assert boxes != "oracle", "--images has no ground truth"
     rule = choose_map_rule(args, info, boxes)
+    painted = [*range(len(model.classes))]
+    if args.classes:
+        painted = sorted({model.classes.id_of(name) for name in args.classes.split(",")})
     style = OverlayStyle(
+        model.classes,
         args.opacity,
-        class_ids=sorted({CLASS_NAMES.index(name) for name in args.classes or CLASS_NAMES}),
+        class_ids=painted,
         fixed_legend=isinstance(source, Video),
     )
     sink: OverlayFolder | OverlayVideo
@@ -406,19 +420,23 @@ def segment_pictures(args: cli.Flags, precision: Precision) -> int:
     print(f"\nOverlays: {output}")
     if isinstance(source, Video) and not has_h264():
         print("The video is MPEG-4, which browsers and phones do not play; for H.264, pip install av")
-    finish(args, {name: path for name, path in files.items() if name in segmented})
+    finish(args, model.classes, {name: path for name, path in files.items() if name in segmented})
     for failure in [*failures, *source.skipped]:
         print(printable(f"not segmented: {failure}"))
     return 1 if failures else 0
 
 
 def load_model(
-    args: argparse.Namespace, precision: Precision, frame: tuple[ImageSize, str] | None
+    args: argparse.Namespace,
+    precision: Precision,
+    frame: tuple[ImageSize, str] | None,
+    classes: ClassTable = BDD100K,
 ) -> tuple[Segmenter, ModelInfo]:
     """Load SAM and the fine-tuned decoder, if one is given, and check that they and the data belong together.
 
     Args:
         frame: image size and resize mode of the data; None for pictures that can be resized to any.
+        classes: of SAM itself; a fine-tuned decoder has its own.
     """
     if is_onnx(args.model_checkpoint):
         return load_onnx_model(args, precision, frame)
@@ -436,7 +454,11 @@ def load_model(
     else:
         image_size, resize_mode = frame or (CONFIGS[args.model_type].image_size, "stretch")
         model = build_model(
-            args.model_type, args.sam_checkpoint, image_size=image_size, check_hash=args.verify_checkpoint
+            args.model_type,
+            args.sam_checkpoint,
+            image_size=image_size,
+            check_hash=args.verify_checkpoint,
+            classes=classes,
         )
         info = ModelInfo(args.model_type, image_size, resize_mode, file_digest(args.sam_checkpoint))
     return model.to(precision.device), info
@@ -469,7 +491,7 @@ def load_onnx_model(
 
 
 def choose_boxes(
-    args: argparse.Namespace, info: ModelInfo, names: list[str] | None
+    args: argparse.Namespace, info: ModelInfo, classes: ClassTable, names: list[str] | None
 ) -> BoxesByName | Literal["oracle"] | None:
     """The boxes to prompt with: detected ones, "oracle" for the ground truth's, or None in semantic mode.
 
@@ -487,7 +509,7 @@ def choose_boxes(
                 "from; give --boxes FILE, or the checkpoint of a run with --prompt_mode semantic"
             )
         return "oracle"
-    detections = read_detections(args.boxes, BDD100K)
+    detections = read_detections(args.boxes, classes)
     if names is not None:
         found = sum(match_key(name) in detections.boxes for name in names)
         if not found:
@@ -515,14 +537,14 @@ def picture_folders(args: argparse.Namespace) -> dict[str, Path]:
     return {name: args.output_dir / name for name, wants in wanted.items() if wants}
 
 
-def finish(args: argparse.Namespace, pictures: Mapping[str, Path]) -> None:
+def finish(args: argparse.Namespace, classes: ClassTable, pictures: Mapping[str, Path]) -> None:
     """Name the folders of pictures, and write the predictions of `pictures` for an annotation tool if one is given."""
     for name, folder in picture_folders(args).items():
         print(f"{'Pictures' if name == 'visualizations' else 'Train ids'}: {folder}")
     tool, folder = args.predictions_format, args.output_dir
     if tool != "png" and pictures:
         model = str(args.model_checkpoint or "SAM, not fine-tuned")
-        for line in annotators.export_predictions(tool, folder, folder / "predictions", pictures, model=model):
+        for line in annotators.export_predictions(tool, folder, folder / "predictions", pictures, classes, model=model):
             print(printable(line))
 
 

@@ -1,12 +1,13 @@
-"""Convert BDD100K's images and masks to the .npy files that training and inference read.
+"""Convert the images and masks of BDD100K, or of another data set, to the .npy files that training and inference read.
 
     python pre_bdd100k.py --bdd100k_root data/bdd100k --output_path data/bdd100k_npy --splits train val
     python pre_bdd100k.py --bdd100k_root data/bdd100k --image_dtype uint8                # a third of the disk
     python pre_bdd100k.py --bdd100k_root data/bdd100k --resize_mode pad --overwrite        # keep the aspect ratio
     python pre_bdd100k.py --bdd100k_root data/bdd100k --image_size 576x1024                # BDD100K's aspect ratio
+    python pre_bdd100k.py --dataset cityscapes --root data/cityscapes                      # another data set
 
-Writes `<output_path>/<split>/imgs/<name>.npy` (H, W, 3) RGB in [0, 1], `gts/<name>.npy` (H, W) uint8 with ids 0-18 and
-255 = not labelled, `manifest.json`, and the distribution of the labels as a table and a chart. Run the same command
+Writes `<output_path>/<split>/imgs/<name>.npy` (H, W, 3) RGB in [0, 1], `gts/<name>.npy` (H, W) uint8 with class ids
+and 255 = not labelled, `manifest.json`, and the distribution of the labels as a table and a chart. Run the same command
 again to resume. An image is redone if the path, size or modification time of its file or mask has changed.
 """
 
@@ -34,12 +35,13 @@ from utils.data.bdd100k import (
     Split,
     check_first_masks,
     count_labels,
-    find_split,
     foreign_pictures,
     read_item,
     read_size,
 )
-from utils.data.classes import CLASSES, IGNORE_LABEL, NUM_CLASSES
+from utils.data.classes import BDD100K, IGNORE_LABEL, ClassTable
+from utils.data.description import DEFAULT, Description, Labels, built_in_names, load_description
+from utils.data.finding import find_split
 from utils.data.frame import ImageSize, frame_size, image_size
 from utils.data.geometry import resize_image, resize_mask
 from utils.data.manifest import IMAGE_DTYPES, RESIZE_MODES, Manifest, ManifestItem, Source, read_manifest, source_of
@@ -56,6 +58,7 @@ from utils.runtime.files import (
 )
 from utils.runtime.process_pool import run_jobs, usable_cores
 from utils.runtime.progress import progress_bar
+from utils.runtime.text import display_width, pad
 
 UNIT_INTERVAL = np.arange(256, dtype=np.float32) / 255  # a byte's value in [0, 1]
 DISTRIBUTION = ("label_distribution.csv", "label_distribution.png")  # of a split
@@ -66,9 +69,14 @@ def get_args_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     flag = parser.add_flag
     parser.begin_group("data")
-    flag("bdd100k_root", type=Path, required=True, metavar="DIR", help="the unpacked BDD100K")
+    flag(
+        "bdd100k_root", "root", type=Path, required=True, metavar="DIR", help="the unpacked BDD100K, or other data set"
+    )
+    names = ", ".join(built_in_names())
+    flag("dataset", default=DEFAULT, metavar="NAME", help=f"{names}, or a YAML file that describes a data set")
     flag("splits", nargs="+", default=["train", "val"], metavar="SPLIT", help="splits to process")
-    flag("output_path", type=Path, default=Path("data/bdd100k_npy"), metavar="DIR", help="folder to write")
+    where = "folder to write; of another data set, data/<name>_npy"
+    flag("output_path", type=Path, default=Path("data/bdd100k_npy"), metavar="DIR", help=where)
     parser.add_switch("overwrite", help="delete the files of earlier runs for these splits, and start anew")
     parser.begin_group("format")
     flag(
@@ -107,6 +115,8 @@ class Job:
     settings: Settings
     done: bool = False
     sources: list[Source] | None = None  # None if one is missing
+    labels: Labels | None = None  # what the mask holds, None for BDD100K's train ids
+    num_classes: int = len(BDD100K)
 
     @property
     def outputs(self) -> list[Path]:
@@ -125,7 +135,9 @@ class Failure:
 WRONG_LABELS = "wrong labels"  # a kind
 
 
-def make_jobs(split: Split, folder: Path, settings: Settings, earlier: Manifest | None) -> list[Job]:
+def make_jobs(
+    split: Split, folder: Path, settings: Settings, earlier: Manifest | None, classes: ClassTable = BDD100K
+) -> list[Job]:
     """One job for each image; it is done if an earlier run has written its files from the same sources.
 
     Raises:
@@ -134,7 +146,7 @@ def make_jobs(split: Split, folder: Path, settings: Settings, earlier: Manifest 
     known = (earlier and earlier.sources) or {}
     jobs = []
     for item in split.items:
-        job = Job(item, folder, settings, sources=sources_of(item))
+        job = Job(item, folder, settings, False, sources_of(item), split.labels, len(classes))
         is_same = job.sources is not None and known.get(item.name) == job.sources
         job = replace(job, done=is_same and is_complete(job))
         if not job.done and any(exists(path) for path in job.outputs):  # they are deleted before the source is read
@@ -212,7 +224,7 @@ def prepare(job: Job) -> tuple[ManifestItem | Failure, dict[Path, np.ndarray]]:
         if job.done:
             height, width = read_size(item.mask or item.image)  # the image may have been turned to fit its mask
         else:
-            image, mask = read_item(item)
+            image, mask = read_item(item, job.labels)
             height, width = image.shape[:2]
     except UserError as error:
         stays = job.done and isinstance(error, UnreadableError)
@@ -229,7 +241,7 @@ def prepare(job: Job) -> tuple[ManifestItem | Failure, dict[Path, np.ndarray]]:
     pixels, ignored = [], 0
     if item.mask:
         counts = count_labels(np.load(job.outputs[1], allow_pickle=False) if job.done else arrays[1]).tolist()
-        pixels, ignored = counts[:NUM_CLASSES], counts[IGNORE_LABEL]
+        pixels, ignored = counts[: job.num_classes], counts[IGNORE_LABEL]
     return ManifestItem(item.name, height, width, pixels, ignored), dict(zip(job.outputs, arrays))
 
 
@@ -255,17 +267,20 @@ def write(arrays: dict[Path, np.ndarray]) -> None:
             file.write(array.data)
 
 
-def read_earlier(folder: Path, settings: Settings, labelled: bool) -> Manifest | None:
+def read_earlier(folder: Path, settings: Settings, description: Description, labelled: bool) -> Manifest | None:
     """The manifest of an earlier run of the same settings; None if there is none.
 
     Raises:
-        UserError: the folder holds files of other settings, or .npy files without a manifest.
+        UserError: the folder holds files of other settings or of another data set, or .npy files without a manifest.
     """
     earlier, wrong = None, None
     if exists(folder / "manifest.json"):
         earlier = read_manifest(folder, allow_incomplete=True)
         found = Settings(earlier.image_size, earlier.image_dtype, earlier.resize_mode)
-        if found != settings:
+        if earlier.description != description:
+            was, now = earlier.description.name, description.name
+            wrong = f"was written from {was}, not from {now}" if was != now else f"had another description of {now}"
+        elif found != settings:
             wrong = f"was written with {found}, not with {settings}"
         elif earlier.labelled != labelled:
             was, now = ("with", "none") if earlier.labelled else ("without", "some")
@@ -371,22 +386,25 @@ def report(folder: Path, split: Split, manifest: Manifest, kept: int) -> None:
     print(f"\n{folder}: {len(manifest.items)} of {found} images written{earlier}")
     if not (manifest.labelled and manifest.items):
         return
-    of_classes = [[item.pixels[c.id] for item in manifest.items] for c in CLASSES]
-    rows = [(c.id, c.name, counts) for c, counts in zip(CLASSES, of_classes)]
+    classes = manifest.classes
+    of_classes = [[item.pixels[c.id] for item in manifest.items] for c in classes]
+    rows = [(c.id, c.name, counts) for c, counts in zip(classes, of_classes)]
     rows.append((IGNORE_LABEL, "not labelled", [item.ignored for item in manifest.items]))
     total = sum(sum(counts) for _, _, counts in rows)
     table = [["id", "class", "pixels", "percent", "images"]]
-    print(f" id  {'class':<14}{'pixels':>18}{'%':>9}{'images':>10}")
+    wide = max(14, *(display_width(name) + 1 for _, name, _ in rows))
+    print(f" id  {'class':<{wide}}{'pixels':>18}{'%':>9}{'images':>10}")
     for label, name, counts in rows:
         pixels, images = sum(counts), sum(map(bool, counts))
-        print(f"{label:>3}  {name:<14}{pixels:>18,}{100 * pixels / total:>9.3f}{images:>10,}")
+        print(f"{label:>3}  {pad(name, wide)}{pixels:>18,}{100 * pixels / total:>9.3f}{images:>10,}")
         table.append([str(label), name, str(pixels), f"{100 * pixels / total:.6f}", str(images)])
     with atomic_write(folder / DISTRIBUTION[0]) as file:
         file.write("".join(f"{','.join(row)}\n" for row in table).encode())
     from utils.evaluate.charts import save_label_distribution  # matplotlib, which worker processes need not import
 
     pixels_of, images_of = ([sum(map(f, counts)) for counts in of_classes] for f in (int, bool))
-    save_label_distribution(folder / DISTRIBUTION[1], folder.name, pixels_of, images_of, len(manifest.items))
+    chart = folder / DISTRIBUTION[1]
+    save_label_distribution(chart, folder.name, pixels_of, images_of, len(manifest.items), classes)
     if not has_labels(manifest):
         warn(f"{folder}: all pixels of all masks are {IGNORE_LABEL} (not labelled); this split is of no use")
 
@@ -398,20 +416,23 @@ def has_labels(manifest: Manifest) -> bool:
 def next_command(output: Path, manifests: dict[str, Manifest]) -> str | None:
     """The command that trains on the written data; None if no split is usable."""
     usable = [name for name, manifest in manifests.items() if has_labels(manifest)]
-    train = next((name for name in ("train", *usable) if name in usable and name not in ("val", "test")), None)
+    train = next(
+        (name for name in ("train", *usable) if name in usable and name not in ("val", "validation", "test")), None
+    )
     if train is None:
         return None
+    task = "BDD100K" if manifests[train].dataset is None else manifests[train].description.name
     model = "-model_type vit_b -checkpoint work_dir/SAM/sam_vit_b_01ec64.pth"
     # The built-in model is trained at 256 pixels, too few for SAM's.
     if max(frame_size(manifests[train].image_size)) <= 256:
         model = "-model_type vit_tiny -checkpoint assets/sam_vit_tiny_scenes.pth"
     lines = [
-        f"python train_bdd100k.py -i {shlex.quote(str(output / train))} -task_name BDD100K-SAM-MaskDecoder",
+        f"python train_bdd100k.py -i {shlex.quote(str(output / train))} -task_name {task}-SAM-MaskDecoder",
         f"{model} -work_dir ./work_dir",
         "-batch_size 4 -num_epochs 100 -lr 5e-5 -use_amp --grad_acc_steps 4",
     ]
-    if "val" in usable:
-        lines.append(f"--val_npy_path {shlex.quote(str(output / 'val'))}")
+    if val := next((name for name in ("val", "validation") if name in usable), None):
+        lines.append(f"--val_npy_path {shlex.quote(str(output / val))}")
     return " \\\n        ".join(lines)
 
 
@@ -433,7 +454,12 @@ def check_shape(size: ImageSize, split: Split) -> str | None:
 def main(args: Namespace) -> int:
     settings = Settings(args.image_size, args.image_dtype, args.resize_mode)
     # All checks come before the first write.
-    splits = {name: find_split(args.bdd100k_root, name) for name in args.splits}
+    description = load_description(args.dataset)
+    dataset = None if description.name == DEFAULT else description.to_plain()
+    output: Path = args.output_path
+    if dataset and "output_path" not in args.given:
+        output = output.with_name(f"{description.name}_npy")
+    splits = {name: find_split(args.bdd100k_root, name, description) for name in args.splits}
     checks = (check_first_masks, partial(check_shape, args.image_size))
     doubts = [doubt for split in splits.values() for check in checks if (doubt := check(split))]
     jobs: dict[str, list[Job]] = {}
@@ -441,13 +467,13 @@ def main(args: Namespace) -> int:
     places = "; ".join(note for split in splits.values() for note in split.notes)
     notes = [places] if places else []
     for name, split in splits.items():
-        folder = args.output_path / name
-        earlier = None if args.overwrite else read_earlier(folder, settings, split.labelled)
-        jobs[name] = make_jobs(split, folder, settings, earlier)
+        folder = output / name
+        earlier = None if args.overwrite else read_earlier(folder, settings, description, split.labelled)
+        jobs[name] = make_jobs(split, folder, settings, earlier, description.classes)
         earlier_items[name] = {item.name: item for item in earlier.items} if earlier else {}
         if earlier and (note := redone(folder, earlier, jobs[name])):
             notes.append(note)
-    check_disk(args.output_path, [job for split_jobs in jobs.values() for job in split_jobs], args.overwrite)
+    check_disk(output, [job for split_jobs in jobs.values() for job in split_jobs], args.overwrite)
 
     for note in dict.fromkeys(notes):
         print(printable(note), flush=True)
@@ -459,14 +485,22 @@ def main(args: Namespace) -> int:
     manifests = {}
     for name, split in splits.items():
         sources = {job.item.name: job.sources for job in jobs[name] if job.sources}
-        manifests[name] = Manifest(**vars(settings), labelled=split.labelled, complete=False, items=[], sources=sources)
+        manifests[name] = Manifest(
+            **vars(settings),
+            labelled=split.labelled,
+            complete=False,
+            items=[],
+            class_names=list(description.classes.names),
+            sources=sources,
+            dataset=dataset,
+        )
         masks = f"{len(split.items)} with a mask" if split.labelled else f"no masks in {split.mask_dir}, so no gts/"
         print(f"{name}: {len(split.items) + len(split.images_without_mask)} images, {masks}", flush=True)
         if not split.labelled and name != "test":
-            warn(
-                f"without masks, {name} is of no use for training or evaluation; download BDD100K's masks and unpack "
-                "them into the same folder"
-            )
+            fix = f"add its masks as the layout of {description.name} says"
+            if dataset is None:
+                fix = "download BDD100K's masks and unpack them into the same folder"
+            warn(f"without masks, {name} is of no use for training or evaluation; {fix}")
         if foreign := foreign_pictures(split.items[0].image.parent):
             warn(
                 f"{name}: {len(foreign)} pictures are left out, such as {foreign[0]}: their format is not supported; "
@@ -476,7 +510,7 @@ def main(args: Namespace) -> int:
     suspect: list[str] = []
     try:
         for name, manifest in manifests.items():
-            begin(args.output_path / name, manifest, jobs[name], args.overwrite)
+            begin(output / name, manifest, jobs[name], args.overwrite)
         with progress_bar(total=sum(map(len, jobs.values())), unit="image") as progress:
             for name, split in splits.items():
                 progress.set_description_str(name, refresh=False)
@@ -490,22 +524,22 @@ def main(args: Namespace) -> int:
                 items = [item for item in known if isinstance(item, ManifestItem)]
                 failures = [result for result in results if isinstance(result, Failure)]
                 wrong = sum(failure.kind == WRONG_LABELS for failure in failures)
-                suspect += [f"{args.output_path / name}: wrong labels in {wrong:,} masks"] if wrong else []
-                errors += grouped(args.output_path / name, failures) + unpaired(split)
+                suspect += [f"{output / name}: wrong labels in {wrong:,} masks"] if wrong else []
+                errors += grouped(output / name, failures) + unpaired(split)
                 there = {item.name for item in items} | stay
                 sources = {key: files for key, files in (manifests[name].sources or {}).items() if key in there}
                 manifests[name] = replace(manifests[name], complete=True, items=items, sources=sources)
-                manifests[name].write(args.output_path / name)
+                manifests[name].write(output / name)
     except KeyboardInterrupt:
         again = " without --overwrite" if args.overwrite else " again"
         raise KeyboardInterrupt(f"run the same command{again} to resume") from None
     finally:
         for name in splits:
-            remove_temporaries(args.output_path / name)
+            remove_temporaries(output / name)
 
     for name, split in splits.items():
-        report(args.output_path / name, split, manifests[name], kept=sum(job.done for job in jobs[name]))
-    command = None if suspect or doubts else next_command(args.output_path, manifests)
+        report(output / name, split, manifests[name], kept=sum(job.done for job in jobs[name]))
+    command = None if suspect or doubts else next_command(output, manifests)
     if command:
         print(f"\nNext:\n    {command}")
     sys.stdout.flush()  # before the errors, if both go to one file

@@ -43,7 +43,7 @@ from utils.runtime.choices import (
     PROMPT_MODES,
     SCHEDULES,
 )
-from utils.runtime.errors import UserError
+from utils.runtime.errors import UserError, printable
 
 # Flags of one start, which a resumed run does not take from its last one.
 OF_ONE_START = ("resume", "distributed", "world_size", "node_rank", "init_method", "local_rank")
@@ -82,6 +82,19 @@ def get_args_parser() -> cli.Parser:
     parser.begin_group("data")
     flag("i", "tr_npy_path", type=Path, help="training split, written by pre_bdd100k.py; required for a new run")
     flag("val_npy_path", type=Path, help="validation split; its mIoU chooses the best model (default: none)")
+    flag(
+        "classes",
+        nargs="+",
+        action=cli.JoinedNames,
+        metavar="CLASS",
+        help="train and score these classes alone, such as road car traffic_light (default: all)",
+    )
+    flag(
+        "other_classes",
+        choices=["ignore", "other"],
+        default="ignore",
+        help="with --classes: ignore the pixels of the others, or train them as one class named other",
+    )
     flag(
         "augment",
         choices=list(AUGMENTATIONS),
@@ -124,6 +137,13 @@ def get_args_parser() -> cli.Parser:
     flag("model_type", choices=MODEL_TYPES, default="vit_b", help="SAM's image encoder")
     flag("checkpoint", type=Path, default=Path("work_dir/SAM/sam_vit_b_01ec64.pth"), help="SAM checkpoint")
     switch("verify_checkpoint", help="compare the SAM file with the hash in its name")
+    flag(
+        "init_decoder",
+        type=Path,
+        metavar="PATH",
+        help="start from the decoder of this run or checkpoint, on the same SAM file; classes are matched by name "
+        "(default: SAM's own decoder)",
+    )
 
     # 修改点 3: 训练参数的默认值适配 4 张 2080 Ti（11 GB）
     parser.begin_group("optimisation")
@@ -235,7 +255,6 @@ from torch import nn
 from segment_anything.build_sam import file_digest
 from utils.cache.resident import ResidentLoader, require_possible, resident_loader
 from utils.cache.writer import use_caches
-from utils.data.classes import CLASS_NAMES
 from utils.data.datasets import (
     FILLER,
     EvaluationDataset,
@@ -312,7 +331,7 @@ def train(args: cli.Flags, precision: Precision, resume: ResumeState | None) -> 
     segmenter, info = load_model(args, dataset.source, precision, resume)
     data = {"train_data": dataset.source.digest, "val_data": val_dataset.source.digest if val_dataset else None}
     if resume:
-        resume.require_same_data(data, info)
+        resume.require_same_data(data, info, dataset.source.classes)
     settings = run_settings(args)
     distributed.on_main(partial(require_room, settings, resume, segmenter))
     model = distributed.wrap(segmenter, precision.device)
@@ -354,7 +373,7 @@ def validate(segmenter: Segmenter, loader: Loader, precision: Precision) -> Reco
     """An epoch's figures of the validation split: "val_miou", the IoU of each class, and "val_seconds"."""
     started = time.monotonic()
     matrix = evaluate(segmenter, loader, precision).matrix
-    ious = {f"{CLASS_IOU}{name}": iou for name, iou in zip(CLASS_NAMES, iou_per_class(matrix).tolist())}
+    ious = {f"{CLASS_IOU}{name}": iou for name, iou in zip(segmenter.classes.names, iou_per_class(matrix).tolist())}
     return {"val_miou": mean_iou(matrix), **ious, "val_seconds": time.monotonic() - started}
 
 
@@ -385,6 +404,8 @@ def run_settings(args: cli.Flags) -> RunSettings:
 
 def load_data(args: cli.Flags) -> tuple[TrainingDataset, EvaluationDataset | None]:
     source = NpyFolder(args.tr_npy_path)
+    if args.classes:
+        source.use_classes(source.classes.select(args.classes.split(","), other=args.other_classes == "other"))
     dataset = training_dataset(
         source,
         args.prompt_mode,
@@ -407,11 +428,17 @@ def load_model(
         prompt_mode=args.prompt_mode,
         check_hash=args.verify_checkpoint,
         flags=TRAIN_FLAGS,
+        classes=resume.classes if resume else source.classes,
         decoder=resume.decoder if resume else None,
     ).to(precision.device)
     segmenter.balance_classes(source.class_pixels())
     digest = file_digest(args.checkpoint)
-    return segmenter, ModelInfo(args.model_type, source.image_size, source.resize_mode, digest, args.prompt_mode)
+    info = ModelInfo(args.model_type, source.image_size, source.resize_mode, digest, args.prompt_mode)
+    if args.init_decoder and not resume:
+        fresh = checkpoint.init_decoder(segmenter, info, args.init_decoder, TRAIN_FLAGS)
+        news = f"; new classes: {', '.join(fresh)}" if fresh else ""
+        distributed.say(printable(f"decoder of {args.init_decoder}{news}"))
+    return segmenter, info
 
 
 def prepare_cache(

@@ -185,7 +185,7 @@ class SyntheticDataset(BoxPromptDataset):
         self.embeddings = torch.randn(64, channels, height // 16, width // 16).half()
         stripes = [np.linspace(0, k, width, endpoint=False).astype(np.uint8) for k in range(6, 15)]
         self.labels = [torch.from_numpy(np.tile(stripe, (height, 1))) for stripe in stripes]
-        self.boxes = [class_boxes(labels.numpy()) for labels in self.labels]
+        self.boxes = [class_boxes(labels.numpy(), NUM_CLASSES) for labels in self.labels]
 
     def num_prompts(self) -> list[int]:
         return [len(self.boxes[i % len(self.boxes)][0]) for i in self.indices]

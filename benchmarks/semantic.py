@@ -302,7 +302,7 @@ def random_boxes(labels: Tensor, classes: int | None, rng: np.random.Generator) 
     """Jittered boxes of the classes of each image, as `BoxPromptDataset` and `collate_training` make them."""
     samples: list[Sample] = []
     for label in labels.numpy():
-        class_ids, boxes = class_boxes(label)
+        class_ids, boxes = class_boxes(label, NUM_CLASSES)
         chosen = rng.permutation(len(class_ids))[:classes]
         shift = BBOX_SHIFT * max(label.shape) // 1024
         boxes = jitter_boxes(boxes[chosen], image_size_of(label.shape), shift, rng).astype(np.float32)
@@ -369,7 +369,7 @@ def score(segmenter: Segmenter, data: Split, use_amp: bool) -> tuple[Tensor, Ten
     with `--tta`.
     """
     segmenter.eval()
-    confusion, second = ConfusionMatrix(), ConfusionMatrix()
+    confusion, second = ConfusionMatrix(NUM_CLASSES), ConfusionMatrix(NUM_CLASSES)
 
     def masks_of(index: int, *prompts: Tensor) -> Tensor:
         features = data.batch(torch.tensor([index]), segmenter)
@@ -379,7 +379,7 @@ def score(segmenter: Segmenter, data: Split, use_amp: bool) -> tuple[Tensor, Ten
     for i, label in enumerate(data.labels[: data.num_images]):
         height, width = label.shape
         if segmenter.PROMPTS:
-            class_ids, boxes = (torch.from_numpy(array) for array in class_boxes(label.numpy()))
+            class_ids, boxes = (torch.from_numpy(array) for array in class_boxes(label.numpy(), NUM_CLASSES))
             masks = masks_of(i, boxes.float()[None])
             predictions = [
                 Prediction(masks, class_ids, boxes),

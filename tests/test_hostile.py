@@ -427,7 +427,7 @@ def test_a_jpeg_of_thousands_of_scans(tmp_path: Path) -> None:
 
 def test_a_video_that_claims_an_absurd_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.mp4"
-    with media.OverlayVideo(path, 10, (48, 64)) as video:
+    with media.OverlayVideo(path, 10, (48, 64), lambda image, labels: image) as video:
         for _ in range(3):
             video.write("", np.zeros((48, 64, 3), np.uint8), np.zeros((48, 64), np.uint8))
     media.find_source(str(path))

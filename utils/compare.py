@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 from utils.runtime import cli
 from utils.runtime.errors import UserError, printable
 from utils.runtime.files import is_folder, make_folder, read_json
+from utils.runtime.text import class_column, display_width
 
 
 def get_args_parser() -> cli.Parser:
@@ -81,15 +82,16 @@ def _is_results(results: Any) -> bool:
 def format_comparison(results: Mapping[str, Results]) -> str:
     """A table with a column for each of the named results: classes in the ground truth, mIoU, and box sources."""
     width = max(10, *(len(name) + 2 for name in results))
-    per_class = [result["per_class"] for result in results.values()]
-    lines = [f"{'IoU':<24}{'gt pixels':>14}" + "".join(f"{name:>{width}}" for name in results)]
-    for entries in zip(*per_class):
+    per_class = list(zip(*(result["per_class"] for result in results.values())))
+    labels = class_column([first["name"] for first, *_ in per_class], [first["id"] for first, *_ in per_class])
+    first_width = max(24, *map(display_width, labels))
+    lines = [f"{'IoU':<{first_width}}{'gt pixels':>14}" + "".join(f"{name:>{width}}" for name in results)]
+    for label, entries in zip(labels, per_class):
         if entries[0]["iou"] is not None:
-            label = f"{entries[0]['id']:2d}. {entries[0]['name']:<20}"
             ious = "".join(f"{entry['iou']:>{width}.4f}" for entry in entries)
             lines.append(f"{label}{entries[0]['gt_pixels']:>14d}{ious}")
     mious = [math.nan if result["miou"] is None else result["miou"] for result in results.values()]
-    lines.append(f"{'mIoU':<24}{'':>14}" + "".join(f"{miou:>{width}.4f}" for miou in mious))
+    lines.append(f"{'mIoU':<{first_width}}{'':>14}" + "".join(f"{miou:>{width}.4f}" for miou in mious))
     sources = [str(result["boxes"]) for result in results.values()]
     lines.append(f"boxes: {_shared(sources)}")
     if any("map_rule" in result for result in results.values()):
@@ -125,7 +127,11 @@ def main(args: argparse.Namespace) -> None:
     read = {folder: read_results(folder) for folder in args.folders}
     first, *others = read
     pixels = {folder: [entry["gt_pixels"] for entry in result["per_class"]] for folder, result in read.items()}
+    names_of = {folder: [entry["name"] for entry in result["per_class"]] for folder, result in read.items()}
     for other in others:
+        if names_of[other] != names_of[first]:
+            lists = [f"{folder} has the classes {', '.join(names_of[folder])}" for folder in (first, other)]
+            raise UserError(f"{'; '.join(lists)}; only evaluations of the same classes are comparable")
         if pixels[other] != pixels[first]:
             sizes = [str(read[folder].get("eval_size", "frame")) for folder in (first, other)]
             if sizes[0] != sizes[1]:

@@ -19,7 +19,7 @@ def test_boxes_worked_by_hand() -> None:
     labels[1:3, 2:5] = 13  # 2 rows, 3 columns
     labels[0, 0] = labels[3, 5] = 18  # opposite corners
     labels[2, 2] = 0  # one pixel
-    class_ids, boxes = class_boxes(labels)
+    class_ids, boxes = class_boxes(labels, 19)
     assert class_ids.dtype == boxes.dtype == np.int64
     assert class_ids.tolist() == [0, 13, 18]
     assert boxes.tolist() == [[2, 2, 2, 2], [2, 1, 4, 2], [0, 0, 5, 3]]
@@ -31,7 +31,7 @@ def test_boxes_equal_slow_search(seed: int) -> None:
     labels = np.full(rng.integers(1, 24, 2), 255, dtype=np.uint8)
     for k in rng.permutation(19)[: rng.integers(1, 20)]:
         labels[rng.random(labels.shape) < rng.choice([0.01, 0.1])] = k
-    class_ids, boxes = class_boxes(labels)
+    class_ids, boxes = class_boxes(labels, 19)
     present = sorted(set(labels.ravel().tolist()) - {255})
     assert class_ids.tolist() == present
     assert boxes.shape == (len(present), 4)
@@ -41,10 +41,10 @@ def test_boxes_equal_slow_search(seed: int) -> None:
 
 
 def test_all_classes_and_no_class() -> None:
-    class_ids, boxes = class_boxes(np.arange(19, dtype=np.uint8)[None])
+    class_ids, boxes = class_boxes(np.arange(19, dtype=np.uint8)[None], 19)
     assert class_ids.tolist() == list(range(19))
     assert boxes.tolist() == [[k, 0, k, 0] for k in range(19)]
-    class_ids, boxes = class_boxes(np.full((5, 7), 255, dtype=np.uint8))
+    class_ids, boxes = class_boxes(np.full((5, 7), 255, dtype=np.uint8), 19)
     assert class_ids.shape == (0,)
     assert boxes.shape == (0, 4)
 
@@ -54,14 +54,14 @@ def test_label_that_is_no_class_is_an_error(value: int) -> None:
     labels = np.zeros((3, 3), dtype=np.uint8)
     labels[1, 1] = value
     with pytest.raises(ValueError, match=rf"labels must be 0-18 or 255, got \[{value}\]"):
-        class_boxes(labels)
+        class_boxes(labels, 19)
 
 
 def test_arrays_of_another_kind_are_errors() -> None:
     with pytest.raises(ValueError, match="uint8"):
-        class_boxes(np.zeros((3, 3), dtype=np.int64))
+        class_boxes(np.zeros((3, 3), dtype=np.int64), 19)
     with pytest.raises(ValueError, match="uint8"):
-        class_boxes(np.zeros((3, 3, 3), dtype=np.uint8))
+        class_boxes(np.zeros((3, 3, 3), dtype=np.uint8), 19)
     with pytest.raises(ValueError, match="bool"):
         mask_box(np.zeros((3, 3), dtype=np.uint8))
     with pytest.raises(ValueError, match="empty"):
@@ -112,7 +112,7 @@ def test_box_in_the_frame_is_the_box_of_the_resized_mask(shape: tuple[int, int],
         box = np.array([xs[0], ys[0], xs[1], ys[1]])
         mask = np.full(shape, 255, dtype=np.uint8)
         mask[box[1] : box[3] + 1, box[0] : box[2] + 1] = 13
-        _, boxes = class_boxes(resize_mask(mask, size, mode))
+        _, boxes = class_boxes(resize_mask(mask, size, mode), 19)
         mapped = to_frame(box[None], *shape, size, mode)
         assert np.abs(mapped - boxes).max(initial=0) <= 1  # K is 0 if so thin a box has no pixel left
         height, width = fitted_size(*shape, size, mode)

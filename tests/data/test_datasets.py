@@ -122,7 +122,7 @@ def test_prompts_are_boxes_of_present_classes(npy: Path) -> None:
         data = dataset(npy, bbox_shift=0 if exact else 20)
         for i in range(7):
             sample = data[i]
-            present, boxes = class_boxes(sample["labels"].numpy())
+            present, boxes = class_boxes(sample["labels"].numpy(), 19)
             assert sample["valid"].all()
             assert len(set(sample["class_ids"].tolist())) == 2
             for class_id, box in zip(sample["class_ids"].tolist(), sample["boxes"].numpy()):
@@ -139,7 +139,7 @@ def test_all_classes_that_occur_are_prompts_each_once(classes_per_image: int | N
     data = dataset(npy, classes_per_image=classes_per_image)
     for i in range(7):
         sample = data[i]
-        present, _ = class_boxes(sample["labels"].numpy())
+        present, _ = class_boxes(sample["labels"].numpy(), 19)
         assert sorted(sample["class_ids"].tolist()) == present.tolist()
         assert sample["valid"].all() and len(sample["valid"]) == len(sample["boxes"]) == len(present)
 
@@ -205,7 +205,7 @@ def test_augmented_samples_depend_on_seed_epoch_and_index_alone(augment: str, np
         assert all(equal(a, b) for a, b in zip(samples[-1], loader))
     assert not all(equal(a, b) for a, b in zip(samples[0], samples[1]))
     for sample in (sample for epoch in samples for sample in epoch):  # prompts are of the view, not of the image
-        present, boxes = class_boxes(sample["labels"].numpy())
+        present, boxes = class_boxes(sample["labels"].numpy(), 19)
         order = sample["class_ids"][sample["valid"]].argsort()
         assert sample["class_ids"][sample["valid"]][order].tolist() == present.tolist()
         assert np.array_equal(sample["boxes"][sample["valid"]][order], boxes)

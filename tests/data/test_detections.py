@@ -270,11 +270,11 @@ def test_categories_are_names_and_aliases_of_the_table(path: Path) -> None:
     assert detections.boxes["a"][0].tolist() == [0, 0, 1]
     assert detections.left_out == {"car": 1}
     path.write_text(json.dumps([frame(label(category="car"))]))
-    with pytest.raises(UserError, match="rename them to: Lane Marking, bike, Line$"):
+    with pytest.raises(UserError, match=r"rename them to: Lane Marking, bike, Line$"):
         read_detections(path, classes)
 
 
 def test_known_categories_of_bdd100k_are_listed_names_first(path: Path) -> None:
     path.write_text(json.dumps([frame(label(category="ufo"))]))
-    with pytest.raises(UserError, match="motorcycle, bicycle, pedestrian, bike, motor$"):
+    with pytest.raises(UserError, match=r"motorcycle, bicycle, pedestrian, bike, motor$"):
         read_detections(path, BDD100K)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from utils.data.classes import CLASS_NAMES
+from utils.data.classes import BDD100K, CLASS_NAMES
+from utils.data.description import load_description
 from utils.data.manifest import FORMAT_VERSION, Manifest, ManifestItem, read_manifest, source_of
 from utils.runtime.errors import UserError
 
@@ -47,6 +48,21 @@ def test_sources_round_trip_and_older_files_have_none(tmp_path):
     manifest().write(tmp_path)
     assert "sources" not in json.loads((tmp_path / "manifest.json").read_text())
     assert read_manifest(tmp_path).sources is None
+
+
+def test_another_data_set(tmp_path):
+    """Of BDD100K's classes, so that the items fit; a damaged description is refused."""
+    plain = load_description("folders").to_plain()
+    other = manifest(dataset=plain)
+    other.write(tmp_path)
+    assert read_manifest(tmp_path) == other
+    assert read_manifest(tmp_path).description == load_description("folders")
+    assert manifest().classes is BDD100K and manifest().description == load_description("bdd100k")
+    classes = [{**c, "name": "street"} if c["name"] == "road" else c for c in plain["classes"]]
+    for wrong in ({}, {**plain, "name": "../x"}, {**plain, "classes": classes}, {**plain, "layout": []}):
+        manifest(dataset=wrong).write(tmp_path)
+        with pytest.raises(UserError, match=r"not a manifest of pre_bdd100k\.py"):
+            read_manifest(tmp_path)
 
 
 def test_a_source_is_the_file_that_a_link_leads_to(tmp_path):

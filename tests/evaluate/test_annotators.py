@@ -16,7 +16,8 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from utils.data.classes import CLASS_NAMES
+from tests.helpers.tables import table_of
+from utils.data.classes import BDD100K, CLASS_NAMES
 from utils.evaluate import annotators
 from utils.evaluate.annotators import FILES, WRITERS, export_predictions, require_exportable
 from utils.evaluate.plots import save_labels
@@ -44,7 +45,7 @@ def export(maps: dict[str, np.ndarray], tmp_path: Path) -> Callable[[str], str]:
         save_labels(tmp_path / "predictions" / f"{name}.png", labels)
     pictures = {name: tmp_path / path for name, path in zip(maps, PATHS)}
     return lambda tool: "\n".join(
-        export_predictions(tool, tmp_path, tmp_path / "predictions", pictures, model='run "1" <&>')
+        export_predictions(tool, tmp_path, tmp_path / "predictions", pictures, BDD100K, model='run "1" <&>')
     )
 
 
@@ -196,7 +197,7 @@ def test_one_picture_lies_in_its_own_folder(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "drive").mkdir()
     monkeypatch.chdir(tmp_path / "drive")
     save_labels(tmp_path / "drive" / "a.png", SMALL)
-    export_predictions("labelstudio", tmp_path, tmp_path / "drive", {"a": Path("a.jpg")}, model="")
+    export_predictions("labelstudio", tmp_path, tmp_path / "drive", {"a": Path("a.jpg")}, BDD100K, model="")
     (task,) = json.loads((tmp_path / "predictions_labelstudio.json").read_text())
     assert task["data"]["image"] == "/data/local-files/?d=drive/a.jpg"
 
@@ -208,7 +209,7 @@ def test_a_missing_prediction_leaves_no_new_file_and_the_old(tool: str, tmp_path
     old = tmp_path / FILES[tool][0]
     old.write_text("old")
     with pytest.raises(UserError, match=r"b\.png: no such file"):
-        export_predictions(tool, tmp_path, tmp_path, pictures, model="")
+        export_predictions(tool, tmp_path, tmp_path, pictures, BDD100K, model="")
     assert old.read_text() == "old" and {path.name for path in tmp_path.iterdir()} == {"a.png", old.name}
 
 
@@ -217,3 +218,25 @@ def test_a_path_that_no_tool_takes(name: str, tmp_path: Path) -> None:
     require_exportable({"b": tmp_path / "街　景.jpg"})
     with pytest.raises(UserError, match="no control characters in a path; rename the picture"):
         require_exportable({"b": tmp_path / "b.jpg", "a": tmp_path / name})
+
+
+@pytest.mark.parametrize("tool", WRITERS)
+def test_other_classes_have_their_names_in_each_file(tool: str, tmp_path: Path) -> None:
+    classes = table_of("道路", "<a&b>", *(f"class {i}" for i in range(148)))
+    save_labels(tmp_path / "a.png", np.array([[0, 1, 149, 255]], dtype=np.uint8))
+    export_predictions(tool, tmp_path, tmp_path, {"a": tmp_path / "a.jpg"}, classes, model="")
+    if tool == "labelstudio":
+        interface = ElementTree.fromstring((tmp_path / FILES[tool][1]).read_bytes())
+        assert [label.get("value") for label in interface.iter("Label")] == list(classes.names)
+        (task,) = json.loads((tmp_path / FILES[tool][0]).read_text())
+        named = [region["value"]["brushlabels"][0] for region in task["predictions"][0]["result"]]
+    else:
+        with zipfile.ZipFile(tmp_path / FILES[tool][0]) as archive:
+            if tool == "cvat":
+                root = ElementTree.fromstring(archive.read("annotations.xml"))
+                named = [mask.get("label") for mask in root.iter("mask")]
+            else:
+                content = json.loads(archive.read("annotations/instances_default.json"))
+                names = {category["id"]: category["name"] for category in content["categories"]}
+                named = [names[annotation["category_id"]] for annotation in content["annotations"]]
+    assert named == ["道路", "<a&b>", "class 147"]

@@ -10,8 +10,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 
-from utils.data.classes import CLASS_NAMES, CLASSES
+from tests.helpers.tables import MANY, ONE, THREE
+from utils.data.classes import BDD100K, CLASS_NAMES, CLASSES, ClassTable, SemanticClass
 from utils.evaluate import charts
 
 
@@ -69,7 +71,7 @@ def test_a_class_without_pixels_has_no_curve(tmp_path: Path) -> None:
         records = history()
         for record in records:
             record |= {f"iou/{name}": 0.5 if name in with_iou else math.nan for name in CLASS_NAMES}
-        charts.save_class_curves(tmp_path / "a.png", records, "iou/", best=3)
+        charts.save_class_curves(tmp_path / "a.png", records, "iou/", CLASS_NAMES, best=3)
         return int(where(read(tmp_path / "a.png"), charts.MIOU_COLOR).sum())
 
     assert drawn() == 0
@@ -80,7 +82,9 @@ def test_a_class_without_pixels_has_no_curve(tmp_path: Path) -> None:
 def test_bars_of_labels_have_their_classes_colours_and_lengths(tmp_path: Path) -> None:
     pixels = [0] * len(CLASSES)
     pixels[0], pixels[13], pixels[18] = 999_000, 990, 10
-    charts.save_label_distribution(tmp_path / "a.png", "train", pixels, [10 * bool(n) for n in pixels], total=20)
+    charts.save_label_distribution(
+        tmp_path / "a.png", "train", pixels, [10 * bool(n) for n in pixels], total=20, classes=BDD100K
+    )
     picture = read(tmp_path / "a.png")
     half = picture.shape[1] // 2
 
@@ -93,7 +97,9 @@ def test_bars_of_labels_have_their_classes_colours_and_lengths(tmp_path: Path) -
     assert abs((road - car) - 3 * (car - bicycle) / 2) < 0.1 * road  # three decades apart, and two
     assert length(CLASSES[0].color, right) == length(CLASSES[18].color, right)
     assert length(CLASSES[16].color, left) == 0
-    charts.save_label_distribution(tmp_path / "b.png", "train", [0] * 19, [0] * 19, total=3)  # nothing labelled
+    charts.save_label_distribution(
+        tmp_path / "b.png", "train", [0] * 19, [0] * 19, total=3, classes=BDD100K
+    )  # nothing labelled
 
 
 def test_pyplot_is_never_imported(tmp_path: Path) -> None:
@@ -104,3 +110,37 @@ def test_pyplot_is_never_imported(tmp_path: Path) -> None:
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=60).returncode == 0
     assert (tmp_path / "a.png").is_file()
+
+
+@pytest.mark.parametrize("classes", [ONE, THREE, MANY], ids=len)
+@pytest.mark.filterwarnings("error")
+def test_charts_of_any_number_of_classes(classes: ClassTable, tmp_path: Path) -> None:
+    number = len(classes)
+    records = [{"epoch": e, "train_loss": 1.0, **{f"iou/{name}": 0.5 for name in classes.names}} for e in range(2)]
+    charts.save_class_curves(tmp_path / "a.png", records, "iou/", classes.names, best=1)
+    curves = read(tmp_path / "a.png")
+    lines = where(curves, charts.MIOU_COLOR)
+    starts = lines & ~np.roll(lines, 1, axis=1)
+    assert starts.any(axis=1).sum() >= math.ceil(number / 10) and lines.sum() >= 30 * number
+    assert (curves[:, -1] == 255).all()
+    images = [1] * number
+    charts.save_label_distribution(tmp_path / "b.png", "train", [100] * number, images, 2, classes)
+    bars = read(tmp_path / "b.png")
+    rows = [where(bars, c.color).any(axis=1).nonzero()[0] for c in classes]
+    assert all(len(row) >= 15 for row in rows) and len(bars) < 300 + 28 * number
+    assert [int(row[0]) for row in rows] == sorted(int(row[0]) for row in rows)
+    left = next(column for column in range(bars.shape[1]) if where(bars, classes.classes[0].color)[:, column].any())
+    assert all((bars[row[0] : row[-1], 2 : left - 5] < 128).any() for row in rows)  # a name beside each
+
+
+def test_a_class_in_no_image_has_no_bar(tmp_path: Path) -> None:
+    charts.save_label_distribution(tmp_path / "a.png", "train", [9, 0, 9], [1, 0, 1], 1, THREE)
+    picture = read(tmp_path / "a.png")
+    assert where(picture, THREE.classes[0].color).sum() > 1000
+    assert not where(picture, THREE.classes[1].color).any()
+
+
+def test_white_bars_have_an_edge(tmp_path: Path) -> None:
+    white = ClassTable((SemanticClass(0, "line", (255, 255, 255)),))
+    charts.save_label_distribution(tmp_path / "a.png", "train", [9], [1], 1, white)
+    assert where(read(tmp_path / "a.png"), (153, 153, 153)).sum() > 100

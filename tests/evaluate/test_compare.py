@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -11,13 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.helpers.inputs import write_split
 from utils import compare
-from utils.data.classes import NUM_CLASSES
+from utils.data.classes import BDD100K, NUM_CLASSES, ClassTable, SemanticClass
+from utils.data.datasets import NpyFolder
 from utils.evaluate.comparison import choose_changed
+from utils.evaluate.gallery import LABEL_MAPS, ScoredImage, encode_labels, save_label_maps
 from utils.evaluate.metrics import results_dict
 from utils.evaluate.page import Row
+from utils.evaluate.plots import HATCH
+from utils.runtime.text import display_width
 
 
 def write(folder: Path, results: Mapping[str, Any]) -> Path:
@@ -99,7 +106,7 @@ def test_results_of_different_map_rules(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_what_the_metric_gives_where_nothing_is_labelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    nothing = results_dict(torch.zeros(NUM_CLASSES, NUM_CLASSES + 1, dtype=torch.int64))
+    nothing = results_dict(torch.zeros(NUM_CLASSES, NUM_CLASSES + 1, dtype=torch.int64), BDD100K)
     folders = [write(tmp_path / name, nothing) for name in ("before", "after")]
     run(*folders)
     assert words(capsys.readouterr().out)[1:] == [["mIoU", "nan", "nan"], ["boxes:", "oracle"]]
@@ -113,7 +120,7 @@ def with_images(folder: Path, mious: list[float | None], **changes: Any) -> Path
         {"name": f"image-{i}", "miou": miou, "pixel_accuracy": miou, "iou": {} if miou is None else {"road": miou}}
         for i, miou in enumerate(mious)
     ]
-    return write(folder, {**results_dict(matrix), "data": "nowhere", "images": images, **changes})
+    return write(folder, {**results_dict(matrix, BDD100K), "data": "nowhere", "images": images, **changes})
 
 
 def test_a_page_with_the_changes_of_each_image(
@@ -140,20 +147,58 @@ def test_the_images_that_changed_most_are_chosen() -> None:
     changes = [0.0, 0.1, -0.5, 0.2, None, 0.3]
     poles: dict[int, list[float | None]] = {0: [0.9], 1: [-0.1], 3: [None]}
     rows = [Row(f"{i}", [change], {5: poles[i]} if i in poles else {}) for i, change in enumerate(changes)]
-    assert choose_changed(rows, 3) == {2: "mIoU changed most", 5: "mIoU changed most", 0: "pole changed most"}
-    assert set(choose_changed(rows, 40)) == {0, 1, 2, 3, 5}  # an image that did not change is not shown
+    assert choose_changed(rows, 3, BDD100K.names) == {
+        2: "mIoU changed most",
+        5: "mIoU changed most",
+        0: "pole changed most",
+    }
+    assert set(choose_changed(rows, 40, BDD100K.names)) == {0, 1, 2, 3, 5}  # an image that did not change is not shown
 
 
-def test_a_page_of_foreign_class_names_has_ours(tmp_path: Path) -> None:
+def rename_road(folder: Path, name: str, **more: Any) -> None:
+    path = folder / "evaluation_results.json"
+    results = json.loads(path.read_text())
+    results["per_class"][0]["name"] = name
+    for image in results["images"]:
+        image["iou"] = {name: image["iou"]["road"]}
+    path.write_text(json.dumps({**results, **more}))
+
+
+def test_a_page_has_the_names_and_colours_of_its_own_classes(tmp_path: Path) -> None:
     folders = [with_images(tmp_path / name, [0.5]) for name in ("a", "b")]
     target = tmp_path / "new" / "folder" / "page.html"
-    path = folders[0] / "evaluation_results.json"
-    results = json.loads(path.read_text())
-    results["per_class"][0]["name"] = "$x_{<b>"  # matplotlib would parse it, and HTML too
-    path.write_text(json.dumps(results))
+    name = "$x_{<b>$"  # matplotlib would parse it, and HTML too
+    own = ClassTable((SemanticClass(0, name, (1, 2, 3)), *BDD100K.classes[1:]))
+    for folder in folders:
+        rename_road(folder, name, classes=own.to_plain())
     compare.main(compare.get_args_parser().parse_args([*map(str, folders), "--html", str(target)]))
     page = target.read_text()
-    assert "x_{" not in page and ">road</text>" in page
+    assert "$x_{&lt;b&gt;$</text>" in page and "x_{<b>" not in page and "road" not in page
+    assert ".c0 { background: rgb(1, 2, 3); }" in page
+
+
+def test_evaluations_of_other_classes_are_refused(tmp_path: Path, error_of: Callable[..., str]) -> None:
+    folders = [with_images(tmp_path / name, [0.5]) for name in ("a", "b")]
+    rename_road(folders[1], "道路")
+    line = error_of(compare, *folders)
+    assert f"{folders[0]} has the classes road, sidewalk, building" in line
+    assert f"{folders[1]} has the classes 道路, sidewalk, building" in line
+    assert line.count("\n") == 0
+
+
+@pytest.mark.parametrize("table", [3, {}, {"classes": []}, BDD100K.select(["car"], other=False).to_plain()])
+def test_a_foreign_class_table(table: Any, tmp_path: Path, error_of: Callable[..., str]) -> None:
+    folders = [with_images(tmp_path / name, [0.5], classes=table) for name in ("a", "b")]
+    assert f"{folders[0]}/evaluation_results.json: not a result of infer_bdd100k.py" in html_error(error_of, *folders)
+
+
+def test_a_comparison_is_straight_with_wide_names() -> None:
+    entries: list[compare.ClassResult] = [
+        {"id": i, "name": name, "iou": 0.5, "gt_pixels": 9}
+        for i, name in enumerate(("road", "人行横道与非机动车混合车道"))
+    ]
+    lines = compare.format_comparison({"a": {"miou": 0.5, "boxes": "none", "per_class": entries}}).split("\n")
+    assert len({display_width(line) for line in lines[:4]}) == 1
 
 
 def test_pictures_that_the_evaluation_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,3 +281,25 @@ def test_a_foreign_file(content: bytes, tmp_path: Path, error_of: Callable[..., 
     path.write_bytes(content)
     line = error_of(compare, good, path.parent)
     assert re.fullmatch(rf"error: {path}: not (JSON \(.*\); give an --output_dir|a result) of infer_bdd100k\.py", line)
+
+
+def test_pictures_have_the_classes_of_the_evaluations(tmp_path: Path) -> None:
+    """The data have road as 0 and car as 13; the evaluated model has car as 0, and no road."""
+    cars = BDD100K.select(["car", "sky"], other=False)
+    labels = np.zeros((16, 16), np.uint8)
+    labels[:, 8:] = 13
+    data = write_split(tmp_path / "val", {"image-0": (np.zeros((16, 16, 3), np.uint8), labels)})
+    matrix = torch.zeros(2, 3, dtype=torch.int64)
+    matrix[0, 0] = 128
+    for name, miou in (("a", 0.5), ("b", 0.25)):
+        images = [{"name": "image-0", "miou": miou, "iou": {"car": miou}}]
+        results = {**results_dict(matrix, cars), "classes": cars.to_plain(), "data": str(data), "images": images}
+        folder = write(tmp_path / name, results)
+        prediction = encode_labels(np.zeros((16, 16), np.uint8), NpyFolder(data), 0)
+        save_label_maps(folder / LABEL_MAPS, [ScoredImage(0, matrix.numpy(), prediction)])
+    page = tmp_path / "page.html"
+    compare.main(compare.get_args_parser().parse_args([str(tmp_path / "a"), str(tmp_path / "b"), "--html", str(page)]))
+    (truth,) = re.findall(r'data-layer="0" src="data:image/png;base64,([^"]*)"', page.read_text())
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(truth))).convert("RGB"))
+    assert (shown[:, 8:] == (0, 0, 142)).all()  # car
+    assert {tuple(color) for color in shown[:, :8].reshape(-1, 3).tolist()} == set(HATCH)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.inputs import write_split
+from utils.data.classes import BDD100K, ClassTable
 from utils.data.datasets import NpyFolder
 from utils.evaluate import examples as module
 from utils.evaluate.examples import Examples, draw_examples
@@ -79,11 +80,13 @@ def test_pictures_name_the_image_and_its_rank(tmp_path: Path, monkeypatch: pytes
         cv2.imwrite(str(path), labels(value))
     drawn: dict[str, tuple[int, int, str, str]] = {}
 
-    def save(path: Path, image: np.ndarray, target: np.ndarray, prediction: np.ndarray, **texts: str) -> None:
+    def save(
+        path: Path, image: np.ndarray, target: np.ndarray, prediction: np.ndarray, classes: ClassTable, **texts: str
+    ) -> None:
         drawn[path.name] = int(target[0, 0]), int(prediction[0, 0]), texts["title"], texts["figures"]
 
     monkeypatch.setattr(module, "save_comparison", save)
-    draw_examples(tmp_path, examples, source, masks)
+    draw_examples(tmp_path, examples, source, BDD100K, masks)
     assert drawn == {
         "b.png": (7, 1, "b", "mIoU 0.250, rank 1 of 2 (1 = worst)"),
         "a.png": (255, 0, "a", "no labelled pixel"),

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.helpers.inputs import write_split
-from utils.data.classes import NUM_CLASSES, PALETTE
+from tests.helpers.tables import MANY, ONE
+from utils.data.classes import BDD100K, NUM_CLASSES, PALETTE, ClassTable
 from utils.data.datasets import NpyFolder
 from utils.data.manifest import Manifest, ManifestItem
 from utils.evaluate import gallery
@@ -61,7 +62,7 @@ def test_the_worst_images_those_worst_for_a_class_and_a_sample_are_chosen() -> N
     mious[40], mious[41] = 0.1, float("nan")
     wrong = [{ROAD: 1, POLE: 1} for _ in range(count)]
     wrong[70][POLE], wrong[60][ROAD] = 90, 80
-    chosen = choose_images(mious, counts_of(*wrong), 9)
+    chosen = choose_images(mious, counts_of(*wrong), 9, BDD100K.names)
     assert list(chosen)[:3] == [40, 0, 1]  # a third
     assert {
         70: "many wrong pixels of pole",
@@ -73,16 +74,16 @@ def test_the_worst_images_those_worst_for_a_class_and_a_sample_are_chosen() -> N
 
 
 def test_images_that_nobody_labelled_are_chosen_last() -> None:
-    assert choose_images([math.nan, 0.5], counts_of({}, {ROAD: 0}), 1) == {1: "low mIoU"}
+    assert choose_images([math.nan, 0.5], counts_of({}, {ROAD: 0}), 1, BDD100K.names) == {1: "low mIoU"}
     mious, counts = [math.nan, math.nan, 0.5, math.nan], counts_of({}, {}, {ROAD: 0}, {})
-    reasons = choose_images(mious, counts, 4)
+    reasons = choose_images(mious, counts, 4, BDD100K.names)
     assert reasons.keys() == {0, 1, 2, 3}
     assert [index for index, reason in reasons.items() if reason == "low mIoU"] == [2]
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 8, 100])
 def test_as_many_images_as_asked_for(number: int) -> None:
-    chosen = choose_images([0.5] * 8, counts_of(*[{ROAD: 1}] * 8), number)
+    chosen = choose_images([0.5] * 8, counts_of(*[{ROAD: 1}] * 8), number, BDD100K.names)
     assert len(chosen) == min(8, number) and set(chosen) <= set(range(8))
 
 
@@ -92,7 +93,11 @@ def test_layers_mark_errors_changes_and_what_has_no_class() -> None:
     after = np.array([[ROAD, ROAD, SKY, 255, SKY, SKY]], np.uint8).repeat(16, axis=0)
     photo = np.zeros((16, 6, 3), np.uint8)
     card = make_card(
-        0, "", photo, [class_layer(after), error_layer(target, before), change_layer(target, before, after)]
+        0,
+        "",
+        photo,
+        [class_layer(after, NUM_CLASSES), error_layer(target, before), change_layer(target, before, after)],
+        BDD100K,
     )
     classes, errors, changes = map(painted, card.layers)
     red, blue = [*WRONG, 255], [20, 120, 240, 255]
@@ -109,11 +114,11 @@ def test_layers_mark_errors_changes_and_what_has_no_class() -> None:
 def test_an_image_stays_within_its_bytes_whatever_is_in_it() -> None:
     rng = np.random.default_rng(0)
     photo = rng.integers(0, 256, (405, 720, 3), dtype=np.uint8)
-    noise = [class_layer(rng.integers(0, NUM_CLASSES, (405, 720), dtype=np.uint8)) for _ in range(2)]
-    card = make_card(3, "why", photo, noise)
+    noise = [class_layer(rng.integers(0, NUM_CLASSES, (405, 720), dtype=np.uint8), NUM_CLASSES) for _ in range(2)]
+    card = make_card(3, "why", photo, noise, BDD100K)
     assert (card.index, card.reason, card.width, card.height) == (3, "why", 720, 405)
     assert sum(map(len, (card.photo, *card.layers))) <= 10e6 / 60
-    flat = make_card(0, "", np.full_like(photo, 9), [np.zeros((405, 720), np.uint8)])
+    flat = make_card(0, "", np.full_like(photo, 9), [np.zeros((405, 720), np.uint8)], BDD100K)
     assert painted(flat.photo).shape == (405, 720, 4)  # a picture that fits is not made smaller
 
 
@@ -178,3 +183,17 @@ def test_damaged_or_hostile_archives_are_told_in_one_line(case: str, tmp_path: P
         archive_of(path, b"\xff\xd8\xff")
     with pytest.raises(UserError, match=r"maps\.zip: (damaged, or not of .*evaluate again|no such file)"):
         gallery.read_label_maps(path, [0])
+
+
+@pytest.mark.parametrize("classes", [ONE, MANY], ids=len)
+def test_layers_of_any_number_of_classes_have_five_colours_more(classes: ClassTable) -> None:
+    labels = np.array([[0, len(classes) - 1, len(classes), 255]], np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+    layers = [class_layer(labels, len(classes)), error_layer(labels, np.zeros_like(labels))]
+    card = make_card(0, "", np.zeros((16, 64, 3), np.uint8), layers, classes)
+    image = Image.open(io.BytesIO(base64.b64decode(card.layers[0].partition(",")[2])))
+    assert image.mode == "P" and len(image.getpalette() or ()) == 3 * (len(classes) + 5)
+    shown, errors = map(painted, card.layers)
+    assert (shown[:, :16] == [*classes.classes[0].color, 255]).all()
+    assert (shown[:, 16:32] == [*classes.classes[-1].color, 255]).all()
+    assert {tuple(color) for color in shown[:, 32:, :3].reshape(-1, 3).tolist()} == set(HATCH)
+    assert not errors[:, :16, 3].any() and (errors[:, 32:48] == [*WRONG, 255]).all()

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pytest
 from PIL import Image
 
 from utils.data.bdd100k import read_image
-from utils.data.classes import IGNORE_LABEL
+from utils.data.classes import BDD100K, IGNORE_LABEL
 from utils.evaluate import media
 from utils.evaluate.media import (
     Frame,
@@ -34,10 +35,12 @@ from utils.evaluate.media import (
     refuse_overwriting,
     write_behind,
 )
+from utils.evaluate.plots import overlay
 from utils.runtime.errors import UnreadableError, UserError
 
 RED, GREEN, BLUE = (200, 30, 40), (20, 180, 60), (30, 50, 210)
 ROOT = Path(__file__).parents[2]
+draw = partial(overlay, classes=BDD100K)
 
 
 def picture(height: int, width: int, color: tuple[int, int, int] = BLUE) -> np.ndarray:
@@ -437,7 +440,7 @@ def labels_of(image: np.ndarray) -> np.ndarray:
 
 
 def test_images_are_written_behind_in_order_and_all(tmp_path: Path, codec: str) -> None:
-    with OverlayVideo(tmp_path / "a.mp4", 10, (64, 96)) as sink, write_behind(sink, 2) as write:
+    with OverlayVideo(tmp_path / "a.mp4", 10, (64, 96), draw) as sink, write_behind(sink, 2) as write:
         for image in drive(9):
             write("x", image, np.full((64, 96), IGNORE_LABEL, dtype=np.uint8))
     read = list(images_of(find_source(str(tmp_path / "a.mp4"))).values())
@@ -453,7 +456,7 @@ def test_a_failure_while_writing_behind_is_raised(tmp_path: Path, count: int) ->
     image = drive(1)[0]
     with (
         pytest.raises(UserError, match=r"b\.jpg: cannot be written"),
-        OverlayFolder(tmp_path) as sink,
+        OverlayFolder(tmp_path, draw) as sink,
         write_behind(sink, count) as write,
     ):
         for name in "abcde":
@@ -464,7 +467,7 @@ def test_a_failure_while_writing_behind_is_raised(tmp_path: Path, count: int) ->
 
 def test_overlay_folder_writes_jpegs(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "out"
-    with OverlayFolder(folder) as sink:
+    with OverlayFolder(folder, draw) as sink:
         for name, height, width in (("a", 40, 60), ("b.c", 33, 71)):
             image = np.full((height, width, 3), GREEN, dtype=np.uint8)
             sink.write(name, image, labels_of(image))
@@ -474,7 +477,7 @@ def test_overlay_folder_writes_jpegs(tmp_path: Path) -> None:
     assert near(written[:, :30], GREEN)
     assert near(written[:, 40:], (10, 90, 101))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be created"), OverlayFolder(tmp_path / "file" / "out"):
+    with pytest.raises(UserError, match="cannot be created"), OverlayFolder(tmp_path / "file" / "out", draw):
         pass
 
 
@@ -492,7 +495,7 @@ def codec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (63, 97), (64, 97), (2, 1), (359, 641)])
 def test_overlay_video_keeps_size_rate_and_colors(tmp_path: Path, codec: str, height: int, width: int) -> None:
     path = tmp_path / "out" / "drive.mp4"
-    with OverlayVideo(path, 12.5, (height, width)) as sink:
+    with OverlayVideo(path, 12.5, (height, width), draw) as sink:
         for image in drive(7, height, width):
             sink.write("x", image, labels_of(image))
         assert [p.suffix for p in path.parent.iterdir()] == [".mp4"] and not path.exists()
@@ -513,7 +516,7 @@ def test_overlay_video_keeps_size_rate_and_colors(tmp_path: Path, codec: str, he
 def test_video_is_what_browsers_and_phones_play(tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     path = tmp_path / "12:30 %d 街.mp4"
-    with OverlayVideo(path, 29.97, (63, 97)) as sink:
+    with OverlayVideo(path, 29.97, (63, 97), draw) as sink:
         for image in drive(9, 63, 97):
             sink.write("x", image, labels_of(image))
     with av.open(str(path)) as file:
@@ -545,7 +548,7 @@ def test_what_is_drawn_may_be_larger_than_the_frame(tmp_path: Path, codec: str) 
 
 
 def test_frame_of_another_size_is_resized(tmp_path: Path, codec: str) -> None:
-    with OverlayVideo(tmp_path / "a.mp4", 10, (64, 96)) as sink:
+    with OverlayVideo(tmp_path / "a.mp4", 10, (64, 96), draw) as sink:
         for image in [*drive(2), *drive(2, 48, 80)]:
             sink.write("x", image, labels_of(image))
     assert len(images_of(find_source(str(tmp_path / "a.mp4")))) == 4
@@ -554,7 +557,7 @@ def test_frame_of_another_size_is_resized(tmp_path: Path, codec: str) -> None:
 def test_a_folder_in_place_of_the_video(tmp_path: Path) -> None:
     (tmp_path / "drive.mp4").mkdir()
     with pytest.raises(UserError, match=r"drive\.mp4: is a folder, .*; give another --output_dir"):
-        OverlayVideo(tmp_path / "drive.mp4", 10, (48, 64)).__enter__()
+        OverlayVideo(tmp_path / "drive.mp4", 10, (48, 64), draw).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["drive.mp4"]
 
 
@@ -562,12 +565,12 @@ def test_stopped_video_leaves_what_was_there(tmp_path: Path, codec: str) -> None
     path = tmp_path / "a.mp4"
     path.write_bytes(b"old")
     image = drive(1)[0]
-    with pytest.raises(KeyboardInterrupt), OverlayVideo(path, 10, (64, 96)) as sink:
+    with pytest.raises(KeyboardInterrupt), OverlayVideo(path, 10, (64, 96), draw) as sink:
         sink.write("x", image, labels_of(image))
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
     assert path.read_bytes() == b"old"
-    with pytest.raises(UserError, match="no frame"), OverlayVideo(path, 10, (64, 96)):
+    with pytest.raises(UserError, match="no frame"), OverlayVideo(path, 10, (64, 96), draw):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
     assert path.read_bytes() == b"old"
@@ -578,7 +581,7 @@ def test_killed_run_leaves_no_video(tmp_path: Path, without: str) -> None:
     code = (
         "import os, sys, numpy as np; from pathlib import Path; from utils.evaluate.media import *\n"
         f"{without}\n"
-        "with OverlayVideo(Path(sys.argv[1]), 10, (64, 96)) as sink:\n"
+        "with OverlayVideo(Path(sys.argv[1]), 10, (64, 96), lambda image, labels: image) as sink:\n"
         "    for _ in range(5): sink.write('x', np.zeros((64, 96, 3), np.uint8), np.zeros((64, 96), np.uint8))\n"
         "    os._exit(9)"
     )
@@ -599,7 +602,7 @@ def test_full_disk_is_one_clear_error(tmp_path: Path, without: str) -> None:
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20000,) * 2)\n"
         "image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)\n"
         "try:\n"
-        "    with OverlayVideo(Path(sys.argv[1]), 10, (64, 96)) as sink:\n"
+        "    with OverlayVideo(Path(sys.argv[1]), 10, (64, 96), lambda image, labels: image) as sink:\n"
         "        for i in range(50): sink.write('x', np.roll(image, i), np.zeros((64, 96), np.uint8))\n"
         "except UserError as error: print(error)"
     )
@@ -616,7 +619,7 @@ def test_a_video_that_cannot_be_encoded_is_one_clear_error(tmp_path: Path, codec
     with pytest.raises(
         UserError, match=rf"a\.mp4: {maker} cannot encode 20000x2 at 25 frames/s \(.*extract the frames"
     ):
-        OverlayVideo(tmp_path / "a.mp4", 25, (2, 20000)).__enter__()
+        OverlayVideo(tmp_path / "a.mp4", 25, (2, 20000), draw).__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -635,7 +638,7 @@ def test_opencv_without_encoder_is_one_clear_error(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(media.cv2, "VideoWriter", NoEncoder)
     with (
         pytest.raises(UserError, match=r"a\.mp4: OpenCV cannot encode 96x64"),
-        OverlayVideo(tmp_path / "a.mp4", 25, (64, 96)),
+        OverlayVideo(tmp_path / "a.mp4", 25, (64, 96), draw),
     ):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
-from utils.data.classes import CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES
+from tests.helpers.tables import table_of
+from utils.data.classes import BDD100K, CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES
 from utils.evaluate.metrics import (
-    NO_CLASS,
     ConfusionMatrix,
+    count_pixels,
     format_details,
     format_report,
+    image_figures,
     iou_per_class,
     mean_iou,
     pixel_accuracy,
@@ -27,7 +29,9 @@ from utils.evaluate.metrics import (
     target_pixels,
     unclaimed_share,
 )
+from utils.runtime.text import display_width
 
+NO_CLASS = NUM_CLASSES  # column of the pixels predicted as no class
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 
 # Three classes; 255 in the target at a pixel that is predicted as road, and class 5 only in the prediction.
@@ -36,7 +40,7 @@ PREDICTION = [[0, 0, 1, 1], [255, 0, 5, 2]]
 
 
 def count(prediction: Tensor, target: Tensor) -> Tensor:
-    confusion = ConfusionMatrix()
+    confusion = ConfusionMatrix(NUM_CLASSES)
     confusion.update(prediction, target)
     return confusion.matrix
 
@@ -61,7 +65,7 @@ def random_maps(seed: int, n: int = 3, height: int = 37, width: int = 53) -> tup
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_matrix_worked_by_hand(device: str, dtype: torch.dtype) -> None:
-    confusion = ConfusionMatrix(device)
+    confusion = ConfusionMatrix(NUM_CLASSES, device)
     confusion.update(
         torch.tensor(PREDICTION, dtype=dtype, device=device), torch.tensor(TARGET, dtype=dtype, device=device)
     )
@@ -93,7 +97,7 @@ def test_counts_of_a_large_data_set_stay_exact() -> None:
     assert target_pixels(large).tolist()[:3] == [9_000_000_000, 6_000_000_000, 6_000_000_000]
     large[0, 0] += 1
     assert iou_per_class(large)[0].item() == 6_000_000_001 / 9_000_000_001
-    assert results_dict(large)["confusion_matrix"][0][0] == 6_000_000_001
+    assert results_dict(large, BDD100K)["confusion_matrix"][0][0] == 6_000_000_001
 
 
 @pytest.mark.parametrize("value", [-1, 19, 100, 255, 256, 300, -255])
@@ -110,7 +114,7 @@ def test_prediction_that_is_no_class_is_a_miss(value: int) -> None:
     [(19, torch.uint8), (42, torch.int64), (254, torch.uint8), (-1, torch.int64), (-1, torch.int8), (256, torch.int32)],
 )
 def test_target_that_is_no_label_is_an_error_and_counts_nothing(value: int, dtype: torch.dtype) -> None:
-    confusion = ConfusionMatrix()
+    confusion = ConfusionMatrix(NUM_CLASSES)
     target = torch.tensor([[3, value]], dtype=dtype)
     with pytest.raises(ValueError, match=rf"target must be 0-18 or 255, got \[{value}\]"):
         confusion.update(torch.zeros_like(target), target)
@@ -118,7 +122,7 @@ def test_target_that_is_no_label_is_an_error_and_counts_nothing(value: int, dtyp
 
 
 def test_maps_that_do_not_fit_are_errors() -> None:
-    confusion = ConfusionMatrix()
+    confusion = ConfusionMatrix(NUM_CLASSES)
     labels = torch.zeros(2, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match="differ in shape"):
         confusion.update(labels, labels.T)
@@ -134,7 +138,7 @@ def test_maps_that_do_not_fit_are_errors() -> None:
 def test_parts_sum_to_the_whole() -> None:
     prediction, target = (torch.from_numpy(maps) for maps in random_maps(0, n=4))
     whole = count(prediction, target)
-    first, second = ConfusionMatrix(), ConfusionMatrix()
+    first, second = ConfusionMatrix(NUM_CLASSES), ConfusionMatrix(NUM_CLASSES)
     first.update(prediction[0], target[0])
     second.update(prediction[1:3], target[1:3])
     second.update(prediction[3], target[3])
@@ -246,7 +250,7 @@ def specified_matrix() -> Tensor:
 
 
 def test_report_is_the_specifications() -> None:
-    report = format_report(specified_matrix())
+    report = format_report(specified_matrix(), BDD100K)
     before, after = SPECIFIED.split("\n...\n")
     assert report.startswith(before + "\n")
     assert report.endswith("\n" + after)
@@ -258,7 +262,7 @@ def test_report_is_the_specifications() -> None:
 
 
 def test_report_prints_nan_for_classes_that_the_ground_truth_lacks() -> None:
-    lines = format_report(hand_matrix()).split("\n")
+    lines = format_report(hand_matrix(), BDD100K).split("\n")
     assert lines[2] == "整体 mIoU: 0.5000"
     assert lines[6:10] == [
         " 0. road                : 0.6667",
@@ -267,24 +271,26 @@ def test_report_prints_nan_for_classes_that_the_ground_truth_lacks() -> None:
         " 3. wall                : nan",
     ]
     assert lines[11] == " 5. pole                : nan"  # predicted, but never true
-    assert format_report(ConfusionMatrix().matrix).split("\n")[2] == "整体 mIoU: nan"
+    assert format_report(ConfusionMatrix(NUM_CLASSES).matrix, BDD100K).split("\n")[2] == "整体 mIoU: nan"
 
 
 def test_details_give_pixels_and_the_source_of_boxes() -> None:
-    details = format_details(hand_matrix(), "oracle")
+    details = format_details(hand_matrix(), "oracle", BDD100K)
     rows = [line.split() for line in details.split("\n")]
     assert rows[1] == ["0.", "road", "3", "42.86%", "1.0000", "0.6667"]
     assert rows[6] == ["5.", "pole", "0", "0.00%", "0.0000", "nan"]
     assert "pixel accuracy: 0.5714 of 7 labelled pixels; 14.29% of them predicted as no class" in details
     assert "oracle boxes: taken from the ground truth; these figures are an upper bound" in details
-    other = format_details(hand_matrix(), "a detector")
+    other = format_details(hand_matrix(), "a detector", BDD100K)
     assert "oracle" not in other
     assert other.endswith("boxes: a detector")
-    assert "nan of them" in format_details(ConfusionMatrix().matrix, "oracle").replace("nan%", "nan")
+    assert "nan of them" in format_details(ConfusionMatrix(NUM_CLASSES).matrix, "oracle", BDD100K).replace(
+        "nan%", "nan"
+    )
 
 
 def test_results_are_strict_json() -> None:
-    results = json.loads(json.dumps(results_dict(hand_matrix()), allow_nan=False))
+    results = json.loads(json.dumps(results_dict(hand_matrix(), BDD100K), allow_nan=False))
     assert results["miou"] == pytest.approx(0.5)
     assert results["pixel_accuracy"] == pytest.approx(4 / 7)
     assert results["unclaimed_share"] == pytest.approx(1 / 7)
@@ -313,6 +319,38 @@ def test_results_are_strict_json() -> None:
     assert results["unclaimed"] == [0, 1] + [0] * 17
     for row, unclaimed, entry in zip(results["confusion_matrix"], results["unclaimed"], results["per_class"]):
         assert sum(row) + unclaimed == entry["gt_pixels"]
-    empty = json.loads(json.dumps(results_dict(ConfusionMatrix().matrix), allow_nan=False))
+    empty = json.loads(json.dumps(results_dict(ConfusionMatrix(NUM_CLASSES).matrix, BDD100K), allow_nan=False))
     assert empty["miou"] is None
     assert empty["pixel_accuracy"] is None
+
+
+def test_one_class() -> None:
+    matrix = count_pixels(torch.tensor([[0, 0, 1, 255]]), torch.tensor([[0, 255, 0, 0]]), 1)
+    assert matrix.tolist() == [[1, 2]]
+    assert iou_per_class(matrix).tolist() == [1 / 3]
+    assert unclaimed_share(matrix) == 2 / 3
+    assert " 0. 车                  : 0.3333" in format_report(matrix, table_of("车")).split("\n")
+    assert image_figures("a", matrix, table_of("车"))["iou"] == {"车": 1 / 3}
+    with pytest.raises(ValueError, match=r"target must be 0-0 or 255, got \[1\]"):
+        count_pixels(torch.tensor([[0]]), torch.tensor([[1]]), 1)
+
+
+@pytest.mark.parametrize(
+    "names", [("道路", "road", "人行横道与非机动车混合车道"), tuple(f"第{i}类" for i in range(150))]
+)
+def test_columns_are_straight_with_wide_names_and_three_digits(names: tuple[str, ...]) -> None:
+    classes = table_of(*names)
+    labels = torch.arange(len(names)).repeat(2, 1)
+    matrix = count_pixels(labels, labels, len(names))
+    block = format_report(matrix, classes).split("\n")[6:-1]
+    assert len(block) == len(names)
+    assert {display_width(line[: line.rindex(":")]) for line in block} == {display_width(block[0]) - 8}
+    assert all(name in line and line.endswith(": 1.0000") for name, line in zip(names, block))
+    table = format_details(matrix, "none", classes).split("\n")[: len(names) + 1]
+    assert len({display_width(line) for line in table}) == 1
+
+
+def test_table_of_another_length_is_an_error() -> None:
+    for write in (format_report, results_dict):
+        with pytest.raises(ValueError, match="zip"):
+            write(torch.zeros(3, 4, dtype=torch.int64), table_of("a", "b"))

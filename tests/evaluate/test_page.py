@@ -20,7 +20,9 @@ import torch
 
 from tests.helpers.inputs import write_split
 from tests.helpers.scripts import run_script
+from tests.helpers.tables import MANY, table_of
 from utils import compare
+from utils.data.classes import BDD100K, ClassTable
 from utils.data.datasets import NpyFolder
 from utils.evaluate.gallery import LABEL_MAPS, ScoredImage, encode_labels, report_cards, save_label_maps
 from utils.evaluate.metrics import count_pixels
@@ -79,7 +81,9 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     assert {url for url in requests if url.startswith("file:")} == {url for url in requests if url.endswith(".html")}
 
 
-def evaluate(folder: Path, data: Path, seed: int, names: list[str] | None = None) -> list[np.ndarray]:
+def evaluate(
+    folder: Path, data: Path, seed: int, names: list[str] | None = None, classes: ClassTable = BDD100K
+) -> list[np.ndarray]:
     """Write an evaluation of random predictions; returns the images' confusion matrices."""
     rng = np.random.default_rng(seed)
     source = NpyFolder(data)
@@ -89,19 +93,20 @@ def evaluate(folder: Path, data: Path, seed: int, names: list[str] | None = None
         prediction = target.copy()
         wrong = rng.random(target.shape) < 0.05 * (1 + index)
         prediction[wrong] = ROAD
-        counts = count_pixels(torch.from_numpy(prediction), torch.from_numpy(target)).numpy()
+        counts = count_pixels(torch.from_numpy(prediction), torch.from_numpy(target), len(classes)).numpy()
         scored.append(ScoredImage(index, counts, encode_labels(prediction, source, index)))
     folder.mkdir(exist_ok=True)
     names = names or [item.name for item in source.items]
     write_report(
         folder,
         {name: torch.from_numpy(image.counts) for name, image in zip(names, scored)},
+        classes=classes,
         model="<b>model</b>",
         data=str(data),
         box_source="oracle",
         eval_size="frame",
         map_rule="argmax",
-        cards=lambda: report_cards(source, scored, 8),
+        cards=lambda: report_cards(source, scored, 8, classes),
     )
     save_label_maps(folder / LABEL_MAPS, scored)
     return [image.counts for image in scored]
@@ -109,6 +114,10 @@ def evaluate(folder: Path, data: Path, seed: int, names: list[str] | None = None
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "val", BDD100K)
+
+
+def write_data(folder: Path, classes: ClassTable) -> Path:
     """Ten images of 48 x 64 with road and sky; every second one has a pole, none has a car."""
     rng = np.random.default_rng(0)
     items = {}
@@ -119,7 +128,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if index % 2:
             labels[:40, 30:34] = POLE
         items[f"image-{index}"] = (rng.integers(0, 256, (48, 64, 3), dtype=np.uint8), labels)
-    return write_split(tmp_path_factory.mktemp("data") / "val", items)
+    return write_split(folder, items, classes)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +200,38 @@ def test_the_data_in_the_page_cannot_end_its_script(report: Path) -> None:
 
 
 # With one.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [table_of("道路", *(f"类别{i}" for i in range(1, 11))), MANY], ids=len)
+def test_pages_of_other_classes_filter_by_them(
+    classes: ClassTable, open_page: Callable[..., Any], tmp_path: Path
+) -> None:
+    data = write_data(tmp_path / "val", classes)
+    folders = [tmp_path / name for name in ("a", "b")]
+    for seed, folder in enumerate(folders):
+        evaluate(folder, data, seed, classes=classes)
+    run_script(compare, *folders, "--html", tmp_path / "comparison.html")
+    pole = classes.names[POLE]
+    for path in (folders[0] / "report.html", tmp_path / "comparison.html"):
+        page = open_page(path)
+        assert page.locator("#class option").all_inner_texts() == ["all classes", *classes.names]
+        page.locator("details.legend summary").click()
+        legend = page.locator("details.legend li").all_inner_texts()
+        assert legend[: len(classes)] == list(classes.names) and "not labelled" in legend[len(classes)]
+        for c in (classes.classes[0], classes.classes[POLE], classes.classes[-1]):
+            assert style(page, f".legend .c{c.id}", "backgroundColor") == f"rgb{c.color}"
+        every = len(shown_names(page))
+        page.locator("#class").select_option(label=pole)
+        assert 0 < len(shown_names(page)) < every
+        assert page.locator("#status").inner_text().endswith(f"those with {pole}")
+        assert pole in page.locator("#value-title").inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # wide tables scroll by themselves
+    matrix = open_page(folders[0] / "report.html").locator("table.matrix")
+    assert matrix.locator("thead span").all_inner_texts() == [*classes.names, "no class"]
+    assert matrix.locator("tbody tr").count() == len(classes)
+    header = matrix.locator("thead span").first  # Chinese lies on its side like other names, not on its head
+    assert header.evaluate("element => getComputedStyle(element).textOrientation") == "sideways"
 
 
 @pytest.mark.slow

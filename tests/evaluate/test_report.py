@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.tables import MANY, THREE
+from utils.data.classes import BDD100K, ClassTable, read_class_table
 from utils.evaluate.report import begin_pictures, begin_results, write_report
 from utils.runtime.choices import MapRule
 from utils.runtime.errors import UserError
@@ -119,6 +121,7 @@ def test_says_what_was_measured_on_what(
     write_report(
         tmp_path,
         {"a": matrix},
+        classes=BDD100K,
         model="m.pth",
         data="val",
         box_source=box_source,
@@ -133,3 +136,30 @@ def test_says_what_was_measured_on_what(
     assert (results["boxes"], results["map_rule"], results["eval_size"]) == (box_source, map_rule, eval_size)
     assert results["tta"] is False and "test-time augmentation" not in text
     assert (tmp_path / "confusion_matrix.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("classes", [BDD100K, THREE, MANY], ids=len)
+def test_results_name_their_own_classes(classes: ClassTable, tmp_path: Path) -> None:
+    number = len(classes)
+    matrix = torch.eye(number, number + 1, dtype=torch.int64)
+    write_report(
+        tmp_path,
+        {"a": matrix},
+        classes=classes,
+        model="m.pth",
+        data="val",
+        box_source="none",
+        eval_size="frame",
+        map_rule="argmax",
+    )
+    results = json.loads((tmp_path / "evaluation_results.json").read_text())
+    assert [entry["name"] for entry in results["per_class"]] == list(classes.names)
+    assert results["images"][0]["iou"] == dict.fromkeys(classes.names, 1.0)
+    if classes is BDD100K:
+        assert "classes" not in results
+    else:
+        assert read_class_table(results["classes"]) == classes
+    header = (tmp_path / "image_scores.csv").read_text().splitlines()[0]
+    assert header == ",".join(["name", "miou", "pixel_accuracy", *classes.names])
+    page = (tmp_path / "report.html").read_text()
+    assert f"{classes.names[-1]} as {classes.names[-1]}: 1 pixels" in page and "no class: " not in page

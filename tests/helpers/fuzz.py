@@ -310,7 +310,7 @@ def _data_targets(folder: Path, split: Path) -> dict[str, Target]:
     def read_split() -> None:
         source = NpyFolder(split)
         source.class_pixels()
-        class_boxes(source.read(0)[1])
+        class_boxes(source.read(0)[1], 19)
 
     def read_npy(data: bytes) -> None:
         (split / "gts/a.npy").write_bytes(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 import pre_bdd100k
-from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.classes import BDD100K, IGNORE_LABEL, ClassTable
+from utils.data.description import Description, Layout, train_ids
 from utils.data.frame import image_size_of
 from utils.data.manifest import Manifest, ManifestItem
 from utils.scenes import write_dataset
@@ -19,7 +21,9 @@ from utils.scenes import write_dataset
 IMAGE_SIZE = 64
 
 
-def write_split(folder: Path, items: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Path:
+def write_split(
+    folder: Path, items: Mapping[str, tuple[np.ndarray, np.ndarray]], classes: ClassTable = BDD100K
+) -> Path:
     """Write a split as pre_bdd100k.py does, from (image, labels) by name. Images keep their dtype."""
     for kind in ("imgs", "gts"):
         (folder / kind).mkdir(parents=True)
@@ -29,9 +33,14 @@ def write_split(folder: Path, items: Mapping[str, tuple[np.ndarray, np.ndarray]]
         np.save(folder / "gts" / f"{name}.npy", labels)
         height, width = labels.shape
         counts = np.bincount(labels.ravel(), minlength=256).tolist()
-        entries.append(ManifestItem(name, height, width, counts[:NUM_CLASSES], counts[IGNORE_LABEL]))
+        entries.append(ManifestItem(name, height, width, counts[: len(classes)], counts[IGNORE_LABEL]))
     size = image_size_of((height, width))
-    Manifest(size, str(image.dtype), "stretch", labelled=True, complete=True, items=entries).write(folder)
+    manifest = Manifest(size, str(image.dtype), "stretch", labelled=True, complete=True, items=entries)
+    if classes != BDD100K:
+        layout = Layout("images/{split}/{stem}.*", "masks/{split}/{stem}.png")
+        dataset = Description("drawn", classes, train_ids(classes), (layout,)).to_plain()
+        manifest = replace(manifest, class_names=list(classes.names), dataset=dataset)
+    manifest.write(folder)
     return folder
 
 

@@ -207,8 +207,21 @@ def test_a_frame_that_is_no_square(best: Path) -> None:
 @pytest.mark.parametrize("names", [["road", "car"], list(reversed(CLASS_NAMES)), []])
 def test_other_classes(best: Path, names: list[str]) -> None:
     said = rf"{best}: trained on {len(names)} classes, which are not BDD100K's 19"
+    payload = torch.load(best, weights_only=True)
+    del payload["classes"]  # as in files of earlier versions
+    torch.save(payload, best)
     with pytest.raises(UserError, match=said):
         load_checkpoint(rewrite(best, class_names=names))
+
+
+def test_a_table_of_classes_that_is_damaged(best: Path) -> None:
+    whole = torch.load(best, weights_only=True)["classes"]
+    two = {"classes": whole["classes"][:2]}
+    twice = {"classes": [whole["classes"][0]] * 19}
+    grey = {"classes": [{**c, "color": [1, 2]} for c in whole["classes"]]}
+    for table in (two, twice, grey, {}, [], {"classes": "road"}, {**whole, "selected_from": [1]}):
+        with pytest.raises(UserError, match=f"{best}: its table of classes is damaged; give a file that"):
+            load_checkpoint(rewrite(best, classes=table))
 
 
 def test_a_decoder_that_does_not_fit_is_told_by_its_keys(best: Path) -> None:

@@ -25,7 +25,7 @@ from segment_anything import build_sam_vit_tiny
 from segment_anything.build_sam import file_digest
 from tests.helpers.inputs import IMAGE_SIZE, write_split
 from tests.helpers.scripts import good_flags, read_results, run_script
-from utils.data.classes import CLASS_NAMES, NUM_CLASSES
+from utils.data.classes import CLASS_NAMES, NUM_CLASSES, ClassTable
 from utils.data.datasets import NpyFolder
 from utils.evaluate import evaluate, examples
 from utils.model import checkpoint
@@ -303,7 +303,7 @@ def test_a_failure_while_drawing_costs_no_figures_and_leaves_none_of_an_earlier_
     drawn = examples.save_comparison
     paths: list[Path] = []
 
-    def fail(path: Path, *arrays: np.ndarray, **texts: str) -> None:
+    def fail(path: Path, *arrays: Any, **texts: str) -> None:
         if paths:
             raise UserError(f"{path}: cannot be written")
         paths.append(path)
@@ -334,7 +334,13 @@ def test_visualize_draws_images_spread_over_the_split_and_the_worst(
     drawn: dict[str, tuple[np.ndarray, np.ndarray, str]] = {}
 
     def save(
-        path: Path, image: np.ndarray, target: np.ndarray, prediction: np.ndarray, title: str, figures: str
+        path: Path,
+        image: np.ndarray,
+        target: np.ndarray,
+        prediction: np.ndarray,
+        classes: ClassTable,
+        title: str,
+        figures: str,
     ) -> None:
         assert title == path.stem
         drawn[title] = target, prediction, figures

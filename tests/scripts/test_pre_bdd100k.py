@@ -91,6 +91,7 @@ def test_the_flags_of_the_specification():
     args = pre_bdd100k.get_args_parser().parse_args(["--bdd100k_root", "data/bdd100k"])
     assert vars(args) == {
         "bdd100k_root": Path("data/bdd100k"),
+        "dataset": "bdd100k",
         "output_path": Path("data/bdd100k_npy"),
         "image_size": 1024,
         "splits": ["train", "val"],
@@ -755,8 +756,8 @@ def test_what_is_stopped_before_it_is_done_again_is_not_taken_over(run, data, tm
 def test_a_mask_that_changes_while_it_is_read_is_done_again(run, data, tmp_path, monkeypatch):
     read, mask = pre_bdd100k.read_item, data / "labels/sem_seg/masks/train/b.png"
 
-    def read_and_replace(item):
-        result = read(item)
+    def read_and_replace(item, labels):
+        result = read(item, labels)
         if item.name == "b":
             replace_by(mask, 5)
         return result
@@ -960,3 +961,105 @@ def test_importing_does_nothing_and_needs_no_torch():
     code = "import sys, pre_bdd100k; sys.exit('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+# ---------------------------------------------------------------- another data set
+
+
+STREETS = """\
+name: streets
+classes:
+  - {id: 0, name: 道路, color: [128, 64, 128]}
+  - {id: 1, name: a vehicle with wheels, color: [0, 0, 142]}
+labels: {kind: ids, values: {道路: [7], a vehicle with wheels: [26, 27]}, ignore: [0]}
+layout: folders
+"""
+
+
+@pytest.fixture
+def streets(tmp_path):
+    """Two training images, one for validation, and the description of their data set; palette masks, two columns each
+    of road, car, truck and void."""
+    mask = Image.fromarray(np.repeat(np.array([[7, 26, 27, 0]], np.uint8), 8, 0).repeat(2, 1), "P")
+    mask.putpalette([i % 251 for i in range(768)])
+    for split, names in {"train": ["a", "b"], "val": ["c"]}.items():
+        for kind, suffix, picture in (("images", "jpg", Image.new("RGB", (8, 8))), ("masks", "png", mask)):
+            (tmp_path / "streets" / kind / split).mkdir(parents=True)
+            for name in names:
+                picture.save(tmp_path / "streets" / kind / split / f"{name}.{suffix}")
+    description = tmp_path / "streets.yaml"
+    description.write_text(STREETS)
+    return description
+
+
+def test_another_data_set(run, streets, tmp_path):
+    status, said, errors = run("--dataset", streets, root=tmp_path / "streets")
+    assert (status, errors) == (0, [])
+    expected = np.array([[0, 1, 1, 255]], np.uint8).repeat(32, 0).repeat(8, 1)
+    assert np.array_equal(load(tmp_path, "out/train/gts/a.npy"), expected)
+    manifest = read_manifest(tmp_path / "out/train")
+    assert manifest.classes.names == ("道路", "a vehicle with wheels") and manifest.description.name == "streets"
+    assert manifest.items[0].pixels == [256, 512] and manifest.items[0].ignored == 256
+    rows = list(csv.reader((tmp_path / "out/train/label_distribution.csv").read_text().splitlines()))
+    assert [row[:3] for row in rows[1:]] == [
+        ["0", "道路", "512"],
+        ["1", "a vehicle with wheels", "1024"],
+        ["255", "not labelled", "512"],
+    ]
+    assert Image.open(tmp_path / "out/train/label_distribution.png").size[0] > 500
+    assert "  1  a vehicle with wheels " in said and "traffic light" not in said
+    assert "-task_name streets-SAM-MaskDecoder" in said
+
+
+def test_another_data_set_has_a_folder_of_its_own(streets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--root", "streets", "-dataset", str(streets), "-image_size", "32", "-num_workers", "1"]
+    assert pre_bdd100k.main(pre_bdd100k.get_args_parser().parse_args(flags)) == 0
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["streets_npy"]
+
+
+def test_a_folder_of_another_data_set_is_refused(run, streets, tmp_path):
+    run()
+    before = contents(tmp_path / "out")
+    again = "; add --overwrite to delete its files and start anew"
+    status, _, errors = run("--dataset", streets, root=tmp_path / "streets")
+    assert (status, errors) == (1, [f"error: {tmp_path}/out/train: was written from bdd100k, not from streets{again}"])
+    assert contents(tmp_path / "out") == before
+    assert run("--dataset", streets, "--overwrite", root=tmp_path / "streets")[0] == 0
+    assert read_manifest(tmp_path / "out/train").description.name == "streets"
+    assert run("--dataset", streets, root=tmp_path / "streets")[0] == 0  # the same again
+    before = contents(tmp_path / "out")
+    streets.write_text(STREETS.replace("[26, 27]", "[26]").replace("ignore: [0]", "ignore: [0, 27]"))
+    status, _, errors = run("--dataset", streets, root=tmp_path / "streets")
+    assert (status, errors) == (1, [f"error: {tmp_path}/out/train: had another description of streets{again}"])
+    assert contents(tmp_path / "out") == before
+    status, _, errors = run()
+    assert (status, errors) == (1, [f"error: {tmp_path}/out/train: was written from streets, not from bdd100k{again}"])
+
+
+def test_a_bad_description_or_mask_writes_nothing(run, streets, tmp_path):
+    status, _, errors = run("--dataset", "streets", root=tmp_path / "streets")
+    assert status == 1 and len(errors) == 1 and "no such data set" in errors[0]
+    streets.write_text(STREETS.replace("[7]", "[26]"))
+    status, _, errors = run("--dataset", streets, root=tmp_path / "streets")
+    assert status == 1 and len(errors) == 1 and f"{streets}:5: value 26" in errors[0]
+    streets.write_text(STREETS.replace(", 27]", "]"))
+    status, _, errors = run("--dataset", streets, root=tmp_path / "streets")
+    assert status == 1 and len(errors) == 1 and "holds values 27, which the description does not list" in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_manifest_of_bdd100k_has_no_new_field(run, tmp_path):
+    assert run("--dataset", "bdd100k")[0] == 0
+    fields = json.loads((tmp_path / "out/train/manifest.json").read_text())
+    assert list(fields) == [
+        "image_size",
+        "image_dtype",
+        "resize_mode",
+        "labelled",
+        "complete",
+        "items",
+        "format_version",
+        "class_names",
+        "sources",
+    ]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from utils.data.classes import BDD100K
 from utils.model import checkpoint
 from utils.model.checkpoint import BEST, LATEST, ModelInfo
 from utils.runtime.errors import DivergedError, UnreadableError, UserError
@@ -46,7 +47,7 @@ def start(
     **config: Any,
 ) -> Run:
     """A run of a model of one layer."""
-    model: Any = SimpleNamespace(mask_decoder=torch.nn.Linear(1, 1), LOSSES=("dice",))
+    model: Any = SimpleNamespace(mask_decoder=torch.nn.Linear(1, 1), LOSSES=("dice",), classes=BDD100K)
     settings = RunSettings(work_dir, "Drawn", num_epochs, patience, choose_by_miou, keep_last=2)
     optimizer = torch.optim.SGD(model.mask_decoder.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)

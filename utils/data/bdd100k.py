@@ -16,8 +16,9 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image
 
-from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
-from utils.data.image_files import ABSURD_SIZE, DAMAGED, FORMATS, MAX_PIXELS, read_picture_file
+from utils.data.classes import BDD100K, IGNORE_LABEL
+from utils.data.description import Labels
+from utils.data.image_files import ABSURD_SIZE, DAMAGED, FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, read_picture_file
 from utils.runtime.errors import UserError
 from utils.runtime.files import is_folder, listed
 
@@ -43,10 +44,11 @@ class Split:
     images_without_mask: list[Path]
     masks_without_image: list[Path]
     notes: list[str]  # about images or masks found in another folder than the user gave
+    labels: Labels | None = None  # what the masks hold, None for BDD100K's train ids
 
 
 class LabelError(UserError):
-    """A readable mask that does not hold train ids."""
+    """A readable mask with other values than the data set's."""
 
 
 # The two official layouts; `{split}` is train, val or test.
@@ -61,8 +63,8 @@ _LABEL_ID_HINT = (
     "cityscapesscripts.helpers.labels"
 )
 _MAX_LABEL_ID = 33  # Cityscapes' label ids; its train ids end at 18
+_UNLISTED = 254  # marks values that are not listed; above all class ids
 NUM_FIRST_MASKS = 16  # spread over the split, read before the others
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # in any case
 # Picture formats that are not supported.
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl")
 
@@ -336,15 +338,20 @@ def count_labels(mask: np.ndarray) -> np.ndarray:
     return cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel().astype(np.int64)
 
 
-def read_mask(path: Path, height: int, width: int) -> np.ndarray:
-    """Read a mask of train ids as (height, width) uint8 with values 0-18 and 255.
+def read_mask(path: Path, height: int, width: int, labels: Labels | None = None) -> np.ndarray:
+    """Read a mask as (height, width) uint8 class ids; 255 is not labelled.
+
+    Args:
+        labels: what its values mean; None for BDD100K's train ids.
 
     Raises:
         UserError: the file is missing, damaged, or of another size.
-        LabelError: the mask is colour-coded or holds other labels.
+        LabelError: the mask is of another kind than `labels` says, or holds values that are not listed.
     """
     with _opened(path) as image:
-        if image.mode != "L":
+        if labels:
+            _require_kind(path, image, labels)
+        elif image.mode != "L":
             modes = {"P": "a colour-coded (palette)", "RGB": "a colour-coded (RGB)", "RGBA": "a colour-coded (RGBA)"}
             kind = modes.get(image.mode, f"not an 8-bit greyscale (Pillow mode {image.mode})")
             raise LabelError(f"{path}: {kind} picture, not one train id per pixel ({_TRAIN_ID_HINT})")
@@ -353,20 +360,68 @@ def read_mask(path: Path, height: int, width: int) -> np.ndarray:
                 f"{path}: mask is {image.width}x{image.height}, its image {width}x{height} (sizes must be equal)"
             )
         image.load()  # as in read_image
+        if labels:
+            return _class_ids(path, image, labels)
         mask = np.asarray(image)
     present = np.flatnonzero(count_labels(mask))
-    foreign = [int(label) for label in present if label >= NUM_CLASSES and label != IGNORE_LABEL]
+    foreign = [int(label) for label in present if label >= len(BDD100K) and label != IGNORE_LABEL]
     if foreign:
         shown = ", ".join(map(str, foreign[:10])) + (f" and {len(foreign) - 10} more" if len(foreign) > 10 else "")
         hint = f"{_LABEL_ID_HINT}; or {_TRAIN_ID_HINT}" if present[-1] <= _MAX_LABEL_ID else _TRAIN_ID_HINT
-        raise LabelError(f"{path}: holds labels {shown}, allowed are 0-{NUM_CLASSES - 1} and {IGNORE_LABEL} ({hint})")
+        raise LabelError(f"{path}: holds labels {shown}, allowed are 0-{len(BDD100K) - 1} and {IGNORE_LABEL} ({hint})")
     return mask
 
 
-def read_item(item: Item) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read an image, (H, W, 3) uint8 RGB, and its mask, (H, W) uint8, aligned with each other.
+def _require_kind(path: Path, image: Image.Image, labels: Labels) -> None:
+    """Raise LabelError if the picture cannot hold values of the kind that `labels` says."""
+    modes = {"L": "8-bit greyscale", "P": "palette", "RGB": "RGB", "RGBA": "RGB", "1": "1-bit"}
+    found = modes.get(image.mode, f"Pillow mode {image.mode}")
+    allowed: tuple[str, ...] = ("L", "P")
+    kind, needs = "ids", "one byte a pixel (8-bit greyscale, or a palette)"
+    if labels.kind == "colors":
+        allowed = ("P", "RGB", "RGBA")
+        kind, needs = "colors", "an RGB or a palette picture"
+    if image.mode not in allowed:
+        raise LabelError(f"{path}: a mask of kind {kind} is {needs}, but this is {found}; see the description's labels")
 
-    If EXIF turns the image, it is turned if the mask has the size of the turned image.
+
+def _class_ids(path: Path, image: Image.Image, labels: Labels) -> np.ndarray:
+    """The class of each pixel by its value, (H, W) uint8."""
+    if labels.kind == "ids":
+        values = np.asarray(image)
+        table = np.full(256, _UNLISTED, dtype=np.uint8)
+    else:
+        channels = np.asarray(image if image.mode in ("RGB", "RGBA") else image.convert("RGB"))
+        if channels.shape[2] == 4 and (channels[..., 3] != 255).any():
+            raise LabelError(
+                f"{path}: has transparent pixels, which have no colour; save the mask without transparency"
+            )
+        red, green, blue = (channels[..., i].astype(np.int32) for i in range(3))
+        values = (red << 16) | (green << 8) | blue
+        table = np.full(1 << 24, _UNLISTED, dtype=np.uint8)
+    for value, class_id in [*labels.class_ids.items(), *((value, IGNORE_LABEL) for value in labels.ignored)]:
+        table[value if isinstance(value, int) else (value[0] << 16) | (value[1] << 8) | value[2]] = class_id
+    mask = table[values]
+    unlisted = mask == _UNLISTED
+    if not unlisted.any():
+        return mask
+    if labels.unlisted == "error":
+        found = np.unique(values[unlisted]).tolist()
+        texts = [str(v) if labels.kind == "ids" else f"[{v >> 16}, {v >> 8 & 255}, {v & 255}]" for v in found[:10]]
+        shown = ", ".join(texts) + (f" and {len(found) - 10:,} more" if len(found) > 10 else "")
+        what = "values" if labels.kind == "ids" else "colors"
+        raise LabelError(
+            f"{path}: holds {what} {shown}, which the description does not list; add them to values or to ignore, or "
+            "set unlisted: ignore"
+        )
+    mask[unlisted] = IGNORE_LABEL
+    return mask
+
+
+def read_item(item: Item, labels: Labels | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read an image, (H, W, 3) uint8 RGB, and its mask, (H, W) uint8 class ids, aligned with each other.
+
+    If EXIF turns the image, it is turned if the mask has the size of the turned image. `labels` is as in `read_mask`.
 
     Raises:
         UserError: as `read_image` and `read_mask`; or EXIF turns the image, and the sizes do not show whether the mask
@@ -375,7 +430,8 @@ def read_item(item: Item) -> tuple[np.ndarray, np.ndarray | None]:
     if item.mask is None:
         return read_image(item.image), None
     image = read_image(item.image, upright=_is_drawn_upright(item.image, item.mask))
-    return image, read_mask(item.mask, *image.shape[:2])
+    height, width, _ = image.shape
+    return image, read_mask(item.mask, height, width, labels)
 
 
 def _is_drawn_upright(image: Path, mask: Path) -> bool:
@@ -397,15 +453,15 @@ def _is_drawn_upright(image: Path, mask: Path) -> bool:
 
 
 def check_first_masks(split: Split) -> str | None:
-    """Read some masks, spread over the split, to detect labels that are not train ids before any work.
+    """Read some masks, spread over the split, to detect labels that are not the data set's before any work.
 
     Masks that cannot be read are skipped.
 
     Returns:
-        A warning if the labels are valid, but their shares are not those of train ids.
+        A warning if BDD100K's labels are valid, but their shares are not those of train ids.
 
     Raises:
-        LabelError: some masks do not hold train ids.
+        LabelError: some masks hold other values.
     """
     masks = [item.mask for item in split.items if item.mask]
     chosen = sorted({round(i * (len(masks) - 1) / (NUM_FIRST_MASKS - 1)) for i in range(NUM_FIRST_MASKS) if masks})
@@ -414,7 +470,7 @@ def check_first_masks(split: Split) -> str | None:
     for path in (masks[index] for index in chosen):
         try:
             height, width = read_size(path)
-            counts += count_labels(read_mask(path, height, width))
+            counts += count_labels(read_mask(path, height, width, split.labels))
         except LabelError as error:
             wrong.append(error)
         except UserError:
@@ -422,7 +478,7 @@ def check_first_masks(split: Split) -> str | None:
     if wrong:
         raise LabelError(f"{wrong[0]}; wrong labels in {len(wrong)} of the {len(chosen)} masks checked")
     # Among label ids, 7 is road, and masks have no 255. Among train ids, 7 is traffic sign, and 0 is road.
-    if counts[IGNORE_LABEL] or counts[7] <= max(counts.sum() / 8, counts[0]):
+    if split.labels or counts[IGNORE_LABEL] or counts[7] <= max(counts.sum() / 8, counts[0]):
         return None
     share = 100 * counts[7] / counts.sum()
     return (

@@ -7,30 +7,31 @@ equal corners and a side of 1.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
-from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.classes import IGNORE_LABEL
 from utils.data.frame import ImageSize, frame_size
 from utils.data.geometry import fitted_size
 
 _INVALID_BIT = 31
 
 
-def _class_bits() -> np.ndarray:
-    bits = np.full(256, 1 << _INVALID_BIT, dtype=np.uint32)
-    bits[:NUM_CLASSES] = 1 << np.arange(NUM_CLASSES, dtype=np.uint32)
-    bits[IGNORE_LABEL] = 0
+@cache
+def _class_bits(first: int, last: int, num_classes: int) -> np.ndarray:
+    """(256,) uint32: each label as a set of the classes `first` to `last`; a bitwise OR is their union."""
+    bits = np.zeros(256, dtype=np.uint32)
+    bits[num_classes:IGNORE_LABEL] = 1 << _INVALID_BIT
+    bits[first : last + 1] = 1 << np.arange(last + 1 - first, dtype=np.uint32)
     return bits
 
 
-_CLASS_BITS = _class_bits()  # (256,) uint32: each label as a set of classes; a bitwise OR is their union
-
-
-def class_boxes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def class_boxes(labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """The tight box of every class in a label map.
 
     Args:
-        labels: (H, W) uint8, ids 0-18 and 255 = not labelled.
+        labels: (H, W) uint8, ids below `num_classes` and 255 = not labelled.
 
     Returns:
         The K class ids in ascending order, (K,) int64, and their boxes, (K, 4) int64. K is 0 if nothing is labelled.
@@ -40,18 +41,29 @@ def class_boxes(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if labels.ndim != 2 or labels.dtype != np.uint8:
         raise ValueError(f"labels must be (H, W) uint8, got {labels.shape} {labels.dtype}")
+    found = [
+        _boxes_of(labels, first, min(first + _INVALID_BIT, num_classes) - 1, num_classes)
+        for first in range(0, num_classes, _INVALID_BIT)
+    ]
+    class_ids, boxes = (np.concatenate(parts) for parts in zip(*found))
+    return class_ids, boxes
+
+
+def _boxes_of(labels: np.ndarray, first: int, last: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """`class_boxes` of the classes `first` to `last`, as many as fit into the bits of a number."""
     # One pass instead of one for each class: each row and each column becomes the set of its classes.
-    pixel_sets = _CLASS_BITS.take(labels, mode="wrap")  # H x W; no label is out of bounds, and wrapping is fastest
+    bits = _class_bits(first, last, num_classes)
+    pixel_sets = bits.take(labels, mode="wrap")  # H x W; no label is out of bounds, and wrapping is fastest
     in_row = np.bitwise_or.reduce(pixel_sets, axis=1)  # H
     in_column = np.bitwise_or.reduce(pixel_sets, axis=0)  # W
     union = int(np.bitwise_or.reduce(in_row))
     if union >> _INVALID_BIT:
-        wrong = [int(v) for v in np.unique(labels) if v >= NUM_CLASSES and v != IGNORE_LABEL]
-        raise ValueError(f"labels must be 0-{NUM_CLASSES - 1} or {IGNORE_LABEL}, got {wrong}")
-    class_ids = np.array([k for k in range(NUM_CLASSES) if union >> k & 1], dtype=np.int64)
-    x_min, x_max = _extent(in_column, class_ids)
-    y_min, y_max = _extent(in_row, class_ids)
-    return class_ids, np.stack([x_min, y_min, x_max, y_max], axis=1)
+        wrong = [int(v) for v in np.unique(labels) if v >= num_classes and v != IGNORE_LABEL]
+        raise ValueError(f"labels must be 0-{num_classes - 1} or {IGNORE_LABEL}, got {wrong}")
+    present = np.array([k for k in range(last + 1 - first) if union >> k & 1], dtype=np.int64)
+    x_min, x_max = _extent(in_column, present)
+    y_min, y_max = _extent(in_row, present)
+    return first + present, np.stack([x_min, y_min, x_max, y_max], axis=1)
 
 
 def _extent(sets: np.ndarray, class_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -73,7 +73,7 @@ class ClassTable:
         Raises:
             UserError: a name is unknown or given twice, or no class is left for "other", or one has that name.
         """
-        ids = [self._id_of(name) for name in names]
+        ids = [self.id_of(name) for name in names]
         if len(set(ids)) < len(ids):
             twice = next(self.names[i] for i in ids if ids.count(i) > 1)
             raise UserError(f"class {twice!r} is given twice; give each class once")
@@ -84,7 +84,8 @@ class ClassTable:
             chosen.append(SemanticClass(len(chosen), OTHER_CLASS, _unused_grey(chosen)))
         return ClassTable(tuple(replace(c, id=i) for i, c in enumerate(chosen)), selected_from=self.names)
 
-    def _id_of(self, name: str) -> int:
+    def id_of(self, name: str) -> int:
+        """The id of a class by its name in any case, in which `_` may stand for a space; or a `UserError`."""
         for text in (name, name.replace("_", " ")):
             if text.lower() in self.ids_by_name:
                 return self.ids_by_name[text.lower()]

@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from utils.data.augment import View, draw_view, fixed_view
-from utils.data.bdd100k import check_first_masks, find_split, match_key, read_size
+from utils.data.bdd100k import check_first_masks, match_key, read_mask, read_size
 from utils.data.boxes import class_boxes, jitter_boxes, to_frame
-from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.classes import IGNORE_LABEL, ClassTable
+from utils.data.description import Labels
+from utils.data.finding import find_split
 from utils.data.frame import ImageSize, frame_size
 from utils.data.geometry import fitted_size, resize_image
-from utils.data.manifest import read_manifest
+from utils.data.manifest import ManifestItem, read_manifest
 from utils.runtime import distributed
 from utils.runtime.choices import AUGMENTATIONS
 from utils.runtime.errors import UserError, printable, warn
@@ -90,13 +93,39 @@ class NpyFolder:
         self.folder = folder
         self.image_size = manifest.image_size
         self.resize_mode = manifest.resize_mode
-        self.items = manifest.items
+        self.items = self._items = manifest.items
+        self.classes = self._file_classes = manifest.classes
+        self._new_ids: np.ndarray | None = None  # of the files' labels; None if they stay
         self._sources = manifest.sources or {}
+        self._manifest = manifest
+        self._mask_labels: Labels | None = None  # of `original_masks`; None for BDD100K's
         self.frame_size = frame = frame_size(manifest.image_size)
         self._form = {"imgs": ((*frame, 3), manifest.image_dtype), "gts": (frame, "uint8")}
         for item in self.items:
             for kind, (shape, dtype) in self._form.items():
                 check_npy(self._path(kind, item.name), shape, dtype)
+
+    def use_classes(self, classes: ClassTable, *, match: bool = False) -> None:
+        """Give labels and pixel counts in the ids of another table. The files and `digest` stay.
+
+        Args:
+            classes: of a model, or a selection of the files' classes.
+            match: see `ClassTable.ids_of`.
+
+        Raises:
+            UserError: the tables do not belong together, or no pixel of the split is of these classes.
+        """
+        try:
+            new_ids = classes.ids_of(self._file_classes, match=match)
+        except UserError as error:
+            raise UserError(f"{self.folder}: {error}") from None
+        self.classes, self.items, self._new_ids = classes, self._items, None
+        if (new_ids[: len(self._file_classes)] == np.arange(len(self._file_classes))).all():
+            return
+        self.items = [_relabelled(item, new_ids, len(classes)) for item in self._items]
+        self._new_ids = new_ids
+        if not any(any(item.pixels) for item in self.items):
+            raise UserError(f"{self.folder}: no labelled pixel of the classes {', '.join(classes.names)}")
 
     def pictures(self) -> dict[str, Path]:
         """The file of each image by name, as preprocessing found it.
@@ -112,12 +141,13 @@ class NpyFolder:
         return {item.name: Path(str(self._sources[item.name][0][0])) for item in self.items}
 
     def original_masks(self, root: Path) -> dict[str, Path]:
-        """The original mask of each image by name, found in the unpacked BDD100K `root`.
+        """The original mask of each image by name, found in the unpacked data set `root`.
 
         Raises:
             UserError: one is missing, or has another size than preprocessing recorded.
         """
-        split = find_split(root, self.folder.resolve().name)
+        split = find_split(root, self.folder.resolve().name, self._manifest.description)
+        self._mask_labels = split.labels
         for note in split.notes:
             distributed.say(printable(note))
         if (doubt := check_first_masks(split)) and distributed.is_main():
@@ -132,6 +162,10 @@ class NpyFolder:
             masks[item.name] = mask
         return masks
 
+    def read_original_mask(self, path: Path, height: int, width: int) -> np.ndarray:
+        """Read a mask of `original_masks`, (height, width) uint8 ids of `classes`; raises as `read_mask`."""
+        return self.relabel(read_mask(path, height, width, self._mask_labels))
+
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The image and its labels, as `read_image` and `read_labels`."""
         return self.read_image(index), self.read_labels(index)
@@ -141,16 +175,25 @@ class NpyFolder:
         return self._load("imgs", index)
 
     def read_labels(self, index: int) -> np.ndarray:
-        """Read labels, H x W uint8 of 0-18 and 255. Raises as `read_image`, and a `UserError` for any other value."""
+        """Read labels, H x W uint8 ids of `classes` and 255.
+
+        Raises:
+            UserError: as `read_image`, or the file holds another value than ids of its classes and 255.
+        """
         labels = self._load("gts", index)
-        foreign = labels[(labels >= NUM_CLASSES) & (labels != IGNORE_LABEL)]
+        num_classes = len(self._file_classes)
+        foreign = labels[(labels >= num_classes) & (labels != IGNORE_LABEL)]
         if foreign.size:  # it would be an index out of bounds, in a loss or on a GPU
             path = self._path("gts", self.items[index].name)
             raise UserError(
-                f"{path}: labels must be 0-{NUM_CLASSES - 1} or {IGNORE_LABEL}, got "
+                f"{path}: labels must be 0-{num_classes - 1} or {IGNORE_LABEL}, got "
                 f"{np.unique(foreign)[:8].tolist()}; run pre_bdd100k.py again with --overwrite"
             )
-        return labels
+        return self.relabel(labels)
+
+    def relabel(self, labels: np.ndarray) -> np.ndarray:
+        """Ids of the files' classes -> ids of `classes`, both (H, W) uint8."""
+        return labels if self._new_ids is None else cv2.LUT(labels, self._new_ids)
 
     def _load(self, kind: str, index: int) -> np.ndarray:
         return load_npy(self._path(kind, self.items[index].name), *self._form[kind])
@@ -164,17 +207,25 @@ class NpyFolder:
         return fitted_size(item.height, item.width, self.image_size, self.resize_mode)
 
     def class_pixels(self) -> Tensor:
-        """Labelled pixels of each class in the whole split, (NUM_CLASSES,) int64."""
+        """Labelled pixels of each class in the whole split, (len(classes),) int64."""
         return torch.tensor([item.pixels for item in self.items]).sum(dim=0)
 
     @property
     def digest(self) -> str:
         """A hash of the split's frame, names, sizes and label counts. It does not depend on where its files are."""
-        what = [self.image_size, self.resize_mode, [asdict(item) for item in self.items]]
+        what = [self.image_size, self.resize_mode, [asdict(item) for item in self._items]]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def _path(self, kind: str, name: str) -> Path:
         return self.folder / kind / f"{name}.npy"
+
+
+def _relabelled(item: ManifestItem, new_ids: np.ndarray, num_classes: int) -> ManifestItem:
+    """The item with its pixels counted by new ids."""
+    pixels = np.zeros(256, dtype=np.int64)
+    np.add.at(pixels, new_ids[: len(item.pixels)], item.pixels)
+    ignored = item.ignored + int(pixels[IGNORE_LABEL])
+    return replace(item, pixels=pixels[:num_classes].tolist(), ignored=ignored)
 
 
 class FeatureCache(Protocol):
@@ -314,7 +365,7 @@ class BoxPromptDataset(TrainingDataset):
 
     def find(self, labels: np.ndarray) -> Found:
         """The classes of a view, K int64, and their tight boxes, K x 4 int64."""
-        return class_boxes(labels)
+        return class_boxes(labels, len(self.source.classes))
 
     def draw_prompts(self, found: Found, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Choose classes and jitter their boxes."""
@@ -371,7 +422,7 @@ class EvaluationDataset(CachedDataset):
         if self.has_images:
             sample["image"] = torch.from_numpy(self.source.read_image(index))
         if self.boxes == "oracle":
-            sample.update(box_prompts(*class_boxes(labels)))
+            sample.update(box_prompts(*class_boxes(labels, len(self.source.classes))))
         elif self.boxes is not None:
             frame = (item.height, item.width, self.source.image_size, self.source.resize_mode)
             sample.update(detected_prompts(self.boxes, item.name, *frame))
@@ -546,6 +597,7 @@ def validation_dataset(folder: Path, training: NpyFolder, prompt_mode: str) -> E
         UserError: the frame differs from the training data's, or no pixel is labelled.
     """
     source = NpyFolder(folder)
+    source.use_classes(training.classes)
     for what in ("image_size", "resize_mode"):
         theirs, ours = getattr(source, what), getattr(training, what)
         if theirs != ours:

@@ -18,6 +18,7 @@ from utils.runtime.files import open_untrusted
 MAX_PIXELS = (1 << 28) // 3  # 256 MiB of RGB, Pillow's own limit
 MAX_BYTES = 4 * MAX_PIXELS  # of a file
 MAX_JPEG_SCANS = 100  # a progressive JPEG has about ten; each scan is a pass over the whole picture
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # in any case
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # as Pillow calls them
 DAMAGED = "(the file is damaged; get it again)"
 

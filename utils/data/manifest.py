@@ -6,11 +6,13 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from utils.data.bdd100k import MAX_PIXELS
-from utils.data.classes import CLASS_NAMES, NUM_CLASSES
+from utils.data.classes import BDD100K, ClassTable
+from utils.data.description import DEFAULT, Description, load_description, read_plain_description
 from utils.data.frame import ImageSize, frame_size, is_image_size
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write, exists, is_folder, read_json
@@ -52,14 +54,23 @@ class Manifest:
     complete: bool  # False until every image of the split has been tried
     items: list[ManifestItem]
     format_version: int = FORMAT_VERSION
-    class_names: list[str] = field(default_factory=lambda: list(CLASS_NAMES))
+    class_names: list[str] = field(default_factory=lambda: list(BDD100K.names))
     # The source files of each image's arrays by name: image and mask. While `complete` is False, also of arrays not yet
     # written. None in a manifest of an older version.
     sources: dict[str, list[Source]] | None = None
+    dataset: dict[str, Any] | None = None  # `Description.to_plain`; None for BDD100K
+
+    @cached_property
+    def description(self) -> Description:
+        return load_description(DEFAULT) if self.dataset is None else read_plain_description(self.dataset)
+
+    @property
+    def classes(self) -> ClassTable:
+        return BDD100K if self.dataset is None else self.description.classes
 
     def write(self, folder: Path) -> None:
         """Write `folder/manifest.json`, atomically."""
-        fields = {key: value for key, value in asdict(self).items() if key != "sources" or value is not None}
+        fields = {key: value for key, value in asdict(self).items() if value is not None}
         with atomic_write(folder / "manifest.json") as file:
             file.write(json.dumps(fields, indent=1).encode())
 
@@ -104,7 +115,7 @@ def _is_valid(manifest: Manifest) -> bool:
         and manifest.resize_mode in RESIZE_MODES
         and isinstance(manifest.labelled, bool)
         and isinstance(manifest.complete, bool)
-        and manifest.class_names == list(CLASS_NAMES)
+        and manifest.class_names == list(manifest.classes.names)
         and all(_is_item(item, manifest) for item in manifest.items)
         and len({item.name for item in manifest.items}) == len(manifest.items)
         and (manifest.sources is None or all(_is_source(s) for files in manifest.sources.values() for s in files))
@@ -123,7 +134,7 @@ def _is_item(item: ManifestItem, manifest: Manifest) -> bool:
         and Path(item.name).name == item.name not in ("", "..")
         and "\0" not in item.name
         and isinstance(item.pixels, list)
-        and len(item.pixels) == (NUM_CLASSES if manifest.labelled else 0)
+        and len(item.pixels) == (len(manifest.classes) if manifest.labelled else 0)
         and all(type(size) is int for size in sizes)
         and item.height > 0
         and item.width > 0

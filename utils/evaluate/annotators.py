@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import quote
 from xml.etree.ElementTree import Element, SubElement, tostring
+from xml.sax.saxutils import escape
 
 import numpy as np
 
 from utils.data.bdd100k import read_mask, read_size
-from utils.data.classes import CLASS_NAMES, CLASSES, NUM_CLASSES
+from utils.data.classes import ClassTable
+from utils.data.description import train_ids
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write
 
@@ -46,7 +48,7 @@ def require_exportable(pictures: Mapping[str, Path]) -> None:
 
 
 def export_predictions(
-    tool: str, output_dir: Path, predictions: Path, pictures: Mapping[str, Path], *, model: str
+    tool: str, output_dir: Path, predictions: Path, pictures: Mapping[str, Path], classes: ClassTable, *, model: str
 ) -> list[str]:
     """Write the files of a tool to `output_dir`, atomically.
 
@@ -54,6 +56,7 @@ def export_predictions(
         tool: a key of `WRITERS`.
         predictions: the folder with the PNG of train ids of each picture.
         pictures: the picture's file by the name of its PNG; at least one.
+        classes: those of the PNGs.
         model: what predicted, for the tools that show it.
 
     Returns:
@@ -68,16 +71,19 @@ def export_predictions(
     def labelled() -> Iterator[Labelled]:
         for name, path in paths.items():
             prediction = predictions / f"{name}.png"
-            yield Labelled(path.relative_to(root).as_posix(), read_mask(prediction, *read_size(prediction)))
+            labels = read_mask(prediction, *read_size(prediction), train_ids(classes))
+            yield Labelled(path.relative_to(root).as_posix(), labels)
 
-    return WRITERS[tool](output_dir, root, labelled(), model)
+    return WRITERS[tool](output_dir, root, labelled(), classes, model)
 
 
-def write_cvat(output_dir: Path, root: Path, pictures: Iterator[Labelled], model: str) -> list[str]:
+def write_cvat(
+    output_dir: Path, root: Path, pictures: Iterator[Labelled], classes: ClassTable, model: str
+) -> list[str]:
     """Write "CVAT 1.1" XML, and the labels as CVAT's raw label editor takes them."""
     archive = output_dir / FILES["cvat"][0]
     labels: list[dict[str, Any]] = [
-        {"name": c.name, "color": _hex(c.color), "type": "any", "attributes": []} for c in CLASSES
+        {"name": c.name, "color": _hex(c.color), "type": "any", "attributes": []} for c in classes
     ]
     meta = Element("meta")
     task = SubElement(meta, "task")
@@ -95,19 +101,21 @@ def write_cvat(output_dir: Path, root: Path, pictures: Iterator[Labelled], model
         for index, picture in enumerate(pictures):
             height, width = picture.labels.shape
             image = Element("image", id=str(index), name=picture.path, width=str(width), height=str(height))
-            for class_id, mask in _masks(picture.labels):
+            for class_id, mask in _masks(picture.labels, len(classes)):
                 rows, columns = _extent(mask)
                 place = {"left": columns.start, "top": rows.start}
                 size = {"width": columns.stop - columns.start, "height": rows.stop - rows.start}
                 numbers = {key: str(value) for key, value in {"occluded": 0, "z_order": 0, **place, **size}.items()}
                 rle = ", ".join(map(str, _run_lengths(mask[rows, columns].ravel()).tolist()))
-                SubElement(image, "mask", {"label": CLASS_NAMES[class_id], "source": "auto", "rle": rle, **numbers})
+                SubElement(image, "mask", {"label": classes.names[class_id], "source": "auto", "rle": rle, **numbers})
             file.write(b"\n" + tostring(image))
         file.write(b"\n</annotations>\n")
     return [f"For CVAT, format CVAT 1.1: {archive}"]
 
 
-def write_label_studio(output_dir: Path, root: Path, pictures: Iterator[Labelled], model: str) -> list[str]:
+def write_label_studio(
+    output_dir: Path, root: Path, pictures: Iterator[Labelled], classes: ClassTable, model: str
+) -> list[str]:
     """Write tasks with predicted brush masks, and the labelling interface that they belong to.
 
     Pictures are addressed as local files below the parent of `root`.
@@ -129,17 +137,17 @@ def write_label_studio(output_dir: Path, root: Path, pictures: Iterator[Labelled
                     "value": {
                         "format": "rle",
                         "rle": _label_studio_rle(mask.ravel()).tolist(),
-                        "brushlabels": [CLASS_NAMES[class_id]],
+                        "brushlabels": [classes.names[class_id]],
                     },
                 }
-                for class_id, mask in _masks(picture.labels)
+                for class_id, mask in _masks(picture.labels, len(classes))
             ]
             address = f"/data/local-files/?d={quote(f'{root.name}/{picture.path}')}"
             task = {"data": {"image": address}, "predictions": [{"model_version": model, "result": regions}]}
             file.write(b",\n" * (index > 0) + _json(task))
         file.write(b"]\n")
     with atomic_write(interface) as file:
-        labels = "".join(f'    <Label value="{c.name}" background="{_hex(c.color)}"/>\n' for c in CLASSES)
+        labels = "".join(f'    <Label value="{escape(c.name)}" background="{_hex(c.color)}"/>\n' for c in classes)
         file.write(
             '<View>\n  <Image name="image" value="$image" zoom="true"/>\n'
             f'  <BrushLabels name="label" toName="image">\n{labels}  </BrushLabels>\n</View>\n'.encode()
@@ -152,18 +160,20 @@ def write_label_studio(output_dir: Path, root: Path, pictures: Iterator[Labelled
     ]
 
 
-def write_coco(output_dir: Path, root: Path, pictures: Iterator[Labelled], model: str) -> list[str]:
+def write_coco(
+    output_dir: Path, root: Path, pictures: Iterator[Labelled], classes: ClassTable, model: str
+) -> list[str]:
     """Write COCO's instances, one for each class of a picture. A category's id is its train id plus 1."""
     archive = output_dir / FILES["coco"][0]
     images, count = [], 0
     with _zip_member(archive, "annotations/instances_default.json") as file:
-        categories = [{"id": c.id + 1, "name": c.name, "supercategory": ""} for c in CLASSES]
+        categories = [{"id": c.id + 1, "name": c.name, "supercategory": ""} for c in classes]
         info = {"description": f"predicted by {model}"}
         file.write(b'{"info":%b,\n"licenses":[],\n"categories":%b,\n"annotations":[' % (_json(info), _json(categories)))
         for image_id, picture in enumerate(pictures, start=1):
             height, width = picture.labels.shape
             images.append({"id": image_id, "file_name": picture.path, "height": height, "width": width})
-            for class_id, mask in _masks(np.asfortranarray(picture.labels)):
+            for class_id, mask in _masks(np.asfortranarray(picture.labels), len(classes)):
                 rows, columns = _extent(mask)
                 annotation = {
                     "id": count + 1,
@@ -180,7 +190,7 @@ def write_coco(output_dir: Path, root: Path, pictures: Iterator[Labelled], model
     return [f"For COCO's tools: {archive}"]
 
 
-WRITERS: dict[str, Callable[[Path, Path, Iterator[Labelled], str], list[str]]] = {
+WRITERS: dict[str, Callable[[Path, Path, Iterator[Labelled], ClassTable, str], list[str]]] = {
     "cvat": write_cvat,
     "labelstudio": write_label_studio,
     "coco": write_coco,
@@ -192,9 +202,9 @@ FILES = {
 }
 
 
-def _masks(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _masks(labels: np.ndarray, num_classes: int) -> Iterator[tuple[int, np.ndarray]]:
     """The id and the mask, H x W bool, of each class in a label map."""
-    for class_id in np.flatnonzero(np.bincount(labels.ravel(), minlength=256)[:NUM_CLASSES]).tolist():
+    for class_id in np.flatnonzero(np.bincount(labels.ravel(), minlength=256)[:num_classes]).tolist():
         yield class_id, labels == class_id
 
 

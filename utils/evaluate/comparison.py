@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from utils.data.classes import CLASS_NAMES
+from utils.data.classes import BDD100K, ClassTable, read_class_table
 from utils.data.datasets import NpyFolder
 from utils.data.geometry import resize_mask
 from utils.evaluate.gallery import (
@@ -39,20 +39,38 @@ def write_comparison(path: Path, evaluations: Mapping[Path, Mapping[str, Any]], 
         UserError: an evaluation lacks its images' figures, or has other images; or the page cannot be written.
     """
     figures_of = [_figures_by_image(folder, results) for folder, results in evaluations.items()]
+    classes = _class_table(*next(iter(evaluations.items())))
     first, *others = figures_of
     for folder, figures in zip(list(evaluations)[1:], others):
         if figures.keys() != first.keys():
             raise UserError(f"{next(iter(evaluations))} and {folder} have different images; evaluate the same split")
-    rows = [_row(name, [figures[name] for figures in figures_of]) for name in first]
-    chosen = choose_changed(rows, SHOWN)
+    rows = [_row(name, [figures[name] for figures in figures_of], classes.names) for name in first]
+    chosen = choose_changed(rows, SHOWN, classes.names)
     try:
-        cards, missing = _cards(evaluations, figures_of, list(first), chosen), None
+        cards, missing = _cards(evaluations, figures_of, list(first), chosen, classes), None
     except UserError as error:
         cards, missing = [], printable(f"no pictures: {error}")
     write_comparison_page(
-        path, names=names, results=list(evaluations.values()), rows=rows, cards=cards, missing=missing
+        path,
+        classes=classes,
+        names=names,
+        results=list(evaluations.values()),
+        rows=rows,
+        cards=cards,
+        missing=missing,
     )
     return missing
+
+
+def _class_table(folder: Path, results: Mapping[str, Any]) -> ClassTable:
+    """The classes of an evaluation. A file without a table has those of BDD100K."""
+    try:
+        classes = read_class_table(results["classes"]) if "classes" in results else BDD100K
+    except ValueError:
+        classes = None
+    if classes is None or [(c["id"], c["name"]) for c in results["per_class"]] != list(enumerate(classes.names)):
+        raise UserError(f"{folder}/evaluation_results.json: not a result of infer_bdd100k.py")
+    return classes
 
 
 def _figures_by_image(folder: Path, results: Mapping[str, Any]) -> dict[str, ImageFigures]:
@@ -67,13 +85,12 @@ def _figures_by_image(folder: Path, results: Mapping[str, Any]) -> dict[str, Ima
         )
     except (KeyError, TypeError, AttributeError):
         is_valid = False
-    is_valid = is_valid and [entry["id"] for entry in results["per_class"]] == list(range(len(CLASS_NAMES)))
     if not (is_valid and figures):
         raise UserError(f"{folder}/evaluation_results.json: not a result of infer_bdd100k.py")
     return figures
 
 
-def _row(name: str, figures: Sequence[ImageFigures]) -> Row:
+def _row(name: str, figures: Sequence[ImageFigures], class_names: Sequence[str]) -> Row:
     """The changes of an image from the first evaluation to each other one."""
     first, *others = figures
     return Row(
@@ -81,7 +98,7 @@ def _row(name: str, figures: Sequence[ImageFigures]) -> Row:
         values=[_change(first["miou"], other["miou"]) for other in others],
         classes={
             class_id: [_change(first["iou"][class_name], other["iou"].get(class_name)) for other in others]
-            for class_id, class_name in enumerate(CLASS_NAMES)
+            for class_id, class_name in enumerate(class_names)
             if class_name in first["iou"]
         },
     )
@@ -91,7 +108,7 @@ def _change(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else after - before
 
 
-def choose_changed(rows: Sequence[Row], number: int) -> dict[int, str]:
+def choose_changed(rows: Sequence[Row], number: int, class_names: Sequence[str]) -> dict[int, str]:
     """Choose images: half by the change of their mIoU, the rest by that of a class, each class in turn.
 
     Returns:
@@ -109,12 +126,12 @@ def choose_changed(rows: Sequence[Row], number: int) -> dict[int, str]:
     chosen = dict.fromkeys(by_miou[: -(-number // 2)], "mIoU changed most")
     orders = {
         class_id: by_change({index: row.classes[class_id] for index, row in enumerate(rows) if class_id in row.classes})
-        for class_id in range(len(CLASS_NAMES))
+        for class_id in range(len(class_names))
     }
     for rank in range(len(rows)):
         for class_id, order in orders.items():
             if rank < len(order) and len(chosen) < number:
-                chosen.setdefault(order[rank], f"{CLASS_NAMES[class_id]} changed most")
+                chosen.setdefault(order[rank], f"{class_names[class_id]} changed most")
     return chosen
 
 
@@ -123,10 +140,12 @@ def _cards(
     figures_of: Sequence[Mapping[str, ImageFigures]],
     names: Sequence[str],
     chosen: Mapping[int, str],
+    classes: ClassTable,
 ) -> list[Card]:
     """Chosen images with ground truth, each prediction, and the changes from the first to each other one as layers."""
     data = next(iter(evaluations.values())).get("data")
     source = NpyFolder(Path(str(data)))
+    source.use_classes(classes, match=True)
     position = {item.name: index for index, item in enumerate(source.items)}
     if unknown := [names[index] for index in chosen if names[index] not in position]:
         raise UserError(f"{data}: lacks the image {unknown[0]}; it was preprocessed again since the evaluation")
@@ -139,6 +158,7 @@ def _cards(
     for index, reason in chosen.items():
         photo, target = read_shown(source, position[names[index]])
         first, *others = (resize_mask(maps[index], target.shape, "stretch") for maps in maps_of)
-        layers = [class_layer(labels) for labels in (target, first, *others)]
-        cards.append(make_card(index, reason, photo, [*layers, *(change_layer(target, first, o) for o in others)]))
+        layers = [class_layer(labels, len(classes)) for labels in (target, first, *others)]
+        layers += [change_layer(target, first, other) for other in others]
+        cards.append(make_card(index, reason, photo, layers, classes))
     return cards

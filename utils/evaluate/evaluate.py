@@ -27,7 +27,7 @@ def predictions_and_labels(
 
 def evaluate(model: Segmenter, loader: DataLoader, precision: Precision) -> ConfusionMatrix:
     """Score predictions in the frame. Each process scores its share of the set; the counts are summed."""
-    confusion = ConfusionMatrix(precision.device)
+    confusion = ConfusionMatrix(len(model.classes), precision.device)
     progress = progress_bar(loader, "validation", unit="batch", disable=not distributed.is_main(), leave=False)
     for prediction, labels in predictions_and_labels(model, progress, precision):
         confusion.update(prediction.label_map(labels.shape), labels)

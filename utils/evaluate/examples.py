@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.data.bdd100k import read_mask
+from utils.data.classes import ClassTable
 from utils.data.datasets import NpyFolder
 from utils.data.geometry import unframe
 from utils.evaluate.plots import save_comparison
@@ -82,10 +82,13 @@ class Examples:
         return None if png is None else cv2.imdecode(png, cv2.IMREAD_GRAYSCALE)
 
 
-def draw_examples(folder: Path, examples: Examples, source: NpyFolder, masks: Mapping[str, Path] | None = None) -> None:
+def draw_examples(
+    folder: Path, examples: Examples, source: NpyFolder, classes: ClassTable, masks: Mapping[str, Path] | None = None
+) -> None:
     """Draw the chosen images as `<folder>/<name>.png`; each process draws those that it has scored.
 
     Args:
+        classes: those of the labels and predictions.
         masks: the original masks by name, to draw instead of those of the frame.
     """
     chosen = examples.choose()
@@ -97,13 +100,14 @@ def draw_examples(folder: Path, examples: Examples, source: NpyFolder, masks: Ma
         item = source.items[example.index]
         image, target = unframe(*source.read(example.index), item.height, item.width, source.resize_mode)
         if masks:
-            target = read_mask(masks[item.name], item.height, item.width)
+            target = source.read_original_mask(masks[item.name], item.height, item.width)
         figures = f"mIoU {example.miou:.3f}, rank {example.rank:,} of {len(source.items):,} (1 = worst)"
         save_comparison(
             folder / f"{item.name}.png",
             image,
             target,
             prediction,
+            classes,
             title=item.name,
             figures="no labelled pixel" if math.isnan(example.miou) else figures,
         )

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.data.bdd100k import read_mask
-from utils.data.classes import CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES, PALETTE
+from utils.data.classes import IGNORE_LABEL, MAX_CLASSES, ClassTable
 from utils.data.datasets import NpyFolder
 from utils.data.geometry import resize_image, resize_mask, to_bytes
 from utils.evaluate.metrics import mean_iou
@@ -31,11 +30,11 @@ _IMAGE_BYTES = 115_000  # of all layers of an image: 60 images take 9.2 MB in ba
 _MAP_BYTES = 1 << 20  # the most that a label map may take in the archive
 _PHOTO_QUALITY = 80
 
-# Indexes of a layer's palette after those of the classes.
-_PAPER, _STRIPE, _CLEAR, _WRONG, _FIXED = range(NUM_CLASSES, NUM_CLASSES + 5)
 FIXED = (20, 120, 240)  # RGB of pixels that became right
-_COLORS = bytes([*PALETTE[:NUM_CLASSES].ravel(), *HATCH[0], *HATCH[1], 0, 0, 0, *WRONG, *FIXED])
-_OPACITIES = bytes([255] * (NUM_CLASSES + 2) + [0, 255, 255])
+# A layer holds ids of classes and these marks.
+_PAPER, _STRIPE, _CLEAR, _WRONG, _FIXED = range(MAX_CLASSES, MAX_CLASSES + 5)
+_MARK_COLORS = [*HATCH[0], *HATCH[1], 0, 0, 0, *WRONG, *FIXED]
+_MARK_OPACITIES = [255, 255, 0, 255, 255]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class ScoredImage:
     """An image's confusion matrix and its prediction at the size of the report."""
 
     index: int  # in the split
-    counts: np.ndarray  # (19, 20) int64
+    counts: np.ndarray  # (N, N + 1) integers
     prediction: bytes  # PNG of ids; b"" if no image is shown
 
     @property
@@ -65,17 +64,21 @@ class Card:
 
 
 def wrong_pixels(counts: np.ndarray) -> np.ndarray:
-    """Pixels of each class that were missed or taken for it: (..., 19, 20) -> (..., 19)."""
+    """Pixels of each class that were missed or taken for it: (..., N, N + 1) -> (..., N)."""
     hits = np.diagonal(counts, axis1=-2, axis2=-1)
-    return counts.sum(axis=-1) + counts[..., :NUM_CLASSES].sum(axis=-2) - 2 * hits
+    return counts.sum(axis=-1) + counts[..., :-1].sum(axis=-2) - 2 * hits
 
 
-def choose_images(mious: Sequence[float], counts: np.ndarray, number: int) -> dict[int, str]:
+def choose_images(
+    mious: Sequence[float], counts: np.ndarray, number: int, class_names: Sequence[str]
+) -> dict[int, str]:
     """Choose images to show: a third has the lowest mIoU, a third the most wrong pixels of a class, the rest is spread.
 
     Args:
         mious: of each image; `nan` if nothing is labelled, which is not low.
-        counts: confusion matrices, (N, 19, 20).
+        counts: confusion matrices, one for each image.
+        number: of images to choose.
+        class_names: for the reasons.
 
     Returns:
         The reason for each chosen image, by its index.
@@ -91,7 +94,7 @@ def choose_images(mious: Sequence[float], counts: np.ndarray, number: int) -> di
         for class_id, order in worst_of.items():
             index = int(order[rank])
             if len(chosen) < math.ceil(2 * number / 3) and wrong[index, class_id]:
-                chosen.setdefault(index, f"many wrong pixels of {CLASS_NAMES[class_id]}")
+                chosen.setdefault(index, f"many wrong pixels of {class_names[class_id]}")
 
     rest = [index for index in range(len(mious)) if index not in chosen]
     for position in np.linspace(0, len(rest) - 1, number - len(chosen)).round().astype(int):
@@ -157,9 +160,9 @@ def read_label_maps(path: Path, indexes: Iterable[int]) -> dict[int, np.ndarray]
     return maps
 
 
-def class_layer(labels: np.ndarray) -> np.ndarray:
+def class_layer(labels: np.ndarray, num_classes: int) -> np.ndarray:
     """A layer in the colours of the classes; what is not labelled, or of no class, is hatched."""
-    return np.where(labels < NUM_CLASSES, labels, np.where(stripes(labels.shape), _STRIPE, _PAPER))
+    return np.where(labels < num_classes, labels, np.where(stripes(labels.shape), _STRIPE, _PAPER))
 
 
 def error_layer(target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -191,33 +194,40 @@ def read_shown(source: NpyFolder, index: int, target: np.ndarray | None = None) 
 
 
 def report_cards(
-    source: NpyFolder, images: Sequence[ScoredImage], number: int, masks: Mapping[str, Path] | None = None
+    source: NpyFolder,
+    images: Sequence[ScoredImage],
+    number: int,
+    classes: ClassTable,
+    masks: Mapping[str, Path] | None = None,
 ) -> list[Card]:
     """The images of a report, with ground truth, prediction and errors as layers.
 
     Args:
         images: all of the split, in its order.
+        number: of images to show.
+        classes: those of the labels and predictions.
         masks: the original masks by name, to show instead of those of the frame.
     """
     counts = np.stack([image.counts for image in images])
     cards = []
-    for index, reason in choose_images([image.miou for image in images], counts, number).items():
+    chosen = choose_images([image.miou for image in images], counts, number, classes.names)
+    for index, reason in chosen.items():
         item = source.items[index]
-        original = read_mask(masks[item.name], item.height, item.width) if masks else None
+        original = source.read_original_mask(masks[item.name], item.height, item.width) if masks else None
         photo, target = read_shown(source, index, original)
         prediction = decode_labels(images[index].prediction)
-        layers = [class_layer(target), class_layer(prediction), error_layer(target, prediction)]
-        cards.append(make_card(index, reason, photo, layers))
+        layers = [class_layer(labels, len(classes)) for labels in (target, prediction)]
+        cards.append(make_card(index, reason, photo, [*layers, error_layer(target, prediction)], classes))
     return cards
 
 
-def make_card(index: int, reason: str, photo: np.ndarray, layers: Sequence[np.ndarray]) -> Card:
+def make_card(index: int, reason: str, photo: np.ndarray, layers: Sequence[np.ndarray], classes: ClassTable) -> Card:
     """Encode an image and its layers, smaller if they would take too many bytes."""
     height, width = photo.shape[:2]
     for scale in (1, 0.75, 0.5, 0.35):
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
         encoded = [_jpeg(resize_image(photo, size, "stretch"))]
-        encoded += [_png(resize_mask(layer, size, "stretch")) for layer in layers]
+        encoded += [_png(resize_mask(layer, size, "stretch"), classes) for layer in layers]
         if sum(map(len, encoded)) <= _IMAGE_BYTES:
             break
     photo_address, *addresses = (
@@ -232,10 +242,11 @@ def _jpeg(image: np.ndarray) -> bytes:
     return cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
 
-def _png(layer: np.ndarray) -> bytes:
-    """A PNG of palette indexes."""
-    image = Image.fromarray(layer.astype(np.uint8))
-    image.putpalette(_COLORS)
+def _png(layer: np.ndarray, classes: ClassTable) -> bytes:
+    """A PNG of palette indexes: those of the classes, then those of the marks."""
+    number = len(classes)
+    image = Image.fromarray(np.where(layer >= _PAPER, layer - _PAPER + number, layer).astype(np.uint8))
+    image.putpalette(bytes([*classes.palette[:number].ravel(), *_MARK_COLORS]))
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", transparency=_OPACITIES)
+    image.save(buffer, format="PNG", transparency=bytes([255] * number + _MARK_OPACITIES))
     return buffer.getvalue()

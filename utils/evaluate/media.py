@@ -5,7 +5,7 @@ A source, `ImageFolder` or `Video`, is checked by `find_source` before any long 
 sink, `OverlayFolder` or `OverlayVideo`, takes the image and its predicted classes, and a function that draws them.
 
     source = find_source("drive/*.jpg")
-    with OverlayFolder(Path("overlays"), OverlayStyle().draw) as sink:
+    with OverlayFolder(Path("overlays"), OverlayStyle(BDD100K).draw) as sink:
         for name, image in read_ahead(source, 4):
             if isinstance(image, UserError):
                 failures.append(image)
@@ -37,7 +37,6 @@ from PIL import Image
 from utils.data.bdd100k import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, read_image, read_size
 from utils.data.classes import IGNORE_LABEL
 from utils.data.image_files import MAX_PIXELS
-from utils.evaluate.plots import overlay
 from utils.runtime.errors import UnreadableError, UserError
 from utils.runtime.files import atomic_write, is_folder, listed, make_folder, open_untrusted, status
 
@@ -323,7 +322,7 @@ class OverlayFolder:
     between classes stay sharp.
     """
 
-    def __init__(self, folder: Path, draw: Draw = overlay) -> None:
+    def __init__(self, folder: Path, draw: Draw) -> None:
         self.folder, self.draw = folder, draw
 
     def __enter__(self) -> OverlayFolder:
@@ -425,7 +424,7 @@ class OverlayVideo:
     need even sides: the last column or row of an odd side is written twice.
     """
 
-    def __init__(self, path: Path, fps: float, size: tuple[int, int], draw: Draw = overlay) -> None:
+    def __init__(self, path: Path, fps: float, size: tuple[int, int], draw: Draw) -> None:
         """Write to `path` at `fps` frames a second; frames of another `size` (H, W) are resized once drawn."""
         self.path, self.fps, self.draw = path, fps, draw
         # What is drawn may be larger than the frame, as it may have a legend.

@@ -16,35 +16,31 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from utils.data.classes import CLASSES, IGNORE_LABEL, NUM_CLASSES
-
-NO_CLASS = NUM_CLASSES  # column of the pixels predicted as no class
-_COLUMNS = NUM_CLASSES + 1
-# Further rows while counting: pixels to ignore, and invalid labels.
-_IGNORED_ROW, _INVALID_ROW, _ROWS = NUM_CLASSES, NUM_CLASSES + 1, NUM_CLASSES + 2
+from utils.data.classes import IGNORE_LABEL, ClassTable
+from utils.runtime.text import class_column, display_width, pad
 
 
 class ConfusionMatrix:
     """Counts of (true class, predicted class) over any number of label maps.
 
-    `matrix` is (19, 20) int64: a row for each true class, a column for each predicted class, and a last column for no
-    class. It may be summed over processes in place.
+    `matrix` is (N, N + 1) int64 for N classes: a row for each true class, a column for each predicted class, and a last
+    column for no class. It may be summed over processes in place.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.matrix = torch.zeros(NUM_CLASSES, _COLUMNS, dtype=torch.int64, device=device)
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu") -> None:
+        self.matrix = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Count one or more label maps; arguments and errors are those of `count_pixels`."""
-        self.matrix += count_pixels(prediction, target).to(self.matrix.device)
+        self.matrix += count_pixels(prediction, target, len(self.matrix)).to(self.matrix.device)
 
 
-def count_pixels(prediction: Tensor, target: Tensor) -> Tensor:
-    """Count the pixels of one or more label maps: (19, 20) int64, as `ConfusionMatrix.matrix`.
+def count_pixels(prediction: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """Count the pixels of one or more label maps: (N, N + 1) int64 for N classes, as `ConfusionMatrix.matrix`.
 
     Args:
-        prediction: (..., H, W), any integer type, on the device of `target`; a value outside 0-18 is no class.
-        target: same shape; 0-18, and 255 for pixels to ignore.
+        prediction: (..., H, W), any integer type, on the device of `target`; a value outside 0 to N - 1 is no class.
+        target: same shape; 0 to N - 1, and 255 for pixels to ignore.
 
     Raises:
         ValueError: shapes differ, a map is not of integers, or `target` holds another value.
@@ -55,51 +51,54 @@ def count_pixels(prediction: Tensor, target: Tensor) -> Tensor:
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"{name} must hold integers, got {labels.dtype}")
     prediction, target = prediction.long(), target.long()  # in int8, -1 would equal 255
-    is_class = (target >= 0) & (target < NUM_CLASSES)
-    rows = torch.where(is_class, target, torch.where(target == IGNORE_LABEL, _IGNORED_ROW, _INVALID_ROW))
-    columns = torch.where((prediction >= 0) & (prediction < NUM_CLASSES), prediction, NO_CLASS)
+    no_class = num_classes  # the last column
+    ignored_row, invalid_row = num_classes, num_classes + 1  # further rows while counting
+    is_class = (target >= 0) & (target < num_classes)
+    rows = torch.where(is_class, target, torch.where(target == IGNORE_LABEL, ignored_row, invalid_row))
+    columns = torch.where((prediction >= 0) & (prediction < num_classes), prediction, no_class)
     # Unlabelled pixels are counted in their own row: selecting the others would need a synchronisation.
-    counts = torch.bincount((rows * _COLUMNS + columns).flatten(), minlength=_ROWS * _COLUMNS)
-    counts = counts.view(_ROWS, _COLUMNS)
-    if counts[_INVALID_ROW].any():
+    shape = num_classes + 2, num_classes + 1
+    counts = torch.bincount((rows * shape[1] + columns).flatten(), minlength=shape[0] * shape[1]).view(shape)
+    if counts[invalid_row].any():
         wrong = target[~is_class & (target != IGNORE_LABEL)].unique()[:8].tolist()
-        raise ValueError(f"target must be 0-{NUM_CLASSES - 1} or {IGNORE_LABEL}, got {wrong}")
-    return counts[:NUM_CLASSES]
+        raise ValueError(f"target must be 0-{num_classes - 1} or {IGNORE_LABEL}, got {wrong}")
+    return counts[:num_classes]
 
 
 def _counts(matrix: Tensor) -> Tensor:
     """The matrix on the CPU in float64, which is exact up to 2^53."""
-    if matrix.shape != (NUM_CLASSES, _COLUMNS):
-        raise ValueError(f"a confusion matrix is ({NUM_CLASSES}, {_COLUMNS}), got {tuple(matrix.shape)}")
+    number = len(matrix)
+    if matrix.shape != (number, number + 1):
+        raise ValueError(f"a confusion matrix is ({number}, {number + 1}), got {tuple(matrix.shape)}")
     return matrix.cpu().double()
 
 
 def target_pixels(matrix: Tensor) -> Tensor:
-    """Labelled pixels of each true class: (19, 20) -> (19,) int64."""
+    """Labelled pixels of each true class: (N, N + 1) -> (N,) int64."""
     return matrix.cpu().sum(dim=1)
 
 
 def predicted_pixels(matrix: Tensor) -> Tensor:
-    """Labelled pixels that were predicted as each class: (19, 20) -> (19,) int64."""
-    return matrix.cpu()[:, :NUM_CLASSES].sum(dim=0)
+    """Labelled pixels that were predicted as each class: (N, N + 1) -> (N,) int64."""
+    return matrix.cpu()[:, :-1].sum(dim=0)
 
 
 def iou_per_class(matrix: Tensor) -> Tensor:
-    """Intersection over union: (19, 20) -> (19,) float64, `nan` for classes that the ground truth lacks."""
+    """Intersection over union: (N, N + 1) -> (N,) float64, `nan` for classes that the ground truth lacks."""
     counts = _counts(matrix)
     hits, truth = counts.diagonal(), counts.sum(dim=1)
-    union = truth + counts[:, :NUM_CLASSES].sum(dim=0) - hits
+    union = truth + counts[:, :-1].sum(dim=0) - hits
     return torch.where(truth > 0, hits / union, torch.nan)
 
 
 def precision_per_class(matrix: Tensor) -> Tensor:
-    """Share of each class's predicted pixels that are correct: (19, 20) -> (19,) float64, `nan` if there are none."""
+    """Share of each class's predicted pixels that are correct: (N, N + 1) -> (N,) float64, `nan` if there are none."""
     counts = _counts(matrix)
-    return counts.diagonal() / counts[:, :NUM_CLASSES].sum(dim=0)  # 0 / 0 is nan
+    return counts.diagonal() / counts[:, :-1].sum(dim=0)  # 0 / 0 is nan
 
 
 def recall_per_class(matrix: Tensor) -> Tensor:
-    """Share of each class's true pixels that were found: (19, 20) -> (19,) float64, `nan` if there are none."""
+    """Share of each class's true pixels that were found: (N, N + 1) -> (N,) float64, `nan` if there are none."""
     counts = _counts(matrix)
     return counts.diagonal() / counts.sum(dim=1)
 
@@ -118,10 +117,10 @@ def pixel_accuracy(matrix: Tensor) -> float:
 def unclaimed_share(matrix: Tensor) -> float:
     """Share of the labelled pixels that are predicted as no class; `nan` if nothing is labelled."""
     counts = _counts(matrix)
-    return (counts[:, NO_CLASS].sum() / counts.sum()).item()
+    return (counts[:, -1].sum() / counts.sum()).item()
 
 
-def format_report(matrix: Tensor) -> str:
+def format_report(matrix: Tensor, classes: ClassTable) -> str:
     """The result block of the specification: mIoU and the IoU of each class. No newline at its end."""
     ious = iou_per_class(matrix).tolist()
     return "\n".join(
@@ -132,24 +131,25 @@ def format_report(matrix: Tensor) -> str:
             "",
             "每个类别的 IoU:",
             "-" * 60,
-            *(f"{c.id:2d}. {c.name:<20}: {iou:.4f}" for c, iou in zip(CLASSES, ious)),
+            *(f"{label}: {iou:.4f}" for label, iou in zip(class_column(classes.names), ious, strict=True)),
             "=" * 60,
         ]
     )
 
 
-def format_details(matrix: Tensor, box_source: str) -> str:
+def format_details(matrix: Tensor, box_source: str, classes: ClassTable) -> str:
     """The text after the result block: pixels, precision and recall per class, and the source of the boxes.
 
     `box_source` is "oracle" for boxes from the ground truth, "none" without boxes; any other value is printed.
     """
     truth, precision, recall = target_pixels(matrix), precision_per_class(matrix), recall_per_class(matrix)
     total = int(truth.sum())
-    lines = [f"{'class':<24}{'gt pixels':>14}{'share':>9}{'precision':>11}{'recall':>9}"]
-    for c in CLASSES:
-        pixels = int(truth[c.id])
+    labels = class_column(classes.names)
+    lines = [f"{pad('class', display_width(labels[0]))}{'gt pixels':>14}{'share':>9}{'precision':>11}{'recall':>9}"]
+    for i, label in enumerate(labels):
+        pixels = int(truth[i])
         share = pixels / total if total else math.nan
-        lines.append(f"{c.id:2d}. {c.name:<20}{pixels:>14d}{share:>9.2%}{precision[c.id]:>11.4f}{recall[c.id]:>9.4f}")
+        lines.append(f"{label}{pixels:>14d}{share:>9.2%}{precision[i]:>11.4f}{recall[i]:>9.4f}")
     lines.append(
         f"pixel accuracy: {pixel_accuracy(matrix):.4f} of {total} labelled pixels; "
         f"{unclaimed_share(matrix):.2%} of them predicted as no class"
@@ -193,8 +193,8 @@ class Figures(TypedDict):
     unclaimed: list[int]  # pixels predicted as no class, for each true class
 
 
-def results_dict(matrix: Tensor) -> Figures:
-    """The figures of a confusion matrix, (19, 20)."""
+def results_dict(matrix: Tensor, classes: ClassTable) -> Figures:
+    """The figures of a confusion matrix, (N, N + 1)."""
     truth, predicted = target_pixels(matrix).tolist(), predicted_pixels(matrix).tolist()
     columns = [f(matrix).tolist() for f in (iou_per_class, precision_per_class, recall_per_class)]
     return {
@@ -212,10 +212,10 @@ def results_dict(matrix: Tensor) -> Figures:
                 "gt_pixels": truth[c.id],
                 "predicted_pixels": predicted[c.id],
             }
-            for c, iou, precision, recall in zip(CLASSES, *columns)
+            for c, iou, precision, recall in zip(classes, *columns, strict=True)
         ],
-        "confusion_matrix": matrix[:, :NUM_CLASSES].tolist(),
-        "unclaimed": matrix[:, NO_CLASS].tolist(),
+        "confusion_matrix": matrix[:, :-1].tolist(),
+        "unclaimed": matrix[:, -1].tolist(),
     }
 
 
@@ -228,14 +228,14 @@ class ImageFigures(TypedDict):
     iou: dict[str, float]  # of the classes in the image's ground truth, by name
 
 
-def image_figures(name: str, matrix: Tensor) -> ImageFigures:
-    """The figures of one image by its confusion matrix, (19, 20)."""
+def image_figures(name: str, matrix: Tensor, classes: ClassTable) -> ImageFigures:
+    """The figures of one image by its confusion matrix, (N, N + 1)."""
     ious = iou_per_class(matrix).tolist()
     return {
         "name": name,
         "miou": _number(mean_iou(matrix)),
         "pixel_accuracy": _number(pixel_accuracy(matrix)),
-        "iou": {c.name: iou for c, iou in zip(CLASSES, ious) if not math.isnan(iou)},
+        "iou": {class_name: iou for class_name, iou in zip(classes.names, ious, strict=True) if not math.isnan(iou)},
     }
 
 

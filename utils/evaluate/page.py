@@ -29,12 +29,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import utils
-from utils.data.classes import CLASS_NAMES, CLASSES, NUM_CLASSES
+from utils.data.classes import ClassTable
 from utils.evaluate.gallery import FIXED, Card, wrong_pixels
+from utils.evaluate.lettering import short_names
 from utils.evaluate.metrics import Figures, ImageFigures
 from utils.evaluate.plots import HATCH, WRONG
 from utils.runtime.errors import printable
 from utils.runtime.files import atomic_write
+from utils.runtime.text import display_width
 
 _INK = "#010203"  # stands for the colour of the page's text
 SERIES_COLORS = ("#3b82d0", "#d9730d", "#2f9e6e", "#a05cc8", "#c23b62", "#7f8a1c")  # readable on white and on black
@@ -52,16 +54,16 @@ class Row:
     wrong_total: int | None = None
 
 
-def report_rows(images: Sequence[ImageFigures], counts: np.ndarray) -> list[Row]:
-    """The rows of a report; `counts` are the images' confusion matrices, (N, 19, 20)."""
-    truth, predicted, wrong = counts.sum(axis=2), counts[:, :, :NUM_CLASSES].sum(axis=1), wrong_pixels(counts)
+def report_rows(images: Sequence[ImageFigures], counts: np.ndarray, classes: ClassTable) -> list[Row]:
+    """The rows of a report; `counts` are the confusion matrices, one for each image."""
+    truth, predicted, wrong = counts.sum(axis=2), counts[:, :, :-1].sum(axis=1), wrong_pixels(counts)
     hits = np.trace(counts, axis1=1, axis2=2)
     return [
         Row(
             name=printable(image["name"]),
             values=[image["miou"]],
-            classes={c.id: [image["iou"].get(c.name)] for c in CLASSES if truth[i, c.id] or predicted[i, c.id]},
-            wrong={c.id: int(wrong[i, c.id]) for c in CLASSES if wrong[i, c.id]},
+            classes={c.id: [image["iou"].get(c.name)] for c in classes if truth[i, c.id] or predicted[i, c.id]},
+            wrong={c.id: int(wrong[i, c.id]) for c in classes if wrong[i, c.id]},
             wrong_total=int(truth[i].sum() - hits[i]),
         )
         for i, image in enumerate(images)
@@ -71,6 +73,7 @@ def report_rows(images: Sequence[ImageFigures], counts: np.ndarray) -> list[Row]
 def write_report_page(
     path: Path,
     *,
+    classes: ClassTable,
     facts: Mapping[str, str],
     notes: Sequence[str],
     figures: Figures,
@@ -81,6 +84,7 @@ def write_report_page(
     """Write the report of an evaluation.
 
     Args:
+        classes: those of the model.
         facts: what was measured: model, data and settings by name.
         notes: sentences that say what the figures mean.
         images: figures of all images.
@@ -100,8 +104,8 @@ def write_report_page(
         facts=facts,
         notes=notes,
         figures=figures,
-        classes=CLASSES,
-        taken_for=_taken_for(matrix),
+        classes=classes,
+        taken_for=_taken_for(matrix, classes.names),
         matrix=matrix.tolist(),
         images=images,
         median=float(np.median(mious)) if mious else None,
@@ -117,6 +121,7 @@ def write_report_page(
 def write_comparison_page(
     path: Path,
     *,
+    classes: ClassTable,
     names: Sequence[str],
     results: Sequence[Mapping[str, Any]],
     rows: Sequence[Row],
@@ -126,6 +131,7 @@ def write_comparison_page(
     """Write the comparison of evaluations with the first one.
 
     Args:
+        classes: those of all evaluations.
         names: what to call the evaluations.
         results: the content of `evaluation_results.json` of each.
         rows: the changes of all images.
@@ -141,7 +147,7 @@ def write_comparison_page(
     charts = []
     if all(mious_of.values()):
         descriptions = ("IoU of each class in each evaluation", "Distribution of the mIoU of the images")
-        figures = (_class_chart(names, results), _histogram(mious_of))
+        figures = (_class_chart(names, results, classes.names), _histogram(mious_of))
         charts = [inline_svg(figure, text.split()[0], text) for figure, text in zip(figures, descriptions)]
     _write(
         path,
@@ -149,7 +155,7 @@ def write_comparison_page(
         title=f"Comparison of {', '.join(names)}",
         names=names,
         results=results,
-        classes=CLASSES,
+        classes=classes,
         charts=charts,
         missing=missing,
         data={"rows": [vars(row) for row in rows], "signed": True},
@@ -159,18 +165,24 @@ def write_comparison_page(
     )
 
 
-def _class_chart(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> Figure:
+def _class_chart(names: Sequence[str], results: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> Figure:
     """The IoU of each class of the ground truth, a dot for each evaluation."""
     present = [entry["id"] for entry in results[0]["per_class"] if entry["iou"] is not None]
     figure = Figure(figsize=(7.2, 0.9 + 0.27 * len(present)))
-    axes = figure.add_axes((0.16, 0.5 / figure.get_figheight(), 0.82, 1 - 0.9 / figure.get_figheight()))
+    shown = short_names(class_names)
+    labels = [shown[class_id] for class_id in present]
+    left = max(0.16, 0.012 * max(map(display_width, labels), default=0))
+    axes = figure.add_axes((left, 0.5 / figure.get_figheight(), 0.98 - left, 1 - 0.9 / figure.get_figheight()))
     ious = np.array([[each["per_class"][class_id]["iou"] for class_id in present] for each in results])
     heights = np.arange(len(present))
     entries = []
     axes.hlines(heights, ious.min(axis=0), ious.max(axis=0), color=_INK, alpha=0.3, linewidth=1.5)
     for name, values, color in zip(names, ious, _colors(len(names))):
         entries.append((axes.scatter(values, heights, s=42, color=color, zorder=3), name))
-    axes.set_yticks(heights, [CLASS_NAMES[class_id] for class_id in present])
+    axes.set_yticks(heights, labels)
+    for text in axes.get_yticklabels():
+        text.set_parse_math(False)
+    axes.margins(y=max(0.05, 0.6 / max(1, len(present) - 1)))  # room for the outermost dots
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("IoU")
@@ -178,9 +190,9 @@ def _class_chart(names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> 
     return figure
 
 
-def _taken_for(matrix: np.ndarray) -> list[str]:
+def _taken_for(matrix: np.ndarray, class_names: Sequence[str]) -> list[str]:
     """For each class, the other class that most of its pixels were taken for; "" if there is none."""
-    names = [*CLASS_NAMES, "no class"]
+    names = [*class_names, "no class"]
     sentences = []
     for class_id, counts in enumerate(matrix.tolist()):
         missed = [0 if column == class_id else count for column, count in enumerate(counts)]
@@ -266,7 +278,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> Markup:
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
-def _write(path: Path, template: str, **values: Any) -> None:
+def _write(path: Path, template: str, *, classes: ClassTable, **values: Any) -> None:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("utils.evaluate"),
         autoescape=True,
@@ -274,13 +286,15 @@ def _write(path: Path, template: str, **values: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["ascii"] = str.isascii
     environment.filters.update(printable=printable, decimal=_decimal, percent=_percent, shade=_shade)
     style = environment.get_template("page.css").render(
-        classes=CLASSES, wrong=WRONG, fixed=FIXED, hatch=HATCH, shades=_SHADES
+        classes=classes, class_names=classes.names, wrong=WRONG, fixed=FIXED, hatch=HATCH, shades=_SHADES
     )
     script = environment.get_template("page.js").render()
     html = environment.get_template(template).render(
         **values,
+        classes=classes,
         style=Markup(style),
         script=Markup(script),
         policy="; ".join(
@@ -294,7 +308,7 @@ def _write(path: Path, template: str, **values: Any) -> None:
                 "require-trusted-types-for 'script'",
             ]
         ),
-        class_names=CLASS_NAMES,
+        class_names=classes.names,
         version=utils.__version__,
     )
     with atomic_write(path) as file:

@@ -1,4 +1,4 @@
-"""Pictures: label maps in BDD100K's colours, comparisons, the confusion matrix.
+"""Pictures: label maps in the colours of their classes, comparisons, the confusion matrix.
 
 matplotlib's `Figure` is used without `pyplot`: no global state, no display, and a figure is freed with its last
 reference. Every PNG is written atomically.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -17,30 +18,33 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from utils.data.bdd100k import count_labels
-from utils.data.classes import CLASS_NAMES, CLASSES, IGNORE_LABEL, NUM_CLASSES, PALETTE
-from utils.runtime.errors import printable
+from utils.data.classes import IGNORE_LABEL, ClassTable
+from utils.evaluate.lettering import letter_ticks, save_figure, short_names, shown_names, text_width, write_text
 from utils.runtime.files import atomic_write
 
 _DPI = 100
 
-_COLOR_MAP = PALETTE[:, None]  # the shape that OpenCV takes
 _LINE_COLOR = (235, 235, 235)  # RGB; far from every class's colour
-_PAPER, _INK, _FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
+_PAPER, _FAINT = (255, 255, 255), (110, 110, 110)
 HATCH = _PAPER, (175, 175, 175)  # RGB between the stripes and of a stripe: no class looks like that, unlike black
 WRONG = (232, 64, 24)  # RGB of wrong pixels; far from every class's colour
 _NARROWEST, _LONGEST = 480, 2048  # pixels of a comparison's panel; other pictures are enlarged or shrunk
 _MARGIN = 12
 Legend = list[tuple[str, tuple[int, int, int] | None]]  # names and colours; None is hatching
-_FONT = "uni"  # of OpenCV: also Chinese, on any machine
 
 
-def colorize(labels: np.ndarray) -> np.ndarray:
-    """Paint a label map in BDD100K's colours: (H, W) uint8 -> (H, W, 3) uint8 RGB; no class is hatched."""
+def colorize(labels: np.ndarray, classes: ClassTable) -> np.ndarray:
+    """Paint a label map in the colours of its classes: (H, W) uint8 -> (H, W, 3) uint8 RGB; no class is hatched."""
     if labels.dtype != np.uint8:
         raise ValueError(f"labels must be uint8, got {labels.dtype}")
-    colors = cv2.applyColorMap(labels, _COLOR_MAP)  # in a tenth of the time of PALETTE[labels]
-    _hatch(colors, labels >= NUM_CLASSES)
+    colors = _paint(labels, classes)
+    _hatch(colors, labels >= len(classes))
     return colors
+
+
+def _paint(labels: np.ndarray, classes: ClassTable) -> np.ndarray:
+    """`classes.palette[labels]` in a tenth of its time."""
+    return cv2.applyColorMap(labels, classes.palette[:, None])
 
 
 def _hatch(pixels: np.ndarray, where: np.ndarray) -> None:
@@ -55,12 +59,13 @@ def stripes(shape: tuple[int, ...]) -> np.ndarray:
     return np.add.outer(np.arange(shape[0]), np.arange(shape[1])) % period < period // 4
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.ndarray:
-    """Lay BDD100K's colours over a picture, with light lines between classes. Pixels of no class stay unchanged.
+def overlay(image: np.ndarray, labels: np.ndarray, classes: ClassTable, opacity: float = 0.5) -> np.ndarray:
+    """Lay the colours of the classes over a picture, with light lines between them. Pixels of no class stay unchanged.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        labels: (H, W) uint8 ids; 255 and all other values outside 0-18 are no class.
+        labels: (H, W) uint8 ids; 255 and all other values that are not in the table are no class.
+        classes: those of the labels.
         opacity: share of the colour, 0 to 1.
 
     Returns:
@@ -73,11 +78,11 @@ def overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.n
         raise ValueError(
             f"image {image.dtype} {image.shape} and labels {labels.dtype} {labels.shape}: must be uint8, of one size"
         )
-    shown = cv2.addWeighted(image, 1 - opacity, cv2.applyColorMap(labels, _COLOR_MAP), opacity, 0)
+    shown = cv2.addWeighted(image, 1 - opacity, _paint(labels, classes), opacity, 0)
     # A pixel is on a line if its neighbour to the right or below has another class, or that to the left or above has
     # none. Large pictures are viewed shrunk, so their lines are thicker.
     step = max(1, max(labels.shape) // 640)
-    bare = labels >= NUM_CLASSES
+    bare = labels >= len(classes)
     border = np.zeros(labels.shape, dtype=bool)
     border[:, :-step] = labels[:, :-step] != labels[:, step:]
     border[:-step] |= labels[:-step] != labels[step:]
@@ -91,8 +96,9 @@ def overlay(image: np.ndarray, labels: np.ndarray, opacity: float = 0.5) -> np.n
 class OverlayStyle:
     """How overlays of pictures and videos look."""
 
+    classes: ClassTable
     opacity: float = 0.5  # share of the colour, 0 to 1
-    class_ids: Sequence[int] = range(NUM_CLASSES)  # those that are painted
+    class_ids: Sequence[int] | None = None  # those that are painted; None for all
     fixed_legend: bool = False  # name all of them in every picture, so that a video's legend does not jump
 
     def draw(self, image: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -105,23 +111,23 @@ class OverlayStyle:
         Returns:
             (H + h, W, 3) uint8 RGB.
         """
+        painted = np.array(range(len(self.classes)) if self.class_ids is None else self.class_ids, dtype=np.uint8)
         table = np.full(256, IGNORE_LABEL, dtype=np.uint8)
-        table[self.class_ids] = self.class_ids
+        table[painted] = painted
         labels = cv2.LUT(labels, table)
-        drawn = overlay(image, labels, self.opacity)
-        named = np.array(self.class_ids, dtype=np.uint8) if self.fixed_legend else labels
-        painted: Legend = [(name, color) for name, color in legend_entries(named) if color]
-        legend = draw_legend(painted, image.shape[1], max(13, max(image.shape) // 70))
+        drawn = overlay(image, labels, self.classes, self.opacity)
+        named = legend_entries(self.classes, painted if self.fixed_legend else labels)
+        legend = draw_legend([entry for entry in named if entry[1]], image.shape[1], max(13, max(image.shape) // 70))
         return np.concatenate([drawn, legend]) if legend.shape[1] == image.shape[1] else drawn
 
 
-def legend_entries(*label_maps: np.ndarray) -> Legend:
+def legend_entries(classes: ClassTable, *label_maps: np.ndarray) -> Legend:
     """Name and colour of each class in any of the maps, by id; then None, for hatching, if a pixel is no class."""
     occurs = np.zeros(256, dtype=bool)
     for labels in label_maps:
         occurs |= count_labels(labels) > 0
-    entries: Legend = [(c.name, c.color) for c in CLASSES if occurs[c.id]]
-    if occurs[NUM_CLASSES:].any():
+    entries: Legend = [(name, c.color) for c, name in zip(classes, shown_names(classes.names)) if occurs[c.id]]
+    if occurs[len(classes) :].any():
         entries.append(("unlabelled / no class", None))
     return entries
 
@@ -155,16 +161,6 @@ def draw_legend(entries: Legend, width: int, size: int) -> np.ndarray:
     return strip
 
 
-def text_width(text: str, size: int) -> int:
-    """The width in pixels of a line of text by `write_text`."""
-    return cv2.getTextSize((0, 0), printable(text), (0, 0), cv2.FontFace(_FONT), size)[2]
-
-
-def write_text(canvas: np.ndarray, text: str, x: int, y: int, size: int, color: tuple[int, int, int] = _INK) -> None:
-    """Write a line of text whose letters stand on row y. OpenCV crashes on text that is not `printable`."""
-    cv2.putText(canvas, printable(text), (x, y), color, cv2.FontFace(_FONT), size)
-
-
 def save_labels(path: Path, labels: np.ndarray) -> None:
     """Write a label map, (H, W) uint8, as the single-channel PNG of train ids that BDD100K's toolkit reads."""
     _write_png(path, labels)
@@ -190,14 +186,20 @@ def error_map(image: np.ndarray, target: np.ndarray, prediction: np.ndarray) -> 
     """
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     shown = cv2.addWeighted(grey, 0.6, np.full_like(grey, 255), 0.15, 0)
-    labelled = target < NUM_CLASSES
+    labelled = target != IGNORE_LABEL
     shown[labelled & (target != prediction)] = WRONG
     _hatch(shown, ~labelled)
     return shown
 
 
 def save_comparison(
-    path: Path, image: np.ndarray, target: np.ndarray, prediction: np.ndarray, title: str, figures: str = ""
+    path: Path,
+    image: np.ndarray,
+    target: np.ndarray,
+    prediction: np.ndarray,
+    classes: ClassTable,
+    title: str,
+    figures: str = "",
 ) -> None:
     """Write one PNG: image, ground truth, prediction and errors, each at the image's size, and a legend.
 
@@ -208,6 +210,7 @@ def save_comparison(
         image: (H, W, 3) uint8 RGB.
         target: (H, W) uint8 ids, 255 = not labelled.
         prediction: (H, W) uint8 ids, 255 = no class.
+        classes: those of the two maps.
         title: stands above, on the left; cut off if it is too long.
         figures: stand above, on the right.
 
@@ -226,19 +229,19 @@ def save_comparison(
             cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
             for labels in (target, prediction)
         )
-    labelled = target < NUM_CLASSES
+    labelled = target != IGNORE_LABEL
     wrong = int(np.count_nonzero(labelled & (target != prediction))) / max(1, int(np.count_nonzero(labelled)))
     panels = [
         ("image", image),
-        ("ground truth", colorize(target)),
-        ("prediction", colorize(prediction)),
+        ("ground truth", colorize(target, classes)),
+        ("prediction", colorize(prediction, classes)),
         (f"errors: {wrong:.1%} of the labelled pixels", error_map(image, target, prediction)),
     ]
     columns = 2 if width >= height else 4
     canvas_width = max(columns * (width + _MARGIN) + _MARGIN, 2 * _NARROWEST)
     size = max(15, canvas_width // 90)
     line = 2 * size
-    legend = draw_legend(legend_entries(target, prediction), canvas_width, size)
+    legend = draw_legend(legend_entries(classes, target, prediction), canvas_width, size)
     step = line + height
     canvas = np.full((line + len(panels) // columns * step + _MARGIN, legend.shape[1], 3), _PAPER, dtype=np.uint8)
     baseline = round(1.4 * size)
@@ -252,21 +255,33 @@ def save_comparison(
     _write_png(path, cv2.cvtColor(np.concatenate([canvas, legend]), cv2.COLOR_RGB2BGR))
 
 
-def save_confusion_matrix(path: Path, matrix: np.ndarray) -> None:
+def save_confusion_matrix(path: Path, matrix: np.ndarray, classes: ClassTable) -> None:
     """Write a heat map of the classes that each true class was predicted as.
+
+    The picture grows with the classes. With many of them cells and letters are small.
 
     Args:
         path: where to write.
-        matrix: (19, 20) counts, a row for each true class and a last column for no class; an array or a CPU tensor.
+        matrix: (N, N + 1) counts, a row for each true class and a last column for no class; an array or a CPU tensor.
+        classes: the N classes.
     """
-    counts = np.asarray(matrix)
-    if counts.shape != (NUM_CLASSES, NUM_CLASSES + 1):
-        raise ValueError(f"a confusion matrix is ({NUM_CLASSES}, {NUM_CLASSES + 1}), got {counts.shape}")
+    counts, number = np.asarray(matrix), len(classes)
+    if counts.shape != (number, number + 1):
+        raise ValueError(f"a confusion matrix is ({number}, {number + 1}), got {counts.shape}")
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
 
-    figure = _figure(1180, 1000)
-    axes = figure.add_axes((0.12, 0.13, 0.79, 0.81))
+    names = short_names(classes.names)
+    shrink = min(1.0, max(0.5, 29 / number))  # of a cell
+    letters = 10 if shrink == 1 else 8
+    # Pixels: of the cells, and of the room around them.
+    cells = max(400.0, 932.2 * (number + 1) * shrink / 20), max(300.0, 810.0 * number * shrink / 19)
+    longest = max(text_width(name, 13) for name in names)
+    left, bottom, right, top = max(141.6, longest + 50.0), max(130.0, 0.75 * longest + 50), 106.2, 60.0
+    width, height = left + cells[0] + right, bottom + cells[1] + top
+    figure = _figure(width, height)
+    area = left / width, bottom / height, cells[0] / width, cells[1] / height
+    axes = figure.add_axes(area)
     heat = matplotlib.colormaps["Blues"].with_extremes(bad="0.96")  # rows without pixels are nan: light grey
     drawn = axes.imshow(shares, cmap=heat, vmin=0, vmax=1, aspect="auto")
     for row, column in np.argwhere(np.nan_to_num(shares) >= 0.01):
@@ -277,36 +292,31 @@ def save_confusion_matrix(path: Path, matrix: np.ndarray) -> None:
             f"{share:.2f}",
             ha="center",
             va="center",
-            fontsize=8,
+            fontsize=letters - 2,
             color="white" if share > 0.55 else "black",
         )
-    axes.set_xticks(range(NUM_CLASSES + 1), [*CLASS_NAMES, "no class"], rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(NUM_CLASSES), CLASS_NAMES)
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor", "fontsize": letters}
+    columns = letter_ticks(axes.xaxis, range(number + 1), [*names, "no class"], **turned)
+    rows = letter_ticks(axes.yaxis, range(number), names, fontsize=letters)
     # Classes missing from the data stay, so that matrices are easy to compare, but in grey.
     for tick, occurs in [
-        *zip(axes.get_xticklabels(), counts.any(axis=0) | np.append(totals[:, 0] > 0, False)),
-        *zip(axes.get_yticklabels(), totals[:, 0] > 0),
+        *zip(columns, counts.any(axis=0) | np.append(totals[:, 0] > 0, False)),
+        *zip(rows, totals[:, 0] > 0),
     ]:
         tick.set_color("black" if occurs else "0.7")
-    axes.set_xticks(np.arange(NUM_CLASSES) + 0.5, minor=True)
-    axes.set_yticks(np.arange(NUM_CLASSES - 1) + 0.5, minor=True)
+    axes.set_xticks(np.arange(number) + 0.5, minor=True)
+    axes.set_yticks(np.arange(number - 1) + 0.5, minor=True)
     axes.grid(which="minor", color="0.88", linewidth=0.6)
     axes.tick_params(which="both", length=0)
     axes.set_xlabel("prediction")
     axes.set_ylabel("ground truth")
     axes.set_title("Where the pixels of each class went (each row sums to 1)", pad=12)
-    figure.colorbar(drawn, cax=figure.add_axes((0.93, 0.13, 0.018, 0.81)))
-    _save(figure, path)
+    figure.colorbar(drawn, cax=figure.add_axes((1 - 82.6 / width, area[1], 21.24 / width, area[3])))
+    save_figure(figure, path)
 
 
-def _figure(width: int, height: int) -> Figure:
+def _figure(width: float, height: float) -> Figure:
     """An empty figure of this size in pixels, on its own canvas."""
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     FigureCanvasAgg(figure)
     return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_write(path) as file:
-        # Level 1 takes half the time, and files are only 4 % larger.
-        figure.savefig(file, format="png", dpi=_DPI, pil_kwargs={"compress_level": 1})

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.data.classes import CLASS_NAMES
+from utils.data.classes import BDD100K, ClassTable
 from utils.evaluate.annotators import FILES
 from utils.evaluate.gallery import LABEL_MAPS, Card
 from utils.evaluate.metrics import (
@@ -138,6 +138,7 @@ def write_report(
     output_dir: Path,
     counts: Mapping[str, Tensor],
     *,
+    classes: ClassTable,
     model: str,
     data: str,
     box_source: str,
@@ -149,7 +150,8 @@ def write_report(
     """Print the result, and write it as text, JSON, CSV, a picture of the confusion matrix, and a page.
 
     Args:
-        counts: the confusion matrix of each image by its name, (19, 20) int64 on the CPU.
+        counts: the confusion matrix of each image by its name, (N, N + 1) integers on the CPU.
+        classes: the N classes.
         box_source: see `format_details`.
         eval_size: "frame" or "original".
         map_rule: how masks became a map.
@@ -159,42 +161,45 @@ def write_report(
     """
     every = torch.stack(list(counts.values()))
     matrix = every.sum(dim=0)
-    figures = results_dict(matrix)
-    images = [image_figures(name, each) for name, each in counts.items()]
-    details = format_details(matrix, box_source=box_source)
+    figures = results_dict(matrix, classes)
+    images = [image_figures(name, each, classes) for name, each in counts.items()]
+    details = format_details(matrix, box_source, classes)
     highest = f"each pixel goes to its highest {'average probability' if tta else 'logit'}"
     rule = highest if box_source == "none" else f"{map_rule}: {MAP_RULES[map_rule]}"
-    text = f"{format_report(matrix)}\n\n{details}\nmap rule: {rule}\n{_TTA if tta else ''}scored {_SIZES[eval_size]}\n"
+    report = format_report(matrix, classes)
+    text = f"{report}\n\n{details}\nmap rule: {rule}\n{_TTA if tta else ''}scored {_SIZES[eval_size]}\n"
     origin = {"model": model, "data": data, "boxes": box_source, "map_rule": map_rule, "eval_size": eval_size}
-    results = json.dumps({**origin, "tta": tta, **figures, "images": images}, indent=1, ensure_ascii=False)
+    table = {} if classes == BDD100K else {"classes": classes.to_plain()}
+    results = json.dumps({**origin, "tta": tta, **table, **figures, "images": images}, indent=1, ensure_ascii=False)
     print(f"\n{text}")
     outputs = {
         "evaluation_results.txt": text,
         "evaluation_results.json": results + "\n",
-        IMAGE_SCORES: format_image_scores(images),
+        IMAGE_SCORES: format_image_scores(images, classes.names),
     }
     for name, content in outputs.items():
         with atomic_write(output_dir / name) as file:
             file.write(content.encode(errors="backslashreplace"))  # a path need not be valid text
-    save_confusion_matrix(output_dir / "confusion_matrix.png", matrix.numpy())
+    save_confusion_matrix(output_dir / "confusion_matrix.png", matrix.numpy(), classes)
     write_report_page(
         output_dir / PAGE,
+        classes=classes,
         facts={"Model": model, "Data": data, "Boxes": box_source, "Scored": _SIZES[eval_size], "Map rule": rule},
         notes=[describe_boxes(box_source), *([_TTA.strip()] if tta else [])],
         figures=figures,
         images=images,
-        rows=report_rows(images, every.numpy()),
+        rows=report_rows(images, every.numpy(), classes),
         cards=cards(),
     )
     print(f"Results: {output_dir}\nReport: {output_dir / PAGE}")
 
 
-def format_image_scores(images: Sequence[ImageFigures]) -> str:
+def format_image_scores(images: Sequence[ImageFigures], class_names: Sequence[str]) -> str:
     """A CSV with a line for each image: mIoU, pixel accuracy, and the IoU of each class in its ground truth."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["name", "miou", "pixel_accuracy", *CLASS_NAMES])
+    writer.writerow(["name", "miou", "pixel_accuracy", *class_names])
     for image in images:
-        row = [image["miou"], image["pixel_accuracy"], *(image["iou"].get(name) for name in CLASS_NAMES)]
+        row = [image["miou"], image["pixel_accuracy"], *(image["iou"].get(name) for name in class_names)]
         writer.writerow([image["name"], *("" if value is None else f"{value:.6f}" for value in row)])
     return buffer.getvalue()

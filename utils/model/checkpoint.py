@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -23,10 +23,11 @@ from typing_extensions import NotRequired
 from segment_anything.build_sam import file_digest
 from segment_anything.utils import foreign
 from segment_anything.utils.plain_load import load_plain
-from utils.data.classes import CLASS_NAMES
+from utils.data.classes import BDD100K, ClassTable, read_class_table
 from utils.data.frame import ImageSize, is_image_size
 from utils.data.manifest import RESIZE_MODES
 from utils.model.segmenter import INFER_FLAGS, SEGMENTERS, CheckpointFlags, Segmenter, build_model
+from utils.model.semantic_decoder import of_classes
 from utils.model.tensor_files import read_tensors, write_tensors
 from utils.runtime.errors import UserError
 from utils.runtime.files import atomic_write, cannot_be_read, is_file, is_folder
@@ -63,7 +64,14 @@ _FIXES = {
     "sam_sha256": "give the SAM file it was trained on (these are SHA-256 sums)",
     "prompt_mode": "give that --prompt_mode",
 }
-_IN_JSON = ("format_version", "class_names", "epoch", "metrics", "args")  # the entries beside "info" and "model"
+_IN_JSON = (
+    "format_version",
+    "class_names",
+    "classes",
+    "epoch",
+    "metrics",
+    "args",
+)  # the entries beside "info" and "model"
 Plain = dict[str, Any]  # flags or figures by name: numbers, strings and None; see `is_flat`
 
 
@@ -73,6 +81,7 @@ class Checkpoint(TypedDict):
     format_version: int
     info: ModelInfo  # in the file, its fields
     class_names: list[str]
+    classes: ClassTable  # in the file, as by `ClassTable.to_plain`; a file without it is of BDD100K's classes
     epoch: int
     metrics: Plain
     args: Plain
@@ -130,7 +139,7 @@ def load_checkpoint(path: Path, flags: CheckpointFlags = INFER_FLAGS) -> Checkpo
     wrong = _wrong_with(payload) if _is_checkpoint(payload) else _kind_of_other(path, payload, flags)
     if wrong:
         raise UserError(f"{path}: {wrong}")
-    return payload | {"info": ModelInfo(**payload["info"])}
+    return payload | {"info": ModelInfo(**payload["info"]), "classes": _classes_of(payload)}
 
 
 def save_safetensors(path: Path, state: Checkpoint) -> None:
@@ -142,7 +151,8 @@ def save_safetensors(path: Path, state: Checkpoint) -> None:
         UserError: the file cannot be written.
     """
     info = {key: str(value) for key, value in asdict(state["info"]).items()}
-    others = {key: json.dumps(state.get(key)) for key in _IN_JSON}
+    plain = {**state, "classes": state["classes"].to_plain()}
+    others = {key: json.dumps(plain.get(key)) for key in _IN_JSON}
     write_tensors(path, {key: value.contiguous() for key, value in state["model"].items()}, {**info, **others})
 
 
@@ -153,7 +163,7 @@ def _load_safetensors(path: Path) -> Any:
     if re.fullmatch(r"\d{1,9}", info["image_size"] or "", re.ASCII):
         info["image_size"] = int(info["image_size"])
     try:
-        others = {key: json.loads(metadata[key]) for key in _IN_JSON}
+        others = {key: json.loads(metadata[key]) for key in _IN_JSON if key in metadata or key != "classes"}
     except (KeyError, ValueError, RecursionError):
         return None
     return {**others, "info": info, "model": tensors}
@@ -176,8 +186,14 @@ def _wrong_with(payload: Checkpoint) -> str | None:
     """What is wrong with a checkpoint whose entries have the right types."""
     if payload["format_version"] != FORMAT_VERSION:
         return f"format {payload['format_version']}, this version reads {FORMAT_VERSION}"
-    if payload["class_names"] != list(CLASS_NAMES):
-        return f"trained on {len(payload['class_names'])} classes, which are not BDD100K's {len(CLASS_NAMES)}"
+    if "classes" not in payload and payload["class_names"] != list(BDD100K.names):
+        return f"trained on {len(payload['class_names'])} classes, which are not BDD100K's {len(BDD100K)}"
+    try:
+        is_table = list(_classes_of(payload).names) == payload["class_names"]
+    except ValueError:
+        is_table = False
+    if not is_table:
+        return "its table of classes is damaged; give a file that train_bdd100k.py wrote"
     info: Any = payload["info"]
     if info.keys() != {field.name for field in fields(ModelInfo)}:
         return "does not say which model it belongs to; give a file that train_bdd100k.py wrote"
@@ -189,6 +205,10 @@ def _wrong_with(payload: Checkpoint) -> str | None:
     if info["prompt_mode"] not in SEGMENTERS:
         return f"prompt mode {info['prompt_mode']} is unknown to this version"
     return None
+
+
+def _classes_of(payload: Any) -> ClassTable:
+    return read_class_table(payload["classes"]) if "classes" in payload else BDD100K
 
 
 def _is_checkpoint(payload: Any) -> bool:
@@ -250,6 +270,7 @@ def rebuild(
         image_size=image_size,
         prompt_mode=info.prompt_mode,
         check_hash=check_hash,
+        classes=state["classes"],
         decoder=state["model"],
     )
     here = ModelInfo(info.model_type, image_size, resize_mode, file_digest(sam_checkpoint), info.prompt_mode)
@@ -268,6 +289,40 @@ def load_decoder(model: Segmenter, state: Mapping[str, Tensor], source: Path) ->
     model.mask_decoder.load_state_dict({key.removeprefix(DECODER_PREFIX): value for key, value in state.items()})
 
 
+def init_decoder(model: Segmenter, info: ModelInfo, source: Path, flags: CheckpointFlags) -> list[str]:
+    """Start the decoder of `model` from the one of an earlier checkpoint, class by class.
+
+    Parts that belong to a class are copied where the checkpoint has a class of the same name or alias, and otherwise
+    stay as they are. All others are copied.
+
+    Args:
+        info: of the model. The frame may be another one.
+        source: the checkpoint, or a run's folder.
+
+    Returns:
+        The names of the classes that the checkpoint does not have, none in box mode.
+
+    Raises:
+        UserError: the file cannot be read, or belongs to another SAM file or prompt mode.
+    """
+    state = load_checkpoint(source, flags)
+    replace(state["info"], image_size=info.image_size, resize_mode=info.resize_mode).require_same(info, source)
+    ours = _decoder_state(model)
+    theirs = dict(state["model"])
+    found = [state["classes"].find(c) for c in model.classes]
+    if info.prompt_mode == "semantic":
+        known = [(i, j) for i, j in enumerate(found) if j is not None]
+        for key in filter(of_classes, theirs):
+            new = ours.get(key, theirs[key]).clone()
+            if new.shape[1:] != theirs[key].shape[1:] or len(theirs[key]) != len(state["classes"]):
+                continue  # `load_decoder` names it
+            for i, j in known:
+                new[i] = theirs[key][j].to(new)
+            theirs[key] = new
+    load_decoder(model, theirs, source)
+    return [c.name for c, j in zip(model.classes, found) if j is None] if info.prompt_mode == "semantic" else []
+
+
 def require_same_decoder(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path) -> None:
     """Raise a `UserError` unless `state`, of which `source` is the file, has the names and shapes of `expected`."""
     wrong = sorted(expected.keys() ^ state.keys()) or [k for k in expected if state[k].shape != expected[k].shape]
@@ -284,7 +339,8 @@ def _decoder_payload(model: Segmenter, info: ModelInfo, *, epoch: int, metrics: 
     return {
         "format_version": FORMAT_VERSION,
         "info": asdict(info),
-        "class_names": list(CLASS_NAMES),
+        "class_names": list(model.classes.names),
+        "classes": model.classes.to_plain(),
         "epoch": epoch,
         "metrics": metrics,
         "args": args,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segment_anything.modeling import Sam
-from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.classes import IGNORE_LABEL
 from utils.data.datasets import EvaluationBatch, ImageBatch
 from utils.data.frame import ImageSize, Size, frame_size
 from utils.data.geometry import fitted_size, pixels_in_box, restore
@@ -146,7 +146,7 @@ def predict(
     """
     model.eval()
     if not model.PROMPTS:
-        class_ids = precision.to_device(torch.arange(NUM_CLASSES))
+        class_ids = precision.to_device(torch.arange(len(model.classes)))
         yield from (Prediction(masks, class_ids) for masks in _semantic_masks(model, batch, precision))
         return
     with precision.autocast():

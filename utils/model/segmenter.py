@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from segment_anything import CheckpointError, sam_model_registry
 from segment_anything.build_sam import PATCH_SIZE, FineTunedError
 from segment_anything.modeling import Sam
-from utils.data.classes import NUM_CLASSES
+from utils.data.classes import BDD100K, ClassTable
 from utils.data.datasets import TrainingBatch
 from utils.data.frame import ImageSize, frame_size
 from utils.model.feature_pca import FeaturePCA
@@ -40,14 +40,15 @@ class Segmenter(nn.Module):
     image_pe: Tensor
     class_weights: Tensor
 
-    def __init__(self, sam: Sam) -> None:
+    def __init__(self, sam: Sam, classes: ClassTable = BDD100K) -> None:
         super().__init__()
         self.sam = sam
+        self.classes = classes
         # 修改点 2: 冻结 Image Encoder 和 Prompt Encoder，只训练 Mask Decoder
         for frozen in (sam.image_encoder, sam.prompt_encoder):
             frozen.requires_grad_(False)
         self.register_buffer("image_pe", sam.prompt_encoder.get_dense_pe(), persistent=False)
-        self.register_buffer("class_weights", torch.ones(NUM_CLASSES), persistent=False)
+        self.register_buffer("class_weights", torch.ones(len(classes)), persistent=False)
         self.feature_pca: FeaturePCA | None = None  # applied to features before they are cached
 
     @property
@@ -139,21 +140,27 @@ class BoxSegmenter(Segmenter):
 
 
 class SemanticSegmenter(Segmenter):
-    """Semantic mode: one mask for each of the 19 classes, without a prompt."""
+    """Semantic mode: one mask for each class, without a prompt."""
 
     PROMPTS = ()
     LOSSES = ("ce", "dice")
     CLASS_WEIGHT_POWER = 0.5
 
     def __init__(
-        self, sam: Sam, *, feature_blocks: Sequence[int] | None = None, stem_blocks: int = 3, pixel_channels: int = 16
+        self,
+        sam: Sam,
+        classes: ClassTable = BDD100K,
+        *,
+        feature_blocks: Sequence[int] | None = None,
+        stem_blocks: int = 3,
+        pixel_channels: int = 16,
     ) -> None:
         """Replace the mask decoder of `sam` by a `SemanticDecoder`.
 
         Args:
             feature_blocks: encoder blocks whose outputs the decoder takes; None for those with global attention.
         """
-        super().__init__(sam)
+        super().__init__(sam, classes)
         encoder = sam.image_encoder
         if feature_blocks is None:
             feature_blocks = [i for i, size in enumerate(encoder.window_sizes) if not size]
@@ -162,7 +169,7 @@ class SemanticSegmenter(Segmenter):
         sam.mask_decoder = SemanticDecoder(  # type: ignore[assignment]
             mask_decoder=sam.mask_decoder,
             no_mask_embedding=sam.prompt_encoder.no_mask_embed.weight,
-            num_classes=NUM_CLASSES,
+            num_classes=len(classes),
             feature_channels=[encoder.embed_dim] * len(self.feature_blocks),
             stem_blocks=stem_blocks,
             pixel_channels=pixel_channels,
@@ -176,8 +183,8 @@ class SemanticSegmenter(Segmenter):
         """Decode all classes.
 
         Returns:
-            A tuple of low_res_masks alone: B x 19 x H/2 x W/2 logits of an H x W frame, or H/4 x W/4 if the decoder
-            takes no pixels.
+            A tuple of low_res_masks alone: B x classes x H/2 x W/2 logits of an H x W frame, or H/4 x W/4 if the
+            decoder takes no pixels.
         """
         image_embeddings, *others = features
         maps, pixels = (others[:-1], others[-1]) if self.takes_pixels else (others, None)
@@ -223,12 +230,14 @@ def build_model(
     prompt_mode: str = "box",
     check_hash: bool = False,
     flags: CheckpointFlags = INFER_FLAGS,
+    classes: ClassTable = BDD100K,
     decoder: Mapping[str, Tensor] | None = None,
 ) -> Segmenter:
     """Build the segmenter of a prompt mode on a SAM file.
 
     Args:
         flags: of the script, for error messages.
+        classes: that the data have; semantic mode has a token for each.
         decoder: the trained state dict that will be loaded; its form decides the decoder's.
 
     Raises:
@@ -241,5 +250,5 @@ def build_model(
     except CheckpointError as error:
         raise flags.about(error) from None
     if prompt_mode == "semantic" and decoder and not any("detail_path." in key for key in decoder):
-        return SemanticSegmenter(sam, pixel_channels=0)  # a decoder of an earlier version
-    return SEGMENTERS[prompt_mode](sam)
+        return SemanticSegmenter(sam, classes, pixel_channels=0)  # a decoder of an earlier version
+    return SEGMENTERS[prompt_mode](sam, classes)

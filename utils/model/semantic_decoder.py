@@ -113,6 +113,11 @@ class SemanticDecoder(nn.Module):
         return doubled(_masks(of_coarse, coarse)) + _masks(of_fine, fine)
 
 
+def of_classes(name: str) -> bool:
+    """Whether a parameter of `SemanticDecoder`, by its name, has a row for each class along its first axis."""
+    return "mask_tokens" in name or "output_hypernetworks." in name
+
+
 def _masks(weights: Tensor, maps: Tensor) -> Tensor:
     """B x M x C and B x H x W x C -> B x M x H x W."""
     return (weights @ maps.flatten(1, 2).transpose(1, 2)).unflatten(2, maps.shape[1:3])

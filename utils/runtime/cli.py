@@ -144,6 +144,16 @@ def boolean(text: str) -> bool:
     return value
 
 
+class JoinedNames(argparse.Action):
+    """Takes names, and keeps them as one text with commas: a value that a run can record."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        names = [name.strip() for value in values for name in value.split(",")]
+        if not all(names):
+            raise argparse.ArgumentError(self, "an empty name; give names of classes")
+        setattr(namespace, self.dest, ",".join(names))
+
+
 def number(kind: type, minimum: float, *, maximum: float = math.inf, exclusive: bool = False) -> Callable[[str], Any]:
     """A parser of finite `int` or `float` values from `minimum` (above it if `exclusive`) to `maximum`."""
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import utils
-from utils.data.classes import CLASS_NAMES, IGNORE_LABEL
+from utils.data.classes import IGNORE_LABEL
 from utils.evaluate.charts import is_number, save_class_curves, save_loss_curve
 from utils.runtime import distributed
 from utils.runtime.errors import UserError, printable
@@ -173,8 +173,8 @@ class RunLogger:
         self._write_log()
         save_loss_curve(self.folder / "loss_curve.png", self.history, self.parts, best)
         epoch = int(record["epoch"])
-        if any(key.startswith(CLASS_IOU) for key in record):
-            save_class_curves(self.folder / "class_iou.png", self.history, CLASS_IOU, best)
+        if names := [key.removeprefix(CLASS_IOU) for key in record if key.startswith(CLASS_IOU)]:
+            save_class_curves(self.folder / "class_iou.png", self.history, CLASS_IOU, names, best)
         picture = Picture.of(mosaic(samples)) if samples else None
         if picture:
             make_folder(self.folder / SAMPLES, "-work_dir")
@@ -301,7 +301,7 @@ def _add_picture(writer: Any, tag: str, picture: Picture, step: int) -> None:
 
 def _wandb_picture(sample: ValidationSample) -> Any:
     """A picture with two masks, which W&B's viewer shows and hides class by class."""
-    names = dict(enumerate(CLASS_NAMES))
+    names = dict(enumerate(sample.classes.names))
     masks = {
         "ground truth": {"mask_data": sample.target, "class_labels": names | {IGNORE_LABEL: "not labelled"}},
         "prediction": {"mask_data": sample.prediction, "class_labels": names | {IGNORE_LABEL: "no class"}},

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 from typing_extensions import NotRequired
 
+from utils.data.classes import ClassTable
 from utils.model import checkpoint
 from utils.model.checkpoint import LATEST, ModelInfo
 from utils.model.segmenter import TRAIN_FLAGS
@@ -66,6 +67,7 @@ class ResumeState:
 
     path: Path
     info: ModelInfo
+    classes: ClassTable
     decoder: dict[str, Tensor]
     config: Config
     run_state: RunState
@@ -104,7 +106,7 @@ class ResumeState:
             told = [f"{kept[key]} is {config[key]}, but the run has {self.config[key]}" for key in differ]
             raise UserError(f"{self.path}: {'; '.join(told)}. Use the run's values, or start a new run")
 
-    def require_same_data(self, data: Mapping[str, str | None], info: ModelInfo) -> None:
+    def require_same_data(self, data: Mapping[str, str | None], info: ModelInfo, classes: ClassTable) -> None:
         """Check the model and the data before the data are encoded.
 
         Losses and mIoU on other data cannot be compared with the run's. Runs of older versions do not record their
@@ -112,11 +114,17 @@ class ResumeState:
 
         Args:
             data: the digests of "train_data" and "val_data"; None without the split.
+            classes: to be trained.
 
         Raises:
             UserError: the model or the data are not the run's.
         """
         self.info.require_same(info, self.path)
+        if self.classes.names != classes.names:
+            raise UserError(
+                f"{self.path}: was trained on the classes {', '.join(self.classes.names)}, not on "
+                f"{', '.join(classes.names)}; give its data and its --classes and --other_classes, or start a new run"
+            )
         for key, flag in {"train_data": "-i", "val_data": "--val_npy_path"}.items():
             then = self.config.get(key)
             if then is not None and data[key] not in (then, None):
@@ -234,7 +242,7 @@ def read_resume(path: Path) -> ResumeState:
     if not (isinstance(config, dict) and _is_run_state(run_state)):
         raise UserError(f"{path}: its state was not written by train_bdd100k.py; start a new run")
     config.setdefault("losses", _FORMER_LOSSES.get(str(config.get("prompt_mode"))))
-    return ResumeState(path, payload["info"], payload["model"], config, run_state)
+    return ResumeState(path, payload["info"], payload["classes"], payload["model"], config, run_state)
 
 
 def _last_saved(folder: Path) -> float:

@@ -12,10 +12,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from utils.data.classes import BDD100K, ClassTable
 from utils.data.datasets import EvaluationDataset, NpyFolder, TrainingDataset, collate_evaluation
 from utils.data.geometry import to_bytes
+from utils.evaluate.lettering import text_width, write_text
 from utils.evaluate.metrics import ConfusionMatrix, mean_iou
-from utils.evaluate.plots import Legend, colorize, draw_legend, legend_entries, overlay, text_width, write_text
+from utils.evaluate.plots import Legend, colorize, draw_legend, legend_entries, overlay
 from utils.model.prediction import predict
 from utils.model.segmenter import Segmenter
 from utils.runtime.device import Precision
@@ -37,6 +39,7 @@ class ValidationSample:
     target: np.ndarray  # h x w uint8, 255 = not labelled
     prediction: np.ndarray  # h x w uint8, 255 = no class
     miou: float  # of this image, in the frame
+    classes: ClassTable = BDD100K
 
 
 class ValidationSamples:
@@ -60,11 +63,13 @@ class ValidationSamples:
         (prediction,) = predict(model, collate_evaluation([stored]), precision)
         labels = stored["labels"]
         predicted = prediction.label_map(labels.shape).cpu()
-        confusion = ConfusionMatrix()
+        confusion = ConfusionMatrix(len(source.classes))
         confusion.update(predicted, labels)
         views = source.read_image(index), labels.numpy(), predicted.numpy()
         image, target, shown = (_picture(source, index, view) for view in views)
-        return ValidationSample(source.items[index].name, image, target, shown, mean_iou(confusion.matrix))
+        return ValidationSample(
+            source.items[index].name, image, target, shown, mean_iou(confusion.matrix), source.classes
+        )
 
 
 def varied_images(source: NpyFolder, indexes: Sequence[int], count: int) -> list[int]:
@@ -91,14 +96,13 @@ def mosaic(samples: Sequence[ValidationSample]) -> np.ndarray:
     rows = [
         {
             printable(sample.name): sample.image,
-            "ground truth": colorize(sample.target),
-            f"prediction, mIoU {sample.miou:.3f}": colorize(sample.prediction),
+            "ground truth": colorize(sample.target, sample.classes),
+            f"prediction, mIoU {sample.miou:.3f}": colorize(sample.prediction, sample.classes),
         }
         for sample in samples
     ]
-    return _sheet(
-        rows, legend_entries(*(labels for sample in samples for labels in (sample.target, sample.prediction)))
-    )
+    label_maps = [labels for sample in samples for labels in (sample.target, sample.prediction)]
+    return _sheet(rows, legend_entries(samples[0].classes, *label_maps))
 
 
 def training_sheet(dataset: TrainingDataset) -> np.ndarray:
@@ -115,23 +119,22 @@ def training_sheet(dataset: TrainingDataset) -> np.ndarray:
     rows, label_maps = [], []
     for index in varied_images(source, dataset.indices, NUM_SAMPLES):
         labels = source.read_labels(index)
-        stored = overlay(to_bytes(source.read_image(index)), labels)
+        stored = overlay(to_bytes(source.read_image(index)), labels, source.classes)
         row = {f"{printable(source.items[index].name)}, as stored": _picture(source, index, stored)}
         label_maps.append(labels)
         for epoch in range(3):
             drawn.set_epoch(epoch)
             sample = drawn[dataset.indices.index(index)]
             labels = sample["labels"].numpy()
-            view = overlay(to_bytes(sample["image"].numpy()), labels)
+            view = overlay(to_bytes(sample["image"].numpy()), labels, source.classes)
             for box in sample.get("boxes", ()):
                 left, top, right, bottom = box.round().int().tolist()
                 cv2.rectangle(view, (left, top), (right, bottom), _BOX_COLOR, max(1, round(view.shape[1] / WIDTH)))
             row[f"epoch {epoch + 1}"] = _picture(source, index, view)
             label_maps.append(labels)
         rows.append(row)
-    painted: Legend = [
-        (name, color) for name, color in legend_entries(*label_maps) if color
-    ]  # an overlay has no hatching
+    entries = legend_entries(source.classes, *label_maps)
+    painted: Legend = [(name, color) for name, color in entries if color]  # an overlay has no hatching
     return _sheet(rows, painted)
 
 

@@ -1,0 +1,64 @@
+"""Tables of classes: lookup, selection, and the ids of one table in another."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from utils.data.classes import BDD100K, ClassTable, SemanticClass, read_class_table
+from utils.runtime.errors import UserError
+
+
+def table(*names: str, aliases: tuple[str, ...] = ()) -> ClassTable:
+    """A table of these names; the last class has the aliases."""
+    last = len(names) - 1
+    return ClassTable(
+        tuple(
+            SemanticClass(i, name, (i, 2 * i, 7), aliases=aliases if i == last else ()) for i, name in enumerate(names)
+        )
+    )
+
+
+def test_palette_and_lookup() -> None:
+    assert BDD100K.palette[13].tolist() == [0, 0, 142] and not BDD100K.palette[19:].any()
+    assert BDD100K.ids_by_name["pedestrian"] == BDD100K.ids_by_name["person"] == 11
+    for name in ("traffic light", "Traffic_Light", "TRAFFIC LIGHT"):
+        assert BDD100K.id_of(name) == 6
+    with pytest.raises(UserError, match=r"no class 'lorry'; the classes are road, sidewalk"):
+        BDD100K.id_of("lorry")
+    assert table("a", "b", aliases=("A",)).ids_by_name == {"a": 0, "b": 1}  # a name wins over an alias
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_selection_maps_the_ids_of_its_origin(other: bool) -> None:
+    chosen = BDD100K.select(["car", "road"], other=other)
+    assert chosen.names == (("car", "road", "other") if other else ("car", "road"))
+    assert [c.id for c in chosen] == list(range(len(chosen)))
+    assert len({c.color for c in chosen}) == len(chosen)
+    ids = chosen.ids_of(BDD100K)
+    assert ids[13] == 0 and ids[0] == 1 and ids[255] == 255
+    assert set(np.delete(ids[:19], [0, 13])) == {2 if other else 255}
+    assert read_class_table(chosen.to_plain()) == chosen
+
+
+def test_selections_that_are_wrong() -> None:
+    with pytest.raises(UserError, match="class 'car' is given twice"):
+        BDD100K.select(["car", "Car"], other=False)
+    with pytest.raises(UserError, match="a class named 'other'; use --other_classes ignore"):
+        table("a", "other").select(["a"], other=True)
+
+
+def test_tables_of_other_names_are_refused_or_matched() -> None:
+    model, data = table("road", "person", "car"), table("sky", "Car", "walker", aliases=("person",))
+    with pytest.raises(UserError, match=r"trained on 3 classes \(road, person, car\), but the data have 3 \(sky, Car,"):
+        model.ids_of(data)
+    assert model.ids_of(data, match=True)[:4].tolist() == [255, 2, 1, 255]
+    with pytest.raises(UserError, match="no class is in both tables: road, person, car; sky, sea"):
+        model.ids_of(table("sky", "sea"), match=True)
+    # The same names in another order are other ids.
+    with pytest.raises(UserError, match="match_classes"):
+        model.ids_of(table("car", "road", "person"))
+
+
+def test_the_same_table_keeps_its_ids() -> None:
+    assert BDD100K.ids_of(BDD100K)[:20].tolist() == [*range(19), 255]

@@ -1,0 +1,171 @@
+"""Other classes than BDD100K's, end to end: described data, --classes, --match_classes and --init_decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import infer_bdd100k
+import pre_bdd100k
+import train_bdd100k
+from tests.helpers.inputs import IMAGE_SIZE
+from tests.helpers.scripts import good_flags, log_of, read_results, run_script, training_flags
+from utils.data.classes import BDD100K
+from utils.data.datasets import NpyFolder
+from utils.model import checkpoint
+
+pytestmark = pytest.mark.slow
+
+Train = Callable[..., Path]
+NAMES = ("road", "小汽车", "sky")
+SOURCES = ("road", "car", "sky")  # the same classes in BDD100K's table
+DESCRIPTION = """
+name: three
+classes:
+  - {id: 0, name: road, color: [10, 20, 30]}
+  - {id: 1, name: 小汽车, color: [200, 0, 0], aliases: [car]}
+  - {id: 2, name: sky, color: [0, 0, 200]}
+labels: {kind: colors, unlisted: ignore}
+layout: folders
+"""
+
+
+@pytest.fixture(scope="module")
+def three(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenes with palette masks of three classes, in the layout `folders`, preprocessed by a description."""
+    root, output = tmp_path_factory.mktemp("folders"), tmp_path_factory.mktemp("three")
+    palette = np.zeros((256, 3), np.uint8)
+    ids = [BDD100K.id_of(name) for name in SOURCES]
+    palette[ids] = (10, 20, 30), (200, 0, 0), (0, 0, 200)
+    for split in ("train", "val"):
+        (root / "masks" / split).mkdir(parents=True)
+        (root / "images").mkdir(exist_ok=True)
+        (root / "images" / split).symlink_to(scenes / "images" / "10k" / split)
+        for path in (scenes / "labels" / "sem_seg" / "masks" / split).iterdir():
+            labels = np.array(Image.open(path))
+            mask = Image.fromarray(np.where(np.isin(labels, ids), labels, 255).astype(np.uint8), "L")
+            mask.putpalette(palette.ravel().tolist())
+            assert mask.mode == "P"
+            mask.save(root / "masks" / split / path.name)
+    (root / "three.yaml").write_text(DESCRIPTION)
+    flags = ["--dataset", root / "three.yaml", "--root", root, "--output_path", output, "--image_size", IMAGE_SIZE]
+    assert not run_script(pre_bdd100k, *flags, "--image_dtype", "uint8", "--num_workers", 1)
+    return output
+
+
+def train_three(three: Path, sam_file: Path, work_dir: Path, *flags: object) -> Path:
+    run_script(train_bdd100k, *training_flags(three / "train", sam_file, work_dir), *flags)
+    (folder,) = work_dir.iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("prompt_mode", ["box", "semantic"])
+def test_described_classes_and_selected_ones_train_alike(
+    prompt_mode: str,
+    three: Path,
+    npy: Path,
+    train: Train,
+    sam_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same three classes, once by a description and once by --classes, give the same decoder and figures."""
+    flags = ["--prompt_mode", prompt_mode, "-num_epochs", 1, "-lr", "1e-3"]
+    described = train_three(three, sam_file, tmp_path / "a", *flags, "--val_npy_path", three / "val")
+    selected = train(tmp_path / "b", *flags, "--val_npy_path", npy / "val", "--classes", *SOURCES)
+    ours, theirs = (checkpoint.load_checkpoint(run) for run in (described, selected))
+    assert ours["classes"].names == NAMES and theirs["classes"].names == SOURCES
+    for key, value in ours["model"].items():
+        assert torch.equal(value, theirs["model"][key]), key
+    assert log_of(described)[-1]["val_miou"] == log_of(selected)[-1]["val_miou"]
+
+    capsys.readouterr()
+    for run, data, name in ((described, three, "a"), (selected, npy, "b")):
+        flags = [
+            *good_flags(sam_file, data, tmp_path),
+            "--model_checkpoint",
+            run,
+            "--output_dir",
+            tmp_path / "out" / name,
+        ]
+        assert not run_script(infer_bdd100k, *flags)
+    printed = capsys.readouterr().out
+    assert " 1. 小汽车" in printed and " 1. car " in printed and "19." not in printed
+    results = [read_results(tmp_path / "out" / name) for name in "ab"]
+    assert results[0]["miou"] == results[1]["miou"] == log_of(described)[-1]["val_miou"]
+    assert [c["name"] for c in results[0]["per_class"]] == list(NAMES)
+    page = (tmp_path / "out" / "a" / "report.html").read_text()
+    assert "小汽车" in page and "sidewalk" not in page
+
+    # Own pictures need the checkpoint alone (and, in box mode, boxes).
+    if prompt_mode == "semantic":
+        picture = next((three / "val" / "imgs").glob("*.npy"))
+        Image.fromarray(np.load(picture)).save(tmp_path / "street.png")
+        flags = ["--images", tmp_path / "street.png", "--save_predictions", "--classes", "小汽车"]
+        more = ["--model_checkpoint", described, "--sam_checkpoint", sam_file, "--model_type", "vit_tiny"]
+        assert not run_script(infer_bdd100k, *flags, *more, "--output_dir", tmp_path / "own", "--device", "cpu")
+        assert np.unique(np.array(Image.open(tmp_path / "own" / "predictions" / "street.png"))).max() <= 2
+
+
+def test_the_others_as_one_class(train: Train, npy: Path, sam_file: Path, tmp_path: Path) -> None:
+    flags = ["--prompt_mode", "semantic", "-num_epochs", 1, "--classes", "road,car", "--other_classes", "other"]
+    run = train(tmp_path / "runs", *flags, "--val_npy_path", npy / "val")
+    run_script(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--model_checkpoint", run)
+    results = read_results(tmp_path / "out")
+    pixels = {c["name"]: c["gt_pixels"] for c in results["per_class"]}
+    counts = NpyFolder(npy / "val").class_pixels()
+    assert pixels == {"road": counts[0], "car": counts[13], "other": counts.sum() - counts[0] - counts[13]}
+    assert results["miou"] == log_of(run)[-1]["val_miou"]
+
+
+def test_other_data_is_refused_or_scored_on_the_classes_in_common(
+    three: Path, npy: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    run = train_three(three, sam_file, tmp_path / "runs", "--prompt_mode", "semantic", "-num_epochs", 1)
+    flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", run]
+    said = error_of(infer_bdd100k, *flags)
+    assert "trained on 3 classes (road, 小汽车, sky), but the data have 19 (road, sidewalk," in said
+    assert "--match_classes" in said and not (tmp_path / "out").exists()
+    assert not run_script(infer_bdd100k, *flags, "--match_classes")
+    matched = read_results(tmp_path / "out")
+    run_script(infer_bdd100k, *good_flags(sam_file, three, tmp_path), "--model_checkpoint", run)
+    assert matched["confusion_matrix"] == read_results(tmp_path / "out")["confusion_matrix"]
+
+
+def test_a_run_goes_on_with_its_classes_alone(
+    train: Train, npy: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    flags = ["--prompt_mode", "semantic", "--lr_scheduler", "constant", "--warmup_epochs", 0, "-num_epochs"]
+    run = train(tmp_path, *flags, 1, "--classes", "road", "car")
+    resume = ["--resume", run, "-num_epochs", 2]
+    said = error_of(train_bdd100k, *resume, "--classes", "road", "sky")
+    assert "was trained on the classes road, car, not on road, sky" in said
+    run_script(train_bdd100k, *resume)
+    assert len(log_of(run)) == 2
+    assert checkpoint.load_checkpoint(run / checkpoint.LATEST)["classes"].names == ("road", "car")
+    assert "no class 'lorry'" in error_of(
+        train_bdd100k, *training_flags(npy / "train", sam_file, tmp_path / "x"), "--classes", "lorry"
+    )
+
+
+def test_init_decoder_copies_classes_by_name(
+    three: Path, train: Train, npy: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    start = checkpoint.load_checkpoint(
+        train(tmp_path / "a", "--prompt_mode", "semantic", "-num_epochs", 1, "-lr", "1e-3")
+    )
+    source = next((tmp_path / "a").iterdir())
+    tiny = ["--prompt_mode", "semantic", "-num_epochs", 1, "-lr", "1e-30", "-weight_decay", 0]
+    run = train_three(three, sam_file, tmp_path / "b", *tiny, "--init_decoder", source)
+    state = checkpoint.load_checkpoint(run)["model"]
+    ids = [BDD100K.id_of(name) for name in SOURCES]
+    for key, value in start["model"].items():
+        expected = value[ids] if len(value) == 19 and len(state[key]) == 3 else value
+        assert torch.allclose(state[key], expected, atol=1e-6), key
+    said = error_of(train_bdd100k, *training_flags(three / "train", sam_file, tmp_path / "c"), "--init_decoder", source)
+    assert "was trained with prompt mode semantic, not box" in said and not (tmp_path / "c").exists()
