@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import utils
-from utils.data.classes import CLASS_NAMES, CLASSES
+from utils.data.classes import BDD100K
 from utils.model import checkpoint
 from utils.model.checkpoint import Checkpoint, ModelInfo
 from utils.model.segmenter import Segmenter
@@ -38,8 +38,11 @@ class Trained:
 
     def metadata(self) -> dict[str, str]:
         """What a program needs to use the model, and where the model comes from."""
-        colors = [list(c.color) for c in CLASSES]
-        classes = {"class_names": json.dumps(CLASS_NAMES), "class_colors": json.dumps(colors)}
+        table = self.model.classes
+        colors = [list(c.color) for c in table]
+        classes = {"class_names": json.dumps(table.names), "class_colors": json.dumps(colors)}
+        if table != BDD100K:  # a file without the entry has BDD100K's
+            classes["classes"] = json.dumps(table.to_plain())
         return {key: str(value) for key, value in asdict(self.info).items()} | classes | self._provenance()
 
     def _provenance(self) -> dict[str, str]:

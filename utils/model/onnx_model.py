@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.data.classes import CLASS_NAMES, NUM_CLASSES
+from utils.data.classes import BDD100K, ClassTable, read_class_table
 from utils.data.frame import ImageSize, frame_size, is_image_size
 from utils.data.manifest import RESIZE_MODES
 from utils.model.checkpoint import ModelInfo
@@ -56,8 +56,9 @@ def parts_of(path: Path) -> list[Path]:
 class OnnxSegmenter(Segmenter):
     """What ONNX models of both modes share: a session and a device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, classes: ClassTable, device: torch.device) -> None:
         nn.Module.__init__(self)  # there is no SAM to freeze
+        self.classes = classes
         self.device = device
 
     def train(self, mode: bool = True) -> OnnxSegmenter:
@@ -80,7 +81,7 @@ class OnnxSemanticSegmenter(OnnxSegmenter):
     PROMPTS = ()
 
     def __init__(self, path: Path, session: Any, metadata: dict[str, str], device: torch.device) -> None:
-        super().__init__(device)
+        super().__init__(_classes(path, metadata), device)
         self.path, self.session, self.metadata = path, session, metadata
         self.has_logits = len(session.get_outputs()) == 2
         self.size = frame_size(_info(path, metadata).image_size)
@@ -102,7 +103,8 @@ class OnnxSemanticSegmenter(OnnxSegmenter):
         if output.ndim != 3 + self.has_logits or output.shape[-2:] != self.size or len(output) != len(features[0]):
             _refuse(self.path, f"its {name} has the shape {'x'.join(map(str, output.shape))}")
         if not self.has_logits:
-            output = F.one_hot(output.long().clamp(max=NUM_CLASSES - 1), NUM_CLASSES).permute(0, 3, 1, 2).float()
+            count = len(self.classes)
+            output = F.one_hot(output.long().clamp(max=count - 1), count).permute(0, 3, 1, 2).float()
         return (output,)
 
 
@@ -111,8 +113,10 @@ class OnnxBoxSegmenter(OnnxSegmenter):
 
     PROMPTS = ("boxes",)
 
-    def __init__(self, paths: Sequence[Path], sessions: Sequence[Any], device: torch.device) -> None:
-        super().__init__(device)
+    def __init__(
+        self, paths: Sequence[Path], sessions: Sequence[Any], classes: ClassTable, device: torch.device
+    ) -> None:
+        super().__init__(classes, device)
         self.paths, self.sessions = paths, sessions
 
     def inputs(self, images: Tensor, features: Features | None = None) -> Features:
@@ -170,7 +174,7 @@ def load_onnx(
         raise UserError(f"{paths[0]} and {paths[1]}: are of two models; export both again")
     sessions = [load_session(part, device, content) for part, (content, _, _) in zip(paths, read)]
     if len(paths) == 2:
-        return OnnxBoxSegmenter(paths, sessions, device), infos[0]
+        return OnnxBoxSegmenter(paths, sessions, _classes(path, read[0][1]), device), infos[0]
     return OnnxSemanticSegmenter(path, sessions[0], read[0][1], device), infos[0]
 
 
@@ -213,13 +217,7 @@ def _info(path: Path, metadata: dict[str, str]) -> ModelInfo:
         raise UserError(
             f"{path}: format {metadata['format_version'][:20]}, this version reads {FORMAT_VERSION}; export it again"
         )
-    try:
-        classes = json.loads(metadata["class_names"])
-    except (ValueError, RecursionError):
-        classes = None
-    if classes != list(CLASS_NAMES):
-        count = len(classes) if isinstance(classes, list) else 0
-        _refuse(path, f"has {count} classes, which are not BDD100K's {NUM_CLASSES}")
+    _classes(path, metadata)
     fields: dict[str, Any] = {name: metadata[name] for name in names}
     if fields["image_size"].isdecimal() and len(fields["image_size"]) < 6:
         fields["image_size"] = int(fields["image_size"])
@@ -231,6 +229,23 @@ def _info(path: Path, metadata: dict[str, str]) -> ModelInfo:
     if info.prompt_mode not in SEGMENTERS:
         _refuse(path, f"prompt mode {info.prompt_mode[:20]} is unknown to this version")
     return info
+
+
+def _classes(path: Path, metadata: dict[str, str]) -> ClassTable:
+    """The classes that the metadata names; a file without the entry "classes" has BDD100K's."""
+    try:
+        table = read_class_table(json.loads(metadata["classes"])) if "classes" in metadata else BDD100K
+    except (ValueError, RecursionError):
+        _refuse(path, "its metadata have no valid table of classes")
+    try:
+        names = json.loads(metadata["class_names"])
+    except (ValueError, RecursionError):
+        names = None
+    if names != list(table.names):
+        count = len(names) if isinstance(names, list) else 0
+        wrong = "those of its table" if "classes" in metadata else f"BDD100K's {len(table)}"
+        _refuse(path, f"has {count} classes, which are not {wrong}")
+    return table
 
 
 def _check_graph(path: Path, model: Any) -> bool:
@@ -286,7 +301,7 @@ def _check_interface(path: Path, graph: Any, info: ModelInfo, metadata: dict[str
         inputs = {PICTURE: (uint8 if dtype == "uint8" else float32, (BATCH, *picture))}
         outputs = {
             "class_map": (uint8, (BATCH, height, width)),
-            "logits": (float32, (BATCH, NUM_CLASSES, height, width)),
+            "logits": (float32, (BATCH, len(_classes(path, metadata)), height, width)),
         }
         fits = found_inputs == inputs and found_outputs in (outputs, {"class_map": outputs["class_map"]})
     elif ".encoder." in path.name[-13:]:
