@@ -19,7 +19,7 @@ class PictureToClasses(nn.Module):
     """Normalisation, encoder, decoder, resizing of the logits and argmax.
 
     `forward` takes a batch of RGB frames in the layout and type of the options. It returns the class maps, N x H x W
-    uint8 train ids, and on request the logits, N x 19 x H x W float32. `Prediction.label_map` gives the same maps.
+    uint8 train ids, and on request the logits, N x classes x H x W float32. `Prediction.label_map` gives the same maps.
     """
 
     def __init__(self, model: Segmenter, size: Size, options: Options) -> None:
