@@ -27,6 +27,7 @@ from utils.model.checkpoint import ModelInfo
 from utils.model.onnx_model import OnnxSemanticSegmenter, is_onnx, load_onnx
 from utils.model.prediction import predict
 from utils.model.segmenter import Segmenter
+from utils.runtime.choices import MapRule
 from utils.runtime.device import Precision, resolve_precision
 from utils.runtime.errors import UserError
 
@@ -94,7 +95,7 @@ class Model:
             raise ValueError(f"image must be (H, W, 3) uint8 RGB, not {image.shape} {image.dtype}")
         size, mode = self.info.image_size, self.info.resize_mode
         batch = collate_pictures([(_NAME, image)], detected, size, mode, tta=tta)
-        rule = "argmax" if is_semantic else "box_threshold"
+        rule: MapRule = "argmax" if is_semantic else "box_threshold"
         (prediction,) = predict(self.segmenter, batch, self.precision, rule)
         labels = prediction.original_label_map(image.shape[0], image.shape[1], image_size=size, resize_mode=mode)
         return Result(image, labels.cpu().numpy(), self.classes)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import infer_bdd100k
@@ -51,3 +52,12 @@ def test_what_does_not_fit(tmp_path: Path, sam_file: Path) -> None:
         model.segment(np.zeros((8, 8, 3)))
     with pytest.raises(ValueError, match="leave out boxes"):
         model.segment(np.zeros((8, 8, 3), np.uint8), boxes={"car": [[0, 0, 1, 1]]})
+
+
+def test_a_run_names_its_sam_file(tmp_path: Path, sam_file: Path) -> None:
+    path = write_checkpoint(tmp_path / "best.pth", sam_file, "semantic")
+    state = torch.load(path, weights_only=True)
+    state["args"]["checkpoint"] = str(sam_file)
+    torch.save(state, path)
+    model = load_run(path, device="cpu")
+    assert model.segment(np.zeros((8, 12, 3), np.uint8), tta=True).label_map.shape == (8, 12)
