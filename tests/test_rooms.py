@@ -18,7 +18,7 @@ ORDER = (
     ("utils.cache", "utils.evaluate"),
     ("utils.train",),
     ("utils.export",),
-    ("pre_bdd100k", "train_bdd100k", "infer_bdd100k", "utils.ckpt_convert", "utils.compare"),
+    ("pre_bdd100k", "train_bdd100k", "infer_bdd100k", "utils.api", "utils.ckpt_convert", "utils.compare"),
     ("benchmarks", "tools"),
     ("tests",),
 )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils.data.classes import BDD100K, CLASS_NAMES
+from utils.data.classes import BDD100K, CLASS_NAMES, ClassTable, SemanticClass
 from utils.data.datasets import detected_prompts
 from utils.data.detections import Detections, read_detections
 from utils.runtime.errors import UserError
@@ -258,3 +258,23 @@ def test_names_match_in_either_unicode_form(tmp_path: Path) -> None:
         path.write_text(json.dumps([{"name": f"{written}.jpg", "labels": [box]}]))
         found = detected_prompts(read_detections(path, BDD100K).boxes, asked, 8, 8, 8, "stretch")
         assert found["class_ids"].tolist() == [13]
+
+
+def test_categories_are_names_and_aliases_of_the_table(path: Path) -> None:
+    classes = ClassTable(
+        (SemanticClass(0, "Lane Marking", (1, 2, 3), aliases=("Line",)), SemanticClass(1, "bike", (4, 5, 6)))
+    )
+    labels = [label(category=c) for c in ("lane marking", "LINE", "Bike", "car")]
+    path.write_text(json.dumps([frame(*labels)]))
+    detections = read_detections(path, classes)
+    assert detections.boxes["a"][0].tolist() == [0, 0, 1]
+    assert detections.left_out == {"car": 1}
+    path.write_text(json.dumps([frame(label(category="car"))]))
+    with pytest.raises(UserError, match=r"rename them to: Lane Marking, bike, Line$"):
+        read_detections(path, classes)
+
+
+def test_known_categories_of_bdd100k_are_listed_names_first(path: Path) -> None:
+    path.write_text(json.dumps([frame(label(category="ufo"))]))
+    with pytest.raises(UserError, match=r"motorcycle, bicycle, pedestrian, bike, motor$"):
+        read_detections(path, BDD100K)

@@ -35,10 +35,7 @@ class Detections:
 
 
 def read_detections(path: Path, classes: ClassTable) -> Detections:
-    """Read a detection file. Labels without a box are skipped.
-
-    Args:
-        classes: that the categories name, by name or alias in any case.
+    """Read a detection file. Categories match names and aliases in any case; labels without a box are skipped.
 
     Raises:
         UserError: the file cannot be read, has another format, an image twice or an invalid box, or has labels but no
@@ -81,7 +78,8 @@ def read_detections(path: Path, classes: ClassTable) -> Detections:
 
 
 def _known(classes: ClassTable) -> str:
-    return ", ".join([*classes.names, *(alias for c in classes for alias in c.aliases)])
+    aliases = sorted((c.group, alias) for c in classes for alias in c.aliases)
+    return ", ".join(dict.fromkeys((*classes.names, *(alias for _, alias in aliases))))
 
 
 def _read_frames(path: Path) -> list[Any]:

@@ -40,9 +40,9 @@ class Trained:
         """What a program needs to use the model, and where the model comes from."""
         table = self.model.classes
         colors = [list(c.color) for c in table]
-        classes = {"class_names": json.dumps(table.names, ensure_ascii=False), "class_colors": json.dumps(colors)}
-        if table != BDD100K:
-            classes["classes"] = json.dumps(table.to_plain(), ensure_ascii=False)
+        classes = {"class_names": json.dumps(table.names), "class_colors": json.dumps(colors)}
+        if table != BDD100K:  # a file without the entry has BDD100K's
+            classes["classes"] = json.dumps(table.to_plain())
         return {key: str(value) for key, value in asdict(self.info).items()} | classes | self._provenance()
 
     def _provenance(self) -> dict[str, str]:

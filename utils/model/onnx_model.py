@@ -56,10 +56,10 @@ def parts_of(path: Path) -> list[Path]:
 class OnnxSegmenter(Segmenter):
     """What ONNX models of both modes share: a session and a device."""
 
-    def __init__(self, device: torch.device, classes: ClassTable) -> None:
+    def __init__(self, classes: ClassTable, device: torch.device) -> None:
         nn.Module.__init__(self)  # there is no SAM to freeze
-        self.device = device
         self.classes = classes
+        self.device = device
 
     def train(self, mode: bool = True) -> OnnxSegmenter:
         if mode:
@@ -81,7 +81,7 @@ class OnnxSemanticSegmenter(OnnxSegmenter):
     PROMPTS = ()
 
     def __init__(self, path: Path, session: Any, metadata: dict[str, str], device: torch.device) -> None:
-        super().__init__(device, _classes(path, metadata))
+        super().__init__(_classes(path, metadata), device)
         self.path, self.session, self.metadata = path, session, metadata
         self.has_logits = len(session.get_outputs()) == 2
         self.size = frame_size(_info(path, metadata).image_size)
@@ -114,9 +114,9 @@ class OnnxBoxSegmenter(OnnxSegmenter):
     PROMPTS = ("boxes",)
 
     def __init__(
-        self, paths: Sequence[Path], sessions: Sequence[Any], metadata: dict[str, str], device: torch.device
+        self, paths: Sequence[Path], sessions: Sequence[Any], classes: ClassTable, device: torch.device
     ) -> None:
-        super().__init__(device, _classes(paths[0], metadata))
+        super().__init__(classes, device)
         self.paths, self.sessions = paths, sessions
 
     def inputs(self, images: Tensor, features: Features | None = None) -> Features:
@@ -174,7 +174,7 @@ def load_onnx(
         raise UserError(f"{paths[0]} and {paths[1]}: are of two models; export both again")
     sessions = [load_session(part, device, content) for part, (content, _, _) in zip(paths, read)]
     if len(paths) == 2:
-        return OnnxBoxSegmenter(paths, sessions, read[0][1], device), infos[0]
+        return OnnxBoxSegmenter(paths, sessions, _classes(path, read[0][1]), device), infos[0]
     return OnnxSemanticSegmenter(path, sessions[0], read[0][1], device), infos[0]
 
 
@@ -232,21 +232,19 @@ def _info(path: Path, metadata: dict[str, str]) -> ModelInfo:
 
 
 def _classes(path: Path, metadata: dict[str, str]) -> ClassTable:
-    """The table of the metadata; without "classes" it is BDD100K's."""
+    """The classes that the metadata names; a file without the entry "classes" has BDD100K's."""
+    try:
+        table = read_class_table(json.loads(metadata["classes"])) if "classes" in metadata else BDD100K
+    except (ValueError, RecursionError):
+        _refuse(path, "its metadata have no valid table of classes")
     try:
         names = json.loads(metadata["class_names"])
     except (ValueError, RecursionError):
         names = None
-    if "classes" not in metadata and names != list(BDD100K.names):
+    if names != list(table.names):
         count = len(names) if isinstance(names, list) else 0
-        _refuse(path, f"has {count} classes, which are not BDD100K's {len(BDD100K)}")
-    try:
-        table = read_class_table(json.loads(metadata["classes"])) if "classes" in metadata else BDD100K
-        is_table = list(table.names) == names
-    except (ValueError, RecursionError):
-        is_table = False
-    if not is_table:
-        _refuse(path, "its table of classes is damaged")
+        wrong = "those of its table" if "classes" in metadata else f"BDD100K's {len(table)}"
+        _refuse(path, f"has {count} classes, which are not {wrong}")
     return table
 
 

@@ -1,0 +1,63 @@
+"""utils.api: the label maps of infer_bdd100k.py, and one line for what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import infer_bdd100k
+from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.inputs import write_detections
+from tests.helpers.scripts import run_script
+from utils.api import load_run
+from utils.runtime.errors import UserError
+
+
+@pytest.mark.parametrize("mode", ["semantic", "box"])
+def test_label_maps_are_those_of_infer(mode: str, tmp_path: Path, sam_file: Path) -> None:
+    best = write_checkpoint(tmp_path / "best.pth", sam_file, mode)
+    pixels = np.random.default_rng(3).integers(0, 256, (9, 12, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in" / "a.png")
+    flags: list[Any] = ["--images", tmp_path / "in", "--save_predictions", "--output_dir", tmp_path / "out"]
+    flags += ["--model_checkpoint", best, "--sam_checkpoint", sam_file, "--device", "cpu", "--model_type", "vit_tiny"]
+    given: dict[str, Any] = {}
+    if mode == "box":
+        detections = write_detections(tmp_path / "det.json", ["a"])
+        flags += ["--boxes", detections]
+        from utils.data.classes import BDD100K
+        from utils.data.detections import read_detections
+
+        ids, boxes = read_detections(detections, BDD100K).boxes["a"]
+        given = {"class_ids": ids, "boxes": boxes}
+    run_script(infer_bdd100k, *flags)
+    expected = np.asarray(Image.open(tmp_path / "out" / "predictions" / "a.png"))
+    model = load_run(best, sam_file, device="cpu")
+    for image in (pixels, tmp_path / "in" / "a.png"):
+        result = model.segment(image, **given)
+        assert np.array_equal(result.label_map, expected) and result.overlay().shape[1:] == (96, 3)
+
+
+def test_what_does_not_fit(tmp_path: Path, sam_file: Path) -> None:
+    best = write_checkpoint(tmp_path / "best.pth", sam_file, "semantic")
+    with pytest.raises(UserError, match="names no SAM file"):
+        load_run(best)
+    model = load_run(best, sam_file, device="cpu")
+    with pytest.raises(ValueError, match="uint8 RGB"):
+        model.segment(np.zeros((8, 8, 3)))
+    with pytest.raises(ValueError, match="leave out boxes"):
+        model.segment(np.zeros((8, 8, 3), np.uint8), boxes={"car": [[0, 0, 1, 1]]})
+
+
+def test_a_run_names_its_sam_file(tmp_path: Path, sam_file: Path) -> None:
+    path = write_checkpoint(tmp_path / "best.pth", sam_file, "semantic")
+    state = torch.load(path, weights_only=True)
+    state["args"]["checkpoint"] = str(sam_file)
+    torch.save(state, path)
+    model = load_run(path, device="cpu")
+    assert model.segment(np.zeros((8, 12, 3), np.uint8), tta=True).label_map.shape == (8, 12)
