@@ -81,7 +81,7 @@ class Model:
 
         Raises:
             ValueError: an argument does not fit the model or has another shape or type.
-            UserError: the file cannot be read.
+            UserError: the file cannot be read, or `boxes` names an unknown class.
         """
         is_semantic = not self.segmenter.PROMPTS
         if is_semantic and (boxes is not None or class_ids is not None):
@@ -105,21 +105,29 @@ class Model:
         if isinstance(boxes, Mapping):
             if class_ids is not None:
                 raise ValueError("boxes by class name need no class_ids; leave them out")
-            pairs = [
-                (self.classes.id_of(name), box) for name, some in boxes.items() for box in np.reshape(some, (-1, 4))
-            ]
-            ids, boxes = [i for i, _ in pairs], [box for _, box in pairs]
+            of_class = {self.classes.id_of(name): _rows_of_four(some) for name, some in boxes.items()}
+            ids = [i for i, some in of_class.items() for _ in some]
+            found = np.concatenate([*of_class.values(), np.zeros((0, 4))])
         else:
-            ids = [] if class_ids is None else [*class_ids]
-        found = np.asarray(boxes, dtype=np.float64)
-        found = found.reshape(-1, 4) if not found.size else found
-        if found.ndim != 2 or found.shape[1] != 4 or len(found) != len(ids):
+            ids, found = [] if class_ids is None else [*class_ids], _rows_of_four(boxes)
+        if len(found) != len(ids):
             raise ValueError(f"boxes must be (K, 4) with K class_ids, not {found.shape} with {len(ids)}")
-        if not all(0 <= i < len(self.classes) for i in ids):
-            raise ValueError(f"class_ids must be 0 to {len(self.classes) - 1}")
+        if not all(isinstance(i, int | np.integer) and 0 <= i < len(self.classes) for i in ids):
+            raise ValueError(f"class_ids must be integers from 0 to {len(self.classes) - 1}")
         if not np.isfinite(found).all() or (found[:, 2:] < found[:, :2]).any():
             raise ValueError("boxes must be finite, with x1 <= x2 and y1 <= y2")
         return np.array(ids, dtype=np.int64), found
+
+
+def _rows_of_four(boxes: Any) -> np.ndarray:
+    """(K, 4) float64; one box may come as four numbers."""
+    try:
+        found = np.asarray(boxes, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError("boxes must be numbers: x1, y1, x2, y2 of each box") from None
+    if found.ndim > 2 or (found.size and found.shape[-1] != 4):
+        raise ValueError(f"boxes must be (K, 4), not {found.shape}")
+    return found.reshape(-1, 4)
 
 
 def load_run(path: str | Path, sam_checkpoint: str | Path | None = None, *, device: str | None = None) -> Model:

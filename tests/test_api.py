@@ -14,8 +14,16 @@ import infer_bdd100k
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.inputs import write_detections
 from tests.helpers.scripts import run_script
-from utils.api import load_run
+from utils.api import Model, load_run
+from utils.data.classes import BDD100K
+from utils.data.detections import read_detections
 from utils.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def boxed(sam_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    best = write_checkpoint(tmp_path_factory.mktemp("box") / "best.pth", sam_file, "box")
+    return load_run(best, sam_file, device="cpu")
 
 
 @pytest.mark.parametrize("mode", ["semantic", "box"])
@@ -30,9 +38,6 @@ def test_label_maps_are_those_of_infer(mode: str, tmp_path: Path, sam_file: Path
     if mode == "box":
         detections = write_detections(tmp_path / "det.json", ["a"])
         flags += ["--boxes", detections]
-        from utils.data.classes import BDD100K
-        from utils.data.detections import read_detections
-
         ids, boxes = read_detections(detections, BDD100K).boxes["a"]
         given = {"class_ids": ids, "boxes": boxes}
     run_script(infer_bdd100k, *flags)
@@ -41,6 +46,9 @@ def test_label_maps_are_those_of_infer(mode: str, tmp_path: Path, sam_file: Path
     for image in (pixels, tmp_path / "in" / "a.png"):
         result = model.segment(image, **given)
         assert np.array_equal(result.label_map, expected) and result.overlay().shape[1:] == (96, 3)
+    if mode == "box":
+        by_name = model.segment(pixels, boxes={"Car": boxes})
+        assert np.array_equal(by_name.label_map, expected)
 
 
 def test_what_does_not_fit(tmp_path: Path, sam_file: Path) -> None:
@@ -61,3 +69,30 @@ def test_a_run_names_its_sam_file(tmp_path: Path, sam_file: Path) -> None:
     torch.save(state, path)
     model = load_run(path, device="cpu")
     assert model.segment(np.zeros((8, 12, 3), np.uint8), tta=True).label_map.shape == (8, 12)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "a box model needs boxes"),
+        ({"boxes": {"car": [1, 2, 3]}}, r"must be \(K, 4\)"),
+        ({"boxes": {"car": ["a", "b", "c", "d"]}}, "boxes must be numbers"),
+        ({"boxes": [[0, 0, 1, 1]]}, "with K class_ids"),
+        ({"boxes": [[0, 0, 1, 1]], "class_ids": [19]}, "integers from 0 to 18"),
+        ({"boxes": [[0, 0, 1, 1]], "class_ids": [1.5]}, "integers from 0 to 18"),
+        ({"boxes": [[2, 0, 1, 1]], "class_ids": [3]}, "x1 <= x2"),
+        ({"boxes": [[0, 0, 1, float("nan")]], "class_ids": [3]}, "finite"),
+        ({"boxes": {"car": [0, 0, 1, 1]}, "class_ids": [3]}, "leave them out"),
+        ({"boxes": {"car": [0, 0, 1, 1]}, "tta": True}, "takes no tta"),
+    ],
+)
+def test_boxes_that_do_not_fit(given: dict[str, Any], said: str, boxed: Model) -> None:
+    with pytest.raises(ValueError, match=said):
+        boxed.segment(np.zeros((8, 8, 3), np.uint8), **given)
+
+
+def test_boxes_of_an_unknown_class_and_no_boxes(boxed: Model) -> None:
+    picture = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(UserError, match="no class 'lorry'"):
+        boxed.segment(picture, boxes={"lorry": [0, 0, 1, 1]})
+    assert (boxed.segment(picture, boxes={}).label_map == 255).all()
