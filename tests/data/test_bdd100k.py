@@ -19,7 +19,7 @@ from utils.data.bdd100k import (
     read_item,
     read_mask,
 )
-from utils.data.classes import CLASS_NAMES, CLASSES, IGNORE_LABEL, NUM_CLASSES, PALETTE
+from utils.data.classes import BDD100K, IGNORE_LABEL
 from utils.runtime.errors import UserError
 
 NEW = ("images/10k/{}", "labels/sem_seg/masks/{}", ".png")
@@ -37,7 +37,7 @@ def lay_out(root, layout, split, images, masks):
 
 
 def test_the_table_of_the_specification():
-    assert CLASS_NAMES == (
+    assert BDD100K.names == (
         "road",
         "sidewalk",
         "building",
@@ -58,11 +58,11 @@ def test_the_table_of_the_specification():
         "motorcycle",
         "bicycle",
     )
-    assert [c.id for c in CLASSES] == list(range(NUM_CLASSES)) == list(range(19)) and IGNORE_LABEL == 255
-    assert len({c.color for c in CLASSES}) == 19
-    assert PALETTE.shape == (256, 3) and PALETTE.dtype == np.uint8
-    assert PALETTE[0].tolist() == [128, 64, 128] and PALETTE[18].tolist() == [119, 11, 32]
-    assert not PALETTE[19:].any()
+    assert [c.id for c in BDD100K.classes] == list(range(len(BDD100K))) == list(range(19)) and IGNORE_LABEL == 255
+    assert len({c.color for c in BDD100K.classes}) == 19
+    assert BDD100K.palette.shape == (256, 3) and BDD100K.palette.dtype == np.uint8
+    assert BDD100K.palette[0].tolist() == [128, 64, 128] and BDD100K.palette[18].tolist() == [119, 11, 32]
+    assert not BDD100K.palette[19:].any()
 
 
 @pytest.mark.parametrize("layout", [NEW, OLD])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from utils.data.classes import BDD100K, CLASS_NAMES, ClassTable, SemanticClass
+from utils.data.classes import BDD100K, ClassTable, SemanticClass
 from utils.data.datasets import detected_prompts
 from utils.data.detections import Detections, read_detections
 from utils.runtime.errors import UserError
@@ -117,7 +117,7 @@ def test_every_name_of_a_class(path: Path) -> None:
     for names in (det_20, first_release):
         for spelt in (names, [name.upper() for name in names], [name.title() for name in names]):
             assert read(path, [frame(*map(label, spelt))]).boxes["a"][0].tolist() == expected
-    assert read(path, [frame(*map(label, CLASS_NAMES))]).boxes["a"][0].tolist() == list(range(19))
+    assert read(path, [frame(*map(label, BDD100K.names))]).boxes["a"][0].tolist() == list(range(19))
 
 
 def test_other_categories_are_left_out_and_counted(path: Path) -> None:
@@ -137,7 +137,7 @@ def test_other_categories_are_left_out_and_counted(path: Path) -> None:
 def test_no_known_category_names_unknown_and_known(path: Path) -> None:
     message = error(path, [frame(label("other vehicle"), label("Vehicle")), frame(name="b.jpg")])
     assert "'other vehicle', 'vehicle';" in message
-    for name in ("pedestrian", "motor", "bike", *CLASS_NAMES):
+    for name in ("pedestrian", "motor", "bike", *BDD100K.names):
         assert name in message
     message = error(path, [frame(*(label(f"thing {i:02}") for i in range(13)))])
     assert "'thing 09' and 3 more;" in message and "thing 10" not in message

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from utils.data.classes import BDD100K, CLASS_NAMES
+from utils.data.classes import BDD100K
 from utils.data.description import load_description
 from utils.data.manifest import FORMAT_VERSION, Manifest, ManifestItem, read_manifest, source_of
 from utils.runtime.errors import UserError
@@ -81,7 +81,7 @@ def test_the_file_as_others_read_it(tmp_path):
     manifest().write(tmp_path)
     fields = json.loads((tmp_path / "manifest.json").read_text())
     assert fields["format_version"] == FORMAT_VERSION == 1
-    assert fields["class_names"] == list(CLASS_NAMES)
+    assert fields["class_names"] == list(BDD100K.names)
     assert (fields["image_size"], fields["image_dtype"], fields["resize_mode"]) == (32, "float16", "pad")
     assert fields["items"][0] == {
         "name": "a",

@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from tests.helpers.tables import table_of
-from utils.data.classes import BDD100K, CLASS_NAMES
+from utils.data.classes import BDD100K
 from utils.evaluate import annotators
 from utils.evaluate.annotators import FILES, WRITERS, export_predictions, require_exportable
 from utils.evaluate.plots import save_labels
@@ -54,7 +54,7 @@ def masks_to_map(size: tuple[int, int], masks: Iterator[tuple[str, np.ndarray]])
     labels = np.full(size, 255, np.uint8)
     for name, mask in masks:
         assert mask.any() and (labels[mask] == 255).all()
-        labels[mask] = CLASS_NAMES.index(name)
+        labels[mask] = BDD100K.names.index(name)
     return labels
 
 
@@ -73,7 +73,7 @@ def test_cvat_reads_back(export: Callable[[str], str], maps: dict[str, np.ndarra
         raw = json.loads(archive.read("labels.json"))
     labels = [(label.findtext("name"), label.findtext("color")) for label in root.iterfind("meta/task/labels/label")]
     assert labels == [(label["name"], label["color"]) for label in raw]
-    assert labels[0] == ("road", "#804080") and [name for name, _ in labels] == list(CLASS_NAMES)
+    assert labels[0] == ("road", "#804080") and [name for name, _ in labels] == list(BDD100K.names)
     assert root.findtext("version") == "1.1" and root.findtext("meta/task/name") == 'run "1" <&>'
     images = root.findall("image")
     assert [image.get("name") for image in images] == [path.removeprefix("drive/") for path in PATHS]
@@ -134,7 +134,7 @@ def test_label_studio_reads_back(export: Callable[[str], str], maps: dict[str, n
     said = export("labelstudio")
     assert f"_DOCUMENT_ROOT={tmp_path} label-studio\n    add {tmp_path / 'drive'} as local storage" in said
     interface = ElementTree.fromstring((tmp_path / "predictions_labelstudio.xml").read_text())
-    assert [label.get("value") for label in interface.iter("Label")] == list(CLASS_NAMES)
+    assert [label.get("value") for label in interface.iter("Label")] == list(BDD100K.names)
     image, brush = interface.find("Image"), interface.find("BrushLabels")
     assert image is not None and brush is not None
     tasks = json.loads((tmp_path / "predictions_labelstudio.json").read_text())
@@ -178,7 +178,7 @@ def test_coco_reads_back(export: Callable[[str], str], maps: dict[str, np.ndarra
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(tmp_path / "unpacked" / "annotations" / "instances_default.json"))
     names = {category["id"]: category["name"] for category in coco.dataset["categories"]}
-    assert names == {i + 1: name for i, name in enumerate(CLASS_NAMES)}
+    assert names == {i + 1: name for i, name in enumerate(BDD100K.names)}
     images = coco.dataset["images"]
     assert [image["file_name"] for image in images] == [path.removeprefix("drive/") for path in PATHS]
     assert [(image["height"], image["width"]) for image in images] == [labels.shape for labels in maps.values()]

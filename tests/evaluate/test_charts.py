@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.tables import MANY, ONE, THREE
-from utils.data.classes import BDD100K, CLASS_NAMES, CLASSES, ClassTable, SemanticClass
+from utils.data.classes import BDD100K, ClassTable, SemanticClass
 from utils.evaluate import charts
 
 
@@ -70,8 +70,8 @@ def test_a_class_without_pixels_has_no_curve(tmp_path: Path) -> None:
     def drawn(*with_iou: str) -> int:
         records = history()
         for record in records:
-            record |= {f"iou/{name}": 0.5 if name in with_iou else math.nan for name in CLASS_NAMES}
-        charts.save_class_curves(tmp_path / "a.png", records, "iou/", CLASS_NAMES, best=3)
+            record |= {f"iou/{name}": 0.5 if name in with_iou else math.nan for name in BDD100K.names}
+        charts.save_class_curves(tmp_path / "a.png", records, "iou/", BDD100K.names, best=3)
         return int(where(read(tmp_path / "a.png"), charts.MIOU_COLOR).sum())
 
     assert drawn() == 0
@@ -80,7 +80,7 @@ def test_a_class_without_pixels_has_no_curve(tmp_path: Path) -> None:
 
 
 def test_bars_of_labels_have_their_classes_colours_and_lengths(tmp_path: Path) -> None:
-    pixels = [0] * len(CLASSES)
+    pixels = [0] * len(BDD100K.classes)
     pixels[0], pixels[13], pixels[18] = 999_000, 990, 10
     charts.save_label_distribution(
         tmp_path / "a.png", "train", pixels, [10 * bool(n) for n in pixels], total=20, classes=BDD100K
@@ -92,11 +92,11 @@ def test_bars_of_labels_have_their_classes_colours_and_lengths(tmp_path: Path) -
         return int(where(picture[:, side], color).any(axis=0).sum())
 
     left, right = slice(half), slice(half, None)
-    road, car, bicycle = (length(CLASSES[i].color, left) for i in (0, 13, 18))
+    road, car, bicycle = (length(BDD100K.classes[i].color, left) for i in (0, 13, 18))
     assert road > car > bicycle > 10
     assert abs((road - car) - 3 * (car - bicycle) / 2) < 0.1 * road  # three decades apart, and two
-    assert length(CLASSES[0].color, right) == length(CLASSES[18].color, right)
-    assert length(CLASSES[16].color, left) == 0
+    assert length(BDD100K.classes[0].color, right) == length(BDD100K.classes[18].color, right)
+    assert length(BDD100K.classes[16].color, left) == 0
     charts.save_label_distribution(
         tmp_path / "b.png", "train", [0] * 19, [0] * 19, total=3, classes=BDD100K
     )  # nothing labelled

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.helpers.inputs import write_split
 from utils import compare
-from utils.data.classes import BDD100K, NUM_CLASSES, ClassTable, SemanticClass
+from utils.data.classes import BDD100K, ClassTable, SemanticClass
 from utils.data.datasets import NpyFolder
 from utils.evaluate.comparison import choose_changed
 from utils.evaluate.gallery import LABEL_MAPS, ScoredImage, encode_labels, save_label_maps
@@ -106,7 +106,7 @@ def test_results_of_different_map_rules(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_what_the_metric_gives_where_nothing_is_labelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    nothing = results_dict(torch.zeros(NUM_CLASSES, NUM_CLASSES + 1, dtype=torch.int64), BDD100K)
+    nothing = results_dict(torch.zeros(len(BDD100K), len(BDD100K) + 1, dtype=torch.int64), BDD100K)
     folders = [write(tmp_path / name, nothing) for name in ("before", "after")]
     run(*folders)
     assert words(capsys.readouterr().out)[1:] == [["mIoU", "nan", "nan"], ["boxes:", "oracle"]]
@@ -114,7 +114,7 @@ def test_what_the_metric_gives_where_nothing_is_labelled(tmp_path: Path, capsys:
 
 def with_images(folder: Path, mious: list[float | None], **changes: Any) -> Path:
     """Write a result of all 19 classes with these images, of which only the road is labelled."""
-    matrix = torch.zeros(NUM_CLASSES, NUM_CLASSES + 1, dtype=torch.int64)
+    matrix = torch.zeros(len(BDD100K), len(BDD100K) + 1, dtype=torch.int64)
     matrix[0, 0] = 1000
     images = [
         {"name": f"image-{i}", "miou": miou, "pixel_accuracy": miou, "iou": {} if miou is None else {"road": miou}}

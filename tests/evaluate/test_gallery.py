@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.helpers.inputs import write_split
 from tests.helpers.tables import MANY, ONE
-from utils.data.classes import BDD100K, NUM_CLASSES, PALETTE, ClassTable
+from utils.data.classes import BDD100K, ClassTable
 from utils.data.datasets import NpyFolder
 from utils.data.manifest import Manifest, ManifestItem
 from utils.evaluate import gallery
@@ -41,7 +41,7 @@ ROAD, POLE, SKY = 0, 5, 10
 
 def counts_of(*wrong: dict[int, int]) -> np.ndarray:
     """Confusion matrices of images in which that many pixels of each class were taken for sky; 100 are right."""
-    counts = np.zeros((len(wrong), NUM_CLASSES, NUM_CLASSES + 1), np.int64)
+    counts = np.zeros((len(wrong), len(BDD100K), len(BDD100K) + 1), np.int64)
     for matrix, pixels in zip(counts, wrong):
         for class_id, number in pixels.items():
             matrix[class_id, class_id] = 100
@@ -96,14 +96,14 @@ def test_layers_mark_errors_changes_and_what_has_no_class() -> None:
         0,
         "",
         photo,
-        [class_layer(after, NUM_CLASSES), error_layer(target, before), change_layer(target, before, after)],
+        [class_layer(after, len(BDD100K)), error_layer(target, before), change_layer(target, before, after)],
         BDD100K,
     )
     classes, errors, changes = map(painted, card.layers)
     red, blue = [*WRONG, 255], [20, 120, 240, 255]
-    assert np.array_equal(classes[0, :3], [[*PALETTE[i], 255] for i in (ROAD, ROAD, SKY)])
+    assert np.array_equal(classes[0, :3], [[*BDD100K.palette[i], 255] for i in (ROAD, ROAD, SKY)])
     hatch = {tuple(color) for color in classes[:, 3, :3].tolist()}
-    assert hatch == set(HATCH) and not hatch & {tuple(color) for color in PALETTE[:NUM_CLASSES].tolist()}
+    assert hatch == set(HATCH) and not hatch & {tuple(color) for color in BDD100K.palette[: len(BDD100K)].tolist()}
     assert (errors[:, [1, 3]] == red).all() and not errors[:, [0, 2], 3].any()
     assert (changes[:, 1] == blue).all() and (changes[:, 2] == red).all()
     assert not changes[:, [0, 3], 3].any()  # as it was: right, and wrong in another way
@@ -114,7 +114,7 @@ def test_layers_mark_errors_changes_and_what_has_no_class() -> None:
 def test_an_image_stays_within_its_bytes_whatever_is_in_it() -> None:
     rng = np.random.default_rng(0)
     photo = rng.integers(0, 256, (405, 720, 3), dtype=np.uint8)
-    noise = [class_layer(rng.integers(0, NUM_CLASSES, (405, 720), dtype=np.uint8), NUM_CLASSES) for _ in range(2)]
+    noise = [class_layer(rng.integers(0, len(BDD100K), (405, 720), dtype=np.uint8), len(BDD100K)) for _ in range(2)]
     card = make_card(3, "why", photo, noise, BDD100K)
     assert (card.index, card.reason, card.width, card.height) == (3, "why", 720, 405)
     assert sum(map(len, (card.photo, *card.layers))) <= 10e6 / 60
@@ -127,7 +127,7 @@ def test_pictures_have_the_originals_shape(tmp_path: Path) -> None:
     image, labels = np.zeros((64, 64, 3), np.float32), np.full((64, 64), 255, np.uint8)
     image[:36], labels[:36] = 1, SKY
     folder = write_split(tmp_path / "val", {"a": (image, labels)})
-    item = ManifestItem("a", 90, 160, np.bincount(labels[:36].ravel(), minlength=NUM_CLASSES).tolist(), 28 * 64)
+    item = ManifestItem("a", 90, 160, np.bincount(labels[:36].ravel(), minlength=len(BDD100K)).tolist(), 28 * 64)
     Manifest(64, "float32", "pad", labelled=True, complete=True, items=[item]).write(folder)
     source = NpyFolder(folder)
     assert shown_size(source, 0) == (36, 64)

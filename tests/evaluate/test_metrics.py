@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassJaccardIndex
 
 from tests.helpers.tables import table_of
-from utils.data.classes import BDD100K, CLASS_NAMES, IGNORE_LABEL, NUM_CLASSES
+from utils.data.classes import BDD100K, IGNORE_LABEL
 from utils.evaluate.metrics import (
     ConfusionMatrix,
     count_pixels,
@@ -31,7 +31,7 @@ from utils.evaluate.metrics import (
 )
 from utils.runtime.text import display_width
 
-NO_CLASS = NUM_CLASSES  # column of the pixels predicted as no class
+NO_CLASS = len(BDD100K)  # column of the pixels predicted as no class
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 
 # Three classes; 255 in the target at a pixel that is predicted as road, and class 5 only in the prediction.
@@ -40,7 +40,7 @@ PREDICTION = [[0, 0, 1, 1], [255, 0, 5, 2]]
 
 
 def count(prediction: Tensor, target: Tensor) -> Tensor:
-    confusion = ConfusionMatrix(NUM_CLASSES)
+    confusion = ConfusionMatrix(len(BDD100K))
     confusion.update(prediction, target)
     return confusion.matrix
 
@@ -65,7 +65,7 @@ def random_maps(seed: int, n: int = 3, height: int = 37, width: int = 53) -> tup
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_matrix_worked_by_hand(device: str, dtype: torch.dtype) -> None:
-    confusion = ConfusionMatrix(NUM_CLASSES, device)
+    confusion = ConfusionMatrix(len(BDD100K), device)
     confusion.update(
         torch.tensor(PREDICTION, dtype=dtype, device=device), torch.tensor(TARGET, dtype=dtype, device=device)
     )
@@ -114,7 +114,7 @@ def test_prediction_that_is_no_class_is_a_miss(value: int) -> None:
     [(19, torch.uint8), (42, torch.int64), (254, torch.uint8), (-1, torch.int64), (-1, torch.int8), (256, torch.int32)],
 )
 def test_target_that_is_no_label_is_an_error_and_counts_nothing(value: int, dtype: torch.dtype) -> None:
-    confusion = ConfusionMatrix(NUM_CLASSES)
+    confusion = ConfusionMatrix(len(BDD100K))
     target = torch.tensor([[3, value]], dtype=dtype)
     with pytest.raises(ValueError, match=rf"target must be 0-18 or 255, got \[{value}\]"):
         confusion.update(torch.zeros_like(target), target)
@@ -122,7 +122,7 @@ def test_target_that_is_no_label_is_an_error_and_counts_nothing(value: int, dtyp
 
 
 def test_maps_that_do_not_fit_are_errors() -> None:
-    confusion = ConfusionMatrix(NUM_CLASSES)
+    confusion = ConfusionMatrix(len(BDD100K))
     labels = torch.zeros(2, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match="differ in shape"):
         confusion.update(labels, labels.T)
@@ -138,7 +138,7 @@ def test_maps_that_do_not_fit_are_errors() -> None:
 def test_parts_sum_to_the_whole() -> None:
     prediction, target = (torch.from_numpy(maps) for maps in random_maps(0, n=4))
     whole = count(prediction, target)
-    first, second = ConfusionMatrix(NUM_CLASSES), ConfusionMatrix(NUM_CLASSES)
+    first, second = ConfusionMatrix(len(BDD100K)), ConfusionMatrix(len(BDD100K))
     first.update(prediction[0], target[0])
     second.update(prediction[1:3], target[1:3])
     second.update(prediction[3], target[3])
@@ -149,21 +149,21 @@ def test_parts_sum_to_the_whole() -> None:
 
 def slow_figures(prediction: np.ndarray, target: np.ndarray) -> tuple[list[float], list[float], list[float], float]:
     """IoU, precision and recall per class and pixel accuracy, from sets of pixel positions instead of a matrix."""
-    predicted: dict[int, set[int]] = {k: set() for k in range(NUM_CLASSES)}
-    true: dict[int, set[int]] = {k: set() for k in range(NUM_CLASSES)}
+    predicted: dict[int, set[int]] = {k: set() for k in range(len(BDD100K))}
+    true: dict[int, set[int]] = {k: set() for k in range(len(BDD100K))}
     for i, (p, t) in enumerate(zip(prediction.ravel().tolist(), target.ravel().tolist())):
         if t != 255:
             true[t].add(i)
             if p in predicted:
                 predicted[p].add(i)
     iou, precision, recall = [], [], []
-    for k in range(NUM_CLASSES):
+    for k in range(len(BDD100K)):
         hits = len(predicted[k] & true[k])
         iou.append(hits / len(predicted[k] | true[k]) if true[k] else math.nan)
         precision.append(hits / len(predicted[k]) if predicted[k] else math.nan)
         recall.append(hits / len(true[k]) if true[k] else math.nan)
-    right = sum(len(predicted[k] & true[k]) for k in range(NUM_CLASSES))
-    return iou, precision, recall, right / sum(len(true[k]) for k in range(NUM_CLASSES))
+    right = sum(len(predicted[k] & true[k]) for k in range(len(BDD100K)))
+    return iou, precision, recall, right / sum(len(true[k]) for k in range(len(BDD100K)))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -185,15 +185,15 @@ def test_equals_torchmetrics(seed: int) -> None:
     prediction, target = (torch.from_numpy(maps).long() for maps in random_maps(seed))
     matrix = count(prediction, target)
     # torchmetrics wants predictions among its classes: "no class" becomes a twentieth, which no target has.
-    claimed = prediction.where(prediction < NUM_CLASSES, NO_CLASS)
+    claimed = prediction.where(prediction < len(BDD100K), NO_CLASS)
     theirs = MulticlassConfusionMatrix(num_classes=20, ignore_index=IGNORE_LABEL)(claimed, target)
-    assert torch.equal(theirs[:NUM_CLASSES], matrix)
+    assert torch.equal(theirs[: len(BDD100K)], matrix)
     assert theirs[NO_CLASS].sum() == 0
     jaccard = MulticlassJaccardIndex(num_classes=20, ignore_index=IGNORE_LABEL, average="none")(claimed, target)
     present = target_pixels(matrix) > 0
     ours = iou_per_class(matrix)
     assert torch.equal(ours.isnan(), ~present)
-    torch.testing.assert_close(jaccard[:NUM_CLASSES][present].double(), ours[present], rtol=0, atol=1e-6)  # float32
+    torch.testing.assert_close(jaccard[: len(BDD100K)][present].double(), ours[present], rtol=0, atol=1e-6)  # float32
 
 
 # The toolkit divides 0 by 0 for absent classes, and was written for pydantic 1.
@@ -214,7 +214,7 @@ def test_equals_bdd100k_toolkit(seed: int, tmp_path: Path) -> None:
 
     matrix = count(torch.from_numpy(prediction), torch.from_numpy(target))
     per_class, average = theirs.IoU
-    assert tuple(per_class) == CLASS_NAMES
+    assert tuple(per_class) == BDD100K.names
     # It works in percent, and writes 0 for the classes that the ground truth lacks, which its mean leaves out as well.
     ours = (100 * iou_per_class(matrix)).tolist()
     assert sum(math.isnan(iou) for iou in ours) == 4
@@ -256,7 +256,7 @@ def test_report_is_the_specifications() -> None:
     assert report.endswith("\n" + after)
     lines = report.split("\n")
     assert len(lines) == 6 + 19 + 1
-    assert [line[4:24].rstrip() for line in lines[6:25]] == list(CLASS_NAMES)
+    assert [line[4:24].rstrip() for line in lines[6:25]] == list(BDD100K.names)
     assert {len(line) for line in lines[6:25]} == {len(" 0. road                : 0.9234")}
     assert lines[9] == " 3. wall                : 0.6220"
 
@@ -271,7 +271,7 @@ def test_report_prints_nan_for_classes_that_the_ground_truth_lacks() -> None:
         " 3. wall                : nan",
     ]
     assert lines[11] == " 5. pole                : nan"  # predicted, but never true
-    assert format_report(ConfusionMatrix(NUM_CLASSES).matrix, BDD100K).split("\n")[2] == "整体 mIoU: nan"
+    assert format_report(ConfusionMatrix(len(BDD100K)).matrix, BDD100K).split("\n")[2] == "整体 mIoU: nan"
 
 
 def test_details_give_pixels_and_the_source_of_boxes() -> None:
@@ -284,7 +284,7 @@ def test_details_give_pixels_and_the_source_of_boxes() -> None:
     other = format_details(hand_matrix(), "a detector", BDD100K)
     assert "oracle" not in other
     assert other.endswith("boxes: a detector")
-    assert "nan of them" in format_details(ConfusionMatrix(NUM_CLASSES).matrix, "oracle", BDD100K).replace(
+    assert "nan of them" in format_details(ConfusionMatrix(len(BDD100K)).matrix, "oracle", BDD100K).replace(
         "nan%", "nan"
     )
 
@@ -313,13 +313,13 @@ def test_results_are_strict_json() -> None:
         "gt_pixels": 0,
         "predicted_pixels": 1,
     }
-    assert [entry["name"] for entry in results["per_class"]] == list(CLASS_NAMES)
+    assert [entry["name"] for entry in results["per_class"]] == list(BDD100K.names)
     assert [len(row) for row in results["confusion_matrix"]] == [19] * 19
     assert results["confusion_matrix"][0][:2] == [2, 1]
     assert results["unclaimed"] == [0, 1] + [0] * 17
     for row, unclaimed, entry in zip(results["confusion_matrix"], results["unclaimed"], results["per_class"]):
         assert sum(row) + unclaimed == entry["gt_pixels"]
-    empty = json.loads(json.dumps(results_dict(ConfusionMatrix(NUM_CLASSES).matrix, BDD100K), allow_nan=False))
+    empty = json.loads(json.dumps(results_dict(ConfusionMatrix(len(BDD100K)).matrix, BDD100K), allow_nan=False))
     assert empty["miou"] is None
     assert empty["pixel_accuracy"] is None
 

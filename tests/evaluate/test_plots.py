@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.tables import MANY, ONE, THREE, table_of
-from utils.data.classes import BDD100K, CLASSES, ClassTable
+from utils.data.classes import BDD100K, ClassTable
 from utils.evaluate import plots
 from utils.evaluate.plots import (
     OverlayStyle,
@@ -42,7 +42,7 @@ def test_colorize_is_the_palette_and_hatches_no_class() -> None:
     labels = np.array([[*range(19)]], dtype=np.uint8)
     colors = colorize(labels, BDD100K)
     assert colors.dtype == np.uint8
-    assert colors.tolist() == [[list(c.color) for c in CLASSES]]
+    assert colors.tolist() == [[list(c.color) for c in BDD100K.classes]]
     with pytest.raises(ValueError, match="uint8"):
         colorize(labels.astype(np.int64), BDD100K)
     for no_class in (255, 19):
@@ -52,10 +52,10 @@ def test_colorize_is_the_palette_and_hatches_no_class() -> None:
         hatched = colors[20:60, 30:80].reshape(-1, 3)
         # Light, of two greys that no class has, each row and column with both; road around it.
         assert {tuple(color) for color in hatched.tolist()} == set(plots.HATCH)
-        assert not set(plots.HATCH) & {c.color for c in CLASSES}
+        assert not set(plots.HATCH) & {c.color for c in BDD100K.classes}
         stripes = where(colors[20:60, 30:80], plots.HATCH[1])
         assert stripes.any(axis=0).all() and stripes.any(axis=1).all() and 0.1 < stripes.mean() < 0.5
-        assert where(colors, CLASSES[0].color).sum() == 64 * 96 - 40 * 50
+        assert where(colors, BDD100K.classes[0].color).sum() == 64 * 96 - 40 * 50
 
 
 def test_overlay_blends_draws_lines_and_leaves_the_rest() -> None:
@@ -83,7 +83,7 @@ def test_overlay_of_one_class_has_no_line_and_of_none_is_the_picture() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     assert (overlay(picture, np.full((5, 7), 255, dtype=np.uint8), BDD100K) == picture).all()
     road = overlay(picture, np.zeros((5, 7), dtype=np.uint8), BDD100K).astype(int)
-    assert (np.abs(road - (picture / 2 + np.array(CLASSES[0].color) / 2)) <= 0.5).all()
+    assert (np.abs(road - (picture / 2 + np.array(BDD100K.classes[0].color) / 2)) <= 0.5).all()
     assert overlay(picture[:1, :1], np.zeros((1, 1), dtype=np.uint8), BDD100K).shape == (1, 1, 3)
 
 
@@ -136,7 +136,7 @@ def test_legend_names_what_occurs_in_any_map() -> None:
 
 def legend_below(drawn: np.ndarray, height: int) -> list[int]:
     """The classes with a patch in the legend of an overlay."""
-    return [c.id for c in CLASSES if where(drawn[height:], c.color).sum() > 50]
+    return [c.id for c in BDD100K.classes if where(drawn[height:], c.color).sum() > 50]
 
 
 def test_overlay_has_a_legend_of_the_classes_that_occur() -> None:
@@ -214,7 +214,7 @@ def test_comparison_names_the_classes_of_both_maps(tmp_path: Path) -> None:
     save_comparison(tmp_path / "a.png", image(300, 500), target, prediction, BDD100K, "name")
     pixels = read(tmp_path / "a.png")
     legend = pixels[-30:]
-    assert [c.id for c in CLASSES if where(legend, c.color).sum() > 50] == [0, 13]
+    assert [c.id for c in BDD100K.classes if where(legend, c.color).sum() > 50] == [0, 13]
     with_stripes = where(legend, plots.HATCH[1]).sum()
     save_comparison(tmp_path / "a.png", image(300, 500), prediction, prediction, BDD100K, "name")
     assert with_stripes > where(read(tmp_path / "a.png")[-30:], plots.HATCH[1]).sum() + 50
@@ -252,7 +252,7 @@ def test_comparison_of_odd_sizes(tmp_path: Path, height: int, width: int) -> Non
     save_comparison(tmp_path / "a.png", image(height, width), labels, labels, BDD100K, "name", "mIoU 1.000")
     pixels = read(tmp_path / "a.png")
     assert max(pixels.shape) < 5000
-    assert where(pixels, CLASSES[13].color).sum() > 2 * 480
+    assert where(pixels, BDD100K.classes[13].color).sum() > 2 * 480
 
 
 def test_comparison_of_unlike_sizes_is_an_error(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.inputs import IMAGE_SIZE, pictures, write_detections, write_split
 from tests.helpers.oracles import public_tiny, relative_error
 from tests.helpers.scripts import read_results, run_script
-from utils.data.classes import CLASS_NAMES, CLASSES
+from utils.data.classes import BDD100K
 from utils.data.frame import ImageSize, frame_size
 from utils.export import __main__ as export
 from utils.export import onnx_file
@@ -139,8 +139,8 @@ def test_a_frame_that_is_no_square_in_rows_and_floats(wide: Path, wide_run: Path
 
 def test_what_a_file_says_about_itself(semantic: Path, sam_file: Path) -> None:
     about = session_of(semantic).get_modelmeta().custom_metadata_map
-    assert json.loads(about.pop("class_names")) == list(CLASS_NAMES)
-    assert json.loads(about.pop("class_colors")) == [list(c.color) for c in CLASSES]
+    assert json.loads(about.pop("class_names")) == list(BDD100K.names)
+    assert json.loads(about.pop("class_colors")) == [list(c.color) for c in BDD100K.classes]
     assert about == {
         "format_version": "1",
         "model_type": "vit_tiny",
@@ -495,7 +495,7 @@ def test_the_example_draws_what_infer_segments(mode: str, height: int, semantic:
     expected = np.asarray(Image.open(tmp_path / "out" / "predictions" / "in.png"))
     drawn = Image.open(tmp_path / "map.png")
     assert (np.asarray(drawn) == expected).mean() > 0.999
-    colors = np.array([c.color for c in CLASSES], np.uint8)
+    colors = np.array([c.color for c in BDD100K.classes], np.uint8)
     assert (np.asarray(drawn.convert("RGB")) == colors[np.asarray(drawn)]).all()
     assert shares.count("\n") == sum(np.bincount(np.asarray(drawn).ravel()) >= 0.001 * height * IMAGE_SIZE)
     Image.fromarray(random_pictures(1, "96x200")[0]).save(tmp_path / "other.png")

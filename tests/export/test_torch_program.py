@@ -13,7 +13,7 @@ import torch
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.scripts import run_script
-from utils.data.classes import CLASS_NAMES
+from utils.data.classes import BDD100K
 from utils.data.frame import ImageSize, frame_size
 from utils.export import __main__ as export
 from utils.export import torch_program
@@ -42,7 +42,7 @@ def test_class_maps_of_any_batch(image_size: ImageSize, flags: list[str], sam_fi
     about = {torch_program.METADATA: ""}
     program = torch.export.load(path, extra_files=about).module()
     metadata = json.loads(about[torch_program.METADATA])
-    assert metadata["image_size"] == str(image_size) and json.loads(metadata["class_names"]) == list(CLASS_NAMES)
+    assert metadata["image_size"] == str(image_size) and json.loads(metadata["class_names"]) == list(BDD100K.names)
     model = load_trained(best, sam_file).model
     for count in (1, 3, 8):
         pictures = random_pictures(count, image_size)

@@ -43,7 +43,7 @@ from utils.cache.writer import prepare_caches
 from utils.compare import format_comparison, read_results
 from utils.data.bdd100k import read_image, read_mask, read_size
 from utils.data.boxes import class_boxes
-from utils.data.classes import BDD100K, CLASS_NAMES
+from utils.data.classes import BDD100K
 from utils.data.datasets import NpyFolder
 from utils.data.detections import read_detections
 from utils.data.manifest import Manifest, ManifestItem, Source
@@ -127,7 +127,7 @@ def replaced(draw: st.DrawFn, tree: Any, odd: list[Any]) -> Any:
 
 def damaged_json(tree: Any) -> st.SearchStrategy[bytes]:
     """JSON with other contents, or damaged."""
-    structure = replaced(tree, [*NAMES, *NUMBERS, [], {}, DEEP, "a" * len(CLASS_NAMES)]).map(_dumps)
+    structure = replaced(tree, [*NAMES, *NUMBERS, [], {}, DEEP, "a" * len(BDD100K.names)]).map(_dumps)
     return structure | structure | damaged([_dumps(tree)]) | anything(b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000)
 
 
@@ -350,7 +350,7 @@ def _data_targets(folder: Path, split: Path) -> dict[str, Target]:
     )
     label = {"category": "Car", "box2d": {"x1": 1, "y1": 2, "x2": 3.5, "y2": 4}}
     frames = {"frames": [{"name": "a.jpg", "labels": [label, label]}, {"name": "b.jpg", "labels": None}]}
-    per_class = [{"id": i, "name": name, "iou": 0.5, "gt_pixels": 9} for i, name in enumerate(CLASS_NAMES)]
+    per_class = [{"id": i, "name": name, "iou": 0.5, "gt_pixels": 9} for i, name in enumerate(BDD100K.names)]
     images = [{"name": name, "miou": 0.5, "pixel_accuracy": 0.5, "iou": {"road": 0.25}} for name in "ab"]
     results = {"miou": 0.5, "boxes": "oracle", "data": str(split), "per_class": per_class, "images": images}
     maps = [ScoredImage(i, np.zeros(0), cv2.imencode(".png", np.eye(9, dtype=np.uint8))[1].tobytes()) for i in (0, 1)]

@@ -14,7 +14,7 @@ import torch
 from segment_anything import build_sam_vit_b, build_sam_vit_tiny
 from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.oracles import Payload
-from utils.data.classes import CLASS_NAMES
+from utils.data.classes import BDD100K
 from utils.model import checkpoint
 from utils.model.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_best, save_latest
 from utils.model.segmenter import BoxSegmenter
@@ -48,7 +48,7 @@ def test_best_holds_the_decoder_and_what_rebuilds_the_model(best: Path) -> None:
     assert payload["model"].keys() == {f"mask_decoder.{key}" for key in decoder}
     assert payload["info"] == asdict(INFO)
     assert payload["format_version"] == 1
-    assert payload["class_names"] == list(CLASS_NAMES)
+    assert payload["class_names"] == list(BDD100K.names)
     assert {key: payload[key] for key in METADATA} == METADATA
     assert "run_state" not in payload
 
@@ -127,7 +127,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_a_truncated_file_wherever_it_ends(tmp_path: Path) -> None:
     path, buffer = tmp_path / "cut.pth", io.BytesIO()
-    payload = {"format_version": 1, "info": asdict(INFO), "class_names": list(CLASS_NAMES), "model": {}}
+    payload = {"format_version": 1, "info": asdict(INFO), "class_names": list(BDD100K.names), "model": {}}
     torch.save({**payload, "model": {"a": torch.ones(4)}}, buffer)
     path.write_bytes(buffer.getvalue())
     load_checkpoint(path)
@@ -204,7 +204,7 @@ def test_a_frame_that_is_no_square(best: Path) -> None:
         payload["info"].require_same(INFO, best)
 
 
-@pytest.mark.parametrize("names", [["road", "car"], list(reversed(CLASS_NAMES)), []])
+@pytest.mark.parametrize("names", [["road", "car"], list(reversed(BDD100K.names)), []])
 def test_other_classes(best: Path, names: list[str]) -> None:
     said = rf"{best}: trained on {len(names)} classes, which are not BDD100K's 19"
     payload = torch.load(best, weights_only=True)

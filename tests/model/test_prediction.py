@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from tests.helpers.inputs import IMAGE_SIZE, write_split
 from utils.data.augment import fixed_view
-from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.classes import BDD100K, IGNORE_LABEL
 from utils.data.datasets import BoxPromptDataset, EvaluationBatch, EvaluationDataset, NpyFolder, collate_evaluation
 from utils.data.frame import ImageSize, frame_size
 from utils.data.geometry import fitted_size, resize_image
@@ -218,10 +218,10 @@ def test_a_mirrored_picture_gets_exactly_the_mirrored_map(sam_file: Path) -> Non
 
 def test_two_equal_views_give_the_map_of_one() -> None:
     torch.manual_seed(0)
-    half = 3 * torch.randn(NUM_CLASSES, 16, 8)
+    half = 3 * torch.randn(len(BDD100K), 16, 8)
     logits = torch.cat([half, half.flip(-1)], dim=-1)
     both = average_mirrored(logits, logits, 64, (64, 64))
-    one, two = (Prediction(masks, torch.arange(NUM_CLASSES)) for masks in (logits, both))
+    one, two = (Prediction(masks, torch.arange(len(BDD100K))) for masks in (logits, both))
     assert same_but_for_rounding([one.label_map(64)], [two.label_map(64)])
     maps = [p.original_label_map(45, 80, image_size=64, resize_mode="stretch") for p in (one, two)]
     assert same_but_for_rounding(maps[:1], maps[1:])
@@ -243,7 +243,7 @@ def test_an_image_without_labelled_pixels_is_no_class_and_counts_nowhere(sam_fil
     model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    labels = rng.integers(0, NUM_CLASSES, (IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+    labels = rng.integers(0, len(BDD100K), (IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
     nothing = np.full_like(labels, IGNORE_LABEL)
     source = NpyFolder(write_split(tmp_path / "val", {"empty": (image, nothing), "full": (image, labels)}))
 

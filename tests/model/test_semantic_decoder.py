@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from segment_anything import build_sam_vit_tiny
 from segment_anything.modeling.common import MLP
 from tests.helpers.inputs import IMAGE_SIZE
-from utils.data.classes import NUM_CLASSES
+from utils.data.classes import BDD100K
 from utils.model.segmenter import SemanticSegmenter, build_model
 from utils.model.semantic_decoder import ClassMLPs, doubled
 
@@ -35,7 +35,7 @@ def test_one_map_of_all_classes_and_nothing_untrained(model: SemanticSegmenter) 
     assert [tuple(f.shape) for f in features] == [(2, 128, 4, 4)] + 4 * [(2, 192, 4, 4)]
     assert not any(feature.requires_grad for feature in features)
     (masks,) = model(model.inputs(images, features))
-    assert masks.shape == (2, NUM_CLASSES, IMAGE_SIZE // 2, IMAGE_SIZE // 2)
+    assert masks.shape == (2, len(BDD100K), IMAGE_SIZE // 2, IMAGE_SIZE // 2)
     labels = torch.randint(0, 19, (2, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
     torch.stack(list(model.losses((masks,), {"labels": labels}).values())).sum().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
@@ -68,7 +68,7 @@ def test_sams_decoder_is_taken_over() -> None:
     offsets = after["mask_tokens"] - before["mask_tokens.weight"][0]
     assert 0.9 < offsets.std() < 1.1 and abs(offsets.mean()) < 0.1
     for i in range(3):
-        for c in range(NUM_CLASSES):
+        for c in range(len(BDD100K)):
             theirs = before[f"output_hypernetworks_mlps.0.layers.{i}.weight"]
             assert torch.equal(after[f"output_hypernetworks.weights.{i}"][c].T[: len(theirs)], theirs)
 
@@ -180,7 +180,7 @@ def test_an_earlier_decoder_has_no_detail_path(sam_file: Path) -> None:
     built.mask_decoder.load_state_dict(state)
     features = built.encode(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE))
     masks = built(features)[0]
-    assert masks.shape == (1, NUM_CLASSES, IMAGE_SIZE // 4, IMAGE_SIZE // 4) and masks.equal(before(features)[0])
+    assert masks.shape == (1, len(BDD100K), IMAGE_SIZE // 4, IMAGE_SIZE // 4) and masks.equal(before(features)[0])
 
 
 def earlier_decoder() -> tuple[SemanticSegmenter, Tensor]:

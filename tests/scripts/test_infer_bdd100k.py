@@ -25,7 +25,7 @@ from segment_anything import build_sam_vit_tiny
 from segment_anything.build_sam import file_digest
 from tests.helpers.inputs import IMAGE_SIZE, write_split
 from tests.helpers.scripts import good_flags, read_results, run_script
-from utils.data.classes import CLASS_NAMES, NUM_CLASSES, ClassTable
+from utils.data.classes import BDD100K, ClassTable
 from utils.data.datasets import NpyFolder
 from utils.evaluate import evaluate, examples
 from utils.model import checkpoint
@@ -118,12 +118,12 @@ def slow_confusion(npy: Path, sam_file: Path, decoder: Path, rule: str) -> np.nd
     model = build_model("vit_tiny", sam_file, image_size=IMAGE_SIZE)
     checkpoint.load_decoder(model, checkpoint.load_checkpoint(decoder)["model"], decoder)
     model.eval()
-    matrix = np.zeros((NUM_CLASSES, NUM_CLASSES + 1), dtype=int)
+    matrix = np.zeros((len(BDD100K), len(BDD100K) + 1), dtype=int)
     for path in sorted((npy / "val" / "imgs").glob("*.npy")):
         labels = np.load(npy / "val" / "gts" / path.name)
         embedding = model.encode(torch.from_numpy(np.load(path)).permute(2, 0, 1)[None])
         best = np.full(labels.shape, -np.inf if rule == "argmax" else 0)  # what a class has to beat
-        winner = np.full(labels.shape, NUM_CLASSES)
+        winner = np.full(labels.shape, len(BDD100K))
         for class_id in sorted(set(labels.ravel().tolist()) - {255}):
             rows, columns = np.nonzero(labels == class_id)
             box = torch.tensor([[[columns.min(), rows.min(), columns.max(), rows.max()]]], dtype=torch.float32)
@@ -153,12 +153,12 @@ def test_figures_equal_a_slow_computation(
     slow = slow_confusion(npy, sam_file, decoder, rule)
     assert (slow[:, -1].sum() == 0) == (rule == "argmax")
     # A batch of classes rounds differently than each alone: a pixel in a thousand may be a tie.
-    difference = np.abs(matrix - slow[:, :NUM_CLASSES]).sum() + np.abs(results["unclaimed"] - slow[:, -1]).sum()
+    difference = np.abs(matrix - slow[:, : len(BDD100K)]).sum() + np.abs(results["unclaimed"] - slow[:, -1]).sum()
     assert difference <= 2e-3 * slow.sum()
 
     ious = []
     for k, entry in enumerate(results["per_class"]):
-        assert (entry["id"], entry["name"]) == (k, CLASS_NAMES[k])
+        assert (entry["id"], entry["name"]) == (k, BDD100K.names[k])
         hits, truth, predicted = matrix[k, k], slow[k].sum(), matrix[:, k].sum()
         assert entry["gt_pixels"] == truth and entry["predicted_pixels"] == predicted
         assert entry["recall"] == (pytest.approx(hits / truth) if truth else None)
@@ -190,8 +190,8 @@ def test_each_image_has_its_figures(infer: Callable[..., dict[str, Any]], npy: P
         ious = {c["name"]: c["iou"] for c in alone["per_class"]}
         assert image["iou"] == {name: iou for name, iou in ious.items() if iou is not None}
         assert line["name"] == name and float(line["miou"]) == pytest.approx(image["miou"], abs=1e-6)
-        assert [line[name] for name in CLASS_NAMES] == [
-            "" if iou is None else f"{iou:.6f}" for iou in (ious[name] for name in CLASS_NAMES)
+        assert [line[name] for name in BDD100K.names] == [
+            "" if iou is None else f"{iou:.6f}" for iou in (ious[name] for name in BDD100K.names)
         ]
 
 

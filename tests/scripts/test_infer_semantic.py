@@ -24,7 +24,7 @@ from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.inputs import IMAGE_SIZE, pictures, write_detections, write_video
 from tests.helpers.scripts import good_flags, read_results, run_script
 from utils.data.bdd100k import read_image
-from utils.data.classes import CLASSES
+from utils.data.classes import BDD100K
 from utils.evaluate.media import has_h264
 from utils.model import checkpoint
 
@@ -250,7 +250,7 @@ def test_overlays_of_chosen_classes_and_opacity(
     assert not infer(*flags)
     labels = np.asarray(Image.open(tmp_path / "out" / "predictions" / "large.png"))
     class_id = int(np.bincount(labels.ravel()).argmax())
-    name = CLASSES[class_id].name
+    name = BDD100K.classes[class_id].name
     assert not infer(*flags, "--opacity", 1, "--classes", name.upper().replace(" ", "_"))
     assert (np.asarray(Image.open(tmp_path / "out" / "predictions" / "large.png")) == labels).all()
     picture = read_image(tmp_path / "in" / "large.jpg").astype(int)
@@ -259,7 +259,7 @@ def test_overlays_of_chosen_classes_and_opacity(
         cv2.erode(m.astype(np.uint8), np.ones((9, 9))) > 0 for m in (labels == class_id, labels != class_id)
     )
     assert inside.any() and outside.any()
-    assert (np.abs(drawn[inside] - CLASSES[class_id].color) < 25).all()
+    assert (np.abs(drawn[inside] - BDD100K.classes[class_id].color) < 25).all()
     assert np.abs(drawn[outside] - picture[outside]).mean() < 25  # noise, as JPEG keeps it
 
 

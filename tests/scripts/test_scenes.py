@@ -11,7 +11,7 @@ import pytest
 
 from utils import scenes
 from utils.data.bdd100k import find_split
-from utils.data.classes import IGNORE_LABEL, NUM_CLASSES
+from utils.data.classes import BDD100K, IGNORE_LABEL
 from utils.runtime.cli import run
 from utils.runtime.errors import UserError
 from utils.scenes import light
@@ -47,7 +47,7 @@ def test_shapes_dtypes_and_ids(drawn: list[scenes.Scene]) -> None:
         assert scene.image.shape == (*SIZE, 3) and scene.image.dtype == np.uint8
         assert scene.mask.shape == SIZE and scene.mask.dtype == np.uint8
         assert scene.instances.shape == SIZE and scene.instances.dtype == np.uint16
-        assert set(np.unique(scene.mask)) <= {*range(NUM_CLASSES), IGNORE_LABEL}
+        assert set(np.unique(scene.mask)) <= {*range(len(BDD100K)), IGNORE_LABEL}
 
 
 def test_every_instance_has_one_class_and_every_pixel_an_instance(drawn: list[scenes.Scene]) -> None:
@@ -60,7 +60,7 @@ def test_every_instance_has_one_class_and_every_pixel_an_instance(drawn: list[sc
 
 def test_all_classes_and_unlabelled_pixels_occur(drawn: list[scenes.Scene]) -> None:
     pixels = np.bincount(np.concatenate([scene.mask.ravel() for scene in drawn]), minlength=256)
-    assert (pixels[:NUM_CLASSES] >= 20).all(), pixels[:NUM_CLASSES]
+    assert (pixels[: len(BDD100K)] >= 20).all(), pixels[: len(BDD100K)]
     assert 0 < pixels[IGNORE_LABEL] < 0.1 * pixels.sum()
 
 
@@ -131,11 +131,11 @@ def test_it_rains_at_day_dusk_and_night() -> None:
 def test_colour_alone_does_not_tell_the_class(drawn: list[scenes.Scene]) -> None:
     image = np.concatenate([scene.image[::2, ::2].reshape(-1, 3) for scene in drawn]).astype(np.float32)
     mask = np.concatenate([scene.mask[::2, ::2].ravel() for scene in drawn])
-    per_class = [image[mask == c] for c in range(NUM_CLASSES)]
+    per_class = [image[mask == c] for c in range(len(BDD100K))]
     assert min(float(pixels.std(axis=0).mean()) for pixels in per_class) > 15  # no class has one colour
     means = np.stack([pixels.mean(axis=0) for pixels in per_class])
     nearest = np.argmin(((image[:, None] - means) ** 2).sum(axis=-1), axis=1)
-    ious = [((nearest == c) & (mask == c)).sum() / ((nearest == c) | (mask == c)).sum() for c in range(NUM_CLASSES)]
+    ious = [((nearest == c) & (mask == c)).sum() / ((nearest == c) | (mask == c)).sum() for c in range(len(BDD100K))]
     assert np.mean(ious) < 0.25
 
 
@@ -153,7 +153,7 @@ def test_dataset_is_read_by_find_split_and_written_the_same_whatever_the_counts_
     item = split.items[0]
     mask = cv2.imread(str(item.mask), cv2.IMREAD_UNCHANGED)
     assert mask is not None and mask.shape == SIZE and mask.dtype == np.uint8
-    assert set(np.unique(mask)) <= {*range(NUM_CLASSES), IGNORE_LABEL}
+    assert set(np.unique(mask)) <= {*range(len(BDD100K)), IGNORE_LABEL}
 
 
 def test_written_files_hold_the_scene_in_rgb(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import train_bdd100k
 from segment_anything import build_sam_vit_tiny
 from tests.helpers.inputs import IMAGE_SIZE, write_split
 from tests.helpers.scripts import log_of, run_script
-from utils.data.classes import CLASS_NAMES, IGNORE_LABEL
+from utils.data.classes import BDD100K, IGNORE_LABEL
 from utils.model import checkpoint
 from utils.runtime import cli
 from utils.train.run import Run
@@ -66,9 +66,9 @@ def test_a_run_leaves_checkpoints_log_configuration_and_curve(run: Path, npy: Pa
     with open(run / "results.csv", newline="") as file:
         table = list(csv.DictReader(file))
     for record, row in zip(log, table, strict=True):
-        assert {f"val_iou/{name}" for name in CLASS_NAMES} < record.keys() == row.keys()
+        assert {f"val_iou/{name}" for name in BDD100K.names} < record.keys() == row.keys()
         assert {key: float(value) if value else None for key, value in row.items()} == record
-        ious = [record[f"val_iou/{name}"] for name in CLASS_NAMES]
+        ious = [record[f"val_iou/{name}"] for name in BDD100K.names]
         assert None in ious and record["val_miou"] == pytest.approx(np.mean([iou for iou in ious if iou is not None]))
         assert {"train_loss", "dice", "bce", "iou", "lr", "val_miou", "seconds", "images_per_second"} <= record.keys()
         assert record["optimizer_steps"] == 1 and record["skipped_steps"] == 0  # two batches of 4 make one group

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.inputs import write_split
 from tests.helpers.training import CPU
-from utils.data.classes import CLASSES, IGNORE_LABEL
+from utils.data.classes import BDD100K, IGNORE_LABEL
 from utils.data.datasets import EvaluationDataset, NpyFolder, SemanticDataset, training_dataset
 from utils.evaluate.plots import Legend
 from utils.model.segmenter import build_model
@@ -57,7 +57,7 @@ def test_a_mosaic_has_a_row_for_each_sample_in_the_classes_colours() -> None:
     prediction[:] = IGNORE_LABEL
     image = np.zeros((30, samples.WIDTH, 3), np.uint8)
     picture = mosaic([ValidationSample(f"{i}\udcff", image, target, prediction, 0.5) for i in range(3)])
-    blue = (picture == CLASSES[13].color).all(axis=2)
+    blue = (picture == BDD100K.classes[13].color).all(axis=2)
     assert picture.shape[1] == 3 * (samples.WIDTH + samples.GAP) + samples.GAP
     left = samples.GAP * 2 + samples.WIDTH
     assert blue[:, left : left + samples.WIDTH].all(axis=1).sum() == 3 * 30

@@ -200,9 +200,3 @@ BDD100K = ClassTable(
     )
 )
 """The 19 `trainId` classes of BDD100K, in the colours of Cityscapes. Aliases are the names of its detection task."""
-
-# Only until every module takes a table.
-CLASSES = BDD100K.classes
-CLASS_NAMES = BDD100K.names
-NUM_CLASSES = len(BDD100K)
-PALETTE = BDD100K.palette
