@@ -410,6 +410,8 @@ def get_args_parser() -> cli.Parser:
 
 def main(args: argparse.Namespace) -> None:
     sources = {name: NpyFolder(args.data / name) for name in ("train", "val")}
+    for source in sources.values():  # the rows have BDD100K's classes, whatever the data's are
+        source.use_classes(BDD100K, match=True)
 
     def build_sam() -> Sam:
         try:
