@@ -41,6 +41,13 @@ def test_a_selection_maps_the_ids_of_its_origin(other: bool) -> None:
     assert read_class_table(chosen.to_plain()) == chosen
 
 
+@pytest.mark.parametrize(
+    ("origin", "name"), [(table("a", "Other"), "Other"), (table("a", "void", aliases=("other",)), "void")]
+)
+def test_a_class_of_the_data_like_other_does_not_take_the_rest(origin: ClassTable, name: str) -> None:
+    assert origin.select([name], other=False).ids_of(origin)[:2].tolist() == [255, 0]
+
+
 def test_selections_that_are_wrong() -> None:
     with pytest.raises(UserError, match="class 'car' is given twice"):
         BDD100K.select(["car", "Car"], other=False)
