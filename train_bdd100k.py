@@ -304,6 +304,8 @@ def main(args: cli.Flags) -> None:
             raise UserError("--resume auto finds no run of this task; give -i, the training split, to start one")
         if args.patience and not args.val_npy_path:
             raise UserError("--patience counts validations: give --val_npy_path, or leave out --patience")
+        if args.other_classes == "other" and not args.classes:
+            raise UserError("--other_classes other makes one class of those that --classes leaves out: give --classes")
         if args.deterministic:
             make_deterministic()
         precision = resolve_precision(args.device, **ranks, use_amp=args.use_amp, amp_dtype=args.amp_dtype)

@@ -41,6 +41,14 @@ def test_a_selection_maps_the_ids_of_its_origin(other: bool) -> None:
     assert read_class_table(chosen.to_plain()) == chosen
 
 
+@pytest.mark.parametrize(
+    ("origin", "name"),
+    [(table("a", "other"), "other"), (table("a", "Other"), "Other"), (table("a", "void", aliases=("other",)), "void")],
+)
+def test_a_class_of_the_data_like_other_does_not_take_the_rest(origin: ClassTable, name: str) -> None:
+    assert origin.select([name], other=False).ids_of(origin)[:2].tolist() == [255, 0]
+
+
 def test_selections_that_are_wrong() -> None:
     with pytest.raises(UserError, match="class 'car' is given twice"):
         BDD100K.select(["car", "Car"], other=False)
@@ -62,3 +70,20 @@ def test_tables_of_other_names_are_refused_or_matched() -> None:
 
 def test_the_same_table_keeps_its_ids() -> None:
     assert BDD100K.ids_of(BDD100K)[:20].tolist() == [*range(19), 255]
+
+
+def test_a_class_is_found_by_its_name_before_its_aliases() -> None:
+    assert table("a", "b").find(SemanticClass(0, "b", (1, 2, 3), aliases=("a",))) == 1
+
+
+def test_other_has_a_colour_and_a_name_of_its_own() -> None:
+    grey = ClassTable((SemanticClass(0, "a", (96, 96, 96)), SemanticClass(1, "b", (0, 0, 0))))
+    assert len({c.color for c in grey.select(["a"], other=True)}) == 2
+    for origin in (table("a", "Other"), table("a", "void", aliases=("other",))):
+        with pytest.raises(UserError, match="--other_classes ignore"):
+            origin.select(["a"], other=True)
+
+
+def test_a_table_without_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a table of classes"):
+        read_class_table({"classes": []})

@@ -22,6 +22,7 @@ from tests.helpers.inputs import IMAGE_SIZE, write_split
 from tests.helpers.oracles import Payload
 from tests.helpers.scripts import run_script
 from utils.data.boxes import class_boxes
+from utils.data.classes import BDD100K, ClassTable, SemanticClass
 from utils.data.datasets import (
     FILLER,
     BoxPromptDataset,
@@ -476,3 +477,11 @@ def test_no_more_shared_memory_is_asked_for_than_there_are_batches(
         data = EvaluationDataset(NpyFolder(npy / "val"), "oracle")
         evaluation_loader(data, **options)
     assert needed == [(2 * sample_bytes(data[0]), -(-len(data) // 2))]
+
+
+def test_pixels_are_counted_for_each_class_of_a_longer_table(npy: Path) -> None:
+    """The ids of the data's classes stay, but the table has one more class."""
+    source = NpyFolder(npy / "val")
+    counts = source.class_pixels().tolist()
+    source.use_classes(ClassTable((*BDD100K.classes, SemanticClass(19, "tunnel", (1, 2, 3)))), match=True)
+    assert source.class_pixels().tolist() == [*counts, 0]

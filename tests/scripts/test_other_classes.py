@@ -124,6 +124,14 @@ def test_the_others_as_one_class(train: Train, npy: Path, sam_file: Path, tmp_pa
     assert results["miou"] == log_of(run)[-1]["val_miou"]
 
 
+def test_other_classes_without_classes_are_refused(
+    npy: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
+) -> None:
+    flags = training_flags(npy / "train", sam_file, tmp_path / "x")
+    assert "give --classes" in error_of(train_bdd100k, *flags, "--other_classes", "other")
+    assert not (tmp_path / "x").exists()
+
+
 def test_other_data_is_refused_or_scored_on_the_classes_in_common(
     three: Path, npy: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
 ) -> None:

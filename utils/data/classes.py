@@ -111,7 +111,8 @@ class ClassTable:
                 f"trained on {len(self)} classes ({', '.join(self.names)}), but the data have {len(data)} "
                 f"({', '.join(data.names)}); --match_classes scores those in both"
             )
-        rest = self.ids_by_name.get(OTHER_CLASS) if is_selection and OTHER_CLASS not in data.names else None
+        has_rest = is_selection and self.names[-1] == OTHER_CLASS and OTHER_CLASS not in data.ids_by_name
+        rest = len(self) - 1 if has_rest else None
         for c in data:
             found = self.ids_by_name.get(c.name.lower()) if not match else self.find(c)
             if found is None:

@@ -120,7 +120,8 @@ class NpyFolder:
         except UserError as error:
             raise UserError(f"{self.folder}: {error}") from None
         self.classes, self.items, self._new_ids = classes, self._items, None
-        if (new_ids[: len(self._file_classes)] == np.arange(len(self._file_classes))).all():
+        num_file_classes = len(self._file_classes)
+        if len(classes) == num_file_classes and (new_ids[:num_file_classes] == np.arange(num_file_classes)).all():
             return
         self.items = [_relabelled(item, new_ids, len(classes)) for item in self._items]
         self._new_ids = new_ids
