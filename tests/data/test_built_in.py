@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cityscapesscripts.helpers.labels import id2label
 from PIL import Image
 
 from utils.data.bdd100k import Split, read_item
@@ -107,6 +106,10 @@ def labels_of(split: Split, name: str) -> list[int]:
     return mask[0].tolist()
 
 
+# The trainId of each label of cityscapesscripts 2.3.0 (helpers/labels.py) that is evaluated.
+TRAIN_IDS = dict(zip([7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33], range(19)))
+
+
 @pytest.mark.parametrize(
     ("name", "image", "mask"),
     [
@@ -123,9 +126,9 @@ def labels_of(split: Split, name: str) -> list[int]:
     ],
 )
 def test_cityscapes_label_ids_are_as_its_train_ids(name: str, image: str, mask: str, tmp_path: Path) -> None:
-    """The ids 0 to 33, and -1 as the byte 255; cityscapesscripts says which train id each has."""
-    ids = [label for label in id2label if label >= 0] + [255]
-    train_ids = [id2label[label if label < 255 else -1].trainId % 256 for label in ids]
+    """The ids 0 to 33, and -1 as the byte 255."""
+    ids = [*range(34), 255]
+    train_ids = [TRAIN_IDS.get(label, 255) for label in ids]
     assert len(ids) == 35 and set(train_ids) == {*range(19), 255}
     for split, place in (("train", "aachen"), ("train", "bremen"), ("val", "frankfurt")):
         photo(tmp_path / image.format(split, place, place), len(ids))
