@@ -247,7 +247,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode), classes=source.classes)
     data_classes = source.classes
     source.use_classes(model.classes, match=args.match_classes)
-    if args.match_classes:
+    if args.match_classes and data_classes.names not in (model.classes.names, model.classes.selected_from):
         common = [c.name for c in data_classes if model.classes.find(c) is not None]
         distributed.say(printable(f"classes that are scored: {', '.join(common)}; pixels of all others are ignored"))
     names = [item.name for item in source.items]

@@ -453,6 +453,13 @@ def test_mirror_images_of_a_videos_frames(infer: Callable[..., int | None], sema
         assert labels.shape == (48, 64) and (labels != labels[:, ::-1]).mean() < 1e-3
 
 
+def a_picture(folder: Path) -> Path:
+    """A folder with one picture."""
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(folder / "a.png")
+    return folder
+
+
 def empty(folder: Path) -> Path:
     folder.mkdir()
     return folder
@@ -508,7 +515,7 @@ BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
     ),
     "an unknown class": (
         "semantic",
-        lambda f: ["--images", f, "--classes", "road", "roads"],
+        lambda f: ["--images", a_picture(f / "one"), "--classes", "road", "roads"],
         "no class 'roads'; the classes are road, sidewalk,",
     ),
     "a cache for one's own pictures": (

@@ -18,6 +18,7 @@ from tests.helpers.inputs import IMAGE_SIZE, write_split
 from tests.helpers.scripts import good_flags, log_of, read_results, run_script
 from tests.helpers.training import train as train_epoch
 from utils.cache.writer import use_caches
+from utils.data.classes import ClassTable
 from utils.data.datasets import FILLER, EvaluationDataset, NpyFolder, SemanticDataset
 from utils.model import checkpoint
 from utils.model.checkpoint import ModelInfo
@@ -77,8 +78,8 @@ def test_a_run_of_an_earlier_version_is_resumed(train: Train, npy: Path, tmp_pat
 class WithoutPixels(SemanticSegmenter):
     """Has an earlier decoder, without the detail path."""
 
-    def __init__(self, sam: Sam) -> None:
-        super().__init__(sam, pixel_channels=0)
+    def __init__(self, sam: Sam, classes: ClassTable) -> None:
+        super().__init__(sam, classes, pixel_channels=0)
 
 
 def test_an_earlier_decoder_is_resumed_and_scored(

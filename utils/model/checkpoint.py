@@ -193,7 +193,7 @@ def _wrong_with(payload: Checkpoint) -> str | None:
     except ValueError:
         is_table = False
     if not is_table:
-        return "its table of classes is damaged; give a file that train_bdd100k.py wrote"
+        return "not a checkpoint of train_bdd100k.py: its table of classes is damaged; give another one"
     info: Any = payload["info"]
     if info.keys() != {field.name for field in fields(ModelInfo)}:
         return "does not say which model it belongs to; give a file that train_bdd100k.py wrote"
