@@ -40,7 +40,9 @@ demo: $(VENV)/.installed
 	@echo "Reports:  demo/after/report.html, demo/semantic/report.html"
 
 # CAMVID is the folder of its 11-class edition, or of its colour masks: docs/datasets.md
+camvid: export OMP_NUM_THREADS := 1  # other numbers of threads round otherwise
 camvid: $(VENV)/.installed
+	rm -rf camvid/work_dir
 	$(PY) pre_bdd100k.py --dataset camvid --root $(CAMVID) --output_path camvid/npy --image_size 256 --image_dtype uint8
 	$(PY) infer_bdd100k.py $(ON_CAMVID) --output_dir camvid/sam
 	$(PY) train_bdd100k.py $(ON_CAMVID_TRAIN) -task_name box -num_epochs 4 -lr 1e-3 --lr_scheduler cosine \
