@@ -206,7 +206,8 @@ def test_killed_workers_are_replaced_by_the_launcher(inputs: Path, undisturbed_p
         [*launcher(2, "--max_restarts=2"), *training(inputs, tmp_path / "work", *PAIR, *SAVING)], tmp_path / "log"
     )
     with running(job):
-        for rank in (0, 1):
+        for rank in (0, 1):  # which is also how often the launcher has started them anew
+            job.wait_until(lambda rank=rank: job.said.count("resuming at epoch") == rank)  # type: ignore[misc]
             before = steps_of(tmp_path / "work")
             job.wait_until(lambda before=before: steps_of(tmp_path / "work") > before)  # type: ignore[misc]
             os.kill(job.workers()[rank], signal.SIGKILL)
