@@ -165,6 +165,7 @@ BAD = {
     "value above a byte": (("[26, 27]", "[26, 300]"), 7, "a value of 'car' is 300; it must be 0 to 255"),
     "value below a byte": (("[0, -1]", "[-2]"), 8, "a value of ignore is -2"),
     "value that is a color": (("[7]", "[[7, 7, 7]]"), 7, "a value of 'road' must be a whole number, not a list"),
+    "value of 5,000 digits": (("[7]", f"[{'9' * 5000}]"), 7, "must be a whole number"),
     "values not in a list": (("[7]", "7"), 7, "the values of 'road' must be a list"),
     "class twice in values": (("{road: [7],", "{car: [7],"), 7, "'car' is given twice in values"),
     "pattern without stem": ((IMAGES, "images/{split}/a.*"), 10, "lacks {stem}"),

@@ -22,6 +22,7 @@ Value = int | tuple[int, int, int]  # of a mask's pixel: an id of 0-255, or a co
 BUILT_IN = Path(__file__).with_name("descriptions")
 DEFAULT = "bdd100k"
 MAX_BYTES = 1 << 20  # of a description
+_MAX_MESSAGE = 500  # characters of a message
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # the formats that keep every value
 _MAX_DEPTH = 8  # a description nests five levels
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -203,6 +204,7 @@ class _Reader:
         return root
 
     def _fail(self, node: yaml.Node, what: str) -> NoReturn:
+        what = what if len(what) <= _MAX_MESSAGE else f"{what[:_MAX_MESSAGE]}..."  # a value may be as long as the file
         raise UserError(f"{self.path}:{node.start_mark.line + 1}: {what}")
 
     # The kinds of nodes.
