@@ -240,9 +240,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
     masks = None
     if args.eval_size == "original":
         if not args.bdd100k_root:
-            raise UserError(
-                "--eval_size original needs the original masks; give the unpacked BDD100K as --bdd100k_root"
-            )
+            raise UserError("--eval_size original needs the original masks; give the unpacked data set as --root")
         masks = source.original_masks(args.bdd100k_root)
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode), classes=source.classes)
     data_classes = source.classes
@@ -347,7 +345,7 @@ def segment_pictures(args: cli.Flags, precision: Precision) -> int:
     if distributed.world_size() > 1:
         wrong = "runs in one process; start it without a launcher"
     elif args.visualize or args.eval_size != "frame" or args.bdd100k_root or "report_images" in args.given:
-        wrong = "draws overlays without a score; leave out --visualize, --report_images, --eval_size and --bdd100k_root"
+        wrong = "draws overlays without a score; leave out --visualize, --report_images, --eval_size and --root"
     elif args.match_classes:
         wrong = "draws overlays without a score; leave out --match_classes"
     elif args.cache_embeddings not in ("auto", "off"):

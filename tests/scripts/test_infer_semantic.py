@@ -553,7 +553,7 @@ BAD_FLAGS: dict[str, tuple[str, Callable[[Path], list[object]], str]] = {
     "original size without masks": (
         "box",
         lambda f: ["--eval_size", "original"],
-        "give the unpacked BDD100K as --bdd100k_root",
+        "give the unpacked data set as --root",
     ),
     "masks of another data set": (
         "box",

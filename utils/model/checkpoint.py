@@ -187,7 +187,8 @@ def _wrong_with(payload: Checkpoint) -> str | None:
     if payload["format_version"] != FORMAT_VERSION:
         return f"format {payload['format_version']}, this version reads {FORMAT_VERSION}"
     if "classes" not in payload and payload["class_names"] != list(BDD100K.names):
-        return f"trained on {len(payload['class_names'])} classes, which are not BDD100K's {len(BDD100K)}"
+        given = f"trained on {len(payload['class_names'])} classes, which are not BDD100K's {len(BDD100K)}"
+        return f"{given}, without a table of them; train again"
     try:
         is_table = list(_classes_of(payload).names) == payload["class_names"]
     except ValueError:
