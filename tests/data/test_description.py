@@ -159,6 +159,7 @@ BAD = {
     "unknown unlisted": (("kind: ids", "kind: ids\n  unlisted: skip"), 7, "unlisted 'skip' is unknown"),
     "values of train ids": (("kind: ids", "kind: train_ids"), 7, "kind train_ids takes no values"),
     "no values": (("  values: {road: [7], car: [26, 27]}\n", ""), 6, "kind ids needs values"),
+    "no value of any class": (("{road: [7], car: [26, 27]}", "{road: []}"), 7, "values is empty"),
     "value of an unknown class": (("{road: [7]", "{raod: [7]"), 7, "unknown class 'raod'; did you mean 'road'"),
     "value of two classes": (("[26, 27]", "[26, 7]"), 7, "value 7 is listed for 'road' and 'car'"),
     "value of a class and ignored": (("[0, -1]", "[27]"), 8, "value 27 is listed for 'car' and in ignore"),
