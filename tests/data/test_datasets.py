@@ -34,6 +34,7 @@ from utils.data.datasets import (
     TrainingSampler,
     collate_evaluation,
     collate_training,
+    validation_dataset,
 )
 from utils.data.geometry import PAD_COLOR
 from utils.data.loaders import Loader, evaluation_loader, sample_bytes, training_loader
@@ -485,3 +486,20 @@ def test_pixels_are_counted_for_each_class_of_a_longer_table(npy: Path) -> None:
     counts = source.class_pixels().tolist()
     source.use_classes(ClassTable((*BDD100K.classes, SemanticClass(19, "tunnel", (1, 2, 3)))), match=True)
     assert source.class_pixels().tolist() == [*counts, 0]
+
+
+def test_validation_data_of_other_classes(tmp_path: Path) -> None:
+    def table(names: str) -> ClassTable:
+        return ClassTable(tuple(SemanticClass(i, name, (i, 0, 0)) for i, name in enumerate(names)))
+
+    three, two = table("abc"), table("ab")
+    items = {"x": (np.zeros((16, 16, 3), np.uint8), np.ones((16, 16), np.uint8))}
+    source = NpyFolder(write_split(tmp_path / "train", items, three))
+    other = write_split(tmp_path / "other", items, two)
+    said = rf"{other}: has 2 classes \(a, b\), but the training data have 3 \(a, b, c\); preprocess both alike"
+    with pytest.raises(UserError, match=said):
+        validation_dataset(other, source, "semantic")
+    source.use_classes(three.select(["b", "a"], other=False))
+    with pytest.raises(UserError, match=said):
+        validation_dataset(other, source, "semantic")
+    assert validation_dataset(write_split(tmp_path / "val", items, three), source, "semantic")[0]["labels"].max() == 0
