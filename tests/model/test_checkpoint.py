@@ -14,10 +14,10 @@ import torch
 from segment_anything import build_sam_vit_b, build_sam_vit_tiny
 from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.oracles import Payload
-from utils.data.classes import BDD100K
+from utils.data.classes import BDD100K, ClassTable
 from utils.model import checkpoint
-from utils.model.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_best, save_latest
-from utils.model.segmenter import BoxSegmenter
+from utils.model.checkpoint import ModelInfo, init_decoder, load_checkpoint, load_decoder, save_best, save_latest
+from utils.model.segmenter import BoxSegmenter, SemanticSegmenter
 from utils.runtime.errors import UserError
 
 INFO = ModelInfo("vit_tiny", IMAGE_SIZE, "stretch", sam_sha256="ab" * 32)
@@ -267,3 +267,19 @@ def test_a_runs_folder_stands_for_its_best(best: Path) -> None:
         load_checkpoint(best.parent)
     best.rename(best.parent / checkpoint.BEST)
     assert load_checkpoint(best.parent)["epoch"] == 7
+
+
+def test_a_start_from_a_decoder_of_another_form(tmp_path: Path) -> None:
+    def built(classes: ClassTable) -> SemanticSegmenter:
+        return SemanticSegmenter(build_sam_vit_tiny(image_size=IMAGE_SIZE), classes=classes)
+
+    info = replace(INFO, prompt_mode="semantic")
+    save_best(tmp_path / "best.pth", built(BDD100K.select(["car"], other=False)), info, **METADATA)
+    payload = torch.load(tmp_path / "best.pth", weights_only=True)
+    payload["model"]["mask_decoder.output_hypernetworks.weights.9"] = torch.zeros(1, 2, 2)
+    torch.save(payload, tmp_path / "best.pth")
+    with pytest.raises(UserError, match=r"does not fit: 1 keys differ \(mask_decoder.output_hypernetworks.weights.9\)"):
+        init_decoder(built(BDD100K), info, tmp_path / "best.pth")
+    torch.save(build_sam_vit_tiny(image_size=IMAGE_SIZE).state_dict(), tmp_path / "sam.pth")
+    with pytest.raises(UserError, match=r"-checkpoint and a fine-tuned one as --init_decoder\); it is"):
+        init_decoder(built(BDD100K), info, tmp_path / "sam.pth")
