@@ -68,6 +68,8 @@ def test_tables_of_other_names_are_refused_or_matched() -> None:
     # The same names in another order are other ids.
     with pytest.raises(UserError, match="match_classes"):
         model.ids_of(table("car", "road", "person"))
+    with pytest.raises(UserError, match="match_classes"):
+        model.select(["car"], other=False).ids_of(table("car", "road", "person"))
 
 
 def test_the_same_table_keeps_its_ids() -> None:
