@@ -220,6 +220,7 @@ def test_a_table_of_classes_that_is_damaged(best: Path) -> None:
     twice = {"classes": [whole["classes"][0]] * 19}
     grey = {"classes": [{**c, "color": [1, 2]} for c in whole["classes"]]}
     tables: list[object] = [two, twice, grey, {}, [], {"classes": "road"}, {**whole, "selected_from": [1]}]
+    tables += [torch.ones(()), {"classes": [torch.ones(())]}]
     for table in tables:
         with pytest.raises(UserError, match=r"not a checkpoint of train_bdd100k\.py: its table of classes is damaged"):
             load_checkpoint(rewrite(best, classes=table))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -35,7 +35,7 @@ class ClassTable:
     classes: tuple[SemanticClass, ...]
     selected_from: tuple[str, ...] = ()  # the names of the table that `select` was called on, () for none
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[SemanticClass]:
         return iter(self.classes)
 
     def __len__(self) -> int:
@@ -173,7 +173,7 @@ def read_class_table(plain: Any) -> ClassTable:
             and len({name.lower() for name in names}) == len(names)
             and all(map(is_class_name, table.selected_from))
         )
-    except (KeyError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError):
         is_valid = False
     if not is_valid:
         raise ValueError("not a table of classes")

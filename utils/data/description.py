@@ -80,7 +80,7 @@ class Description:
     name: str
     classes: ClassTable
     labels: Labels
-    layouts: tuple[Layout, ...]  # the first that has images of a split is used
+    layouts: tuple[Layout, ...]  # the first that has images and masks of a split is used
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values for manifest.json, in the form of the YAML file; `read_plain_description` reads them."""
