@@ -157,6 +157,8 @@ def test_a_run_goes_on_with_its_classes_alone(
     resume = ["--resume", run, "-num_epochs", 2]
     said = error_of(train_bdd100k, *resume, "--classes", "road", "sky")
     assert "was trained on the classes road, car, not on road, sky" in said
+    said = error_of(train_bdd100k, *resume, "--init_decoder", run)
+    assert f"--init_decoder is {run}, but the run has None" in said
     run_script(train_bdd100k, *resume)
     assert len(log_of(run)) == 2
     assert checkpoint.load_checkpoint(run / checkpoint.LATEST)["classes"].names == ("road", "car")
