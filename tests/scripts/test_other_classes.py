@@ -59,6 +59,67 @@ def three(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+# The labelId of each trainId of Cityscapes, and some labels that are not evaluated; 255 is -1 as a byte.
+LABEL_IDS = np.array([7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33], np.uint8)
+VOID = [0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30, 255]
+
+
+@pytest.fixture(scope="module")
+def cityscapes(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The scenes as Cityscapes has them, a tenth of the pixels void: with `labelIds`, and with `labelTrainIds`."""
+    rng = np.random.default_rng(0)
+    roots = {kind: tmp_path_factory.mktemp(kind) for kind in ("labelIds", "labelTrainIds")}
+    train_ids = np.full(256, 255, np.uint8)
+    train_ids[LABEL_IDS] = np.arange(19)
+    for split in ("train", "val"):
+        for i, picture in enumerate(sorted((scenes / "images" / "10k" / split).iterdir())):
+            labels = np.array(Image.open(scenes / "labels" / "sem_seg" / "masks" / split / f"{picture.stem}.png"))
+            ids = np.append(LABEL_IDS, np.zeros(237, np.uint8))[labels]
+            ids = np.where(rng.random(ids.shape) < 0.1, rng.choice(VOID, ids.shape), ids).astype(np.uint8)
+            city = ("aachen", "bremen")[i % 2]
+            for kind, mask in (("labelIds", ids), ("labelTrainIds", train_ids[ids])):
+                image_dir, mask_dir = (roots[kind] / name / split / city for name in ("leftImg8bit", "gtFine"))
+                image_dir.mkdir(parents=True, exist_ok=True)
+                mask_dir.mkdir(parents=True, exist_ok=True)
+                Image.open(picture).save(image_dir / f"{city}_{i:06}_000019_leftImg8bit.png")
+                Image.fromarray(mask).save(mask_dir / f"{city}_{i:06}_000019_gtFine_{kind}.png")
+    return roots
+
+
+def test_cityscapes_by_both_kinds_of_ids(
+    cityscapes: dict[str, Path], train: Train, sam_file: Path, tmp_path: Path
+) -> None:
+    """The same arrays, and the IoU that Cityscapes' own formula gives for the saved predictions."""
+    for kind, root in cityscapes.items():
+        flags = ["--dataset", "cityscapes", "--root", root, "--output_path", tmp_path / kind, "--num_workers", 1]
+        assert not run_script(pre_bdd100k, *flags, "--image_size", IMAGE_SIZE)
+    by_ids, by_train_ids = (
+        {path.relative_to(tmp_path / kind): path.read_bytes() for path in (tmp_path / kind).rglob("*.npy")}
+        for kind in cityscapes
+    )
+    assert by_ids == by_train_ids and len(by_ids) > 4
+
+    run = train(tmp_path / "runs", "--prompt_mode", "semantic", "-num_epochs", 1, "-lr", "1e-3")
+    flags = [*good_flags(sam_file, tmp_path / "labelIds", tmp_path), "--model_checkpoint", run, "--save_predictions"]
+    run_script(infer_bdd100k, *flags, "--eval_size", "original", "--root", cityscapes["labelIds"])
+    found = {c["name"]: c["iou"] for c in read_results(tmp_path / "out")["per_class"]}
+    predicted, target = [], []
+    for path in (tmp_path / "out" / "predictions").glob("*.png"):
+        predicted.append(LABEL_IDS[np.array(Image.open(path))].ravel())
+        (mask,) = (cityscapes["labelIds"] / "gtFine" / "val").rglob(f"{path.stem}_gtFine_labelIds.png")
+        target.append(np.array(Image.open(mask)).ravel())
+    p, t = np.concatenate(predicted), np.concatenate(target)
+    assert len(predicted) == 3 and 0 < np.isin(t, LABEL_IDS).sum() < t.size
+    for label, name in zip(LABEL_IDS, BDD100K.names):
+        hits = np.sum((p == label) & (t == label))
+        false_positives = np.sum((p == label) & (t != label) & np.isin(t, LABEL_IDS))  # not where it is void
+        misses = np.sum((p != label) & (t == label))
+        if misses + hits:
+            assert found[name] == pytest.approx(hits / (hits + misses + false_positives), abs=1e-12)
+        else:
+            assert found[name] is None
+
+
 def train_three(three: Path, sam_file: Path, work_dir: Path, *flags: object) -> Path:
     run_script(train_bdd100k, *training_flags(three / "train", sam_file, work_dir), *flags)
     (folder,) = work_dir.iterdir()
