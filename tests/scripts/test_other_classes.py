@@ -13,6 +13,7 @@ from PIL import Image
 import infer_bdd100k
 import pre_bdd100k
 import train_bdd100k
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.scripts import good_flags, log_of, read_results, run_script, training_flags
 from utils.data.classes import BDD100K
@@ -37,9 +38,9 @@ layout: folders
 
 
 @pytest.fixture(scope="module")
-def three(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scenes with palette masks of three classes, in the layout `folders`, preprocessed by a description."""
-    root, output = tmp_path_factory.mktemp("folders"), tmp_path_factory.mktemp("three")
+def folders(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenes with palette masks of three classes, in the layout `folders`, and their description."""
+    root = tmp_path_factory.mktemp("folders")
     palette = np.zeros((256, 3), np.uint8)
     ids = [BDD100K.id_of(name) for name in SOURCES]
     palette[ids] = (10, 20, 30), (200, 0, 0), (0, 0, 200)
@@ -54,7 +55,15 @@ def three(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert mask.mode == "P"
             mask.save(root / "masks" / split / path.name)
     (root / "three.yaml").write_text(DESCRIPTION)
-    flags = ["--dataset", root / "three.yaml", "--root", root, "--output_path", output, "--image_size", IMAGE_SIZE]
+    return root
+
+
+@pytest.fixture(scope="module")
+def three(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`folders`, preprocessed."""
+    output = tmp_path_factory.mktemp("three")
+    flags = ["--dataset", folders / "three.yaml", "--root", folders, "--output_path", output]
+    flags += ["--image_size", IMAGE_SIZE]
     assert not run_script(pre_bdd100k, *flags, "--image_dtype", "uint8", "--num_workers", 1)
     return output
 
@@ -208,6 +217,39 @@ def test_other_data_is_refused_or_scored_on_the_classes_in_common(
     matched = read_results(tmp_path / "out")
     run_script(infer_bdd100k, *flags, "--val_npy_path", three / "val")
     assert matched["confusion_matrix"] == read_results(tmp_path / "out")["confusion_matrix"]
+
+
+@pytest.mark.parametrize(
+    ("prompt_mode", "eval_size"), [("box", "frame"), ("box", "original"), ("semantic", "original")]
+)
+def test_the_classes_in_common_are_scored_and_pixels_of_all_others_ignored(
+    prompt_mode: str, eval_size: str, three: Path, folders: Path, sam_file: Path, tmp_path: Path
+) -> None:
+    best = write_checkpoint(tmp_path / "best.pth", sam_file, prompt_mode)
+    flags = [*good_flags(sam_file, three, tmp_path), "--model_checkpoint", best, "--save_predictions"]
+    flags += ["--eval_size", eval_size, "--root", folders] if eval_size == "original" else []
+    assert not run_script(infer_bdd100k, *flags, "--match_classes", "--cache_embeddings", "off")
+    found = {c["name"]: c for c in read_results(tmp_path / "out")["per_class"]}
+    table = NpyFolder(three / "val")
+    ids = [BDD100K.id_of(name) for name in SOURCES]
+    if eval_size == "frame":
+        alone = write_checkpoint(tmp_path / "best.pth", sam_file, "box", classes=table.classes)  # of the same weights
+        assert not run_script(infer_bdd100k, *flags, "--model_checkpoint", alone, "--cache_embeddings", "off")
+        expected = [c["iou"] for c in read_results(tmp_path / "out")["per_class"]]
+    else:
+        hits, misses, wrong = np.zeros((3, 3), np.int64)
+        for item in table.items:
+            (mask,) = (folders / "masks" / "val").glob(f"{item.name}.png")
+            target = np.array(Image.open(mask))
+            predicted = np.array(Image.open(tmp_path / "out" / "predictions" / f"{item.name}.png"))
+            for i, label in enumerate(ids):
+                is_class = target == label
+                hits[i] += np.sum((predicted == label) & is_class)
+                misses[i] += np.sum((predicted != label) & is_class)
+                wrong[i] += np.sum((predicted == label) & ~is_class & (target != 255))
+        expected = (hits / (hits + misses + wrong)).tolist()
+    assert [found[name]["iou"] for name in SOURCES] == pytest.approx(expected, abs=1e-12)
+    assert all(c["gt_pixels"] == 0 for name, c in found.items() if name not in SOURCES)
 
 
 def test_a_run_goes_on_with_its_classes_alone(
