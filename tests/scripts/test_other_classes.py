@@ -282,8 +282,22 @@ def test_init_decoder_copies_classes_by_name(
     for key, value in start["model"].items():
         expected = value[ids] if len(value) == 19 and len(state[key]) == 3 else value
         assert torch.allclose(state[key], expected, atol=1e-6), key
-    said = error_of(train_bdd100k, *training_flags(three / "train", sam_file, tmp_path / "c"), "--init_decoder", source)
-    assert "was trained with prompt mode semantic, not box" in said and not (tmp_path / "c").exists()
+    output = tmp_path / "model.safetensors"
+    given = ["--model_checkpoint", source, "--sam_checkpoint", sam_file, "--format", "safetensors", "--output", output]
+    assert not run_script(export, *given)
+    for name, start_file in {"latest": source / checkpoint.LATEST, "exported": output}.items():
+        other = train_three(three, sam_file, tmp_path / name, *tiny, "--init_decoder", start_file)
+        for key, value in checkpoint.load_checkpoint(other)["model"].items():
+            assert torch.equal(value, state[key]), key
+
+    flags = training_flags(three / "train", sam_file, tmp_path / "c")
+    said = error_of(train_bdd100k, *flags, "--init_decoder", source)
+    assert "was trained with prompt mode semantic, not box" in said
+    state = torch.load(source / checkpoint.BEST, weights_only=True)
+    state["model"] = {key: value for key, value in state["model"].items() if "detail_path" not in key}
+    torch.save(state, tmp_path / "older.pth")
+    said = error_of(train_bdd100k, *flags, "--prompt_mode", "semantic", "--init_decoder", tmp_path / "older.pth")
+    assert "older.pth: its mask decoder does not fit" in said and not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("prompt_mode", ["box", "semantic"])
