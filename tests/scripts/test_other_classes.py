@@ -16,6 +16,7 @@ import train_bdd100k
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.scripts import good_flags, log_of, read_results, run_script, training_flags
+from utils.api import load_run
 from utils.data.classes import BDD100K
 from utils.data.datasets import NpyFolder
 from utils.export import __main__ as export
@@ -196,6 +197,13 @@ def test_the_others_as_one_class(train: Train, npy: Path, sam_file: Path, tmp_pa
     assert pixels == {"road": counts[0], "car": counts[13], "other": counts.sum() - counts[0] - counts[13]}
     assert results["miou"] == log_of(run)[-1]["val_miou"]
 
+    # An exported file selects the same classes of the data.
+    output = tmp_path / "model.safetensors"
+    given = ["--model_checkpoint", run, "--sam_checkpoint", sam_file, "--format", "safetensors", "--output", output]
+    assert not run_script(export, *given)
+    run_script(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--model_checkpoint", output)
+    assert read_results(tmp_path / "out")["confusion_matrix"] == results["confusion_matrix"]
+
 
 def test_other_classes_without_classes_are_refused(
     npy: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
@@ -320,6 +328,12 @@ def test_exported_files_need_no_table_of_their_own(
         found = read_results(tmp_path / kind)
         assert [c["name"] for c in found["per_class"]] == list(NAMES)
         assert found["miou"] == pytest.approx(expected["miou"], abs=1e-4)
+        if prompt_mode == "semantic" and kind == "onnx":  # in a notebook
+            picture = np.load(next((three / "val" / "imgs").glob("*.npy")))
+            models = [load_run(file, device="cpu") for file in (run, output)]
+            assert [model.classes.names for model in models] == [NAMES, NAMES]
+            ours, theirs = (model.segment(picture).label_map for model in models)
+            assert (ours == theirs).mean() > 0.999
 
 
 @pytest.mark.parametrize("prompt_mode", ["box", "semantic"])
