@@ -62,6 +62,20 @@ def test_what_does_not_fit(tmp_path: Path, sam_file: Path) -> None:
         model.segment(np.zeros((8, 8, 3), np.uint8), boxes={"car": [[0, 0, 1, 1]]})
 
 
+@pytest.mark.parametrize("image", [None, [1, 2], Image.new("RGB", (8, 8))])
+def test_an_image_of_another_type(image: Any, boxed: Model) -> None:
+    with pytest.raises(ValueError, match=rf"must be a file or .*RGB, not {type(image).__name__}"):
+        boxed.segment(image, boxes={})
+
+
+def test_two_names_of_one_class(boxed: Model) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    one, two = [0, 0, 20, 20], [30, 10, 50, 30]
+    expected = boxed.segment(picture, boxes={"person": [one, two]}).label_map
+    assert np.array_equal(boxed.segment(picture, boxes={"person": one, "pedestrian": two}).label_map, expected)
+    assert not np.array_equal(boxed.segment(picture, boxes={"person": two}).label_map, expected)
+
+
 def test_a_run_names_its_sam_file(tmp_path: Path, sam_file: Path) -> None:
     path = write_checkpoint(tmp_path / "best.pth", sam_file, "semantic")
     state = torch.load(path, weights_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +98,31 @@ def test_folders_of_any_depth(tmp_path):
         find_split(tmp_path, "train", described(layout))
 
 
+def test_links_to_folders_are_followed_and_may_lead_in_circles(tmp_path):
+    layout = ("images/{split}/{folders}/{stem}.*", "masks/{split}/{folders}/{stem}.png")
+    lay_out(tmp_path, "disk/x.jpg", "images/train/b/y.jpg", "masks/train/a/x.png", "masks/train/b/y.png")
+    (tmp_path / "images/train/a").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/up").symlink_to(tmp_path / "images")
+    split = find_split(tmp_path, "train", described(layout))
+    assert found(split) == [("x", "x.jpg", "x.png"), ("y", "y.jpg", "y.png")]
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    lay_out(tmp_path, "images/train/a/x.jpg", "images/train/b/y.jpg", "masks/train/a/x.png")
+    listdir, scandir = os.listdir, os.scandir
+
+    def denied(folder, look):
+        if Path(folder).name == "b":
+            raise PermissionError(13, "Permission denied", folder)
+        return look(folder)
+
+    monkeypatch.setattr(os, "listdir", lambda folder: denied(folder, listdir))
+    monkeypatch.setattr(os, "scandir", lambda folder: denied(folder, scandir))
+    layout = ("images/{split}/{folders}/{stem}.*", "masks/{split}/{folders}/{stem}.png")
+    with pytest.raises(UserError, match=r"train/b: cannot be read \(Permission denied\)"):
+        find_split(tmp_path, "train", described(layout))
+
+
 def test_names_from_folders(tmp_path):
     lay_out(
         tmp_path, "img/train/a/0_left.jpg", "img/train/b/0_left.jpg", "gt/train/a/0_ids.png", "gt/train/b/0_ids.png"
@@ -147,6 +174,8 @@ def test_forms_of_unicode(tmp_path):
     nfc, nfd = (unicodedata.normalize(form, "straße_é") for form in ("NFC", "NFD"))
     lay_out(tmp_path, f"img/train/{nfd}/{nfd}_left.jpg", f"gt/train/{nfc}/{nfc}_ids.png")
     assert [item.name for item in find_split(tmp_path, "train", described(CITIES)).items] == [nfc]
+    layout = described((*CITIES, "{stem}", None, {"train": (f"{nfd}*",)}))
+    assert [item.name for item in find_split(tmp_path, "train", layout).items] == [nfc]
 
 
 def test_names_with_signs_of_patterns(tmp_path):
@@ -238,6 +267,13 @@ def test_values_that_are_not_listed(tmp_path):
 def test_masks_of_another_kind(array, labels, words, tmp_path):
     with pytest.raises(LabelError, match=words):
         read_mask(save(tmp_path / "a.png", array), 2, 2, labels)
+
+
+@pytest.mark.parametrize("labels", [LABELS, None])
+def test_a_jpeg_with_the_name_of_a_png(labels, tmp_path):
+    Image.new("L", (8, 8), 7).save(tmp_path / "a.png", "JPEG")
+    with pytest.raises(LabelError, match=r"a\.png: is a JPEG picture, which changes values; save the mask as PNG"):
+        read_mask(tmp_path / "a.png", 8, 8, labels)
 
 
 def test_an_item_and_the_first_masks(tmp_path):

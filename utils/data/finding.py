@@ -60,7 +60,7 @@ def _in_layout(root: Path, split: str, layout: Layout) -> tuple[list[_Found], li
         [
             f
             for f in _search(root, pattern.replace("{split}", split))
-            if any(fnmatchcase(f.values["stem"], each) for each in of_split)
+            if any(fnmatchcase(f.values["stem"], match_key(each)) for each in of_split)
         ]
         for pattern in (layout.images, layout.masks)
     )
@@ -138,9 +138,8 @@ def _search(root: Path, pattern: str) -> list[_Found]:
 def _below(folder: Path, parts: list[str], values: dict[str, str]) -> Iterator[_Found]:
     part, *rest = parts
     if part == "{folders}":
-        for place, names, _ in os.walk(folder):  # links to folders are left out, as they may lead in circles
-            names[:] = sorted(name for name in names if not name.startswith("."))
-            yield from _below(Path(place), rest, {**values, "folders": match_key(os.path.relpath(place, folder))})
+        for place in _folders_below(folder) if is_folder(folder) else ():
+            yield from _below(place, rest, {**values, "folders": match_key(os.path.relpath(place, folder))})
     elif rest and "{" not in part:
         if is_folder(folder / part):
             yield from _below(folder / part, rest, values)
@@ -152,6 +151,17 @@ def _below(folder: Path, parts: list[str], values: dict[str, str]) -> Iterator[_
                 yield from _below(path, rest, values | match.groupdict())
             elif match and not rest:
                 yield _Found(path, values | match.groupdict())
+
+
+def _folders_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """The folder and all folders below it, by way of links too, but for links to a folder `above`."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    yield folder
+    for path in listed(folder):
+        if not path.name.startswith(".") and is_folder(path):
+            yield from _folders_below(path, above | {real})
 
 
 def _expression(part: str, values: dict[str, str], *, is_file: bool) -> re.Pattern[str]:
