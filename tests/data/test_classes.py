@@ -60,7 +60,7 @@ def test_selections_that_are_wrong() -> None:
 
 def test_tables_of_other_names_are_refused_or_matched() -> None:
     model, data = table("road", "person", "car"), table("sky", "Car", "walker", aliases=("person",))
-    with pytest.raises(UserError, match=r"trained on 3 classes \(road, person, car\), but the data have 3 \(sky, Car,"):
+    with pytest.raises(UserError, match=r"has 3 classes \(sky, Car, walker\), but the model has 3 \(road,"):
         model.ids_of(data)
     assert model.ids_of(data, match=True)[:4].tolist() == [255, 2, 1, 255]
     with pytest.raises(UserError, match="no class is in both tables: road, person, car; sky, sea"):

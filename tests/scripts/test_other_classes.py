@@ -13,8 +13,10 @@ from PIL import Image
 import infer_bdd100k
 import pre_bdd100k
 import train_bdd100k
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.scripts import good_flags, log_of, read_results, run_script, training_flags
+from utils.api import load_run
 from utils.data.classes import BDD100K
 from utils.data.datasets import NpyFolder
 from utils.export import __main__ as export
@@ -37,9 +39,9 @@ layout: folders
 
 
 @pytest.fixture(scope="module")
-def three(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The scenes with palette masks of three classes, in the layout `folders`, preprocessed by a description."""
-    root, output = tmp_path_factory.mktemp("folders"), tmp_path_factory.mktemp("three")
+def folders(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scenes with palette masks of three classes, in the layout `folders`, and their description."""
+    root = tmp_path_factory.mktemp("folders")
     palette = np.zeros((256, 3), np.uint8)
     ids = [BDD100K.id_of(name) for name in SOURCES]
     palette[ids] = (10, 20, 30), (200, 0, 0), (0, 0, 200)
@@ -54,9 +56,78 @@ def three(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert mask.mode == "P"
             mask.save(root / "masks" / split / path.name)
     (root / "three.yaml").write_text(DESCRIPTION)
-    flags = ["--dataset", root / "three.yaml", "--root", root, "--output_path", output, "--image_size", IMAGE_SIZE]
+    return root
+
+
+@pytest.fixture(scope="module")
+def three(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`folders`, preprocessed."""
+    output = tmp_path_factory.mktemp("three")
+    flags = ["--dataset", folders / "three.yaml", "--root", folders, "--output_path", output]
+    flags += ["--image_size", IMAGE_SIZE]
     assert not run_script(pre_bdd100k, *flags, "--image_dtype", "uint8", "--num_workers", 1)
     return output
+
+
+# The labelId of each trainId of Cityscapes, and some labels that are not evaluated; 255 is -1 as a byte.
+LABEL_IDS = np.array([7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33], np.uint8)
+VOID = [0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30, 255]
+
+
+@pytest.fixture(scope="module")
+def cityscapes(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The scenes as Cityscapes has them, a tenth of the pixels void: with `labelIds`, and with `labelTrainIds`."""
+    rng = np.random.default_rng(0)
+    roots = {kind: tmp_path_factory.mktemp(kind) for kind in ("labelIds", "labelTrainIds")}
+    train_ids = np.full(256, 255, np.uint8)
+    train_ids[LABEL_IDS] = np.arange(19)
+    for split in ("train", "val"):
+        for i, picture in enumerate(sorted((scenes / "images" / "10k" / split).iterdir())):
+            labels = np.array(Image.open(scenes / "labels" / "sem_seg" / "masks" / split / f"{picture.stem}.png"))
+            ids = np.append(LABEL_IDS, np.zeros(237, np.uint8))[labels]
+            ids = np.where(rng.random(ids.shape) < 0.1, rng.choice(VOID, ids.shape), ids).astype(np.uint8)
+            city = ("aachen", "bremen")[i % 2]
+            for kind, mask in (("labelIds", ids), ("labelTrainIds", train_ids[ids])):
+                image_dir, mask_dir = (roots[kind] / name / split / city for name in ("leftImg8bit", "gtFine"))
+                image_dir.mkdir(parents=True, exist_ok=True)
+                mask_dir.mkdir(parents=True, exist_ok=True)
+                Image.open(picture).save(image_dir / f"{city}_{i:06}_000019_leftImg8bit.png")
+                Image.fromarray(mask).save(mask_dir / f"{city}_{i:06}_000019_gtFine_{kind}.png")
+    return roots
+
+
+def test_cityscapes_by_both_kinds_of_ids(
+    cityscapes: dict[str, Path], train: Train, sam_file: Path, tmp_path: Path
+) -> None:
+    """The same arrays, and the IoU that Cityscapes' own formula gives for the saved predictions."""
+    for kind, root in cityscapes.items():
+        flags = ["--dataset", "cityscapes", "--root", root, "--output_path", tmp_path / kind, "--num_workers", 1]
+        assert not run_script(pre_bdd100k, *flags, "--image_size", IMAGE_SIZE)
+    by_ids, by_train_ids = (
+        {path.relative_to(tmp_path / kind): path.read_bytes() for path in (tmp_path / kind).rglob("*.npy")}
+        for kind in cityscapes
+    )
+    assert by_ids == by_train_ids and len(by_ids) > 4
+
+    run = train(tmp_path / "runs", "--prompt_mode", "semantic", "-num_epochs", 1, "-lr", "1e-3")
+    flags = [*good_flags(sam_file, tmp_path / "labelIds", tmp_path), "--model_checkpoint", run, "--save_predictions"]
+    run_script(infer_bdd100k, *flags, "--eval_size", "original", "--root", cityscapes["labelIds"])
+    found = {c["name"]: c["iou"] for c in read_results(tmp_path / "out")["per_class"]}
+    predicted, target = [], []
+    for path in (tmp_path / "out" / "predictions").glob("*.png"):
+        predicted.append(LABEL_IDS[np.array(Image.open(path))].ravel())
+        (mask,) = (cityscapes["labelIds"] / "gtFine" / "val").rglob(f"{path.stem}_gtFine_labelIds.png")
+        target.append(np.array(Image.open(mask)).ravel())
+    p, t = np.concatenate(predicted), np.concatenate(target)
+    assert len(predicted) == 3 and 0 < np.isin(t, LABEL_IDS).sum() < t.size
+    for label, name in zip(LABEL_IDS, BDD100K.names):
+        hits = np.sum((p == label) & (t == label))
+        false_positives = np.sum((p == label) & (t != label) & np.isin(t, LABEL_IDS))  # not where it is void
+        misses = np.sum((p != label) & (t == label))
+        if misses + hits:
+            assert found[name] == pytest.approx(hits / (hits + misses + false_positives), abs=1e-12)
+        else:
+            assert found[name] is None
 
 
 def train_three(three: Path, sam_file: Path, work_dir: Path, *flags: object) -> Path:
@@ -126,6 +197,13 @@ def test_the_others_as_one_class(train: Train, npy: Path, sam_file: Path, tmp_pa
     assert pixels == {"road": counts[0], "car": counts[13], "other": counts.sum() - counts[0] - counts[13]}
     assert results["miou"] == log_of(run)[-1]["val_miou"]
 
+    # An exported file selects the same classes of the data.
+    output = tmp_path / "model.safetensors"
+    given = ["--model_checkpoint", run, "--sam_checkpoint", sam_file, "--format", "safetensors", "--output", output]
+    assert not run_script(export, *given)
+    run_script(infer_bdd100k, *good_flags(sam_file, npy, tmp_path), "--model_checkpoint", output)
+    assert read_results(tmp_path / "out")["confusion_matrix"] == results["confusion_matrix"]
+
 
 def test_other_classes_without_classes_are_refused(
     npy: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., str]
@@ -141,12 +219,45 @@ def test_other_data_is_refused_or_scored_on_the_classes_in_common(
     run = train_three(three, sam_file, tmp_path / "runs", "--prompt_mode", "semantic", "-num_epochs", 1)
     flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", run, "--cache_embeddings", "off"]
     said = error_of(infer_bdd100k, *flags)
-    assert "trained on 3 classes (road, 小汽车, sky), but the data have 19 (road, sidewalk," in said
+    assert "val: has 19 classes (road, sidewalk, " in said and "the model has 3 (road, 小汽车, sky);" in said
     assert "--match_classes" in said and not (tmp_path / "out").exists()
     assert not run_script(infer_bdd100k, *flags, "--match_classes")
     matched = read_results(tmp_path / "out")
     run_script(infer_bdd100k, *flags, "--val_npy_path", three / "val")
     assert matched["confusion_matrix"] == read_results(tmp_path / "out")["confusion_matrix"]
+
+
+@pytest.mark.parametrize(
+    ("prompt_mode", "eval_size"), [("box", "frame"), ("box", "original"), ("semantic", "original")]
+)
+def test_the_classes_in_common_are_scored_and_pixels_of_all_others_ignored(
+    prompt_mode: str, eval_size: str, three: Path, folders: Path, sam_file: Path, tmp_path: Path
+) -> None:
+    best = write_checkpoint(tmp_path / "best.pth", sam_file, prompt_mode)
+    flags = [*good_flags(sam_file, three, tmp_path), "--model_checkpoint", best, "--save_predictions"]
+    flags += ["--eval_size", eval_size, "--root", folders] if eval_size == "original" else []
+    assert not run_script(infer_bdd100k, *flags, "--match_classes", "--cache_embeddings", "off")
+    found = {c["name"]: c for c in read_results(tmp_path / "out")["per_class"]}
+    table = NpyFolder(three / "val")
+    ids = [BDD100K.id_of(name) for name in SOURCES]
+    if eval_size == "frame":
+        alone = write_checkpoint(tmp_path / "best.pth", sam_file, "box", classes=table.classes)  # of the same weights
+        assert not run_script(infer_bdd100k, *flags, "--model_checkpoint", alone, "--cache_embeddings", "off")
+        expected = [c["iou"] for c in read_results(tmp_path / "out")["per_class"]]
+    else:
+        hits, misses, wrong = np.zeros((3, 3), np.int64)
+        for item in table.items:
+            (mask,) = (folders / "masks" / "val").glob(f"{item.name}.png")
+            target = np.array(Image.open(mask))
+            predicted = np.array(Image.open(tmp_path / "out" / "predictions" / f"{item.name}.png"))
+            for i, label in enumerate(ids):
+                is_class = target == label
+                hits[i] += np.sum((predicted == label) & is_class)
+                misses[i] += np.sum((predicted != label) & is_class)
+                wrong[i] += np.sum((predicted == label) & ~is_class & (target != 255))
+        expected = (hits / (hits + misses + wrong)).tolist()
+    assert [found[name]["iou"] for name in SOURCES] == pytest.approx(expected, abs=1e-12)
+    assert all(c["gt_pixels"] == 0 for name, c in found.items() if name not in SOURCES)
 
 
 def test_a_run_goes_on_with_its_classes_alone(
@@ -181,8 +292,22 @@ def test_init_decoder_copies_classes_by_name(
     for key, value in start["model"].items():
         expected = value[ids] if len(value) == 19 and len(state[key]) == 3 else value
         assert torch.allclose(state[key], expected, atol=1e-6), key
-    said = error_of(train_bdd100k, *training_flags(three / "train", sam_file, tmp_path / "c"), "--init_decoder", source)
-    assert "was trained with prompt mode semantic, not box" in said and not (tmp_path / "c").exists()
+    output = tmp_path / "model.safetensors"
+    given = ["--model_checkpoint", source, "--sam_checkpoint", sam_file, "--format", "safetensors", "--output", output]
+    assert not run_script(export, *given)
+    for name, start_file in {"latest": source / checkpoint.LATEST, "exported": output}.items():
+        other = train_three(three, sam_file, tmp_path / name, *tiny, "--init_decoder", start_file)
+        for key, value in checkpoint.load_checkpoint(other)["model"].items():
+            assert torch.equal(value, state[key]), key
+
+    flags = training_flags(three / "train", sam_file, tmp_path / "c")
+    said = error_of(train_bdd100k, *flags, "--init_decoder", source)
+    assert "was trained with prompt mode semantic, not box" in said
+    state = torch.load(source / checkpoint.BEST, weights_only=True)
+    state["model"] = {key: value for key, value in state["model"].items() if "detail_path" not in key}
+    torch.save(state, tmp_path / "older.pth")
+    said = error_of(train_bdd100k, *flags, "--prompt_mode", "semantic", "--init_decoder", tmp_path / "older.pth")
+    assert "older.pth: its mask decoder does not fit" in said and not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("prompt_mode", ["box", "semantic"])
@@ -205,6 +330,12 @@ def test_exported_files_need_no_table_of_their_own(
         found = read_results(tmp_path / kind)
         assert [c["name"] for c in found["per_class"]] == list(NAMES)
         assert found["miou"] == pytest.approx(expected["miou"], abs=1e-4)
+        if prompt_mode == "semantic" and kind == "onnx":  # in a notebook
+            picture = np.load(next((three / "val" / "imgs").glob("*.npy")))
+            models = [load_run(file, device="cpu") for file in (run, output)]
+            assert [model.classes.names for model in models] == [NAMES, NAMES]
+            ours, theirs = (model.segment(picture).label_map for model in models)
+            assert (ours == theirs).mean() > 0.999
 
 
 @pytest.mark.parametrize("prompt_mode", ["box", "semantic"])

@@ -110,8 +110,8 @@ class ClassTable:
         is_selection = data.names == self.selected_from
         if not (self.names == data.names or is_selection or match):
             raise UserError(
-                f"trained on {len(self)} classes ({', '.join(self.names)}), but the data have {len(data)} "
-                f"({', '.join(data.names)}); --match_classes scores those in both"
+                f"has {len(data)} classes ({', '.join(data.names)}), but the model has {len(self)} "
+                f"({', '.join(self.names)}); --match_classes scores those in both"
             )
         has_rest = is_selection and self.names[-1] == OTHER_CLASS and OTHER_CLASS not in data.ids_by_name
         rest = len(self) - 1 if has_rest else None
