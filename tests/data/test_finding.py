@@ -74,6 +74,19 @@ def test_a_split_without_masks_is_unlabelled(tmp_path):
     assert split.images_without_mask == []
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a_mask.png"])
+def test_pictures_in_the_folder_of_masks_that_are_none(name, tmp_path):
+    layouts = (("{split}/{stem}.jpg", "{split}annot/{stem}.png"), ("{split}/{stem}.jpg", "{split}_m/{stem}_L.png"))
+    lay_out(tmp_path, "train/a.jpg", "train/._a.png", f"train_m/{name}", "train_m/list.txt", "trainannot/._a.png")
+    said = rf"train_m: holds 1 pictures, such as {name}, but no mask, such as train_m/{{stem}}_L.png; rename them"
+    with pytest.raises(UserError, match=said):
+        find_split(tmp_path, "train", described(*layouts))
+    (tmp_path / "train_m" / name).unlink()
+    assert not find_split(tmp_path, "train", described(*layouts)).labelled
+    lay_out(tmp_path, "masks/val_x.png")  # of another split
+    assert not find_split(tmp_path, "train", described((layouts[0][0], "masks/{split}_{stem}.png"))).labelled
+
+
 def test_the_first_layout_with_masks_is_used(tmp_path):
     other = ("img/{split}/{city}/{stem}_left.*", "gt/{split}/{city}/{stem}_train.png", "{stem}", COLORS)
     description = described(other, CITIES)

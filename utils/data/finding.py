@@ -35,7 +35,7 @@ def find_split(root: Path, split: str, description: Description) -> Split:
 
     Raises:
         UserError: `root` is not a folder or cannot be read, has no image of the split, two images or two masks have one
-            name, or there are masks, but none of any image.
+            name, or there are masks, but none of any image, or pictures that are no masks in a folder of masks.
     """
     if description.name == DEFAULT:
         return bdd100k.find_split(root, split)
@@ -48,6 +48,8 @@ def find_split(root: Path, split: str, description: Description) -> Split:
     if not usable:
         raise UserError(_nothing(root, split, description))
     layout, images, masks = usable[0]
+    if not masks and (wrong := _unusable(root, split, [entry[0] for entry in usable])):
+        raise UserError(wrong)
     return _paired(root, split, layout, images, masks, description)
 
 
@@ -107,6 +109,21 @@ def _paired(
         notes=[],
         labels=layout.labels or description.labels,
     )
+
+
+def _unusable(root: Path, split: str, layouts: list[Layout]) -> str | None:
+    """Why a split without any mask is not simply unlabelled, if so: a folder of masks holds other pictures."""
+    for layout in layouts:
+        folder, folders = _fixed_part(root, layout.masks, split), layout.masks.rpartition("/")[0]
+        if PLACEHOLDER.findall(folders) != ["split"] or folder == _fixed_part(root, layout.images, split):
+            continue  # what it holds may be masks of other splits, or images
+        visible = [path for path in (listed(folder) if is_folder(folder) else ()) if not path.name.startswith(".")]
+        if found := [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]:
+            return (
+                f"{folder}: holds {len(found):,} pictures, such as {found[0].name}, but no mask, "
+                f"such as {layout.masks.replace('{split}', split)}; rename them (JPEG changes labels, save them as PNG)"
+            )
+    return None
 
 
 def _nothing(root: Path, split: str, description: Description) -> str:
