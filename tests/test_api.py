@@ -58,6 +58,8 @@ def test_what_does_not_fit(tmp_path: Path, sam_file: Path) -> None:
     model = load_run(best, sam_file, device="cpu")
     with pytest.raises(ValueError, match="uint8 RGB"):
         model.segment(np.zeros((8, 8, 3)))
+    with pytest.raises(ValueError, match="opacity must be from 0 to 1, not 50"):
+        model.segment(np.zeros((8, 8, 3), np.uint8)).overlay(50)
     with pytest.raises(ValueError, match="leave out boxes"):
         model.segment(np.zeros((8, 8, 3), np.uint8), boxes={"car": [[0, 0, 1, 1]]})
 
@@ -93,6 +95,7 @@ def test_a_run_names_its_sam_file(tmp_path: Path, sam_file: Path) -> None:
         ({"boxes": {"car": ["a", "b", "c", "d"]}}, "boxes must be numbers"),
         ({"boxes": [[0, 0, 1, 1]]}, "with K class_ids"),
         ({"boxes": [[0, 0, 1, 1]], "class_ids": [19]}, "integers from 0 to 18"),
+        ({"boxes": [[0, 0, 1, 1]], "class_ids": [-1]}, "integers from 0 to 18"),
         ({"boxes": [[0, 0, 1, 1]], "class_ids": [1.5]}, "integers from 0 to 18"),
         ({"boxes": [[2, 0, 1, 1]], "class_ids": [3]}, "x1 <= x2"),
         ({"boxes": [[0, 0, 1, float("nan")]], "class_ids": [3]}, "finite"),

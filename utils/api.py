@@ -46,7 +46,13 @@ class Result:
     classes: ClassTable
 
     def overlay(self, opacity: float = 0.5) -> np.ndarray:
-        """The colours over the picture, above a legend where it has room: (H + h, W, 3) uint8 RGB."""
+        """The colours over the picture, above a legend where it has room: (H + h, W, 3) uint8 RGB.
+
+        Args:
+            opacity: share of the colours, 0 to 1.
+        """
+        if not 0 <= opacity <= 1:
+            raise ValueError(f"opacity must be from 0 to 1, not {opacity}")
         return OverlayStyle(self.classes, opacity).draw(self.image, self.label_map)
 
 
