@@ -501,6 +501,8 @@ def test_other_classes_change_labels_and_counts_alone(tmp_path: Path) -> None:
     Image.fromarray(np.array([[13, 0, 5, IGNORE_LABEL]], np.uint8)).save(tmp_path / "mask.png")
     mask = source.read_original_mask(tmp_path / "mask.png", 1, 4)
     assert mask.tolist() == [[0, 1, IGNORE_LABEL, IGNORE_LABEL]]
+    with pytest.raises(UserError, match="no labelled pixel of the classes sky"):
+        source.use_classes(BDD100K.select(["sky"], other=False))
     source.use_classes(BDD100K)
     assert np.array_equal(source.read_labels(0), labels) and source.items == items
 

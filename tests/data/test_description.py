@@ -195,6 +195,11 @@ BAD = {
     "split that leads out": (("png\n", "png\n  splits: {../x: [a]}\n"), 12, "must be a plain folder name"),
     "split without patterns": (("png\n", "png\n  splits: {train: []}\n"), 12, "split 'train' needs printable patterns"),
     "unknown layout": ((f"\n  images: {IMAGES}\n  masks: {MASKS}", " kitti"), 9, "layout 'kitti' is unknown"),
+    "layout with labels of its own": (
+        (f"\n  images: {IMAGES}\n  masks: {MASKS}", " cityscapes"),
+        9,
+        "the layout of cityscapes has labels of its own; write the patterns out",
+    ),
     "empty layout": ((f"\n  images: {IMAGES}\n  masks: {MASKS}", " []"), 9, "layout is empty"),
     "a key twice": (("labels:", "name: b\nlabels:"), 5, "'name' is given twice in the description"),
     "a list at the top": ((GOOD, "- name: a\n- b\n"), 1, "must be `key: value` entries, not a list"),

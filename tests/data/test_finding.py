@@ -105,7 +105,7 @@ def test_folders_of_any_depth(tmp_path):
     lay_out(tmp_path, "masks/train/x.png", "masks/train/a/b/y.png", "masks/train/a/x.png")
     split = find_split(tmp_path, "train", described(layout))
     assert found(split) == [("x", "x.jpg", "x.png"), ("y", "y.jpg", "y.png")]
-    assert split.masks_without_image == [tmp_path / "masks/train/a/x.png"]
+    assert split.masks_without_image == [tmp_path / "masks/train/a/x.png"] and split.images_without_mask == []
     lay_out(tmp_path, "images/train/a/x.jpg")
     with pytest.raises(UserError, match=r"a second image named 'x' beside .*; name the folders in the layout"):
         find_split(tmp_path, "train", described(layout))
@@ -168,7 +168,7 @@ def test_images_and_masks_in_one_folder(tmp_path):
 def test_a_placeholder_twice_and_one_of_images_alone(tmp_path):
     lay_out(tmp_path, "train/a/a_x.jpg", "train/a/b_y.jpg", "masks/train/x.png")
     split = find_split(tmp_path, "train", described(("{split}/{city}/{city}_{stem}.*", "masks/{split}/{stem}.png")))
-    assert found(split) == [("x", "a_x.jpg", "x.png")]
+    assert found(split) == [("x", "a_x.jpg", "x.png")] and split.images_without_mask == []
 
 
 def test_splits_by_patterns_of_stems(tmp_path):
