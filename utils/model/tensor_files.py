@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,14 +13,17 @@ from torch import Tensor
 
 from utils.runtime.files import atomic_write, require_readable
 
+_OF_METADATA = "metadata_sha256"
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write contiguous CPU tensors, metadata and the checksum that `read_tensors` compares, atomically.
+    """Write contiguous CPU tensors, metadata and the checksums that `read_tensors` compares, atomically.
 
     Raises:
         UserError: the file cannot be written.
     """
-    content = save(dict(tensors), {**metadata, "sha256": _checksum(tensors)})
+    metadata = {**metadata, "sha256": _checksum(tensors)}
+    content = save(dict(tensors), {**metadata, _OF_METADATA: _metadata_checksum(metadata)})
     with atomic_write(path) as file:
         file.write(content)
 
@@ -30,7 +34,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if metadata.get("sha256") == _checksum(tensors):
+        of_metadata = metadata.pop(_OF_METADATA, None)
+        is_whole = of_metadata in (None, _metadata_checksum(metadata))  # files of version 0.2.0 have none
+        if is_whole and metadata.get("sha256") == _checksum(tensors):
             return tensors, metadata
     except (OSError, SafetensorError, TypeError):  # the last of a dtype that NumPy lacks
         require_readable(path)
@@ -44,3 +50,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
         digest.update(tensors[key].numpy().data)
     return digest.hexdigest()
+
+
+def _metadata_checksum(metadata: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
