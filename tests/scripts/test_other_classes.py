@@ -16,7 +16,6 @@ import train_bdd100k
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.scripts import good_flags, log_of, read_results, run_script, training_flags
-from utils.api import load_run
 from utils.data.classes import BDD100K
 from utils.data.datasets import NpyFolder
 from utils.export import __main__ as export
@@ -306,34 +305,6 @@ def test_init_decoder_copies_classes_by_name(
     torch.save(state, tmp_path / "older.pth")
     said = error_of(train_bdd100k, *flags, "--prompt_mode", "semantic", "--init_decoder", tmp_path / "older.pth")
     assert "older.pth: its mask decoder does not fit" in said and not (tmp_path / "c").exists()
-
-
-@pytest.mark.parametrize("prompt_mode", ["box", "semantic"])
-def test_exported_files_need_no_table_of_their_own(
-    prompt_mode: str, three: Path, sam_file: Path, tmp_path: Path
-) -> None:
-    run = train_three(three, sam_file, tmp_path / "runs", "--prompt_mode", prompt_mode, "-num_epochs", 1)
-    flags = good_flags(sam_file, three, tmp_path)
-    run_script(infer_bdd100k, *flags, "--model_checkpoint", run)
-    expected = read_results(tmp_path / "out")
-    for kind, suffix in (("onnx", ".onnx"), ("safetensors", ".safetensors")):
-        output = tmp_path / f"model{suffix}"
-        given = ["--model_checkpoint", run, "--sam_checkpoint", sam_file, "--format", kind, "--output", output]
-        assert not run_script(export, *given, *(["--logits"] if (kind, prompt_mode) == ("onnx", "semantic") else []))
-        sam = ["--sam_checkpoint", sam_file] if kind == "safetensors" else []
-        if kind == "onnx" and prompt_mode == "box":
-            output = tmp_path / "model.decoder.onnx"
-        more = ["--val_npy_path", three / "val", "--model_type", "vit_tiny", "--output_dir", tmp_path / kind]
-        assert not run_script(infer_bdd100k, *more, *sam, "--model_checkpoint", output, "--device", "cpu")
-        found = read_results(tmp_path / kind)
-        assert [c["name"] for c in found["per_class"]] == list(NAMES)
-        assert found["miou"] == pytest.approx(expected["miou"], abs=1e-4)
-        if prompt_mode == "semantic" and kind == "onnx":  # in a notebook
-            picture = np.load(next((three / "val" / "imgs").glob("*.npy")))
-            models = [load_run(file, device="cpu") for file in (run, output)]
-            assert [model.classes.names for model in models] == [NAMES, NAMES]
-            ours, theirs = (model.segment(picture).label_map for model in models)
-            assert (ours == theirs).mean() > 0.999
 
 
 @pytest.mark.parametrize("prompt_mode", ["box", "semantic"])
