@@ -69,7 +69,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(5)
     labels = rng.choice([0, 1, 2, 3, 255], (3, 4, 4)).astype(np.uint8).repeat(16, 1).repeat(16, 2)
     folder = tmp_path_factory.mktemp("four")
-    write_split(folder / "val", {name: each for name, *each in zip("abc", pictures().numpy(), labels)}, FOUR)
+    write_split(
+        folder / "val", {name: (image, each) for name, image, each in zip("abc", pictures().numpy(), labels)}, FOUR
+    )
     return folder
 
 
@@ -110,7 +112,7 @@ def test_files_need_no_table_of_their_own(
     run_script(infer_bdd100k, *good_flags(sam_file, data, tmp_path), "--model_checkpoint", best)
     expected = read_results(tmp_path / "out")
     picture = pictures()[0].numpy()
-    boxes = {"boxes": {"car": [[3, 5, 40, 50]], "lane": [[20, 9, 60, 63]]}} if mode == "box" else {}
+    boxes: dict[str, Any] = {"boxes": {"car": [[3, 5, 40, 50]], "lane": [[20, 9, 60, 63]]}} if mode == "box" else {}
     ours = load_run(best, sam_file, device="cpu").segment(picture, **boxes).label_map
     assert expected["miou"] > 0 and len(np.unique(ours)) > 1
     for path in (onnx_path, exported(mode, "safetensors")[1]):

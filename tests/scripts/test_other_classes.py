@@ -307,9 +307,10 @@ def test_init_decoder_copies_classes_by_name(
     assert "older.pth: its mask decoder does not fit" in said and not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize("prompt_mode", ["box", "semantic"])
-@pytest.mark.parametrize("count", [1, 150])
-def test_one_class_and_many(count: int, prompt_mode: str, sam_file: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=[1, 150])
+def many(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+    """One class or 150, named in Chinese, and pictures of them, preprocessed as the split "train"."""
+    count, root = request.param, tmp_path_factory.mktemp("many")
     rng = np.random.default_rng(count)
     colors = rng.choice(1 << 24, count, replace=False).tolist()
     rows = [
@@ -317,26 +318,30 @@ def test_one_class_and_many(count: int, prompt_mode: str, sam_file: Path, tmp_pa
         for i, color in enumerate(colors)
     ]
     text = "\n".join(["name: many", "classes:", *rows, "labels: {kind: train_ids}", "layout: folders"])
-    (tmp_path / "many.yaml").write_text(text, encoding="utf-8")
-    for split in ("train", "val"):
-        for kind in ("images", "masks"):
-            (tmp_path / kind / split).mkdir(parents=True)
-        for name in "ab":
-            labels = rng.integers(count, size=(16, 24), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
-            labels[:4] = 255
-            Image.fromarray(labels).save(tmp_path / "masks" / split / f"{name}.png")
-            Image.fromarray(rng.integers(256, size=(64, 96, 3), dtype=np.uint8)).save(
-                tmp_path / "images" / split / f"{name}.png"
-            )
-    flags = ["--dataset", tmp_path / "many.yaml", "--root", tmp_path, "--output_path", tmp_path / "npy"]
+    (root / "many.yaml").write_text(text, encoding="utf-8")
+    for kind in ("images", "masks"):
+        (root / kind / "train").mkdir(parents=True)
+    for name in "ab":
+        labels = rng.integers(count, size=(16, 24), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+        labels[:4] = 255
+        Image.fromarray(labels).save(root / "masks" / "train" / f"{name}.png")
+        picture = rng.integers(256, size=(64, 96, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(root / "images" / "train" / f"{name}.png")
+    flags = ["--dataset", root / "many.yaml", "--root", root, "--output_path", root / "npy", "--splits", "train"]
     assert not run_script(pre_bdd100k, *flags, "--image_size", IMAGE_SIZE, "--num_workers", 1)
-    run = train_three(
-        tmp_path / "npy", sam_file, tmp_path / "runs", "--prompt_mode", prompt_mode, "-num_epochs", 1, "-batch_size", 2
-    )
-    run_script(infer_bdd100k, *good_flags(sam_file, tmp_path / "npy", tmp_path), "--model_checkpoint", run)
+    return count, root / "npy"
+
+
+@pytest.mark.parametrize("prompt_mode", ["box", "semantic"])
+def test_one_class_and_many(prompt_mode: str, many: tuple[int, Path], sam_file: Path, tmp_path: Path) -> None:
+    count, data = many
+    flags = ["--prompt_mode", prompt_mode, "-num_epochs", 1, "-batch_size", 2]
+    run = train_three(data, sam_file, tmp_path / "runs", *flags)
+    flags = [*good_flags(sam_file, data, tmp_path), "--val_npy_path", data / "train", "--model_checkpoint", run]
+    run_script(infer_bdd100k, *flags)
     results = read_results(tmp_path / "out")
     assert [c["name"] for c in results["per_class"]] == [f"类别{i}" for i in range(count)]
-    assert results["labelled_pixels"] == NpyFolder(tmp_path / "npy" / "val").class_pixels().sum()
+    assert results["labelled_pixels"] == NpyFolder(data / "train").class_pixels().sum()
     assert sum(map(sum, results["confusion_matrix"])) + sum(results["unclaimed"]) == results["labelled_pixels"]
     if count == 1 and prompt_mode == "semantic":
         assert results["miou"] == 1
