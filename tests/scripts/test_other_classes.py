@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +108,10 @@ def test_cityscapes_by_both_kinds_of_ids(
         for kind in cityscapes
     )
     assert by_ids == by_train_ids and len(by_ids) > 4
+    for split in ("train", "val"):
+        ours, theirs = (json.loads((tmp_path / kind / split / "manifest.json").read_text()) for kind in cityscapes)
+        assert ours.pop("sources") != theirs.pop("sources")  # the files' paths
+        assert ours == theirs
 
     run = train(tmp_path / "runs", "--prompt_mode", "semantic", "-num_epochs", 1, "-lr", "1e-3")
     flags = [*good_flags(sam_file, tmp_path / "labelIds", tmp_path), "--model_checkpoint", run, "--save_predictions"]
@@ -118,6 +123,7 @@ def test_cityscapes_by_both_kinds_of_ids(
         (mask,) = (cityscapes["labelIds"] / "gtFine" / "val").rglob(f"{path.stem}_gtFine_labelIds.png")
         target.append(np.array(Image.open(mask)).ravel())
     p, t = np.concatenate(predicted), np.concatenate(target)
+    assert len(np.unique(p)) > 1
     assert len(predicted) == 3 and 0 < np.isin(t, LABEL_IDS).sum() < t.size
     for label, name in zip(LABEL_IDS, BDD100K.names):
         hits = np.sum((p == label) & (t == label))
