@@ -437,7 +437,7 @@ def load_model(
     digest = file_digest(args.checkpoint)
     info = ModelInfo(args.model_type, source.image_size, source.resize_mode, digest, args.prompt_mode)
     if args.init_decoder and not resume:
-        fresh = checkpoint.init_decoder(segmenter, info, args.init_decoder, TRAIN_FLAGS)
+        fresh = checkpoint.init_decoder(segmenter, info, args.init_decoder)
         news = f"; new classes: {', '.join(fresh)}" if fresh else ""
         distributed.say(printable(f"decoder of {args.init_decoder}{news}"))
     return segmenter, info

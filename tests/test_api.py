@@ -58,8 +58,24 @@ def test_what_does_not_fit(tmp_path: Path, sam_file: Path) -> None:
     model = load_run(best, sam_file, device="cpu")
     with pytest.raises(ValueError, match="uint8 RGB"):
         model.segment(np.zeros((8, 8, 3)))
+    with pytest.raises(ValueError, match="opacity must be from 0 to 1, not 50"):
+        model.segment(np.zeros((8, 8, 3), np.uint8)).overlay(50)
     with pytest.raises(ValueError, match="leave out boxes"):
         model.segment(np.zeros((8, 8, 3), np.uint8), boxes={"car": [[0, 0, 1, 1]]})
+
+
+@pytest.mark.parametrize("image", [None, [1, 2], Image.new("RGB", (8, 8))])
+def test_an_image_of_another_type(image: Any, boxed: Model) -> None:
+    with pytest.raises(ValueError, match=rf"must be a file or .*RGB, not {type(image).__name__}"):
+        boxed.segment(image, boxes={})
+
+
+def test_two_names_of_one_class(boxed: Model) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    one, two = [0, 0, 20, 20], [30, 10, 50, 30]
+    expected = boxed.segment(picture, boxes={"person": [one, two]}).label_map
+    assert np.array_equal(boxed.segment(picture, boxes={"person": one, "pedestrian": two}).label_map, expected)
+    assert not np.array_equal(boxed.segment(picture, boxes={"person": two}).label_map, expected)
 
 
 def test_a_run_names_its_sam_file(tmp_path: Path, sam_file: Path) -> None:
@@ -79,6 +95,7 @@ def test_a_run_names_its_sam_file(tmp_path: Path, sam_file: Path) -> None:
         ({"boxes": {"car": ["a", "b", "c", "d"]}}, "boxes must be numbers"),
         ({"boxes": [[0, 0, 1, 1]]}, "with K class_ids"),
         ({"boxes": [[0, 0, 1, 1]], "class_ids": [19]}, "integers from 0 to 18"),
+        ({"boxes": [[0, 0, 1, 1]], "class_ids": [-1]}, "integers from 0 to 18"),
         ({"boxes": [[0, 0, 1, 1]], "class_ids": [1.5]}, "integers from 0 to 18"),
         ({"boxes": [[2, 0, 1, 1]], "class_ids": [3]}, "x1 <= x2"),
         ({"boxes": [[0, 0, 1, float("nan")]], "class_ids": [3]}, "finite"),

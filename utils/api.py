@@ -46,7 +46,13 @@ class Result:
     classes: ClassTable
 
     def overlay(self, opacity: float = 0.5) -> np.ndarray:
-        """The colours over the picture, above a legend where it has room: (H + h, W, 3) uint8 RGB."""
+        """The colours over the picture, above a legend where it has room: (H + h, W, 3) uint8 RGB.
+
+        Args:
+            opacity: share of the colours, 0 to 1.
+        """
+        if not 0 <= opacity <= 1:
+            raise ValueError(f"opacity must be from 0 to 1, not {opacity}")
         return OverlayStyle(self.classes, opacity).draw(self.image, self.label_map)
 
 
@@ -89,8 +95,10 @@ class Model:
         if not is_semantic and (tta or boxes is None):
             raise ValueError("a box model needs boxes" if not tta else "a box model takes no tta")
         detected = None if is_semantic else {_NAME: self._prompts(boxes, class_ids)}
-        if not isinstance(image, np.ndarray):
+        if isinstance(image, str | Path):
             image = read_image(Path(image), upright=True)
+        if not isinstance(image, np.ndarray):
+            raise ValueError(f"image must be a file or (H, W, 3) uint8 RGB, not {type(image).__name__}")
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
             raise ValueError(f"image must be (H, W, 3) uint8 RGB, not {image.shape} {image.dtype}")
         size, mode = self.info.image_size, self.info.resize_mode
@@ -105,9 +113,10 @@ class Model:
         if isinstance(boxes, Mapping):
             if class_ids is not None:
                 raise ValueError("boxes by class name need no class_ids; leave them out")
-            of_class = {self.classes.id_of(name): _rows_of_four(some) for name, some in boxes.items()}
-            ids = [i for i, some in of_class.items() for _ in some]
-            found = np.concatenate([*of_class.values(), np.zeros((0, 4))])
+            # Pairs, as two names may be one class.
+            of_class = [(self.classes.id_of(name), _rows_of_four(some)) for name, some in boxes.items()]
+            ids = [i for i, some in of_class for _ in some]
+            found = np.concatenate([*(some for _, some in of_class), np.zeros((0, 4))])
         else:
             ids, found = [] if class_ids is None else [*class_ids], _rows_of_four(boxes)
         if len(found) != len(ids):

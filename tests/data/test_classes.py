@@ -54,11 +54,13 @@ def test_selections_that_are_wrong() -> None:
         BDD100K.select(["car", "Car"], other=False)
     with pytest.raises(UserError, match="a class named 'other'; use --other_classes ignore"):
         table("a", "other").select(["a"], other=True)
+    with pytest.raises(UserError, match="no class is left for 'other'; use --other_classes ignore"):
+        table("a", "b").select(["b", "a"], other=True)
 
 
 def test_tables_of_other_names_are_refused_or_matched() -> None:
     model, data = table("road", "person", "car"), table("sky", "Car", "walker", aliases=("person",))
-    with pytest.raises(UserError, match=r"trained on 3 classes \(road, person, car\), but the data have 3 \(sky, Car,"):
+    with pytest.raises(UserError, match=r"has 3 classes \(sky, Car, walker\), but the model has 3 \(road,"):
         model.ids_of(data)
     assert model.ids_of(data, match=True)[:4].tolist() == [255, 2, 1, 255]
     with pytest.raises(UserError, match="no class is in both tables: road, person, car; sky, sea"):
@@ -66,6 +68,8 @@ def test_tables_of_other_names_are_refused_or_matched() -> None:
     # The same names in another order are other ids.
     with pytest.raises(UserError, match="match_classes"):
         model.ids_of(table("car", "road", "person"))
+    with pytest.raises(UserError, match="match_classes"):
+        model.select(["car"], other=False).ids_of(table("car", "road", "person"))
 
 
 def test_the_same_table_keeps_its_ids() -> None:
@@ -84,6 +88,32 @@ def test_other_has_a_colour_and_a_name_of_its_own() -> None:
             origin.select(["a"], other=True)
 
 
-def test_a_table_without_classes_is_refused() -> None:
+A, B = {"name": "a", "color": [1, 2, 3]}, {"name": "b", "color": [4, 5, 6], "group": "g", "aliases": ["c"]}
+
+
+def test_plain_values_are_read_back() -> None:
+    plain = {"classes": [A, B], "selected_from": ["b", "x", "a"]}
+    assert read_class_table(plain).to_plain() == plain
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {"classes": []},
+        {"classes": [A] * 251},
+        {"classes": [A, {**B, "name": "A"}]},
+        {"classes": [A, {**B, "aliases": ["A"]}]},
+        {"classes": [{**A, "aliases": ["C"]}, B]},
+        {"classes": [{**A, "name": "a,b"}]},
+        {"classes": [{**A, "aliases": [1]}]},
+        {"classes": [{**A, "aliases": ["x,y"]}]},
+        {"classes": [{**A, "color": [1, 2, 256]}]},
+        {"classes": [{**A, "color": [1, 2, -1]}]},
+        {"classes": [{**A, "group": 1}]},
+        {"classes": [A, B], "selected_from": [1]},
+        {"classes": [A, B], "selected_from": ["x,y"]},
+    ],
+)
+def test_what_is_no_table_of_classes(plain: object) -> None:
     with pytest.raises(ValueError, match="not a table of classes"):
-        read_class_table({"classes": []})
+        read_class_table(plain)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import get_worker_info
 
 import pre_bdd100k
@@ -22,7 +23,7 @@ from tests.helpers.inputs import IMAGE_SIZE, write_split
 from tests.helpers.oracles import Payload
 from tests.helpers.scripts import run_script
 from utils.data.boxes import class_boxes
-from utils.data.classes import BDD100K, ClassTable, SemanticClass
+from utils.data.classes import BDD100K, IGNORE_LABEL, ClassTable, SemanticClass
 from utils.data.datasets import (
     FILLER,
     BoxPromptDataset,
@@ -34,6 +35,7 @@ from utils.data.datasets import (
     TrainingSampler,
     collate_evaluation,
     collate_training,
+    validation_dataset,
 )
 from utils.data.geometry import PAD_COLOR
 from utils.data.loaders import Loader, evaluation_loader, sample_bytes, training_loader
@@ -485,3 +487,38 @@ def test_pixels_are_counted_for_each_class_of_a_longer_table(npy: Path) -> None:
     counts = source.class_pixels().tolist()
     source.use_classes(ClassTable((*BDD100K.classes, SemanticClass(19, "tunnel", (1, 2, 3)))), match=True)
     assert source.class_pixels().tolist() == [*counts, 0]
+
+
+def test_other_classes_change_labels_and_counts_alone(tmp_path: Path) -> None:
+    labels = np.zeros((16, 16), np.uint8)  # road, 0
+    labels[0, :4], labels[1, :7], labels[2, :2] = 13, 5, IGNORE_LABEL  # car; pole
+    source = NpyFolder(write_split(tmp_path, {"x": (np.zeros((16, 16, 3), np.uint8), labels)}))
+    digest, items = source.digest, source.items
+    source.use_classes(BDD100K.select(["car", "road"], other=False))
+    assert source.items[0].pixels == [4, 256 - 4 - 7 - 2] and source.items[0].ignored == 7 + 2
+    assert np.array_equal(source.read_labels(0)[:3, 0], [0, IGNORE_LABEL, IGNORE_LABEL])
+    assert source.digest == digest
+    Image.fromarray(np.array([[13, 0, 5, IGNORE_LABEL]], np.uint8)).save(tmp_path / "mask.png")
+    mask = source.read_original_mask(tmp_path / "mask.png", 1, 4)
+    assert mask.tolist() == [[0, 1, IGNORE_LABEL, IGNORE_LABEL]]
+    with pytest.raises(UserError, match="no labelled pixel of the classes sky"):
+        source.use_classes(BDD100K.select(["sky"], other=False))
+    source.use_classes(BDD100K)
+    assert np.array_equal(source.read_labels(0), labels) and source.items == items
+
+
+def test_validation_data_of_other_classes(tmp_path: Path) -> None:
+    def table(names: str) -> ClassTable:
+        return ClassTable(tuple(SemanticClass(i, name, (i, 0, 0)) for i, name in enumerate(names)))
+
+    three, two = table("abc"), table("ab")
+    items = {"x": (np.zeros((16, 16, 3), np.uint8), np.ones((16, 16), np.uint8))}
+    source = NpyFolder(write_split(tmp_path / "train", items, three))
+    other = write_split(tmp_path / "other", items, two)
+    said = rf"{other}: has 2 classes \(a, b\), but the training data have 3 \(a, b, c\); preprocess both alike"
+    with pytest.raises(UserError, match=said):
+        validation_dataset(other, source, "semantic")
+    source.use_classes(three.select(["b", "a"], other=False))
+    with pytest.raises(UserError, match=said):
+        validation_dataset(other, source, "semantic")
+    assert validation_dataset(write_split(tmp_path / "val", items, three), source, "semantic")[0]["labels"].max() == 0

@@ -64,6 +64,17 @@ def test_names_in_chinese_and_a_byte_order_mark(tmp_path):
     assert load_description(write(tmp_path, "\ufeff" + text)).classes.names == ("道路", "car")
 
 
+def test_what_is_as_large_as_may_be(tmp_path):
+    classes = "".join(f"  - {{id: {i}, name: {i:a>64}, color: [0, 1, {i}], group: {i:b>64}}}\n" for i in range(250))
+    text = re.sub(r"classes:\n(  .*\n)+", f"classes:\n{classes}", GOOD)
+    text = re.sub(r"labels:\n(  .*\n)+", "labels: {kind: train_ids}\n", text)
+    assert len(load_description(write(tmp_path, text)).classes) == 250
+    with pytest.raises(UserError, match="must be 1 to 64 printable characters"):
+        load_description(write(tmp_path, text.replace("name: a", "name: aa", 1)))
+    with pytest.raises(UserError, match="must be at most 64 printable characters"):
+        load_description(write(tmp_path, text.replace("group: b", "group: bb", 1)))
+
+
 def replaced(labels):
     return re.sub(r"labels:\n(  .*\n)+", f"labels: {labels}\n", GOOD)
 
@@ -159,6 +170,7 @@ BAD = {
     "unknown unlisted": (("kind: ids", "kind: ids\n  unlisted: skip"), 7, "unlisted 'skip' is unknown"),
     "values of train ids": (("kind: ids", "kind: train_ids"), 7, "kind train_ids takes no values"),
     "no values": (("  values: {road: [7], car: [26, 27]}\n", ""), 6, "kind ids needs values"),
+    "no value of any class": (("{road: [7], car: [26, 27]}", "{road: []}"), 7, "values is empty"),
     "value of an unknown class": (("{road: [7]", "{raod: [7]"), 7, "unknown class 'raod'; did you mean 'road'"),
     "value of two classes": (("[26, 27]", "[26, 7]"), 7, "value 7 is listed for 'road' and 'car'"),
     "value of a class and ignored": (("[0, -1]", "[27]"), 8, "value 27 is listed for 'car' and in ignore"),
@@ -183,6 +195,11 @@ BAD = {
     "split that leads out": (("png\n", "png\n  splits: {../x: [a]}\n"), 12, "must be a plain folder name"),
     "split without patterns": (("png\n", "png\n  splits: {train: []}\n"), 12, "split 'train' needs printable patterns"),
     "unknown layout": ((f"\n  images: {IMAGES}\n  masks: {MASKS}", " kitti"), 9, "layout 'kitti' is unknown"),
+    "layout with labels of its own": (
+        (f"\n  images: {IMAGES}\n  masks: {MASKS}", " cityscapes"),
+        9,
+        "the layout of cityscapes has labels of its own; write the patterns out",
+    ),
     "empty layout": ((f"\n  images: {IMAGES}\n  masks: {MASKS}", " []"), 9, "layout is empty"),
     "a key twice": (("labels:", "name: b\nlabels:"), 5, "'name' is given twice in the description"),
     "a list at the top": ((GOOD, "- name: a\n- b\n"), 1, "must be `key: value` entries, not a list"),

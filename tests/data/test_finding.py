@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +74,19 @@ def test_a_split_without_masks_is_unlabelled(tmp_path):
     assert split.images_without_mask == []
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a_mask.png"])
+def test_pictures_in_the_folder_of_masks_that_are_none(name, tmp_path):
+    layouts = (("{split}/{stem}.jpg", "{split}annot/{stem}.png"), ("{split}/{stem}.jpg", "{split}_m/{stem}_L.png"))
+    lay_out(tmp_path, "train/a.jpg", "train/._a.png", f"train_m/{name}", "train_m/list.txt", "trainannot/._a.png")
+    said = rf"train_m: holds 1 pictures, such as {name}, but no mask, such as train_m/{{stem}}_L.png; rename them"
+    with pytest.raises(UserError, match=said):
+        find_split(tmp_path, "train", described(*layouts))
+    (tmp_path / "train_m" / name).unlink()
+    assert not find_split(tmp_path, "train", described(*layouts)).labelled
+    lay_out(tmp_path, "masks/val_x.png")  # of another split
+    assert not find_split(tmp_path, "train", described((layouts[0][0], "masks/{split}_{stem}.png"))).labelled
+
+
 def test_the_first_layout_with_masks_is_used(tmp_path):
     other = ("img/{split}/{city}/{stem}_left.*", "gt/{split}/{city}/{stem}_train.png", "{stem}", COLORS)
     description = described(other, CITIES)
@@ -90,9 +105,34 @@ def test_folders_of_any_depth(tmp_path):
     lay_out(tmp_path, "masks/train/x.png", "masks/train/a/b/y.png", "masks/train/a/x.png")
     split = find_split(tmp_path, "train", described(layout))
     assert found(split) == [("x", "x.jpg", "x.png"), ("y", "y.jpg", "y.png")]
-    assert split.masks_without_image == [tmp_path / "masks/train/a/x.png"]
+    assert split.masks_without_image == [tmp_path / "masks/train/a/x.png"] and split.images_without_mask == []
     lay_out(tmp_path, "images/train/a/x.jpg")
     with pytest.raises(UserError, match=r"a second image named 'x' beside .*; name the folders in the layout"):
+        find_split(tmp_path, "train", described(layout))
+
+
+def test_links_to_folders_are_followed_and_may_lead_in_circles(tmp_path):
+    layout = ("images/{split}/{folders}/{stem}.*", "masks/{split}/{folders}/{stem}.png")
+    lay_out(tmp_path, "disk/x.jpg", "images/train/b/y.jpg", "masks/train/a/x.png", "masks/train/b/y.png")
+    (tmp_path / "images/train/a").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/up").symlink_to(tmp_path / "images")
+    split = find_split(tmp_path, "train", described(layout))
+    assert found(split) == [("x", "x.jpg", "x.png"), ("y", "y.jpg", "y.png")]
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    lay_out(tmp_path, "images/train/a/x.jpg", "images/train/b/y.jpg", "masks/train/a/x.png")
+    listdir, scandir = os.listdir, os.scandir
+
+    def denied(folder, look):
+        if Path(folder).name == "b":
+            raise PermissionError(13, "Permission denied", folder)
+        return look(folder)
+
+    monkeypatch.setattr(os, "listdir", lambda folder: denied(folder, listdir))
+    monkeypatch.setattr(os, "scandir", lambda folder: denied(folder, scandir))
+    layout = ("images/{split}/{folders}/{stem}.*", "masks/{split}/{folders}/{stem}.png")
+    with pytest.raises(UserError, match=r"train/b: cannot be read \(Permission denied\)"):
         find_split(tmp_path, "train", described(layout))
 
 
@@ -128,7 +168,7 @@ def test_images_and_masks_in_one_folder(tmp_path):
 def test_a_placeholder_twice_and_one_of_images_alone(tmp_path):
     lay_out(tmp_path, "train/a/a_x.jpg", "train/a/b_y.jpg", "masks/train/x.png")
     split = find_split(tmp_path, "train", described(("{split}/{city}/{city}_{stem}.*", "masks/{split}/{stem}.png")))
-    assert found(split) == [("x", "a_x.jpg", "x.png")]
+    assert found(split) == [("x", "a_x.jpg", "x.png")] and split.images_without_mask == []
 
 
 def test_splits_by_patterns_of_stems(tmp_path):
@@ -147,6 +187,8 @@ def test_forms_of_unicode(tmp_path):
     nfc, nfd = (unicodedata.normalize(form, "straße_é") for form in ("NFC", "NFD"))
     lay_out(tmp_path, f"img/train/{nfd}/{nfd}_left.jpg", f"gt/train/{nfc}/{nfc}_ids.png")
     assert [item.name for item in find_split(tmp_path, "train", described(CITIES)).items] == [nfc]
+    layout = described((*CITIES, "{stem}", None, {"train": (f"{nfd}*",)}))
+    assert [item.name for item in find_split(tmp_path, "train", layout).items] == [nfc]
 
 
 def test_names_with_signs_of_patterns(tmp_path):
@@ -238,6 +280,13 @@ def test_values_that_are_not_listed(tmp_path):
 def test_masks_of_another_kind(array, labels, words, tmp_path):
     with pytest.raises(LabelError, match=words):
         read_mask(save(tmp_path / "a.png", array), 2, 2, labels)
+
+
+@pytest.mark.parametrize("labels", [LABELS, None])
+def test_a_jpeg_with_the_name_of_a_png(labels, tmp_path):
+    Image.new("L", (8, 8), 7).save(tmp_path / "a.png", "JPEG")
+    with pytest.raises(LabelError, match=r"a\.png: is a JPEG picture, which changes values; save the mask as PNG"):
+        read_mask(tmp_path / "a.png", 8, 8, labels)
 
 
 def test_an_item_and_the_first_masks(tmp_path):

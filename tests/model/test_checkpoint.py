@@ -16,8 +16,8 @@ from tests.helpers.inputs import IMAGE_SIZE
 from tests.helpers.oracles import Payload
 from utils.data.classes import BDD100K
 from utils.model import checkpoint
-from utils.model.checkpoint import ModelInfo, load_checkpoint, load_decoder, save_best, save_latest
-from utils.model.segmenter import BoxSegmenter
+from utils.model.checkpoint import ModelInfo, init_decoder, load_checkpoint, load_decoder, save_best, save_latest
+from utils.model.segmenter import BoxSegmenter, SemanticSegmenter
 from utils.runtime.errors import UserError
 
 INFO = ModelInfo("vit_tiny", IMAGE_SIZE, "stretch", sam_sha256="ab" * 32)
@@ -220,6 +220,7 @@ def test_a_table_of_classes_that_is_damaged(best: Path) -> None:
     twice = {"classes": [whole["classes"][0]] * 19}
     grey = {"classes": [{**c, "color": [1, 2]} for c in whole["classes"]]}
     tables: list[object] = [two, twice, grey, {}, [], {"classes": "road"}, {**whole, "selected_from": [1]}]
+    tables += [torch.ones(()), {"classes": [torch.ones(())]}]
     for table in tables:
         with pytest.raises(UserError, match=r"not a checkpoint of train_bdd100k\.py: its table of classes is damaged"):
             load_checkpoint(rewrite(best, classes=table))
@@ -267,3 +268,34 @@ def test_a_runs_folder_stands_for_its_best(best: Path) -> None:
         load_checkpoint(best.parent)
     best.rename(best.parent / checkpoint.BEST)
     assert load_checkpoint(best.parent)["epoch"] == 7
+
+
+def semantic(*names: str) -> SemanticSegmenter:
+    classes = BDD100K.select(names, other=False)
+    return SemanticSegmenter(build_sam_vit_tiny(image_size=IMAGE_SIZE), classes=classes)
+
+
+def test_a_start_from_a_decoder_takes_classes_by_name(tmp_path: Path) -> None:
+    earlier, model = semantic("car", "road", "sky"), semantic("sky", "person", "car")
+    info = replace(INFO, prompt_mode="semantic")
+    save_best(tmp_path / "best.pth", earlier, replace(info, image_size=128), **METADATA)
+    fresh = {key: value.clone() for key, value in model.mask_decoder.state_dict().items()}
+    assert init_decoder(model, info, tmp_path / "best.pth") == ["person"]
+    for key, value in model.mask_decoder.state_dict().items():
+        old = earlier.mask_decoder.state_dict()[key]
+        if key.startswith(("mask_tokens", "output_hypernetworks")):
+            old = torch.stack([old[2], fresh[key][1], old[0]])
+        assert torch.equal(value, old), key
+
+
+def test_a_start_from_a_decoder_of_another_form(tmp_path: Path) -> None:
+    info = replace(INFO, prompt_mode="semantic")
+    save_best(tmp_path / "best.pth", semantic("car"), info, **METADATA)
+    payload = torch.load(tmp_path / "best.pth", weights_only=True)
+    payload["model"]["mask_decoder.output_hypernetworks.weights.9"] = torch.zeros(1, 2, 2)
+    torch.save(payload, tmp_path / "best.pth")
+    with pytest.raises(UserError, match=r"does not fit: 1 keys differ \(mask_decoder.output_hypernetworks.weights.9\)"):
+        init_decoder(semantic("car", "sky"), info, tmp_path / "best.pth")
+    torch.save(build_sam_vit_tiny(image_size=IMAGE_SIZE).state_dict(), tmp_path / "sam.pth")
+    with pytest.raises(UserError, match=r"-checkpoint and a fine-tuned one as --init_decoder\); it is"):
+        init_decoder(semantic("car", "sky"), info, tmp_path / "sam.pth")

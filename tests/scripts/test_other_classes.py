@@ -226,7 +226,7 @@ def test_other_data_is_refused_or_scored_on_the_classes_in_common(
     run = train_three(three, sam_file, tmp_path / "runs", "--prompt_mode", "semantic", "-num_epochs", 1)
     flags = [*good_flags(sam_file, npy, tmp_path), "--model_checkpoint", run, "--cache_embeddings", "off"]
     said = error_of(infer_bdd100k, *flags)
-    assert "trained on 3 classes (road, 小汽车, sky), but the data have 19 (road, sidewalk," in said
+    assert "val: has 19 classes (road, sidewalk, " in said and "the model has 3 (road, 小汽车, sky);" in said
     assert "--match_classes" in said and not (tmp_path / "out").exists()
     assert not run_script(infer_bdd100k, *flags, "--match_classes")
     matched = read_results(tmp_path / "out")
@@ -275,6 +275,8 @@ def test_a_run_goes_on_with_its_classes_alone(
     resume = ["--resume", run, "-num_epochs", 2]
     said = error_of(train_bdd100k, *resume, "--classes", "road", "sky")
     assert "was trained on the classes road, car, not on road, sky" in said
+    said = error_of(train_bdd100k, *resume, "--init_decoder", run)
+    assert f"--init_decoder is {run}, but the run has None" in said
     run_script(train_bdd100k, *resume)
     assert len(log_of(run)) == 2
     assert checkpoint.load_checkpoint(run / checkpoint.LATEST)["classes"].names == ("road", "car")

@@ -102,7 +102,9 @@ def test_all_flags_that_differ_are_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:  # of which the loss follows, and box mode's flags do not matter
         resume.require_same_flags({**CONFIG, "prompt_mode": "semantic", "losses": "ce", "bbox_shift": 3})
     assert "--prompt_mode is semantic, but the run has box. Use" in str(error.value)
-    for key in ("seed", "cache_views"):
+    with pytest.raises(UserError, match=r"--init_decoder is a\.pth, but the run has 0"):
+        resume.require_same_flags({**CONFIG, "init_decoder": "a.pth"})
+    for key in ("seed", "cache_views", "init_decoder"):  # runs that did not know the last began from SAM
         del resume.config[key]
     with pytest.raises(UserError, match="saved by an older version without --cache_views, --seed; start a new run"):
         resume.require_same_flags(CONFIG)

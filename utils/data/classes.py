@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -35,7 +35,7 @@ class ClassTable:
     classes: tuple[SemanticClass, ...]
     selected_from: tuple[str, ...] = ()  # the names of the table that `select` was called on, () for none
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[SemanticClass]:
         return iter(self.classes)
 
     def __len__(self) -> int:
@@ -81,6 +81,8 @@ class ClassTable:
         if other:
             if OTHER_CLASS in self.ids_by_name:
                 raise UserError(f"the data have a class named {OTHER_CLASS!r}; use --other_classes ignore")
+            if len(chosen) == len(self):
+                raise UserError(f"no class is left for {OTHER_CLASS!r}; use --other_classes ignore")
             chosen.append(SemanticClass(len(chosen), OTHER_CLASS, _unused_grey(chosen)))
         return ClassTable(tuple(replace(c, id=i) for i, c in enumerate(chosen)), selected_from=self.names)
 
@@ -108,8 +110,8 @@ class ClassTable:
         is_selection = data.names == self.selected_from
         if not (self.names == data.names or is_selection or match):
             raise UserError(
-                f"trained on {len(self)} classes ({', '.join(self.names)}), but the data have {len(data)} "
-                f"({', '.join(data.names)}); --match_classes scores those in both"
+                f"has {len(data)} classes ({', '.join(data.names)}), but the model has {len(self)} "
+                f"({', '.join(self.names)}); --match_classes scores those in both"
             )
         has_rest = is_selection and self.names[-1] == OTHER_CLASS and OTHER_CLASS not in data.ids_by_name
         rest = len(self) - 1 if has_rest else None
@@ -163,14 +165,15 @@ def read_class_table(plain: Any) -> ClassTable:
             for i, c in enumerate(plain["classes"])
         )
         table = ClassTable(classes, tuple(plain.get("selected_from", ())))
+        names = [name for c in table for name in (c.name, *c.aliases)]
         is_valid = (
             0 < len(table) <= MAX_CLASSES
-            and all(is_class_name(name) for c in table for name in (c.name, *c.aliases))
+            and all(map(is_class_name, names))
             and all(is_color(c.color) and isinstance(c.group, str) for c in table)
-            and len({name.lower() for name in table.names}) == len(table)
+            and len({name.lower() for name in names}) == len(names)
             and all(map(is_class_name, table.selected_from))
         )
-    except (KeyError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError):
         is_valid = False
     if not is_valid:
         raise ValueError("not a table of classes")

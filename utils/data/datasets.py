@@ -595,9 +595,15 @@ def validation_dataset(folder: Path, training: NpyFolder, prompt_mode: str) -> E
     """The validation data for a training split, with oracle boxes in box mode.
 
     Raises:
-        UserError: the frame differs from the training data's, or no pixel is labelled.
+        UserError: the classes or the frame differ from the training data's, or no pixel is labelled.
     """
     source = NpyFolder(folder)
+    theirs, ours = source.classes.names, training.classes.selected_from or training.classes.names
+    if theirs not in (ours, training.classes.names):
+        raise UserError(
+            f"{folder}: has {len(theirs)} classes ({', '.join(theirs)}), but the training data have {len(ours)} "
+            f"({', '.join(ours)}); preprocess both alike"
+        )
     source.use_classes(training.classes)
     for what in ("image_size", "resize_mode"):
         theirs, ours = getattr(source, what), getattr(training, what)

@@ -80,7 +80,7 @@ class Description:
     name: str
     classes: ClassTable
     labels: Labels
-    layouts: tuple[Layout, ...]  # the first that has images of a split is used
+    layouts: tuple[Layout, ...]  # the first that has images and masks of a split is used
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values for manifest.json, in the form of the YAML file; `read_plain_description` reads them."""
@@ -329,8 +329,6 @@ class _Reader:
             if kind == "train_ids":
                 self._fail(fields["values"], "kind train_ids takes no values, as they are the ids; use kind ids")
             entries = self._entries(fields["values"], "values")
-            if not entries:
-                self._fail(fields["values"], "values is empty; list the values of each class")
             by_name = {c.name: c.id for c in classes}
             for name, (key, values) in entries.items():
                 if name not in by_name:
@@ -343,6 +341,8 @@ class _Reader:
                         other = classes.names[class_ids[value]]
                         self._fail(value_node, f"value {_shown(value)} is listed for {other!r} and {name!r}; keep one")
                     class_ids[value] = by_name[name]
+            if not class_ids:
+                self._fail(fields["values"], "values is empty; list the values of each class")
         elif kind == "ids":
             self._fail(node, "kind ids needs values: {class: [numbers]}; or use kind train_ids")
         elif kind == "colors":

@@ -35,7 +35,7 @@ def find_split(root: Path, split: str, description: Description) -> Split:
 
     Raises:
         UserError: `root` is not a folder or cannot be read, has no image of the split, two images or two masks have one
-            name, or there are masks, but none of any image.
+            name, or there are masks, but none of any image, or pictures that are no masks in a folder of masks.
     """
     if description.name == DEFAULT:
         return bdd100k.find_split(root, split)
@@ -48,6 +48,8 @@ def find_split(root: Path, split: str, description: Description) -> Split:
     if not usable:
         raise UserError(_nothing(root, split, description))
     layout, images, masks = usable[0]
+    if not masks and (wrong := _unusable(root, split, [entry[0] for entry in usable])):
+        raise UserError(wrong)
     return _paired(root, split, layout, images, masks, description)
 
 
@@ -60,7 +62,7 @@ def _in_layout(root: Path, split: str, layout: Layout) -> tuple[list[_Found], li
         [
             f
             for f in _search(root, pattern.replace("{split}", split))
-            if any(fnmatchcase(f.values["stem"], each) for each in of_split)
+            if any(fnmatchcase(f.values["stem"], match_key(each)) for each in of_split)
         ]
         for pattern in (layout.images, layout.masks)
     )
@@ -109,6 +111,21 @@ def _paired(
     )
 
 
+def _unusable(root: Path, split: str, layouts: list[Layout]) -> str | None:
+    """Why a split without any mask is not simply unlabelled, if so: a folder of masks holds other pictures."""
+    for layout in layouts:
+        folder, folders = _fixed_part(root, layout.masks, split), layout.masks.rpartition("/")[0]
+        if PLACEHOLDER.findall(folders) != ["split"] or folder == _fixed_part(root, layout.images, split):
+            continue  # what it holds may be masks of other splits, or images
+        visible = [path for path in (listed(folder) if is_folder(folder) else ()) if not path.name.startswith(".")]
+        if found := [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]:
+            return (
+                f"{folder}: holds {len(found):,} pictures, such as {found[0].name}, but no mask, "
+                f"such as {layout.masks.replace('{split}', split)}; rename them (JPEG changes labels, save them as PNG)"
+            )
+    return None
+
+
 def _nothing(root: Path, split: str, description: Description) -> str:
     """What to say where no layout has an image of the split."""
     layouts = [layout for layout in description.layouts if layout.splits is None or split in layout.splits]
@@ -138,9 +155,8 @@ def _search(root: Path, pattern: str) -> list[_Found]:
 def _below(folder: Path, parts: list[str], values: dict[str, str]) -> Iterator[_Found]:
     part, *rest = parts
     if part == "{folders}":
-        for place, names, _ in os.walk(folder):  # links to folders are left out, as they may lead in circles
-            names[:] = sorted(name for name in names if not name.startswith("."))
-            yield from _below(Path(place), rest, {**values, "folders": match_key(os.path.relpath(place, folder))})
+        for place in _folders_below(folder) if is_folder(folder) else ():
+            yield from _below(place, rest, {**values, "folders": match_key(os.path.relpath(place, folder))})
     elif rest and "{" not in part:
         if is_folder(folder / part):
             yield from _below(folder / part, rest, values)
@@ -152,6 +168,17 @@ def _below(folder: Path, parts: list[str], values: dict[str, str]) -> Iterator[_
                 yield from _below(path, rest, values | match.groupdict())
             elif match and not rest:
                 yield _Found(path, values | match.groupdict())
+
+
+def _folders_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """The folder and all folders below it, by way of links too, but for links to a folder `above`."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    yield folder
+    for path in listed(folder):
+        if not path.name.startswith(".") and is_folder(path):
+            yield from _folders_below(path, above | {real})
 
 
 def _expression(part: str, values: dict[str, str], *, is_file: bool) -> re.Pattern[str]:

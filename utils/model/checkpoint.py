@@ -290,7 +290,7 @@ def load_decoder(model: Segmenter, state: Mapping[str, Tensor], source: Path) ->
     model.mask_decoder.load_state_dict({key.removeprefix(DECODER_PREFIX): value for key, value in state.items()})
 
 
-def init_decoder(model: Segmenter, info: ModelInfo, source: Path, flags: CheckpointFlags) -> list[str]:
+def init_decoder(model: Segmenter, info: ModelInfo, source: Path) -> list[str]:
     """Start the decoder of `model` from the one of an earlier checkpoint, class by class.
 
     Parts that belong to a class are copied where the checkpoint has a class of the same name or alias, and otherwise
@@ -306,7 +306,7 @@ def init_decoder(model: Segmenter, info: ModelInfo, source: Path, flags: Checkpo
     Raises:
         UserError: the file cannot be read, belongs to another SAM file or prompt mode, or is of an earlier version.
     """
-    state = load_checkpoint(source, flags)
+    state = load_checkpoint(source, CheckpointFlags(sam="-checkpoint", ours="--init_decoder"))
     replace(state["info"], image_size=info.image_size, resize_mode=info.resize_mode).require_same(info, source)
     ours = _decoder_state(model)
     theirs = dict(state["model"])
@@ -318,8 +318,8 @@ def init_decoder(model: Segmenter, info: ModelInfo, source: Path, flags: Checkpo
                 "resumed, but a new run starts from a decoder of this version"
             )
         known = [(i, j) for i, j in enumerate(found) if j is not None]
-        for key in filter(of_classes, theirs):
-            new = ours.get(key, theirs[key]).clone()
+        for key in filter(of_classes, ours.keys() & theirs.keys()):
+            new = ours[key].clone()
             if new.shape[1:] != theirs[key].shape[1:] or len(theirs[key]) != len(state["classes"]):
                 continue  # `load_decoder` names it
             for i, j in known:

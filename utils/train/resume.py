@@ -30,6 +30,7 @@ KEPT = {
     "prompt_mode": "--prompt_mode",
     "losses": "the loss",
     "model_type": "-model_type",
+    "init_decoder": "--init_decoder",
     "lr": "-lr",
     "weight_decay": "-weight_decay",
     "lr_scheduler": "--lr_scheduler",
@@ -91,10 +92,11 @@ class ResumeState:
         """
         unused = _BOX_MODE_ONLY if config["prompt_mode"] == "semantic" else set()
         kept = {key: name for key, name in KEPT.items() if key not in unused}
-        missing = [name for key, name in kept.items() if key not in self.config]
+        recorded = {"init_decoder": None, **self.config}  # older versions had no such flag
+        missing = [name for key, name in kept.items() if key not in recorded]
         if missing:
             raise UserError(f"{self.path}: was saved by an older version without {', '.join(missing)}; start a new run")
-        differ = [key for key in kept if config[key] != self.config[key]]
+        differ = [key for key in kept if config[key] != recorded[key]]
         if "prompt_mode" in differ:
             differ = [key for key in differ if key != "losses"]  # it follows from the mode
         if "losses" in differ:
@@ -103,7 +105,7 @@ class ResumeState:
                 f"this version has {config['losses']}; start a new run"
             )
         if differ:
-            told = [f"{kept[key]} is {config[key]}, but the run has {self.config[key]}" for key in differ]
+            told = [f"{kept[key]} is {config[key]}, but the run has {recorded[key]}" for key in differ]
             raise UserError(f"{self.path}: {'; '.join(told)}. Use the run's values, or start a new run")
 
     def require_same_data(self, data: Mapping[str, str | None], info: ModelInfo, classes: ClassTable) -> None:
