@@ -304,7 +304,7 @@ def init_decoder(model: Segmenter, info: ModelInfo, source: Path) -> list[str]:
         The names of the classes that the checkpoint does not have, none in box mode.
 
     Raises:
-        UserError: the file cannot be read, or belongs to another SAM file or prompt mode.
+        UserError: the file cannot be read, belongs to another SAM file or prompt mode, or is of an earlier version.
     """
     state = load_checkpoint(source, CheckpointFlags(sam="-checkpoint", ours="--init_decoder"))
     replace(state["info"], image_size=info.image_size, resize_mode=info.resize_mode).require_same(info, source)
@@ -312,6 +312,11 @@ def init_decoder(model: Segmenter, info: ModelInfo, source: Path) -> list[str]:
     theirs = dict(state["model"])
     found = [state["classes"].find(c) for c in model.classes]
     if info.prompt_mode == "semantic":
+        if not any("detail_path." in key for key in theirs):
+            raise UserError(
+                f"{source}: a decoder of an earlier version, without the detail path; it can be scored, exported and "
+                "resumed, but a new run starts from a decoder of this version"
+            )
         known = [(i, j) for i, j in enumerate(found) if j is not None]
         for key in filter(of_classes, ours.keys() & theirs.keys()):
             new = ours[key].clone()
