@@ -243,11 +243,12 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
             raise UserError("--eval_size original needs the original masks; give the unpacked data set as --root")
         masks = source.original_masks(args.bdd100k_root)
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode), classes=source.classes)
-    data_classes = source.classes
+    matched = ""
+    if args.match_classes and source.classes.names not in (model.classes.names, model.classes.selected_from):
+        matched = f"classes in common: {model.classes.in_common(source.classes)}; pixels of all others are ignored"
     source.use_classes(model.classes, match=args.match_classes)
-    if args.match_classes and data_classes.names not in (model.classes.names, model.classes.selected_from):
-        common = [c.name for c in data_classes if model.classes.find(c) is not None]
-        distributed.say(printable(f"classes that are scored: {', '.join(common)}; pixels of all others are ignored"))
+    if matched:
+        distributed.say(printable(matched))
     names = [item.name for item in source.items]
     boxes = choose_boxes(args, info, model.classes, names)
     rule = choose_map_rule(args, info, boxes)
@@ -282,7 +283,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
         if args.visualize and examples.add(index, scored[-1].miou):
             examples.keep(index, original())
     scored = sorted(chain(*distributed.all_gather(scored)), key=lambda image: image.index)
-    distributed.on_main(lambda: save_results(args, source, scored, masks, boxes=boxes, rule=rule))
+    distributed.on_main(lambda: save_results(args, source, scored, masks, boxes=boxes, rule=rule, note=matched))
     # Each process draws those that it has scored.
     draw_examples(args.output_dir / "visualizations", examples, source, model.classes, masks)
     distributed.on_main(lambda: finish(args, model.classes, pictures))
@@ -297,6 +298,7 @@ def save_results(
     *,
     boxes: BoxesByName | Literal["oracle"] | None,
     rule: MapRule,
+    note: str,
 ) -> None:
     """Print and write the figures, then the page, which may fail where an image cannot be read again."""
     write_report(
@@ -309,6 +311,7 @@ def save_results(
         eval_size=args.eval_size,
         map_rule=rule,
         tta=args.tta,
+        note=note,
         cards=lambda: report_cards(source, scored, args.report_images, source.classes, masks),
     )
     if args.report_images:

@@ -65,8 +65,8 @@ def test_the_worst_images_those_worst_for_a_class_and_a_sample_are_chosen() -> N
     chosen = choose_images(mious, counts_of(*wrong), 9, BDD100K.names)
     assert list(chosen)[:3] == [40, 0, 1]  # a third
     assert {
-        70: "many wrong pixels of pole",
-        60: "many wrong pixels of road",
+        70: "most wrong pixels of pole",
+        60: "most wrong pixels of road",
     }.items() <= chosen.items()
     assert len(chosen) == 9
     sample = [index for index, reason in chosen.items() if reason == "even sample"]
@@ -74,11 +74,11 @@ def test_the_worst_images_those_worst_for_a_class_and_a_sample_are_chosen() -> N
 
 
 def test_images_that_nobody_labelled_are_chosen_last() -> None:
-    assert choose_images([math.nan, 0.5], counts_of({}, {ROAD: 0}), 1, BDD100K.names) == {1: "low mIoU"}
+    assert choose_images([math.nan, 0.5], counts_of({}, {ROAD: 0}), 1, BDD100K.names) == {1: "lowest mIoU"}
     mious, counts = [math.nan, math.nan, 0.5, math.nan], counts_of({}, {}, {ROAD: 0}, {})
     reasons = choose_images(mious, counts, 4, BDD100K.names)
     assert reasons.keys() == {0, 1, 2, 3}
-    assert [index for index, reason in reasons.items() if reason == "low mIoU"] == [2]
+    assert [index for index, reason in reasons.items() if reason == "lowest mIoU"] == [2]
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 8, 100])

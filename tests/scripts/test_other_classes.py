@@ -230,6 +230,9 @@ def test_other_data_is_refused_or_scored_on_the_classes_in_common(
     assert "--match_classes" in said and not (tmp_path / "out").exists()
     assert not run_script(infer_bdd100k, *flags, "--match_classes")
     matched = read_results(tmp_path / "out")
+    note = "classes in common: road, 小汽车 (car), sky; pixels of all others are ignored"
+    assert matched["note"] == note and note in (tmp_path / "out" / "evaluation_results.txt").read_text()
+    assert note in (tmp_path / "out" / "report.html").read_text()
     run_script(infer_bdd100k, *flags, "--val_npy_path", three / "val")
     assert matched["confusion_matrix"] == read_results(tmp_path / "out")["confusion_matrix"]
 

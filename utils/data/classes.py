@@ -125,6 +125,15 @@ class ClassTable:
             raise UserError(f"no class is in both tables: {', '.join(self.names)}; {', '.join(data.names)}")
         return table
 
+    def in_common(self, data: ClassTable) -> str:
+        """The classes that `ids_of` matches, in words; names of `data` that differ stand in brackets."""
+        texts = []
+        for c in self:
+            names = [theirs.name for theirs in data if self.find(theirs) == c.id]
+            if names:
+                texts.append(c.name if names == [c.name] else f"{c.name} ({', '.join(names)})")
+        return ", ".join(texts)
+
     def to_plain(self) -> dict[str, Any]:
         """Plain values for JSON and checkpoints; `read_class_table` reads them."""
         classes: list[dict[str, Any]] = []

@@ -85,7 +85,7 @@ def choose_images(
     """
     number = min(number, len(mious))
     by_miou = [int(index) for index in np.argsort(mious, kind="stable") if not math.isnan(mious[index])]
-    chosen = dict.fromkeys(by_miou[: math.ceil(number / 3)], "low mIoU")
+    chosen = dict.fromkeys(by_miou[: math.ceil(number / 3)], "lowest mIoU")
 
     wrong = wrong_pixels(counts)
     classes = np.flatnonzero(counts.sum(axis=(0, 2)))
@@ -94,7 +94,7 @@ def choose_images(
         for class_id, order in worst_of.items():
             index = int(order[rank])
             if len(chosen) < math.ceil(2 * number / 3) and wrong[index, class_id]:
-                chosen.setdefault(index, f"many wrong pixels of {class_names[class_id]}")
+                chosen.setdefault(index, f"most wrong pixels of {class_names[class_id]}")
 
     rest = [index for index in range(len(mious)) if index not in chosen]
     for position in np.linspace(0, len(rest) - 1, number - len(chosen)).round().astype(int):

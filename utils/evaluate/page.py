@@ -197,7 +197,9 @@ def _taken_for(matrix: np.ndarray, class_names: Sequence[str]) -> list[str]:
     for class_id, counts in enumerate(matrix.tolist()):
         missed = [0 if column == class_id else count for column, count in enumerate(counts)]
         most = int(np.argmax(missed))
-        sentences.append(f"{names[most]} ({missed[most] / sum(counts):.0%} of its pixels)" if missed[most] else "")
+        share = missed[most] / max(1, sum(counts))
+        shown = "under 1%" if share < 0.005 else f"{share:.0%}"
+        sentences.append(f"{names[most]} ({shown} of its pixels)" if missed[most] else "")
     return sentences
 
 

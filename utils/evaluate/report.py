@@ -145,6 +145,7 @@ def write_report(
     eval_size: str,
     map_rule: MapRule,
     tta: bool = False,
+    note: str = "",
     cards: Callable[[], Sequence[Card]] = tuple,
 ) -> None:
     """Print the result, and write it as text, JSON, CSV, a picture of the confusion matrix, and a page.
@@ -156,6 +157,7 @@ def write_report(
         eval_size: "frame" or "original".
         map_rule: how masks became a map.
         tta: whether mirror images were averaged in.
+        note: what else the reader must know, "" for nothing.
         cards: makes the images to show in the page, by their position in `counts`. It reads files, so it is called
             after the figures are written.
     """
@@ -168,8 +170,9 @@ def write_report(
     rule = highest if box_source == "none" else f"{map_rule}: {MAP_RULES[map_rule]}"
     report = format_report(matrix, classes)
     text = f"{report}\n\n{details}\nmap rule: {rule}\n{_TTA if tta else ''}scored {_SIZES[eval_size]}\n"
+    text += f"{note}\n" if note else ""
     origin = {"model": model, "data": data, "boxes": box_source, "map_rule": map_rule, "eval_size": eval_size}
-    table = {} if classes == BDD100K else {"classes": classes.to_plain()}
+    table = ({} if classes == BDD100K else {"classes": classes.to_plain()}) | ({"note": note} if note else {})
     results = json.dumps({**origin, "tta": tta, **table, **figures, "images": images}, indent=1, ensure_ascii=False)
     print(f"\n{text}")
     outputs = {
@@ -185,7 +188,7 @@ def write_report(
         output_dir / PAGE,
         classes=classes,
         facts={"Model": model, "Data": data, "Boxes": box_source, "Scored": _SIZES[eval_size], "Map rule": rule},
-        notes=[describe_boxes(box_source), *([_TTA.strip()] if tta else [])],
+        notes=[describe_boxes(box_source), *([_TTA.strip()] if tta else []), *([note] if note else [])],
         figures=figures,
         images=images,
         rows=report_rows(images, every.numpy(), classes),
