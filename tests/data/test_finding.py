@@ -107,7 +107,7 @@ def test_folders_of_any_depth(tmp_path):
     assert found(split) == [("x", "x.jpg", "x.png"), ("y", "y.jpg", "y.png")]
     assert split.masks_without_image == [tmp_path / "masks/train/a/x.png"] and split.images_without_mask == []
     lay_out(tmp_path, "images/train/a/x.jpg")
-    with pytest.raises(UserError, match=r"a second image named 'x' beside .*; name the folders in the layout"):
+    with pytest.raises(UserError, match=r"a second image named 'x' beside .*; write {city} or the like for {folders}"):
         find_split(tmp_path, "train", described(layout))
 
 
@@ -179,6 +179,11 @@ def test_splits_by_patterns_of_stems(tmp_path):
     split = find_split(tmp_path, "train", described(layout))
     assert [item.name for item in split.items] == ["A_1", "B_1"] and split.masks_without_image == []
     assert [item.name for item in find_split(tmp_path, "val", described(layout)).items] == ["C_1"]
+    splits["train"] = ("D_*",)
+    with pytest.raises(
+        UserError, match=r"images/\{stem\}\.\* with D_\*\); there are \d others, such as A_.*; correct splits"
+    ):
+        find_split(tmp_path, "train", described(layout))
     with pytest.raises(UserError, match=r"split 'test': streets has no such split; its splits are train, val"):
         find_split(tmp_path, "test", described(layout))
 

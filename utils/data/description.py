@@ -192,16 +192,33 @@ class _Reader:
             root = yaml.compose(self.text, _Loader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            what = error.problem if isinstance(error, _Refused) else f"not valid YAML: {error.problem or error.context}"
-            if "expected a single document" in str(error.context):
-                what = "a second document begins here; keep one"
-            raise UserError(f"{self.path}:{mark.line + 1 if mark else 1}: {what}") from None
+            if error.problem == "could not find expected ':'":  # which is told of the line after the key
+                mark = error.context_mark
+            line = mark.line + 1 if mark else 1
+            what = error.problem if isinstance(error, _Refused) else self._not_yaml(error, line)
+            raise UserError(f"{self.path}:{line}: {what}") from None
         except yaml.reader.ReaderError as error:
             line = self.text[: error.position].count("\n") + 1
             raise UserError(f"{self.path}:{line}: holds a control character; remove it") from None
         if root is None:
             raise UserError(f"{self.path}:1: is empty; give name, classes, labels and layout")
         return root
+
+    def _not_yaml(self, error: yaml.MarkedYAMLError, line: int) -> str:
+        """What is wrong, with what often is the reason, if it occurs at the line of the error or just before it."""
+        if "expected a single document" in str(error.context):
+            return "a second document begins here; keep one"
+        what = f"not valid YAML: {error.problem or error.context}"
+        lines = self.text.splitlines()
+        for number in range(line, max(0, line - 3), -1):
+            text = lines[number - 1] if number <= len(lines) else ""
+            if wide := re.search("[：，［］｛｝＃]", text):
+                return f"{what}; line {number} has a full-width {wide[0]}, which YAML does not read"
+            if re.match(r"\s*\t", text):
+                return f"{what}; line {number} begins with a tab; use spaces"
+            if re.search(r":\s+\{[^}]*\}[^\s,}\]]", text):
+                return f"{what}; in line {number}, put the text that begins with {{ in quotes"
+        return what
 
     def _fail(self, node: yaml.Node, what: str) -> NoReturn:
         what = what if len(what) <= _MAX_MESSAGE else f"{what[:_MAX_MESSAGE]}..."  # a value may be as long as the file
@@ -249,12 +266,12 @@ class _Reader:
             self._fail(node, f"{what} must be text, not {_kind(node)}{fix}")
         return node.value
 
-    def _integer(self, node: yaml.Node, what: str, low: int, high: int) -> int:
+    def _integer(self, node: yaml.Node, what: str, low: int, high: int, why: str = "") -> int:
         text = node.value if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") else None
         if text is None or not _INTEGER.fullmatch(text):
             self._fail(node, f"{what} must be a whole number, not {_kind(node)}")
         if not low <= int(text) <= high:
-            self._fail(node, f"{what} is {text}; it must be {low} to {high}")
+            self._fail(node, f"{what} is {text}; it must be {low} to {high}{why and f', as {why}'}")
         return int(text)
 
     def _one_of(self, node: yaml.Node, what: str, choices: Sequence[str]) -> Any:
@@ -264,8 +281,13 @@ class _Reader:
         return text
 
     def _color(self, node: yaml.Node, what: str) -> tuple[int, int, int]:
-        parts = self._list(node, what)
-        color = [int(p.value) if _INTEGER.fullmatch(str(p.value)) else None for p in parts]
+        if not isinstance(node, yaml.SequenceNode):
+            code = re.fullmatch(r"#?([0-9a-fA-F]{6})", str(node.value)) if isinstance(node, yaml.ScalarNode) else None
+            example = str([*bytes.fromhex(code[1])]) if code else "[128, 64, 128]"
+            if what.startswith("a value of"):  # of a list
+                example += f", and one color in a list [{example}]"
+            self._fail(node, f"{what} must be red, green and blue, such as {example}, not {_kind(node)}")
+        color = [int(p.value) if _INTEGER.fullmatch(str(p.value)) else None for p in node.value]
         if not is_color(color):
             self._fail(node, f"{what} must be three bytes, red, green and blue, such as [128, 64, 128]")
         return color[0], color[1], color[2]  # type: ignore[return-value]
@@ -289,7 +311,7 @@ class _Reader:
         for entry in nodes:
             fields = self._fields(entry, "a class", ("id", "name", "color"), ("group", "aliases"))
             name = self._class_name(fields["name"], "a class's name")
-            class_id = self._integer(fields["id"], f"the id of {name!r}", 0, len(nodes) - 1)
+            class_id = self._integer(fields["id"], f"the id of {name!r}", 0, len(nodes) - 1, "ids count from 0")
             if class_id in found:
                 self._fail(
                     fields["id"], f"id {class_id} is both {found[class_id].name!r} and {name!r}; number them anew"
@@ -398,7 +420,13 @@ class _Reader:
         name = self._text(fields["name"], "the name") if "name" in fields else "{stem}"
         if "name" in fields:
             self._check_braces(fields["name"], "name", name, ("stem",))
-            self._require_known(fields["name"], "name", name, [each for each in known if each != "folders"])
+            if "{folders}" in name:
+                self._fail(
+                    fields["name"],
+                    f"name {name!r} has {{folders}}, which may be several folders; name each folder of the "
+                    "patterns, such as {city}/{stem}.*, and use that",
+                )
+            self._require_known(fields["name"], "name", name, known)
             if "/" in name or "\\" in name or not name.isprintable():
                 self._fail(fields["name"], f"name {name!r} must be a file's name, without a folder or a suffix")
         labels = self._labels(fields["labels"], classes) if "labels" in fields else None
@@ -444,7 +472,8 @@ class _Reader:
             self._fail(node, f"{what} {pattern!r} has two placeholders side by side; put text between them")
         for name in needed:
             if f"{{{name}}}" not in pattern:
-                self._fail(node, f"{what} {pattern!r} lacks {{{name}}}; add it")
+                other = ", or divide the images with splits: {train: [...]}" if name == "split" else ""
+                self._fail(node, f"{what} {pattern!r} lacks {{{name}}}; add it{other}")
 
     def _require_known(self, node: yaml.Node, what: str, pattern: str, known: Sequence[str]) -> None:
         for name in PLACEHOLDER.findall(pattern):

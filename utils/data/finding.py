@@ -89,7 +89,8 @@ def _paired(
             if any(other.values[p] != image.values[p] for p in folders):
                 fix = f'set name: "{"_".join(f"{{{p}}}" for p in folders)}" in the layout of {description.name}'
             elif other.values != image.values:
-                fix = f"name the folders in the layout of {description.name}, and set its name: from them"
+                fix = 'write {city} or the like for {folders}, and name: "{city}_{stem}"'
+                fix += f" in the layout of {description.name}"
             raise UserError(f"{image.path}: a second image named {name!r} beside {other.path}; {fix}")
     pairs = {name: by_key.get(tuple(image.values[k] for k in keys)) for name, image in sorted(by_name.items())}
     used = {mask.path for mask in pairs.values() if mask}
@@ -132,11 +133,17 @@ def _nothing(root: Path, split: str, description: Description) -> str:
     if not layouts:
         known = dict.fromkeys(name for layout in description.layouts for name in layout.splits or ())
         return f"split {split!r}: {description.name} has no such split; its splits are {', '.join(known)}"
-    patterns = dict.fromkeys(layout.images.replace("{split}", split) for layout in layouts)
-    fix = "give the folder that holds these as --root"
+    patterns = dict.fromkeys(
+        layout.images.replace("{split}", split)
+        + (f" with {' or '.join(layout.splits[split])}" if layout.splits else "")
+        for layout in layouts
+    )
+    fix = "give the folder that holds these as --root, or correct the layout"
     found = [file for pattern in dict.fromkeys(layout.images for layout in layouts) for file in _search(root, pattern)]
     if splits := sorted({file.values["split"] for file in found if "split" in file.values}):
         fix = f"its splits are {', '.join(splits[:10])}"
+    elif found:
+        fix = f"there are {len(found):,} others, such as {found[0].path.name}; correct splits: in the layout"
     return f"{root}: no images of split {split!r} of {description.name} (searched {' or '.join(patterns)}); {fix}"
 
 
