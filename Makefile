@@ -1,7 +1,7 @@
 # make demo       the whole pipeline on drawn scenes, about 4.5 minutes on 2 free CPU cores
 # make camvid     CamVid as it is published, from CAMVID=<its folder>: the figures of docs/RESULTS.md
 # make test       lint, types, all tests
-# make test-fast  the tests that are not marked slow, about 2 minutes on 2 CPU cores
+# make test-fast  the tests that are not marked slow, about 2.5 minutes on 2 free CPU cores
 # make lint       ruff, codespell, mypy
 # Each target first installs what it needs into .venv.
 

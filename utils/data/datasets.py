@@ -113,7 +113,7 @@ class NpyFolder:
             match: see `ClassTable.ids_of`.
 
         Raises:
-            UserError: the tables do not belong together, or no pixel of the split is of these classes.
+            UserError: the tables do not belong together, or some ids change and no pixel is of the new classes.
         """
         try:
             new_ids = classes.ids_of(self._file_classes, match=match)
