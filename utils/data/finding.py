@@ -122,7 +122,8 @@ def _unusable(root: Path, split: str, layouts: list[Layout]) -> str | None:
         if found := [path for path in visible if path.suffix.lower() in IMAGE_SUFFIXES]:
             return (
                 f"{folder}: holds {len(found):,} pictures, such as {found[0].name}, but no mask, "
-                f"such as {layout.masks.replace('{split}', split)}; rename them, or correct the layout (JPEG changes labels: save them as PNG)"
+                f"such as {layout.masks.replace('{split}', split)}; rename them, or correct the layout "
+                "(JPEG changes labels: save them as PNG)"
             )
     return None
 
