@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import infer_bdd100k
@@ -89,3 +90,11 @@ def test_damage_is_found(written: Path) -> None:
 def test_a_name_of_another_kind(best: Path, sam_file: Path, tmp_path: Path, error_of: Callable[..., str]) -> None:
     flags = ["--sam_checkpoint", sam_file, "--format", "safetensors", "--output", tmp_path / "x.pth"]
     assert "give --output x.pth.safetensors" in error_of(export, "--model_checkpoint", best, *flags)
+
+
+def test_a_file_of_before_its_metadata_had_a_checksum(best: Path, written: Path) -> None:
+    with safe_open(written, "pt") as file:
+        metadata = file.metadata()
+    del metadata["metadata_sha256"]
+    save_file(load_file(written), written, metadata)
+    assert load_checkpoint(written)["info"] == load_checkpoint(best)["info"]
