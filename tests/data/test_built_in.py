@@ -179,6 +179,8 @@ def test_camvids_11_class_edition(tmp_path: Path) -> None:
     save(tmp_path / "valannot/0016E5_07959.png", range(12))
     description = load_description("camvid")
     assert labels_of(find_split(tmp_path, "val", description), "0016E5_07959") == [*range(11), 255]
+    with pytest.raises(UserError, match=r"its splits are val$"):  # not valannot
+        find_split(tmp_path, "train", description)
     expected = [
         "sky",
         "building",

@@ -140,7 +140,9 @@ def _nothing(root: Path, split: str, description: Description) -> str:
         for layout in layouts
     )
     fix = "give the folder that holds these as --root, or correct the layout"
-    found = [file for pattern in dict.fromkeys(layout.images for layout in layouts) for file in _search(root, pattern)]
+    masks = {file.path for layout in layouts for file in _search(root, layout.masks)}
+    images = {file.path: file for layout in layouts for file in _search(root, layout.images)}
+    found = [file for path, file in images.items() if path not in masks]
     if splits := sorted({file.values["split"] for file in found if "split" in file.values}):
         fix = f"its splits are {', '.join(splits[:10])}"
     elif found:
