@@ -243,12 +243,11 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
             raise UserError("--eval_size original needs the original masks; give the unpacked data set as --root")
         masks = source.original_masks(args.bdd100k_root)
     model, info = load_model(args, precision, frame=(source.image_size, source.resize_mode), classes=source.classes)
-    matched = ""
-    if args.match_classes and source.classes.names not in (model.classes.names, model.classes.selected_from):
-        matched = f"classes in common: {model.classes.in_common(source.classes)}; pixels of all others are ignored"
+    data_classes, note = source.classes, ""
     source.use_classes(model.classes, match=args.match_classes)
-    if matched:
-        distributed.say(printable(matched))
+    if args.match_classes and data_classes.names not in (model.classes.names, model.classes.selected_from):
+        note = f"classes in common: {model.classes.in_common(data_classes)}; pixels of all others are ignored"
+        distributed.say(printable(note))
     names = [item.name for item in source.items]
     boxes = choose_boxes(args, info, model.classes, names)
     rule = choose_map_rule(args, info, boxes)
@@ -283,7 +282,7 @@ def evaluate_split(args: cli.Flags, precision: Precision) -> int:
         if args.visualize and examples.add(index, scored[-1].miou):
             examples.keep(index, original())
     scored = sorted(chain(*distributed.all_gather(scored)), key=lambda image: image.index)
-    distributed.on_main(lambda: save_results(args, source, scored, masks, boxes=boxes, rule=rule, note=matched))
+    distributed.on_main(lambda: save_results(args, source, scored, masks, boxes=boxes, rule=rule, note=note))
     # Each process draws those that it has scored.
     draw_examples(args.output_dir / "visualizations", examples, source, model.classes, masks)
     distributed.on_main(lambda: finish(args, model.classes, pictures))

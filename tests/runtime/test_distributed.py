@@ -155,7 +155,7 @@ def test_several_processes_give_the_semantic_weights_of_one(
 def test_several_processes_train_selected_classes_as_one(
     semantic_flags: list[object], launch: Launch, train: Callable[..., Path], tmp_path: Path
 ) -> None:
-    # Four of the seven images have pixels of these classes, each another number.
+    # Four of the seven images have pixels of these classes; their numbers differ.
     flags = [*semantic_flags, "-num_epochs", 2, "--classes", "road", "car", "sky"]
     one = train(tmp_path / "one", *flags, "--grad_acc_steps", 4)
     two = launch("torch.distributed.run", tmp_path / "two", *flags, "--grad_acc_steps", 2)

@@ -65,7 +65,7 @@ _LABEL_ID_HINT = (
 _MAX_LABEL_ID = 33  # Cityscapes' label ids; its train ids end at 18
 _UNLISTED = 254  # marks values that are not listed; above all class ids
 NUM_FIRST_MASKS = 16  # spread over the split, read before the others
-LOSSLESS = ("PNG", "BMP", "TIFF")  # the formats of masks, as Pillow calls them
+_LOSSLESS = ("PNG", "BMP", "TIFF")  # the formats of masks, as Pillow calls them
 # Picture formats that are not supported.
 FOREIGN_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl")
 
@@ -357,7 +357,7 @@ def read_mask(path: Path, height: int, width: int, labels: Labels | None = None)
             modes = {"P": "a colour-coded (palette)", "RGB": "a colour-coded (RGB)", "RGBA": "a colour-coded (RGBA)"}
             kind = modes.get(image.mode, f"not an 8-bit greyscale (Pillow mode {image.mode})")
             raise LabelError(f"{path}: {kind} picture, not one train id per pixel ({_TRAIN_ID_HINT})")
-        if image.format not in LOSSLESS:  # whatever its name says
+        if image.format not in _LOSSLESS:  # whatever its name says
             raise LabelError(f"{path}: is a {image.format} picture, which changes values; save the mask as PNG")
         if (image.height, image.width) != (height, width):
             raise UserError(

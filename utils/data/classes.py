@@ -126,10 +126,10 @@ class ClassTable:
         return table
 
     def in_common(self, data: ClassTable) -> str:
-        """The classes that `ids_of` matches, in words; names of `data` that differ stand in brackets."""
-        texts = []
+        """The classes that `ids_of` matches, in words; names of `data` that differ stand in brackets. Raises as it."""
+        ids, texts = self.ids_of(data, match=True), []
         for c in self:
-            names = [theirs.name for theirs in data if self.find(theirs) == c.id]
+            names = [theirs.name for theirs in data if ids[theirs.id] == c.id]
             if names:
                 texts.append(c.name if names == [c.name] else f"{c.name} ({', '.join(names)})")
         return ", ".join(texts)

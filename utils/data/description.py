@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn
 
@@ -280,11 +281,11 @@ class _Reader:
             self._fail(node, f"{what} {text!r} is unknown; it is one of {', '.join(choices)}")
         return text
 
-    def _color(self, node: yaml.Node, what: str) -> tuple[int, int, int]:
+    def _color(self, node: yaml.Node, what: str, *, in_list: bool = False) -> tuple[int, int, int]:
         if not isinstance(node, yaml.SequenceNode):
             code = re.fullmatch(r"#?([0-9a-fA-F]{6})", str(node.value)) if isinstance(node, yaml.ScalarNode) else None
             example = str([*bytes.fromhex(code[1])]) if code else "[128, 64, 128]"
-            if what.startswith("a value of"):  # of a list
+            if in_list:
                 example += f", and one color in a list [{example}]"
             self._fail(node, f"{what} must be red, green and blue, such as {example}, not {_kind(node)}")
         color = [int(p.value) if _INTEGER.fullmatch(str(p.value)) else None for p in node.value]
@@ -345,7 +346,9 @@ class _Reader:
     def _labels(self, node: yaml.Node, classes: ClassTable) -> Labels:
         fields = self._fields(node, "labels", ("kind",), ("values", "ignore", "unlisted"))
         kind = self._one_of(fields["kind"], "kind", ("train_ids", "ids", "colors"))
-        read: Callable[[yaml.Node, str], Value] = self._color if kind == "colors" else self._byte
+        read: Callable[[yaml.Node, str], Value] = self._byte
+        if kind == "colors":
+            read = partial(self._color, in_list=True)
         class_ids: dict[Value, int] = {}
         if "values" in fields:
             if kind == "train_ids":

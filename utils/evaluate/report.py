@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,8 +173,10 @@ def write_report(
     text = f"{report}\n\n{details}\nmap rule: {rule}\n{_TTA if tta else ''}scored {_SIZES[eval_size]}\n"
     text += f"{note}\n" if note else ""
     origin = {"model": model, "data": data, "boxes": box_source, "map_rule": map_rule, "eval_size": eval_size}
-    table = ({} if classes == BDD100K else {"classes": classes.to_plain()}) | ({"note": note} if note else {})
-    results = json.dumps({**origin, "tta": tta, **table, **figures, "images": images}, indent=1, ensure_ascii=False)
+    others: dict[str, Any] = {} if classes == BDD100K else {"classes": classes.to_plain()}
+    if note:
+        others["note"] = note
+    results = json.dumps({**origin, "tta": tta, **others, **figures, "images": images}, indent=1, ensure_ascii=False)
     print(f"\n{text}")
     outputs = {
         "evaluation_results.txt": text,

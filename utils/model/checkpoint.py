@@ -188,7 +188,7 @@ def _wrong_with(payload: Checkpoint) -> str | None:
         return f"format {payload['format_version']}, this version reads {FORMAT_VERSION}"
     if "classes" not in payload and payload["class_names"] != list(BDD100K.names):
         given = f"trained on {len(payload['class_names'])} classes, which are not BDD100K's {len(BDD100K)}"
-        return f"{given}, without a table of them; train again"
+        return f"{given}, and holds no table of classes; train again"
     try:
         is_table = list(_classes_of(payload).names) == payload["class_names"]
     except ValueError:
