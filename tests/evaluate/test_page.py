@@ -192,6 +192,16 @@ def test_the_policy_allows_the_pages_own_script_and_style_alone(report: Path, co
         assert not re.search(r"https?://(?!www\.w3\.org/)", html)
 
 
+def test_what_classes_are_taken_for(tmp_path: Path) -> None:
+    """Most of a class's wrong pixels: a share that rounds to nothing is told as such, and 1 % as 1 %."""
+    matrix = torch.zeros(19, 20, dtype=torch.int64)
+    matrix[0, 0], matrix[0, 1], matrix[1, 1], matrix[1, 19], matrix[2, 2] = 996, 4, 990, 10, 7
+    flags: dict[str, Any] = {"model": "m", "data": "d", "box_source": "none", "eval_size": "frame"}
+    write_report(tmp_path, {"x": matrix}, classes=BDD100K, map_rule="argmax", **flags)
+    cells = re.findall(r'<td class="text">(.*?)</td>', (tmp_path / "report.html").read_text())
+    assert cells[:3] == ["sidewalk (under 1% of its pixels)", "no class (1% of its pixels)", ""]
+
+
 def test_the_data_in_the_page_cannot_end_its_script(report: Path) -> None:
     (content,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', report.read_text(), re.DOTALL)
     assert not set(content) & set("<>&")
