@@ -132,6 +132,7 @@ class ResidentLoader:
             UserError: a file is missing, or has changed since it was checked.
         """
         views, count = self.dataset.num_views, len(self.dataset)
+        self._found = []
         tables = [table for tables in self._tables.values() for table in tables]
         at_once = min(count, max(1, STAGED_BYTES // (views * sum(table.words[0].nbytes for table in tables))))
         # A card is written to in large parts, which are collected in pinned memory.
