@@ -155,6 +155,31 @@ def test_more_open_files_than_are_allowed(limit: int) -> None:
     assert "ulimit -n" in line
 
 
+@pytest.mark.parametrize("spare", range(4))  # 4 are enough
+@pytest.mark.slow
+def test_a_worker_with_few_files_to_spare(spare: int) -> None:
+    """It needs one for each of: the tensor, its copy, the socket to hand it over, and the connection."""
+    code = f"""
+import contextlib, os, resource, torch
+from utils.data.loaders import Loader
+from utils.runtime import cli
+class Data:
+    def __len__(self): return 1
+    def __getitem__(self, index):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        taken = []
+        with contextlib.suppress(OSError):
+            while True: taken.append(os.dup(0))
+        for number in taken[len(taken) - {spare}:]: os.close(number)
+        return torch.ones(1)
+cli.run(lambda: [None for _ in Loader(Data(), num_workers=1)] and None)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 1 and line.startswith("error: a loader process cannot send a batch (too many open")
+    assert "ulimit -n" in line
+
+
 @pytest.mark.slow
 def test_a_batch_that_cannot_be_sent_ends_the_worker_and_not_in_a_wait_for_ever() -> None:
     loader = Loader([0, 1], num_workers=1, collate_fn=lambda _: threading.Lock())  # type: ignore[arg-type]

@@ -6,11 +6,15 @@ import atexit
 import errno
 import math
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.queues
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -83,14 +87,26 @@ class Loader(DataLoader):
             is_own = "Caught " in reason or (isinstance(error, RuntimeError) and not _LOST.search(reason))
             if is_own or self.num_workers == 0:
                 raise  # an error of the data set
-            for worker in getattr(batches, "_workers", ()):
+            told = _not_sent(reason)
+            workers = getattr(batches, "_workers", ())
+            if isinstance(error, EOFError | ConnectionError):
+                _wait_for_an_end(workers)
+            for worker in workers:
                 if worker.exitcode == -signal.SIGBUS:  # the system granted memory that it does not have
                     reason = os.strerror(errno.ENOSPC)
                 elif (number := (worker.exitcode or 0) - UNSENT) in errno.errorcode:
                     reason = os.strerror(number)
-            raise _not_sent(reason) or LostWorkerError(
+            raise (told or _not_sent(reason)) or LostWorkerError(
                 f"a loader process has ended ({reason}); if memory ran out, lower -num_workers"
             ) from None
+
+
+def _wait_for_an_end(workers: Sequence[Any]) -> None:
+    """Wait until a worker that is about to end has ended, and its status is known."""
+    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=5)
+    for worker in workers:
+        if worker.sentinel in ended:
+            worker.join(timeout=5)
 
 
 _LOST = re.compile(r"DataLoader worker \(pid|Pin memory thread exited|ancdata|Too many open files|unable to mmap")
@@ -204,10 +220,14 @@ def _prepare_worker(worker: int) -> None:
     """Ignore signals, which often go to all processes of a job: the main process still needs its workers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    with suppress(OSError):
+        tempfile.gettempdir()  # asked later, with no file to spare, it would say that there is no such folder
+    # Two threads send: one the batches, the other the files of their tensors.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+    sys.excepthook = lambda _, error, traceback: _end_worker(error, traceback)
 
 
-def _end_worker(error: Exception, batch: Any) -> NoReturn:
+def _end_worker(error: BaseException, _: Any) -> NoReturn:
     """End a worker that cannot send a batch; the main process finds the reason in the exit status."""
     number = (error.errno or 0) if isinstance(error, OSError) else 0
     os._exit(UNSENT + number if number in errno.errorcode else 1)
