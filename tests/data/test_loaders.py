@@ -142,6 +142,13 @@ def test_shared_memory_that_takes_no_semaphore() -> None:
     assert ended.returncode == 1 and line.startswith("error: a loader process cannot") and "--num_workers 0" in line
 
 
+def assert_too_many_open_files(code: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 1 and line.startswith("error: a loader process cannot send a batch (too many open")
+    assert "ulimit -n" in line
+
+
 @pytest.mark.parametrize("limit", [24, 60])  # the worker meets it, or the main process
 @pytest.mark.slow
 def test_more_open_files_than_are_allowed(limit: int) -> None:
@@ -149,10 +156,7 @@ def test_more_open_files_than_are_allowed(limit: int) -> None:
     # torch opens files of its own as it is imported.
     code = "import torch, utils.data.loaders, utils.runtime.cli\n" + before
     code += LOAD.format(parts="[torch.ones(1) for _ in range(9)]", options=", collate_fn=lambda samples: samples")
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    (line,) = ended.stderr.splitlines()
-    assert ended.returncode == 1 and line.startswith("error: a loader process cannot send a batch (too many open")
-    assert "ulimit -n" in line
+    assert_too_many_open_files(code)
 
 
 @pytest.mark.parametrize("spare", range(4))  # 4 are enough
@@ -174,10 +178,16 @@ class Data:
         return torch.ones(1)
 cli.run(lambda: [None for _ in Loader(Data(), num_workers=1)] and None)
 """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    (line,) = ended.stderr.splitlines()
-    assert ended.returncode == 1 and line.startswith("error: a loader process cannot send a batch (too many open")
-    assert "ulimit -n" in line
+    assert_too_many_open_files(code)
+
+
+def test_a_worker_lives_on_if_the_main_process_broke_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main process knows the reason, which the worker's end would hide."""
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    for error in (BrokenPipeError(errno.EPIPE, "x"), EOFError(), OSError(errno.EMFILE, "x")):
+        loader_module._on_sharer_error(type(error), error, None)
+    assert statuses == [loader_module.UNSENT + errno.EMFILE]
 
 
 @pytest.mark.slow

@@ -87,7 +87,6 @@ class Loader(DataLoader):
             is_own = "Caught " in reason or (isinstance(error, RuntimeError) and not _LOST.search(reason))
             if is_own or self.num_workers == 0:
                 raise  # an error of the data set
-            told = _not_sent(reason)
             workers = getattr(batches, "_workers", ())
             if isinstance(error, EOFError | ConnectionError):
                 _wait_for_an_end(workers)
@@ -96,7 +95,7 @@ class Loader(DataLoader):
                     reason = os.strerror(errno.ENOSPC)
                 elif (number := (worker.exitcode or 0) - UNSENT) in errno.errorcode:
                     reason = os.strerror(number)
-            raise (told or _not_sent(reason)) or LostWorkerError(
+            raise _not_sent(reason) or LostWorkerError(
                 f"a loader process has ended ({reason}); if memory ran out, lower -num_workers"
             ) from None
 
@@ -106,7 +105,7 @@ def _wait_for_an_end(workers: Sequence[Any]) -> None:
     ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=5)
     for worker in workers:
         if worker.sentinel in ended:
-            worker.join(timeout=5)
+            worker.join()
 
 
 _LOST = re.compile(r"DataLoader worker \(pid|Pin memory thread exited|ancdata|Too many open files|unable to mmap")
@@ -221,10 +220,16 @@ def _prepare_worker(worker: int) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     with suppress(OSError):
-        tempfile.gettempdir()  # asked later, with no file to spare, it would say that there is no such folder
-    # Two threads send: one the batches, the other the files of their tensors.
+        tempfile.gettempdir()  # kept from now on: when files have run out, it fails with "No such file or directory"
+    # One thread sends batches. Another, multiprocessing's resource sharer, sends the open files of their tensors, and
+    # calls sys.excepthook when it fails.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
-    sys.excepthook = lambda _, error, traceback: _end_worker(error, traceback)
+    sys.excepthook = _on_sharer_error
+
+
+def _on_sharer_error(_: type[BaseException], error: BaseException, traceback: Any) -> None:
+    if not isinstance(error, EOFError | ConnectionError):  # of the main process, which knows why it broke off
+        _end_worker(error, traceback)
 
 
 def _end_worker(error: BaseException, _: Any) -> NoReturn:
