@@ -77,6 +77,7 @@ def test_damage_is_found(written: Path) -> None:
     content = written.read_bytes()
     header = content[: 8 + int.from_bytes(content[:8], "little")]
     values = [header.index(text) for text in (b"stretch", b"vit_tiny", b"val_miou", b"0.25", b"128, 64")]  # of metadata
+    values.append(header.index(b"metadata_sha256"))  # damaged, its name must not look like a file of before
     for at in (9, 2000, *values, len(content) // 2, len(content) - 1):  # in the header and in the weights
         written.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
         with pytest.raises(UserError, match=rf"{written}: (truncated, or )?not a checkpoint of train_bdd100k\.py"):

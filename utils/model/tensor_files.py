@@ -34,13 +34,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        of_metadata = metadata.pop(_OF_METADATA, None)
-        is_whole = of_metadata in (None, _metadata_checksum(metadata))  # files of version 0.2.0 have none
-        if is_whole and metadata.get("sha256") == _checksum(tensors):
+        if _is_whole(metadata) and metadata.get("sha256") == _checksum(tensors):
+            metadata.pop(_OF_METADATA, None)
             return tensors, metadata
     except (OSError, SafetensorError, TypeError):  # the last of a dtype that NumPy lacks
         require_readable(path)
     return None
+
+
+def _is_whole(metadata: Mapping[str, str]) -> bool:
+    """Whether metadata are those of their checksum; files of version 0.2.0 have none."""
+    if _OF_METADATA in metadata:
+        return metadata[_OF_METADATA] == _metadata_checksum(_without(metadata, _OF_METADATA))
+    # The checksum under another name: its name is damaged.
+    return all(value != _metadata_checksum(_without(metadata, name)) for name, value in metadata.items())
+
+
+def _without(metadata: Mapping[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key != name}
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
